@@ -1,0 +1,48 @@
+"""What goes wrong for reasons a user can mend. Each message is one line that says what would do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class DbpError(Exception):
+    """Base of every error that is shown as one line, without a traceback."""
+
+
+class UnknownName(DbpError):
+    """No entry has this name."""
+
+
+class BadEntry(DbpError):
+    """An entry file does not say what it must."""
+
+
+class BadRequest(DbpError):
+    """The options of a run cannot be right, or contradict what the output folder holds."""
+
+
+class BadWeights(DbpError):
+    """A weights or data file is missing, damaged, not the one asked for, or unsafe to read."""
+
+
+class BadResult(DbpError):
+    """A result file cannot be read as a result."""
+
+
+class NotComparable(DbpError):
+    """Results that may not be subtracted, compared or ranked together."""
+
+
+class AttackFailed(DbpError):
+    """An attack or a defense gave numbers that cannot be used (NaN, no gradient, wrong shape)."""
+
+
+class NotConforming(DbpError):
+    """A defense breaks a rule that every defense must keep."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint for a mistyped `name`: the nearest of `known`, then all of them."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Known: {', '.join(names) if names else 'none'}."

@@ -1,0 +1,70 @@
+"""Attack a group of images, then judge what the defense really does. Pure: no files, no clock."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dbp_bench.attacks import Attack
+from dbp_bench.defense import Defense
+from dbp_bench.errors import AttackFailed
+from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
+from dbp_bench.threat import AttackerView, Budget
+
+FRESH = 1 << 32
+"""Victim draws from here on judge known-draw images; no attacker is ever shown one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A fixed group of images, evaluated together: their number shapes the arithmetic."""
+
+    images: Tensor
+    """``(b, c, h, w)`` in [0, 1]."""
+    labels: Tensor
+    """``(b,)``, int64."""
+    ids: Sequence[int]
+    """Index of each image in its data set."""
+
+
+def attack(
+    defense: Defense,
+    method: Attack,
+    group: Group,
+    budget: Budget,
+    knows: frozenset[Site],
+    *,
+    seed: int,
+    victim_draw: int,
+    rows: int,
+) -> Tensor:
+    """Adversarial images ``(b, c, h, w)``, inside `budget` and [0, 1] whatever `method` returned.
+
+    The attacker is shown victim draw `victim_draw` at the sites it `knows`, and guesses elsewhere
+    from a tape of its own.
+
+    Raises:
+        AttackFailed: `method` returned images of another shape, or values that are not finite.
+    """
+    victim = Tape.make(seed, VICTIM, group.ids, victim_draw)
+    guess = Tape.make(seed, f"{ATTACKER}/{victim_draw}", group.ids)
+    view = AttackerView(defense, knows, victim, guess, rows)
+    found = method(view, group.images, group.labels, budget)
+    if found.shape != group.images.shape:
+        raise AttackFailed(
+            f"the attack returned images of shape {tuple(found.shape)}, not "
+            f"{tuple(group.images.shape)}."
+        )
+    if not bool(found.isfinite().all()):
+        raise AttackFailed("the attack returned images that are not finite (NaN or infinite).")
+    return budget.project(found.detach(), group.images)
+
+
+def judge(defense: Defense, images: Tensor, group: Group, *, seed: int, draw: int) -> Tensor:
+    """Whether each of `images` ``(b, c, h, w)`` is classified correctly at victim draw `draw`."""
+    with torch.no_grad():
+        logits = defense.logits(images, Tape.make(seed, VICTIM, group.ids, draw))
+    if not bool(logits.isfinite().all()):
+        raise AttackFailed("the defense returned logits that are not finite (NaN or infinite).")
+    return logits.argmax(1) == group.labels

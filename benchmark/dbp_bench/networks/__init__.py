@@ -1,0 +1,1 @@
+"""Denoiser and classifier architectures, one family per file."""

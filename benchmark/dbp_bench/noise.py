@@ -1,0 +1,291 @@
+"""Every random number of this package is drawn here: addressable, replayable, batch-independent.
+
+A draw is a pure function of its address (seed, owner, image id, draw, site, step). Asking for an
+address twice gives the same numbers, so a draw can be replayed by gradient checkpointing, by
+scoring, or by an attacker who has been shown it, at any batch size, order, device or worker.
+
+The bits come from Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+3"), the generator of ``numpy.random.Philox``. Normals come from the Box-Muller transform, written
+with operations that IEEE 754 rounds exactly (+, -, *, /, sqrt) and no library logarithm or cosine,
+whose last bits differ between devices and even between positions in a vectorised batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from math import log, pi, prod
+from types import ModuleType
+from typing import Any, NewType, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Site = NewType("Site", str)
+"""A named place where a defense draws noise."""
+
+FORWARD = Site("forward")
+REVERSE = Site("reverse")
+GUIDANCE = Site("guidance")
+
+VICTIM = "victim"
+ATTACKER = "attacker"
+
+
+class Noise(Protocol):
+    """The only source of randomness a defense may use."""
+
+    def normal(self, site: Site, step: int, like: Tensor) -> Tensor:
+        """Standard normal noise, shaped, typed and placed like `like` ``(b, ...)``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tape:
+    """A replayable source of draws for a batch, one row per (image, draw).
+
+    Args:
+        seed: Seed of the run.
+        owner: Who draws. Different owners never share a number.
+        ids: Image ids, int64 ``(b,)``.
+        draws: Which realisation each row uses, int64 ``(b,)``.
+    """
+
+    seed: int
+    owner: str
+    ids: Tensor
+    draws: Tensor
+
+    @classmethod
+    def make(cls, seed: int, owner: str, ids: Sequence[int] | Tensor, draw: int = 0) -> "Tape":
+        """A tape in which every image of `ids` uses realisation number `draw`."""
+        rows = torch.as_tensor(ids, dtype=torch.int64)
+        return cls(seed, owner, rows, torch.full_like(rows, draw))
+
+    def copies(self, draws: Sequence[int]) -> "Tape":
+        """Row ``i * len(draws) + j`` is image ``i`` with realisation ``draws[j]``."""
+        numbers = torch.as_tensor(draws, dtype=torch.int64)
+        return Tape(
+            self.seed,
+            self.owner,
+            self.ids.repeat_interleave(len(numbers)),
+            numbers.repeat(len(self.ids)),
+        )
+
+    def repeat(self, copies: int) -> "Tape":
+        """Each row `copies` times in a row, with the same draw."""
+        return Tape(
+            self.seed,
+            self.owner,
+            self.ids.repeat_interleave(copies),
+            self.draws.repeat_interleave(copies),
+        )
+
+    def __getitem__(self, rows: Tensor) -> "Tape":
+        """The tape of some of the rows (an index or a mask)."""
+        return Tape(self.seed, self.owner, self.ids[rows], self.draws[rows])
+
+    def normal(self, site: Site, step: int, like: Tensor) -> Tensor:
+        """Standard normal noise, shaped, typed and placed like `like` ``(b, ...)``."""
+        return self._rows(site, step, like, _normals, per_word=2)
+
+    def uniform(self, site: Site, step: int, like: Tensor) -> Tensor:
+        """Uniform noise in (0, 1), shaped, typed and placed like `like` ``(b, ...)``."""
+        return self._rows(site, step, like, _uniforms, per_word=1)
+
+    def _rows(
+        self,
+        site: Site,
+        step: int,
+        like: Tensor,
+        transform: Callable[[Any, ModuleType], Any],
+        per_word: int,
+    ) -> Tensor:
+        """One row of numbers for each row of the tape, a cache-sized chunk of rows at a time."""
+        if len(like) != len(self.ids):
+            raise ValueError(f"the tape has {len(self.ids)} rows, but the batch has {len(like)}.")
+        size = prod(like.shape[1:])
+        blocks = -(-size // (4 * per_word))
+        key = _key(self.seed, self.owner, site)
+        out = torch.empty(len(self.ids), size, dtype=like.dtype, device=like.device)
+        on_device = like.device.type != "cpu"
+        rows = len(self.ids) if on_device else max(1, _CHUNK // blocks)
+        for start in range(0, len(self.ids), rows):
+            ids, draws = self.ids[start : start + rows], self.draws[start : start + rows]
+            if on_device:
+                xp, zeros = torch, torch.zeros(len(ids), blocks, dtype=torch.int64).to(out.device)
+                index = torch.arange(blocks, device=out.device)
+                ids, draws = ids.to(out.device), draws.to(out.device)
+            else:
+                xp, zeros = np, np.zeros((len(ids), blocks), dtype=np.uint64)
+                index = np.arange(blocks, dtype=np.uint64)
+                ids, draws = ids.numpy().astype(np.uint64), draws.numpy().astype(np.uint64)
+            counter = (zeros + index, zeros + step, zeros + draws[:, None], zeros + ids[:, None])
+            words = xp.stack(philox(counter, key, xp), 2).reshape(len(ids), -1)
+            values = transform(words, xp)[:, :size]
+            out[start : start + rows] = torch.as_tensor(values)
+        return out.view(like.shape)
+
+
+def shuffled(items: Sequence[int], seed: int, owner: str) -> list[int]:
+    """`items` in an order that depends on nothing but `seed` and `owner`."""
+    tape = Tape.make(seed, owner, items)
+    ranks = tape.uniform(Site("order"), 0, torch.empty(len(items), 1, dtype=torch.float64))
+    order = torch.argsort(ranks[:, 0], stable=True)
+    return [items[i] for i in order.tolist()]
+
+
+# ------------------------------------------------------------------------------- Philox4x64-10
+#
+# Written once for two array libraries, passed as `xp`: NumPy (uint64) on the CPU, where it is
+# several times faster, and torch (int64, bits taken as unsigned) on a device. Both give the same
+# bits, so both give the same draws.
+
+_CHUNK = 8192
+"""Philox blocks per pass on the CPU: what the second-level cache holds."""
+
+_M0, _M1 = 0xD2E7470EE14C6C93, 0xCA5A826395121157
+_W0, _W1 = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
+_LOW = 0xFFFFFFFF
+_WORD = (1 << 64) - 1
+
+
+def philox(counter: Sequence[Any], key: tuple[int, int], xp: ModuleType) -> list[Any]:
+    """Four words of 64 random bits for each counter (Salmon et al. 2011, section 4.3).
+
+    Args:
+        counter: Four arrays of one shape, uint64 (NumPy) or int64 (torch).
+        key: Two words, each in [0, 2^64).
+        xp: The array library, ``numpy`` or ``torch``.
+
+    Returns:
+        Four arrays of that shape, bit-identical to ``numpy.random.Philox`` at that counter and
+        key.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(c0, _M0, xp)
+        high1, low1 = _multiply(c2, _M1, xp)
+        high1 ^= c1
+        high1 ^= _constant(k0, xp)
+        high0 ^= c3
+        high0 ^= _constant(k1, xp)
+        c0, c1, c2, c3 = high1, low1, high0, low0
+        k0, k1 = (k0 + _W0) & _WORD, (k1 + _W1) & _WORD
+    return [c0, c1, c2, c3]
+
+
+def _multiply(x: Any, constant: int, xp: ModuleType) -> tuple[Any, Any]:
+    """High and low word of the unsigned 128-bit product, from 32-bit halves."""
+    m_high, m_low = constant >> 32, constant & _LOW
+    x_low, x_high = x & _LOW, _upper(x, xp)
+    low = _upper(x_low * m_low, xp)
+    low += x_high * m_low
+    middle = low & _LOW
+    x_low *= m_high
+    middle += x_low
+    x_high *= m_high
+    x_high += _upper(low, xp)
+    x_high += _upper(middle, xp)
+    return x_high, x * _constant(constant, xp)
+
+
+def _upper(x: Any, xp: ModuleType) -> Any:
+    """The upper 32 bits; torch shifts the sign in, which must be masked."""
+    upper = x >> 32
+    if xp is torch:
+        upper &= _LOW
+    return upper
+
+
+def _constant(word: int, xp: ModuleType) -> int:
+    return word - (1 << 64) if xp is torch and word >> 63 else word
+
+
+@lru_cache(maxsize=256)
+def _key(seed: int, owner: str, site: str) -> tuple[int, int]:
+    digest = blake2b(f"{seed}/{owner}/{site}".encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+# ------------------------------------------------------- exactly rounded distributions, float32
+
+_COS = [1 / 2, -1 / 24, 1 / 720, -1 / 40320]
+_SIN = [1 / 6, -1 / 120, 1 / 5040, -1 / 362880]
+_ARTANH = [1 / n for n in range(1, 11, 2)]
+_LN2 = log(2)
+
+
+def _normals(words: Any, xp: ModuleType) -> Any:
+    """Standard normals ``(b, 2 n)`` in float32 from 64-bit words ``(b, n)``.
+
+    Box and Muller (1958). The lower half of a word gives the radius (at most 6.8); of the upper
+    half, 30 bits give an angle in (-pi/4, pi/4) and two bits the quarter turn that is added to it.
+    """
+    radius = xp.sqrt(-2.0 * _log(_unit(words & _LOW, 32, xp), xp))
+    upper = _upper(words, xp)
+    angle = _unit(upper & 0x3FFFFFFF, 30, xp)
+    angle -= 0.5
+    angle *= pi / 2
+    square = angle * angle
+    cosine = 1.0 - square * _horner(square, _COS)
+    sine = angle - angle * square * _horner(square, _SIN)
+    swap = (upper & 0x40000000) != 0
+    signed = xp.where((upper & 0x80000000) != 0, -radius, radius)
+    out = xp.stack([xp.where(swap, sine, cosine), xp.where(swap, cosine, sine)], 2)
+    out *= signed[:, :, None]
+    return out.reshape(len(words), -1)
+
+
+def _uniforms(words: Any, xp: ModuleType) -> Any:
+    """Uniforms ``(b, n)`` in (0, 1), the middles of 2^23 cells, in float32."""
+    return _unit((words >> 11) & 0x7FFFFF, 23, xp)
+
+
+def _log(x: Any, xp: ModuleType) -> Any:
+    """Natural logarithm of positive float32, to about 1e-7 relative.
+
+    ``x = m * 2^e`` with m in [sqrt(1/2), sqrt(2)), so that log(m) = 2 artanh((m-1)/(m+1)) keeps its
+    relative precision near x = 1.
+    """
+    bits = x.view(xp.int32)
+    exponent = (bits - 0x3F3504F3) >> 23
+    mantissa = (bits - (exponent << 23)).view(xp.float32)
+    s = (mantissa - 1.0) / (mantissa + 1.0)
+    series = _horner(s * s, _ARTANH)
+    series *= s
+    series *= 2.0
+    series += _float(exponent, xp) * _LN2
+    return series
+
+
+def _horner(x: Any, coefficients: Sequence[float]) -> Any:
+    total = x * coefficients[-1]
+    for coefficient in coefficients[-2:0:-1]:
+        total += coefficient
+        total *= x
+    total += coefficients[0]
+    return total
+
+
+def _unit(integers: Any, bits: int, xp: ModuleType) -> Any:
+    """The middles of 2^bits equal cells of (0, 1), rounded, for integers in [0, 2^bits)."""
+    values = _float(integers, xp)
+    values += 0.5
+    values *= 2.0**-bits
+    return values
+
+
+def _float(integers: Any, xp: ModuleType) -> Any:
+    return integers.to(torch.float32) if xp is torch else integers.astype(np.float32)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generator inside (networks initialise from it), and restore it after."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,1 @@
+"""Purifiers: samplers that read like their papers, and the controls that bound them."""

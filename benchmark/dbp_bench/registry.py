@@ -1,0 +1,424 @@
+"""Entries: what a YAML file in `defenses/`, `attacks/` or `tracks/` declares, and what it builds.
+
+The file name is the name. Reading an entry imports nothing it names; only :func:`build_defense`
+does, and code from outside this package only when the user trusts it.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from dbp_bench import weights
+from dbp_bench.errors import BadEntry, UnknownName, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from dbp_bench.defense import Defense
+    from dbp_bench.memory import Policy
+
+DEFAULT_TRACK = "digits-linf"
+
+
+def _number(value: object) -> object:
+    """YAML reads 8/255 and 1e-3 as strings; both are numbers here."""
+    if isinstance(value, str):
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Eps = Annotated[Number, Field(ge=0, le=1e3)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+DottedPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+
+
+class Strict(BaseModel):
+    """Every key must be there, and no other; values are never changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NetworkRef(Strict):
+    """A network and the file its weights are in."""
+
+    network: DottedPath
+    """``module:callable`` that builds the network, without arguments."""
+    file: str
+    """A safetensors file beside the entry, or one that ships with the package."""
+    sha256: Sha256
+
+
+class Track(Strict):
+    """A data set, its frozen images, the classifier to protect, and the attacker's budget."""
+
+    title: str
+    data: str
+    split: str
+    classifier: NetworkRef
+    norm: Literal["linf", "l2"]
+    eps: Eps
+    """In [0, 1] pixel units: 8/255, not 8."""
+    batch_size: int = Field(ge=1)
+    """Images evaluated together: a fixed group, so that the arithmetic has a fixed shape."""
+    demonstration: bool
+    """Whether its numbers stand for nothing but the method."""
+    note: str
+
+    @model_validator(mode="after")
+    def _units(self) -> Self:
+        check_eps(self.norm, self.eps)
+        return self
+
+
+class Setting(Strict):
+    """How a defense is set up on some tracks."""
+
+    tracks: list[Name] = Field(min_length=1)
+    options: dict[str, Any]
+    """Keyword arguments of the factory."""
+    networks: dict[str, NetworkRef]
+    """The networks that the factory takes, by argument name."""
+
+
+class DefenseEntry(Strict):
+    """A purifier."""
+
+    title: str
+    kind: Literal["control", "defense"]
+    paper: str | None
+    factory: DottedPath
+    """``module:callable``; called with the networks and the options, returns a purifier."""
+    sites: list[Name]
+    """Where it draws noise; ``[]`` for a deterministic one."""
+    settings: list[Setting] = Field(min_length=1)
+
+    def setting(self, track: str, name: str, path: str) -> Setting:
+        """The setting for `track`.
+
+        Raises:
+            UnknownName: The defense has none.
+        """
+        found = [s for s in self.settings if track in s.tracks]
+        if not found:
+            known = [t for s in self.settings for t in s.tracks]
+            raise UnknownName(f"{path}: defense {name!r} has no setting for track {track!r}."
+                              f"{did_you_mean(track, known)}")
+        return found[0]
+
+
+class AllBut(Strict):
+    """Every site but some."""
+
+    all_but: list[Name] = Field(alias="all-but")
+
+
+class Effort(Strict):
+    """How hard an attacker searches. What each attack takes is in :data:`EFFORTS`."""
+
+
+class PGDEffort(Effort):
+    """Projected gradient descent with expectation over transformation."""
+
+    steps: int = Field(ge=1)
+    step_size: Number = Field(gt=0, le=10)
+    """Relative to eps."""
+    eot: int = Field(ge=1)
+    """Gradient draws averaged per step."""
+
+
+EFFORTS: Mapping[str, type[Effort]] = {"pgd": PGDEffort}
+
+
+class Threat(Strict):
+    """What an attacker knows, and how hard it searches."""
+
+    title: str
+    knows: Literal["none", "all"] | list[Name] | AllBut
+    """Sites whose victim draws are shown."""
+    attack: str
+    effort: dict[str, Any]
+    draws: int = Field(ge=1, le=10_000)
+    """Fresh draws that judge an image; where draws are known, known draws, each attacked anew."""
+    eps: Eps | None
+    """``null``: the track's. 0: the null attack."""
+
+    @model_validator(mode="after")
+    def _known_attack(self) -> Self:
+        if self.attack not in EFFORTS:
+            raise ValueError(f"attack: no attack {self.attack!r}."
+                             f"{did_you_mean(self.attack, EFFORTS)}")
+        EFFORTS[self.attack].model_validate(self.effort)
+        return self
+
+    def sites(self, defense: Sequence[str]) -> list[str]:
+        """The sites of a `defense` that this attacker knows, sorted."""
+        if self.knows == "none":
+            return []
+        if self.knows == "all":
+            return sorted(defense)
+        if isinstance(self.knows, AllBut):
+            return sorted(set(defense) - set(self.knows.all_but))
+        return sorted(set(defense) & set(self.knows))
+
+
+def check_eps(norm: str, eps: float) -> None:
+    """Refuse a budget that must be in 0 ... 255 units.
+
+    Raises:
+        ValueError: It is.
+    """
+    if norm == "linf" and eps > 1:
+        raise ValueError(
+            f"eps: {eps:g} is more than the whole range of a pixel, which is [0, 1] here. "
+            f"Did you mean {eps:g}/255?"
+        )
+
+
+E = TypeVar("E", Track, DefenseEntry, Threat)
+
+
+@dataclass(frozen=True)
+class Entry[E]:
+    """A declaration, and the file it was read from."""
+
+    name: str
+    path: Path
+    entry: E
+
+    @property
+    def sha256(self) -> str:
+        """Of the file."""
+        return weights.digest(self.path)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, where PyYAML keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.YAMLError(f"key {key!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path, model: type[E]) -> E:
+    """The declaration in the file at `path`.
+
+    Raises:
+        BadEntry: The file isn't YAML, or a key is missing, unknown or ill-typed.
+    """
+    try:
+        table = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadEntry(f"{path}: not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(table, dict):
+        raise BadEntry(f"{path}: not a table of keys and values.")
+    try:
+        return model.model_validate(table)
+    except ValidationError as error:
+        raise BadEntry(f"{path}: {explain(error, model)}") from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first faults of a validation, each with its key and what would do, on one line."""
+    faults = []
+    for fault in error.errors()[:3]:
+        key = ".".join(str(part) for part in fault["loc"] if part not in ("list[constrained-str]",))
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "missing":
+            message = "is missing"
+        elif fault["type"] == "extra_forbidden":
+            known = [f.alias or name for name, f in model.model_fields.items()]
+            hint = did_you_mean(key, known) if "." not in key else ""
+            message = f"is unknown.{hint}".rstrip(".")
+        elif fault["type"] != "value_error":
+            message = f"{message[0].lower()}{message[1:]}, not {fault['input']!r}"
+        faults.append(f"{key}: {message}" if key else message)
+    more = error.error_count() - 3
+    return "; ".join(faults) + (f"; and {more} more." if more > 0 else ".")
+
+
+def _shipped() -> dict[str, Path]:
+    """Where the package's own entries are: inside a wheel, or at the top of a checkout."""
+    inside = Path(__file__).parent / "entries"
+    if inside.is_dir():
+        return {kind: inside / kind for kind in ("defenses", "attacks", "tracks")}
+    top = Path(__file__).parents[2]
+    return {
+        "defenses": top / "defenses",
+        "attacks": top / "attacks",
+        "tracks": top / "benchmark" / "tracks",
+    }
+
+
+class Registry:
+    """All entries: the package's own, and those of the user's folders.
+
+    Args:
+        folders: Folders with `defenses/`, `attacks/` and `tracks/` of one's own.
+        trust_code: Whether code that an entry names outside this package may run.
+
+    Raises:
+        BadEntry: A folder isn't there or holds no entries, or a name is taken.
+    """
+
+    def __init__(self, folders: Sequence[Path] = (), *, trust_code: bool = False) -> None:
+        self.folders = [folder.resolve() for folder in folders]
+        self.trust_code = trust_code
+        kinds = ("defenses", "attacks", "tracks")
+        for folder in self.folders:
+            if not any((folder / kind).is_dir() for kind in kinds):
+                raise BadEntry(f"{folder}: no folder defenses/, attacks/ or tracks/ in it.")
+
+    @cached_property
+    def defenses(self) -> dict[str, Path]:
+        """Name and file of every defense."""
+        return self._files("defenses")
+
+    @cached_property
+    def threats(self) -> dict[str, Path]:
+        """Name and file of every threat model."""
+        return self._files("attacks")
+
+    @cached_property
+    def tracks(self) -> dict[str, Path]:
+        """Name and file of every track."""
+        return self._files("tracks")
+
+    def defense(self, name: str) -> Entry[DefenseEntry]:
+        """The defense called `name`."""
+        return self._read("defense", name, self.defenses, DefenseEntry)
+
+    def threat(self, name: str) -> Entry[Threat]:
+        """The threat model called `name`."""
+        return self._read("threat", name, self.threats, Threat)
+
+    def track(self, name: str) -> Entry[Track]:
+        """The track called `name`."""
+        return self._read("track", name, self.tracks, Track)
+
+    def _read(
+        self, kind: str, name: str, files: Mapping[str, Path], model: type[E]
+    ) -> Entry[E]:
+        if name not in files:
+            raise UnknownName(f"no {kind} {name!r}.{did_you_mean(name, files)}")
+        return Entry(name, files[name], read_yaml(files[name], model))
+
+    def _files(self, kind: str) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for folder in [_shipped()[kind], *(folder / kind for folder in self.folders)]:
+            for path in _entries(folder):
+                if path.stem in found:
+                    raise BadEntry(f"{path}: the name is taken by {found[path.stem]}.")
+                found[path.stem] = path
+        return found
+
+    def build_network(self, ref: NetworkRef, path: Path) -> "nn.Module":
+        """The network that `ref`, in the entry at `path`, declares, with its weights verified."""
+        file = weights.find(ref.file, [path.parent, path.parent.parent])
+        weights.verify(file, ref.sha256)
+        network: nn.Module = self._call(ref.network, path, "network")
+        weights.fill(network, weights.load(file), file)
+        return network
+
+    def build_defense(
+        self,
+        defense: Entry[DefenseEntry],
+        track: Entry[Track],
+        *,
+        device: "torch.device | str" = "cpu",
+        dtype: "torch.dtype | None" = None,
+        policy: "Policy" = "auto",
+    ) -> "Defense":
+        """The defense on the track, its weights verified and on `device`.
+
+        Raises:
+            BadEntry: The factory doesn't take an option or a network of the entry, or needs
+                another; or code of another package is named and isn't trusted.
+            BadWeights: A file is missing or isn't the one that the entry means.
+        """
+        import torch
+
+        from dbp_bench.defense import Defense
+
+        setting = defense.entry.setting(track.name, defense.name, str(defense.path))
+        dtype = dtype or torch.float32
+        networks = {
+            key: self.build_network(ref, defense.path).to(device, dtype)
+            for key, ref in setting.networks.items()
+        }
+        arguments = {**networks, **setting.options}
+        purifier = self._call(defense.entry.factory, defense.path, "factory", arguments)
+        sites = getattr(purifier, "sites", None)
+        if sites != frozenset(defense.entry.sites):
+            raise BadEntry(
+                f"{defense.path}: sites: {sorted(defense.entry.sites)}, but the purifier declares "
+                f"{sorted(sites) if isinstance(sites, frozenset) else sites}."
+            )
+        classifier = self.build_network(track.entry.classifier, track.path).to(device, dtype)
+        return Defense(purifier, classifier, networks.values(), policy)
+
+    def _call(
+        self, dotted: str, path: Path, key: str, arguments: Mapping[str, Any] | None = None
+    ) -> Any:
+        function = self._import(dotted, path, key)
+        arguments = arguments or {}
+        try:
+            inspect.signature(function).bind(**arguments)
+        except TypeError as error:
+            takes = ", ".join(inspect.signature(function).parameters)
+            raise BadEntry(f"{path}: {dotted}: {error}. It takes: {takes}.") from None
+        try:
+            return function(**arguments)
+        except (BadEntry, TypeError, ValueError, KeyError) as error:
+            raise BadEntry(f"{path}: {key} {dotted}: {error}") from None
+
+    def _import(self, dotted: str, path: Path, key: str) -> Callable[..., Any]:
+        module, _, attribute = dotted.partition(":")
+        if module.split(".")[0] != "dbp_bench":
+            if not self.trust_code:
+                raise BadEntry(
+                    f"{path}: {key}: {dotted} is code from outside dbp-bench. Add --trust-code to "
+                    "run it."
+                )
+            _make_importable(self.folders)
+        try:
+            found: Callable[..., Any] = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise BadEntry(f"{path}: {key}: {dotted} cannot be imported: {error}.") from None
+        return found
+
+
+def _make_importable(folders: Sequence[Path]) -> None:
+    """Let modules that lie beside a user's entries be imported."""
+    import sys
+
+    for folder in folders:
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    return iter(sorted(folder.glob("*.yaml"))) if folder.is_dir() else iter(())

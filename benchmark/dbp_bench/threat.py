@@ -1,0 +1,189 @@
+"""Who knows what: the budget of a perturbation, and the view of a defense that an attacker has.
+
+A stochastic white-box attacker knows the defense but none of its draws and averages over guesses
+(EoT); a DW-box attacker knows every draw, which makes the defense deterministic (arXiv 2404.14309,
+section 4.1, equations 12 and 13). In between, some sites are known. An attack cannot tell: it sees
+an :class:`AttackerView` and searches.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dbp_bench.defense import Defense
+from dbp_bench.errors import AttackFailed
+from dbp_bench.noise import Noise, Site, Tape
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""Losses ``(n,)`` to maximise, for logits ``(n, k)`` and labels ``(n,)``."""
+
+
+class Budget(Protocol):
+    """The perturbations that are allowed. `eps` is in [0, 1] pixel units."""
+
+    eps: float
+
+    def project(self, images: Tensor, clean: Tensor) -> Tensor:
+        """`images` brought into the ball around `clean` and into [0, 1]."""
+        ...
+
+    def ascent(self, gradient: Tensor) -> Tensor:
+        """The direction of steepest ascent, of unit size in this norm."""
+        ...
+
+    def size(self, perturbation: Tensor) -> Tensor:
+        """The norm ``(b,)`` of each `perturbation`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Linf:
+    """Each pixel moves by at most `eps`."""
+
+    eps: float
+
+    def project(self, images: Tensor, clean: Tensor) -> Tensor:
+        """Clip to the cube, then to the pixel box (the exact projection)."""
+        low, high = (clean - self.eps).clamp(min=0), (clean + self.eps).clamp(max=1)
+        return torch.minimum(torch.maximum(images, low), high)
+
+    def ascent(self, gradient: Tensor) -> Tensor:
+        """The sign."""
+        return gradient.sign()
+
+    def size(self, perturbation: Tensor) -> Tensor:
+        """The largest change of any pixel."""
+        return perturbation.flatten(1).abs().amax(1)
+
+
+@dataclass(frozen=True, slots=True)
+class L2:
+    """The image moves by at most `eps` in Euclidean norm, over all pixels and channels."""
+
+    eps: float
+
+    def project(self, images: Tensor, clean: Tensor) -> Tensor:
+        """Scale back to the ball, then clip to the pixel box, which cannot leave the ball."""
+        change = images - clean
+        # The scale is rounded down a little, so that rounding cannot leave the ball.
+        scale = (self.eps * (1 - 1e-6) / self.size(change).clamp(min=1e-30)).clamp(max=1)
+        return (clean + change * _per_image(scale, change)).clamp(0, 1)
+
+    def ascent(self, gradient: Tensor) -> Tensor:
+        """The gradient, normalised."""
+        return gradient / _per_image(self.size(gradient).clamp(min=1e-30), gradient)
+
+    def size(self, perturbation: Tensor) -> Tensor:
+        """The Euclidean norm."""
+        return perturbation.flatten(1).norm(dim=1)
+
+
+def budget(norm: Literal["linf", "l2"], eps: float) -> Budget:
+    """The budget of a track's `norm` and `eps` (in [0, 1] pixel units)."""
+    return Linf(eps) if norm == "linf" else L2(eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Revealed:
+    """An attacker's noise: the victim's own draws at `sites`, a guess everywhere else."""
+
+    victim: Noise
+    guess: Noise
+    sites: frozenset[Site]
+
+    def normal(self, site: Site, step: int, like: Tensor) -> Tensor:
+        """Standard normal noise like `like`, from the victim's tape where it is shown."""
+        source = self.victim if site in self.sites else self.guess
+        return source.normal(site, step, like)
+
+
+class AttackerView:
+    """All that an attack can touch: the defense, through the draws that the threat model shows.
+
+    Args:
+        defense: The defense under attack.
+        knows: Sites whose victim draws are shown.
+        victim: The victim's draw, one row per image.
+        guess: The attacker's own tape, one row per image; guess ``d`` is its realisation ``d``.
+        rows: Images x copies in one pass through the networks, at most (one copy of each image is
+            never split).
+    """
+
+    def __init__(
+        self, defense: Defense, knows: frozenset[Site], victim: Tape, guess: Tape, rows: int
+    ) -> None:
+        self._defense = defense
+        self._knows = knows & defense.sites
+        self._victim = victim
+        self._guess = guess
+        self._rows = rows
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether nothing is left to guess: every draw gives the same logits."""
+        return self._knows == self._defense.sites
+
+    def __getitem__(self, rows: Tensor) -> "AttackerView":
+        """The view of some of the images (an index or a mask)."""
+        rows = rows.cpu()
+        return AttackerView(
+            self._defense, self._knows, self._victim[rows], self._guess[rows], self._rows
+        )
+
+    def logits(self, images: Tensor, draws: Sequence[int]) -> Tensor:
+        """Logits ``(b, len(draws), k)`` of `images` ``(b, c, h, w)`` under the guesses `draws`."""
+        with torch.no_grad():
+            parts = [self._pass(images, part) for part in self._parts(len(images), draws)]
+        out = torch.cat(parts, dim=1)
+        return out.expand(-1, len(draws), -1) if self.deterministic else out
+
+    def gradient(
+        self, images: Tensor, labels: Tensor, objective: Objective, draws: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Mean gradient ``(b, c, h, w)`` and losses ``(b, len(draws))`` over the guesses `draws`.
+
+        Exact through the whole purifier (expectation over transformation, Athalye et al. 2018).
+        Where every draw is known, the copies are equal and only one is computed.
+
+        Raises:
+            AttackFailed: A loss or a gradient is not finite, or no gradient reaches the images.
+        """
+        total, losses = torch.zeros_like(images), []
+        parts = self._parts(len(images), draws)
+        for part in parts:
+            with torch.enable_grad():
+                x = images.detach().requires_grad_()
+                logits = self._pass(x, part)
+                each = objective(logits.flatten(0, 1), labels.repeat_interleave(len(part)))
+                if not each.requires_grad:
+                    raise AttackFailed(
+                        "the logits carry no gradient: look for no_grad, detach or numpy in the "
+                        "defense; `dbp-bench check` tells more."
+                    )
+                (part_gradient,) = torch.autograd.grad(each.sum(), x)
+            total += part_gradient
+            losses.append(each.detach().view(len(images), len(part)))
+        loss = torch.cat(losses, dim=1)
+        if not bool(total.isfinite().all() & loss.isfinite().all()):
+            raise AttackFailed("the loss or its gradient is not finite (NaN or infinite).")
+        count = sum(len(part) for part in parts)
+        return total / count, loss.expand(-1, len(draws)) if self.deterministic else loss
+
+    def _pass(self, images: Tensor, draws: Sequence[int]) -> Tensor:
+        n = len(draws)
+        noise = Revealed(self._victim.repeat(n), self._guess.copies(draws), self._knows)
+        logits = self._defense.logits(images.repeat_interleave(n, 0), noise)
+        return logits.view(len(images), n, -1)
+
+    def _parts(self, images: int, draws: Sequence[int]) -> list[Sequence[int]]:
+        if self.deterministic:
+            draws = draws[:1]
+        n = max(1, self._rows // images)
+        return [draws[i : i + n] for i in range(0, len(draws), n)]
+
+
+def _per_image(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))

@@ -1,0 +1,1 @@
+"""Training recipes: the classifier, the diffusion model and its ADDT fine-tuning, all seeded."""

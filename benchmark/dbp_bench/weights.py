@@ -1,0 +1,103 @@
+"""Weights and data files: find, verify by sha256, and read as safetensors; never run a pickle."""
+
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dbp_bench.errors import BadWeights
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ASSETS = Path(__file__).parent / "assets"
+"""Files that ship with the package."""
+
+
+def find(name: str, folders: Sequence[Path]) -> Path:
+    """The file called `name` in the first of `folders` that has it, or among the assets.
+
+    Raises:
+        BadWeights: There is none, or `name` leaves its folder.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise BadWeights(f"weights file {name!r}: give a path inside the entry's own folder.")
+    places = [*folders, ASSETS]
+    for folder in places:
+        if (folder / name).is_file():
+            return folder / name
+    looked = ", ".join(str(place) for place in places)
+    raise BadWeights(f"no weights file {name!r}. Looked in: {looked}.")
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def verify(path: Path, expected: str) -> None:
+    """Refuse a file whose sha256 isn't the `expected` one.
+
+    Raises:
+        BadWeights: It isn't; the message tells a damaged file from a pickle.
+    """
+    actual = digest(path)
+    if actual == expected:
+        return
+    _refuse_foreign_formats(path)
+    raise BadWeights(
+        f"{path}: sha256 is {actual[:16]}..., the entry says {expected[:16]}...: the file is "
+        "damaged, or not the one the entry means. Fetch it again, or correct the entry."
+    )
+
+
+def load(path: Path) -> "dict[str, Tensor]":
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        BadWeights: It is not one: truncated, or another format.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    _refuse_foreign_formats(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadWeights(
+            f"{path}: not a complete safetensors file ({error}). Fetch it again."
+        ) from None
+
+
+def fill(network: "nn.Module", tensors: "Mapping[str, Tensor]", path: Path) -> None:
+    """Load `tensors` into `network`, every name and shape checked; half precision is widened.
+
+    Raises:
+        BadWeights: A name or a shape doesn't fit; the message names the first few.
+    """
+    want = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    have = {name: tuple(value.shape) for name, value in tensors.items()}
+    wrong = [f"{n} is missing" for n in want if n not in have]
+    wrong += [f"{n} is unknown" for n in have if n not in want]
+    wrong += [
+        f"{n} is {have[n]}, not {want[n]}" for n in want if n in have and want[n] != have[n]
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise BadWeights(
+            f"{path}: made for another architecture than {type(network).__name__}: "
+            f"{'; '.join(wrong[:3])}{more}."
+        )
+    network.load_state_dict(dict(tensors))
+
+
+def _refuse_foreign_formats(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise BadWeights(
+            f"{path}: a pickle (.pt, .pth, .pkl), which can run code when it is read: refused. "
+            "Convert it to safetensors on a machine you trust."
+        )
+    if start.lstrip()[:1] == b"<":
+        raise BadWeights(f"{path}: a web page, not weights: the download failed. Fetch it again.")
