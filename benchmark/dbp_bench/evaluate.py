@@ -1,6 +1,6 @@
 """Attack a group of images, then judge what the defense really does. Pure: no files, no clock."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,16 @@ class Group:
     """Index of each image in its data set."""
 
 
+@dataclass(frozen=True, slots=True)
+class Attacked:
+    """What an attack found."""
+
+    images: Tensor
+    """``(b, c, h, w)``, inside the budget and [0, 1]."""
+    zero_gradient: Tensor | None
+    """``(b,)``, whether an image's gradient was always zero; None if no gradient was asked for."""
+
+
 def attack(
     defense: Defense,
     method: Attack,
@@ -38,18 +48,20 @@ def attack(
     seed: int,
     victim_draw: int,
     rows: int,
-) -> Tensor:
-    """Adversarial images ``(b, c, h, w)``, inside `budget` and [0, 1] whatever `method` returned.
+    tick: Callable[[int], None] = lambda rows: None,
+) -> Attacked:
+    """Adversarial images, inside `budget` and [0, 1] whatever `method` returned.
 
     The attacker is shown victim draw `victim_draw` at the sites it `knows`, and guesses elsewhere
     from a tape of its own.
 
     Raises:
-        AttackFailed: `method` returned images of another shape, or values that are not finite.
+        AttackFailed: `method` returned images of another shape or values that are not finite, or
+            looked at gradients and the gradient of every image was always zero.
     """
     victim = Tape.make(seed, VICTIM, group.ids, victim_draw)
     guess = Tape.make(seed, f"{ATTACKER}/{victim_draw}", group.ids)
-    view = AttackerView(defense, knows, victim, guess, rows)
+    view = AttackerView(defense, knows, victim, guess, rows, tick)
     found = method(view, group.images, group.labels, budget)
     if found.shape != group.images.shape:
         raise AttackFailed(
@@ -58,7 +70,13 @@ def attack(
         )
     if not bool(found.isfinite().all()):
         raise AttackFailed("the attack returned images that are not finite (NaN or infinite).")
-    return budget.project(found.detach(), group.images)
+    if view.gradients.asked and not view.gradients.seen.any():
+        raise AttackFailed(
+            "the gradient of every image is zero at every step: the defense masks its gradient, "
+            "and this accuracy would mean nothing; `dbp-bench check` tells more."
+        )
+    zero = ~view.gradients.seen if view.gradients.asked else None
+    return Attacked(budget.project(found.detach(), group.images), zero)
 
 
 def judge(defense: Defense, images: Tensor, group: Group, *, seed: int, draw: int) -> Tensor:

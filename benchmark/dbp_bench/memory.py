@@ -78,7 +78,7 @@ def activation_bytes(function: Callable[[], Tensor]) -> int:
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, torch.nn.Parameter):
+        if not isinstance(tensor if tensor._base is None else tensor._base, torch.nn.Parameter):
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 

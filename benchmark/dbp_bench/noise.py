@@ -110,23 +110,27 @@ class Tape:
         blocks = -(-size // (4 * per_word))
         key = _key(self.seed, self.owner, site)
         out = torch.empty(len(self.ids), size, dtype=like.dtype, device=like.device)
-        on_device = like.device.type != "cpu"
-        rows = len(self.ids) if on_device else max(1, _CHUNK // blocks)
+        on_cpu = like.device.type == "cpu"
+        rows = max(1, _CHUNK // blocks) if on_cpu else len(self.ids)
         for start in range(0, len(self.ids), rows):
             ids, draws = self.ids[start : start + rows], self.draws[start : start + rows]
-            if on_device:
-                xp, zeros = torch, torch.zeros(len(ids), blocks, dtype=torch.int64).to(out.device)
-                index = torch.arange(blocks, device=out.device)
-                ids, draws = ids.to(out.device), draws.to(out.device)
-            else:
-                xp, zeros = np, np.zeros((len(ids), blocks), dtype=np.uint64)
-                index = np.arange(blocks, dtype=np.uint64)
-                ids, draws = ids.numpy().astype(np.uint64), draws.numpy().astype(np.uint64)
+            xp, zeros, index, ids, draws = _address(ids, draws, blocks, out.device)
             counter = (zeros + index, zeros + step, zeros + draws[:, None], zeros + ids[:, None])
             words = xp.stack(philox(counter, key, xp), 2).reshape(len(ids), -1)
             values = transform(words, xp)[:, :size]
             out[start : start + rows] = torch.as_tensor(values)
         return out.view(like.shape)
+
+
+def _address(
+    ids: Tensor, draws: Tensor, blocks: int, device: torch.device
+) -> tuple[ModuleType, Any, Any, Any, Any]:
+    """The array library for `device`, and in it: zeros, block numbers, ids and draws."""
+    if device.type == "cpu":
+        zeros, index = np.zeros((len(ids), blocks), np.uint64), np.arange(blocks, dtype=np.uint64)
+        return np, zeros, index, ids.numpy().astype(np.uint64), draws.numpy().astype(np.uint64)
+    zeros_there = torch.zeros(len(ids), blocks, dtype=torch.int64, device=device)
+    return torch, zeros_there, torch.arange(blocks, device=device), ids.to(device), draws.to(device)
 
 
 def shuffled(items: Sequence[int], seed: int, owner: str) -> list[int]:

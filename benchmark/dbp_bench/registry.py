@@ -11,7 +11,7 @@ from fractions import Fraction
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -81,6 +81,8 @@ class Track(Strict):
     """In [0, 1] pixel units: 8/255, not 8."""
     batch_size: int = Field(ge=1)
     """Images evaluated together: a fixed group, so that the arithmetic has a fixed shape."""
+    rows: int = Field(ge=1)
+    """Images x gradient draws in one pass through the networks, at most."""
     demonstration: bool
     """Whether its numbers stand for nothing but the method."""
     note: str
@@ -145,6 +147,15 @@ class PGDEffort(Effort):
     """Relative to eps."""
     eot: int = Field(ge=1)
     """Gradient draws averaged per step."""
+    loss: Literal["ce", "margin", "dlr"]
+    random_start: bool
+    restarts: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _restarts_differ(self) -> Self:
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError("restarts: more than 1 needs random_start: true, or all are the same")
+        return self
 
 
 EFFORTS: Mapping[str, type[Effort]] = {"pgd": PGDEffort}
@@ -199,7 +210,7 @@ E = TypeVar("E", Track, DefenseEntry, Threat)
 
 
 @dataclass(frozen=True)
-class Entry[E]:
+class Entry(Generic[E]):
     """A declaration, and the file it was read from."""
 
     name: str

@@ -109,16 +109,18 @@ class Result(_Record):
             raise ValueError("ids: empty, or an image stands twice")
         if len(self.labels) != len(self.ids):
             raise ValueError(f"labels: {len(self.labels)} for {len(self.ids)} images")
-        for name in ("clean", "robust"):
-            rows: Outcomes = getattr(self, name)
-            if [len(row) for row in rows] != [len(self.draws)] * len(self.ids):
-                raise ValueError(f"{name}: not {len(self.ids)} images x {len(self.draws)} draws")
+        if len(set(self.draws)) != len(self.draws) or not self.draws:
+            raise ValueError("draws: empty, or a draw stands twice")
         if (self.fresh is None) != (not self.knows):
             raise ValueError("fresh: must be there exactly where draws are known")
-        if self.fresh is not None and (
-            [len(row) for row in self.fresh] != [len(self.draws)] * len(self.ids)
-        ):
-            raise ValueError(f"fresh: not {len(self.ids)} images x {len(self.draws)} draws")
+        for name in ("clean", "robust", "fresh"):
+            rows = getattr(self, name) or self.clean
+            if [len(row) for row in rows] != [len(self.draws)] * len(self.ids):
+                raise ValueError(f"{name}: not {len(self.ids)} images x {len(self.draws)} draws")
+        if len({len(draw) for image in self.fresh or [] for draw in image}) > 1:
+            raise ValueError("fresh: not the same number of fresh draws everywhere")
+        if self.zero_gradient is not None and len(self.zero_gradient) != len(self.ids):
+            raise ValueError(f"zero_gradient: {len(self.zero_gradient)} for {len(self.ids)} images")
         if not set(self.knows) <= set(self.sites):
             raise ValueError(f"knows: {self.knows}, but the defense draws at {self.sites} only")
         return self

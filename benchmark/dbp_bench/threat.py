@@ -17,6 +17,8 @@ from dbp_bench.defense import Defense
 from dbp_bench.errors import AttackFailed
 from dbp_bench.noise import Noise, Site, Tape
 
+_START, _RADIUS = Site("start"), Site("radius")
+
 Objective = Callable[[Tensor, Tensor], Tensor]
 """Losses ``(n,)`` to maximise, for logits ``(n, k)`` and labels ``(n,)``."""
 
@@ -24,7 +26,10 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 class Budget(Protocol):
     """The perturbations that are allowed. `eps` is in [0, 1] pixel units."""
 
-    eps: float
+    @property
+    def eps(self) -> float:
+        """The size of the ball."""
+        ...
 
     def project(self, images: Tensor, clean: Tensor) -> Tensor:
         """`images` brought into the ball around `clean` and into [0, 1]."""
@@ -36,6 +41,10 @@ class Budget(Protocol):
 
     def size(self, perturbation: Tensor) -> Tensor:
         """The norm ``(b,)`` of each `perturbation`."""
+        ...
+
+    def sample(self, like: Tensor, tape: Tape, step: int) -> Tensor:
+        """A perturbation drawn uniformly from the ball, shaped like `like` ``(b, c, h, w)``."""
         ...
 
 
@@ -57,6 +66,10 @@ class Linf:
     def size(self, perturbation: Tensor) -> Tensor:
         """The largest change of any pixel."""
         return perturbation.flatten(1).abs().amax(1)
+
+    def sample(self, like: Tensor, tape: Tape, step: int) -> Tensor:
+        """Every pixel uniform in -eps ... eps."""
+        return self.eps * (2 * tape.uniform(_START, step, like) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +93,11 @@ class L2:
         """The Euclidean norm."""
         return perturbation.flatten(1).norm(dim=1)
 
+    def sample(self, like: Tensor, tape: Tape, step: int) -> Tensor:
+        """A uniform direction, at a radius of eps U^(1/d)."""
+        radius = tape.uniform(_RADIUS, step, like[:, :1, :1, :1]) ** (1 / like[0].numel())
+        return self.eps * radius * self.ascent(tape.normal(_START, step, like))
+
 
 def budget(norm: Literal["linf", "l2"], eps: float) -> Budget:
     """The budget of a track's `norm` and `eps` (in [0, 1] pixel units)."""
@@ -100,6 +118,25 @@ class Revealed:
         return source.normal(site, step, like)
 
 
+@dataclass(slots=True)
+class GradientLog:
+    """Which images ever had a gradient that wasn't zero; the log of a part tells the whole's."""
+
+    seen: Tensor
+    whole: "GradientLog | None" = None
+    rows: Tensor | None = None
+    asked: bool = False
+
+    def note(self, nonzero: Tensor) -> None:
+        """Add one gradient's ``(b,)``."""
+        self.asked = True
+        self.seen = self.seen | nonzero.cpu()
+        if self.whole is not None and self.rows is not None:
+            part = torch.zeros_like(self.whole.seen)
+            part[self.rows] = self.seen
+            self.whole.note(part)
+
+
 class AttackerView:
     """All that an attack can touch: the defense, through the draws that the threat model shows.
 
@@ -110,16 +147,25 @@ class AttackerView:
         guess: The attacker's own tape, one row per image; guess ``d`` is its realisation ``d``.
         rows: Images x copies in one pass through the networks, at most (one copy of each image is
             never split).
+        tick: Called after each pass with a gradient, with its number of rows.
     """
 
     def __init__(
-        self, defense: Defense, knows: frozenset[Site], victim: Tape, guess: Tape, rows: int
+        self,
+        defense: Defense,
+        knows: frozenset[Site],
+        victim: Tape,
+        guess: Tape,
+        rows: int,
+        tick: Callable[[int], None] = lambda rows: None,
     ) -> None:
         self._defense = defense
         self._knows = knows & defense.sites
         self._victim = victim
         self._guess = guess
         self._rows = rows
+        self._tick = tick
+        self.gradients = GradientLog(torch.zeros(len(victim.ids), dtype=torch.bool))
 
     @property
     def deterministic(self) -> bool:
@@ -129,9 +175,20 @@ class AttackerView:
     def __getitem__(self, rows: Tensor) -> "AttackerView":
         """The view of some of the images (an index or a mask)."""
         rows = rows.cpu()
-        return AttackerView(
-            self._defense, self._knows, self._victim[rows], self._guess[rows], self._rows
+        view = AttackerView(
+            self._defense,
+            self._knows,
+            self._victim[rows],
+            self._guess[rows],
+            self._rows,
+            self._tick,
         )
+        view.gradients = GradientLog(self.gradients.seen[rows], self.gradients, rows)
+        return view
+
+    def random_start(self, images: Tensor, budget: Budget, number: int) -> Tensor:
+        """`images` moved to a random point of the `budget`, and projected; `number` numbers it."""
+        return budget.project(images + budget.sample(images, self._guess, number), images)
 
     def logits(self, images: Tensor, draws: Sequence[int]) -> Tensor:
         """Logits ``(b, len(draws), k)`` of `images` ``(b, c, h, w)`` under the guesses `draws`."""
@@ -163,12 +220,14 @@ class AttackerView:
                         "the logits carry no gradient: look for no_grad, detach or numpy in the "
                         "defense; `dbp-bench check` tells more."
                     )
-                (part_gradient,) = torch.autograd.grad(each.sum(), x)
+                (part_gradient,) = torch.autograd.grad(each.sum(), x, materialize_grads=True)
+            self._tick(len(images) * len(part))
             total += part_gradient
             losses.append(each.detach().view(len(images), len(part)))
         loss = torch.cat(losses, dim=1)
         if not bool(total.isfinite().all() & loss.isfinite().all()):
             raise AttackFailed("the loss or its gradient is not finite (NaN or infinite).")
+        self.gradients.note((total.flatten(1) != 0).any(1))
         count = sum(len(part) for part in parts)
         return total / count, loss.expand(-1, len(draws)) if self.deterministic else loss
 

@@ -1,0 +1,60 @@
+# Every target sets up what it needs, in .venv of this checkout, and does nothing twice.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PINS := requirements/constraints.txt
+
+# What the demonstration and a regenerated matrix are written to; results/ holds the committed ones.
+SCRATCH := build
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format matrix leaderboards clean
+
+help:  ## Show the targets.
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 22
+
+setup: $(VENV)/.dev  ## Install dbp-bench (editable) and the development tools.
+
+demo: $(VENV)/.core  ## The main job: attack one defense on the embedded digits, on a CPU.
+	$(BIN)/dbp-bench run --defense addt --threat dwbox --out $(SCRATCH)/demo
+
+test: $(VENV)/.dev  ## The default tests: CPU, offline.
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## Format, lint, types, import direction.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev  ## Rewrite files as `make check` wants them.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+matrix: $(VENV)/.core  ## Every defense under every threat model again, in build/matrix, with its report.
+	$(BIN)/dbp-bench run --defense all --threat all --track digits-linf --seed 0 \
+		--out $(SCRATCH)/matrix/results
+	$(BIN)/dbp-bench report --results $(SCRATCH)/matrix/results --out $(SCRATCH)/matrix/leaderboards
+
+leaderboards: $(VENV)/.core  ## Write leaderboards/ anew from results/.
+	$(BIN)/dbp-bench report --results results --out leaderboards
+
+clean:  ## Remove the environment, caches and scratch results.
+	rm -rf $(VENV) $(SCRATCH) dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+
+$(VENV)/.pip:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "dbp-bench needs Python 3.11 to 3.13. Name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade 'pip>=25.1'
+	@touch $@
+
+$(VENV)/.core: $(VENV)/.pip pyproject.toml $(PINS)
+	$(PIP) install --quiet -c $(PINS) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) install --quiet -c $(PINS) --group dev
+	@touch $@

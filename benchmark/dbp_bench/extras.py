@@ -1,0 +1,292 @@
+"""Optional packages: whether they are there and sound, and loading them with a message that mends.
+
+Some of them cannot be imported as they are published. What is missing is filled in while they are
+imported, and taken away again.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Literal, NamedTuple, NoReturn
+
+from dbp_bench.errors import DbpError, did_you_mean
+
+State = Literal["ready", "missing", "shadowed"]
+
+
+class BadExtra(DbpError):
+    """An optional package is missing, or isn't the one it should be."""
+
+
+class Status(NamedTuple):
+    """An extra, as far as it can be told without importing it."""
+
+    name: str
+    version: str | None
+    state: State
+    hint: str
+    """What to do where it isn't ready; what to know, or "", where it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Package:
+    """An importable package that can serve an extra."""
+
+    module: str
+    distribution: str
+    files: tuple[str, ...]
+    """Files, relative to the package, without which it is another package of the same name."""
+    marker: tuple[str, str] | None = None
+    """A file, and a text in it that only the right version has."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Extra:
+    packages: tuple[_Package, ...]
+    """Looked for in this order."""
+    modules: tuple[str, ...]
+    """What :func:`load_extra` returns; "" is the package itself."""
+    install: str
+    repair: str
+    note: str = ""
+
+
+_AUTOATTACK = ("autopgd_base.py", "fab_pt.py", "square.py")
+
+_EXTRAS: Mapping[str, _Extra] = MappingProxyType(
+    {
+        "autoattack": _Extra(
+            packages=(
+                _Package("autoattack", "autoattack", _AUTOATTACK),
+                _Package("pyautoattack", "pyautoattack", _AUTOATTACK),
+            ),
+            modules=("autopgd_base", "fab_pt", "square"),
+            install='pip install "dbp-bench[autoattack]"',
+            repair='pip install --force-reinstall --no-deps "pyautoattack>=0.2,<0.3"',
+        ),
+        "torchattacks": _Extra(
+            packages=(_Package("torchattacks", "torchattacks", ("attack.py", "attacks/pgd.py")),),
+            modules=("",),
+            install=(
+                "pip install scipy tqdm && pip install --no-deps torchattacks==3.5.1 "
+                '("dbp-bench[torchattacks]" also works, but brings requests 2.25 of 2020)'
+            ),
+            repair="pip install --force-reinstall --no-deps torchattacks==3.5.1",
+            note="its wheel holds an old copy of robustbench: keep the two in separate environments",
+        ),
+        "robustbench": _Extra(
+            packages=(
+                _Package(
+                    "robustbench",
+                    "robustbench",
+                    ("__init__.py", "eval.py", "model_zoo/__init__.py"),
+                    marker=("eval.py", "aa_state_path"),
+                ),
+            ),
+            modules=("", "model_zoo", "utils"),
+            install='pip install "dbp-bench[robustbench]", in an environment without torchattacks',
+            repair="pip install --force-reinstall --no-deps robustbench==1.1.1",
+            note=(
+                "for its model zoo only: benchmark() needs another autoattack than the registry's; "
+                "its wheel also installs a top-level package called tests"
+            ),
+        ),
+    }
+)
+
+EXTRAS = tuple(_EXTRAS)
+"""The names of the extras."""
+
+
+def status() -> list[Status]:
+    """The state of every extra. Nothing is imported."""
+    return [_look(name)[0] for name in EXTRAS]
+
+
+def load_extra(name: str) -> Mapping[str, ModuleType]:
+    """Import an extra; its modules by name.
+
+    ``autoattack`` gives ``autopgd_base``, ``fab_pt`` and ``square``, whose classes are the same
+    in `autoattack` and `pyautoattack`; ``torchattacks`` gives ``torchattacks``; ``robustbench``
+    gives ``robustbench``, ``model_zoo`` and ``utils``, for the model zoo only.
+
+    Raises:
+        BadExtra: It is missing, another package shadows it, or it fails to import.
+    """
+    if name not in _EXTRAS:
+        raise BadExtra(f"no extra {name!r}.{did_you_mean(name, EXTRAS)}")
+    found, package = _look(name)
+    if package is None:
+        raise BadExtra(f"{name}: {found.hint}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with _stubs() if name == "robustbench" else _nothing():
+                return {
+                    module or name: importlib.import_module(f"{package.module}.{module}".strip("."))
+                    for module in _EXTRAS[name].modules
+                }
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise BadExtra(
+            f"{name} {found.version or ''} is installed but does not import ({cause}). "
+            f"Try: {_EXTRAS[name].repair}."
+        ) from error
+
+
+def _look(name: str) -> tuple[Status, _Package | None]:
+    """The state of an extra, and the package that serves it where it is ready."""
+    extra = _EXTRAS[name]
+    shadows = []
+    for package in extra.packages:
+        folders = _folders(package.module)
+        if not folders:
+            continue
+        version = _version(package.distribution)
+        problem = _problem(package, folders, version)
+        if problem is None:
+            return Status(name, version, "ready", extra.note), package
+        mend = extra.repair if version else extra.install
+        shadows.append(Status(name, version, "shadowed", f"{problem}. Mend: {mend}."))
+    if shadows:
+        return shadows[-1], None
+    return Status(name, None, "missing", f"not installed. Install: {extra.install}."), None
+
+
+def _problem(package: _Package, folders: list[Path], version: str | None) -> str | None:
+    """Why what is found under the package's name isn't the package; None where it is."""
+    where = ", ".join(map(str, folders))
+    lacking = [f for f in package.files if not any((folder / f).is_file() for folder in folders)]
+    if lacking:
+        broken = "it is damaged" if version else "it is something else of that name"
+        return f"the package {package.module!r} in {where} has no {lacking[0]}: {broken}"
+    if package.marker is not None:
+        file, text = package.marker
+        path = next(folder / file for folder in folders if (folder / file).is_file())
+        if text not in path.read_text(encoding="utf-8", errors="replace"):
+            return (
+                f"the package {package.module!r} in {where} is an old copy "
+                "that the wheel of torchattacks carries"
+            )
+    return None
+
+
+def _folders(module: str) -> list[Path]:
+    """Where a top-level module would be imported from; nothing where there is none."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return []
+    if spec is None:
+        return []
+    if spec.submodule_search_locations is not None:
+        return [Path(folder) for folder in spec.submodule_search_locations]
+    return [Path(spec.origin)] if spec.origin else []
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# ------------------------------------------------- what robustbench needs in order to be imported
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _stubs() -> Iterator[None]:
+    """While it lasts, what robustbench imports and may be missing can be imported."""
+    makers = {"pkg_resources": _pkg_resources, "autoattack": _autoattack}
+    stubs: dict[str, ModuleType] = {}
+    for name, make in makers.items():
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            stubs |= make()
+    sys.modules.update(stubs)
+    try:
+        _import_torchvision()
+        yield
+    finally:
+        for name, stub in stubs.items():
+            if sys.modules.get(name) is stub:
+                del sys.modules[name]
+
+
+def _module(name: str, **members: object) -> ModuleType:
+    module = ModuleType(name)
+    vars(module).update(members)
+    return module
+
+
+def _pkg_resources() -> dict[str, ModuleType]:
+    """``pkg_resources`` left setuptools in version 82; robustbench uses one function of it."""
+
+    def resource_filename(module: str, path: str) -> str:
+        file = sys.modules[module].__file__
+        if file is None:
+            raise BadExtra(f"{module} is not in a folder, so it has no {path}.")
+        return str(Path(file).parent / path)
+
+    return {"pkg_resources": _module("pkg_resources", resource_filename=resource_filename)}
+
+
+def _autoattack() -> dict[str, ModuleType]:
+    """Names for robustbench to import; pyautoattack's classes take other arguments than it gives."""
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise BadExtra(
+            "robustbench is loaded for its model zoo only: its benchmark() needs the original "
+            "autoattack, which the registry doesn't have. Attack with dbp-bench run."
+        )
+
+    return {
+        "autoattack": _module("autoattack", AutoAttack=refuse, __path__=[]),
+        "autoattack.state": _module("autoattack.state", EvaluationState=refuse),
+    }
+
+
+_libraries: list[object] = []
+"""Operators are forgotten with the library that defined them."""
+
+
+def _import_torchvision() -> None:
+    """Import torchvision, though its compiled operators be of another build than torch.
+
+    The registry's torchvision is built for CUDA. Beside a CPU build of torch its operators can't
+    be loaded, and it fails to import for want of those that it describes (nms, qnms). No model of
+    the zoo calls them; declared without an implementation, they let the import through.
+    """
+    known: set[str] = set()
+    while True:
+        try:
+            importlib.import_module("torchvision")
+        except RuntimeError as error:
+            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
+            if missing is None or missing[1] in known:
+                raise
+            known.add(missing[1])
+            _declare(missing[1])
+        else:
+            return
+
+
+def _declare(operator: str) -> None:
+    import torch
+
+    library: Callable[..., torch.library.Library] = torch.library.Library
+    fragment = library("torchvision", "FRAGMENT")
+    fragment.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _libraries.append(fragment)

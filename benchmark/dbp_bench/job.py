@@ -1,0 +1,342 @@
+"""A job: one defense under one threat model on one track for one seed, with every default filled.
+
+Resolving one imports no torch, so that plans and refusals are quick.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dbp_bench import __version__, data, weights
+from dbp_bench.errors import BadRequest
+from dbp_bench.registry import (
+    EFFORTS,
+    DefenseEntry,
+    Entry,
+    Registry,
+    Setting,
+    Threat,
+    Track,
+    check_eps,
+    explain,
+)
+from dbp_bench.result import Result, result_path, searched_effort
+
+
+@dataclass(frozen=True, slots=True)
+class Overrides:
+    """What the user set against the entries; None leaves the entry's."""
+
+    effort: dict[str, Any] = field(default_factory=dict)
+    eps: float | None = None
+    draws: int | None = None
+    examples: int | None = None
+    batch_size: int | None = None
+    rows: int | None = None
+
+    def names(self) -> list[str]:
+        """The fields that change what is measured."""
+        single = ("eps", "draws", "batch_size", "rows")
+        return sorted([*self.effort, *(n for n in single if getattr(self, n) is not None)])
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that decides the outcomes, except the arithmetic of the machine."""
+
+    track: Entry[Track]
+    defense: Entry[DefenseEntry]
+    threat: Entry[Threat]
+    setting: Setting
+    seed: int
+    device: str
+    eps: float
+    knows: list[str]
+    effort: dict[str, Any]
+    draws: int
+    track_ids: list[int]
+    """All images of the track: groups are cut from these, whatever number is asked for."""
+    examples: int
+    batch_size: int
+    rows: int
+    overrides: list[str]
+
+    @property
+    def sites(self) -> list[str]:
+        """Where the defense draws noise, sorted."""
+        return sorted(self.defense.entry.sites)
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return f"{self.defense.name} / {self.threat.name}"
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """Ids of each group of images to evaluate, whole groups even where fewer are asked for."""
+        size = self.batch_size
+        return [self.track_ids[i : i + size] for i in range(0, self.examples, size)]
+
+    @property
+    def attacks(self) -> int:
+        """How often each image is attacked: once, or once for each known draw."""
+        return self.draws if self.knows else 1
+
+    @property
+    def copies(self) -> int:
+        """Gradient draws that are computed per step: one where nothing is hidden."""
+        return 1 if self.knows == self.sites else int(self.effort.get("eot", 1))
+
+    @property
+    def gradients_per_attack(self) -> int:
+        """Gradients that one attack takes of one image."""
+        return int(self.effort["steps"]) * int(self.effort.get("restarts", 1)) * self.copies
+
+    @property
+    def gradients(self) -> int:
+        """Image gradients that the whole job takes, padding included."""
+        images = sum(len(group) for group in self.groups)
+        return images * self.attacks * self.gradients_per_attack
+
+    def path(self, out: Path) -> Path:
+        """Where the result goes, below the folder `out`."""
+        return result_path(out, self.track.name, self.defense.name, self.threat.name, self.seed)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for results to be continued; images and draws can be added."""
+        networks = {k: ref.sha256 for k, ref in sorted(self.setting.networks.items())}
+        return {
+            "dbp_bench": __version__,
+            "track": self.track.name,
+            "defense": self.defense.name,
+            "threat": self.threat.name,
+            "seed": self.seed,
+            "norm": self.track.entry.norm,
+            "eps": self.eps,
+            "sites": self.sites,
+            "knows": self.knows,
+            "attack": self.threat.entry.attack,
+            "effort": self.effort,
+            "options": self.setting.options,
+            "weights": {"classifier": self.track.entry.classifier.sha256, **networks},
+            "device": self.device,
+            "batch_size": self.batch_size,
+            "rows": self.rows,
+        }
+
+    def same_setting(self, other: "Job") -> bool:
+        """Whether `other` measures the same thing, under another threat's name."""
+        mine, its = (
+            {**job.identity(), "threat": "", "effort": searched_effort(job.effort, job.knows,
+                                                                         job.sites)}
+            for job in (self, other)
+        )
+        return mine == its and (self.draws, self.examples) == (other.draws, other.examples)
+
+
+def resolve(
+    registry: Registry,
+    track: str,
+    defense: str,
+    threat: str,
+    *,
+    seed: int,
+    device: str,
+    overrides: Overrides,
+) -> Job:
+    """The job that these names and options mean.
+
+    Raises:
+        UnknownName: No entry has one of the names.
+        BadEntry: An entry doesn't say what it must.
+        BadRequest: An option can't be right.
+    """
+    track_entry, defense_entry = registry.track(track), registry.defense(defense)
+    threat_entry = registry.threat(threat)
+    declared = threat_entry.entry
+    effort = _effort(threat_entry, overrides)
+    eps = declared.eps if overrides.eps is None else overrides.eps
+    eps = track_entry.entry.eps if eps is None else eps
+    if eps < 0:
+        raise BadRequest(f"--eps {eps:g}: a radius cannot be negative.")
+    try:
+        check_eps(track_entry.entry.norm, eps)
+    except ValueError as error:
+        raise BadRequest(f"--{error}") from None
+    for name, least in (("draws", 1), ("batch_size", 1), ("rows", 1)):
+        value = getattr(overrides, name)
+        if value is not None and value < least:
+            raise BadRequest(f"--{name.replace('_', '-')} {value}: must be {least} or more.")
+    if not 0 <= seed < 2**63:
+        raise BadRequest(f"--seed {seed}: must be in 0 ... 2^63 - 1.")
+    sites = defense_entry.entry.sites
+    knows = declared.sites(sites)
+    draws = overrides.draws or declared.draws
+    if knows and overrides.draws is not None and draws < 3:
+        raise BadRequest(
+            f"--draws {draws}: {threat} needs at least 3 known draws; one draw is one trajectory."
+        )
+    ids = data.split_ids(track_entry.entry.data, track_entry.entry.split)
+    return Job(
+        track=track_entry,
+        defense=defense_entry,
+        threat=threat_entry,
+        setting=defense_entry.entry.setting(track, defense, str(defense_entry.path)),
+        seed=seed,
+        device=device,
+        eps=eps,
+        knows=knows,
+        effort=effort,
+        # Without noise every draw is the same.
+        draws=draws if sites else 1,
+        track_ids=ids,
+        examples=len(data.first(ids, overrides.examples)),
+        batch_size=overrides.batch_size or track_entry.entry.batch_size,
+        rows=overrides.rows or track_entry.entry.rows,
+        overrides=overrides.names(),
+    )
+
+
+def _effort(threat: Entry[Threat], overrides: Overrides) -> dict[str, Any]:
+    model = EFFORTS[threat.entry.attack]
+    for name in overrides.effort:
+        if name not in model.model_fields:
+            raise BadRequest(
+                f"--{name.replace('_', '-')}: attack {threat.entry.attack!r} of threat "
+                f"{threat.name!r} takes no such option; it takes "
+                f"{', '.join(model.model_fields)}."
+            )
+    try:
+        effort = model.model_validate({**threat.entry.effort, **overrides.effort})
+    except ValidationError as error:
+        raise BadRequest(f"{threat.name}: {explain(error, model)}") from None
+    return effort.model_dump()
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A job, or the job that measures the same thing and runs instead."""
+
+    job: Job
+    instead: Job | None
+
+
+def plan(
+    registry: Registry,
+    track: str,
+    defenses: Sequence[str],
+    threats: Sequence[str],
+    *,
+    seed: int,
+    device: str,
+    overrides: Overrides,
+) -> list[Planned]:
+    """All jobs of the product, those that measure one setting only once.
+
+    A name "all" stands for every defense that has a setting for the track, or for every threat.
+    """
+    names = _names(defenses, registry.defenses)
+    if "all" in defenses:
+        entries = {name: registry.defense(name).entry for name in names}
+        names = [n for n in names if any(track in s.tracks for s in entries[n].settings)]
+    planned: list[Planned] = []
+    for defense in names:
+        jobs = [
+            resolve(
+                registry, track, defense, threat, seed=seed, device=device, overrides=overrides
+            )
+            for threat in _names(threats, registry.threats)
+        ]
+        done: list[Job] = []
+        for job in sorted(jobs, key=_by_generality):
+            twin = next((other for other in done if job.same_setting(other)), None)
+            planned.append(Planned(job, twin))
+            if twin is None:
+                done.append(job)
+    return planned
+
+
+def measured_elsewhere(job: Job, registry: Registry, out: Path) -> Job | None:
+    """A threat under whose name `out` holds a result for the same setting as `job`."""
+    for threat in registry.threats:
+        other = replace(job, threat=registry.threat(threat))
+        path = other.path(out)
+        if threat == job.threat.name or not path.is_file():
+            continue
+        result = Result.read(path)
+        effort = searched_effort(job.effort, job.knows, job.sites)
+        same = {**other.identity(), "effort": effort} == {
+            **identity_of(result),
+            "effort": searched_effort(result.effort, result.knows, result.sites),
+        }
+        if same and len(result.draws) >= job.draws and len(result.ids) >= job.examples:
+            return other
+    return None
+
+
+def identity_of(result: Result) -> dict[str, Any]:
+    """The identity of the job that wrote `result`."""
+    return {
+        "dbp_bench": result.provenance.dbp_bench,
+        "track": result.track,
+        "defense": result.defense,
+        "threat": result.threat,
+        "seed": result.seed,
+        "norm": result.norm,
+        "eps": result.eps,
+        "sites": result.sites,
+        "knows": result.knows,
+        "attack": result.attack,
+        "effort": result.effort,
+        "options": result.options,
+        "weights": result.provenance.weights,
+        "device": result.arithmetic.device,
+        "batch_size": result.arithmetic.batch_size,
+        "rows": result.arithmetic.rows,
+    }
+
+
+def refuse_other_request(asked: dict[str, Any], held: dict[str, Any], where: Path) -> None:
+    """Refuse to continue what was asked differently.
+
+    Raises:
+        BadRequest: It was; the message names the fields that differ.
+    """
+    fields = [
+        f"{key} is {held.get(key)!r} there, {value!r} asked"
+        for key, value in asked.items()
+        if held.get(key) != value
+    ]
+    if fields:
+        raise BadRequest(
+            f"{where} holds another request: {'; '.join(fields)}. Choose another --out, or replace "
+            "it with --no-resume."
+        )
+
+
+def _names(asked: Sequence[str], known: Iterable[str]) -> list[str]:
+    return sorted(known) if "all" in asked else list(dict.fromkeys(asked))
+
+
+def _by_generality(job: Job) -> tuple[bool, int, int, str]:
+    """The plainest name of a setting first: nothing known, everything known, then the rest."""
+    knows = job.threat.entry.knows
+    order = {"none": 0, "all": 1}.get(knows, 2) if isinstance(knows, str) else 2
+    return job.eps == 0, order, -job.effort.get("eot", 1), job.threat.name
+
+
+def weights_of(job: Job) -> dict[str, str]:
+    """sha256 of every weights file that the entries name."""
+    return dict(job.identity()["weights"])
+
+
+def entry_digests(job: Job) -> dict[str, str]:
+    """sha256 of the three entry files."""
+    return {
+        "track": weights.digest(job.track.path),
+        "defense": weights.digest(job.defense.path),
+        "threat": weights.digest(job.threat.path),
+    }

@@ -1,0 +1,384 @@
+"""From the results of a track to its numbers: accuracies, and their split by what is known.
+
+A setting is what the attacker knew and how hard it searched, not the name of a threat model: where
+a defense has no reverse noise, knowing the forward noise is knowing all, and one result serves.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from dbp_bench.comparable import KNOWN, NULL, PROTOCOL, WHITEBOX, Effort, Record, check_comparable
+from dbp_bench.errors import NotComparable
+from dbp_bench.registry import Registry, Track
+from dbp_bench.result import Outcomes, Result, searched_effort
+from dbp_bench.statistics import Bootstrap, Estimate, Replicates, ratio
+
+Sort = Literal["hidden", "known"]
+
+UNDEFENDED: Final = "none"
+"""The defense whose robust accuracy is the zero of the scale."""
+FEW_DRAWS: Final = 3
+"""Known draws below which an average over them is flagged."""
+
+QUANTITIES: Final = (
+    "clean",
+    "undefended",
+    "hidden",
+    "forward_known",
+    "reverse_known",
+    "all_known",
+    "purification",
+    "stochasticity",
+    "share",
+    "stochasticity_forward",
+    "stochasticity_reverse",
+    "fresh",
+    "whitebox",
+    "null",
+)
+"""What a leaderboard says of each defense, each with an interval."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The results of one defense under one threat model: one for each seed."""
+
+    records: Sequence[Record]
+
+    @property
+    def any(self) -> Result:
+        """One of them, for what they have in common."""
+        return self.records[0].result
+
+    @property
+    def sites(self) -> frozenset[str]:
+        """Where the defense draws noise."""
+        return frozenset(self.any.sites)
+
+    @property
+    def knows(self) -> frozenset[str]:
+        """Sites whose draws the attacker was shown."""
+        return frozenset(self.any.knows)
+
+    @property
+    def draws(self) -> int:
+        """Draws of all seeds."""
+        return sum(len(record.result.draws) for record in self.records)
+
+    @property
+    def seeds(self) -> list[int]:
+        """In order."""
+        return [record.result.seed for record in self.records]
+
+    def searched(self, effort: Effort) -> Effort:
+        """What of `effort` counts for this defense and this knowledge."""
+        return searched_effort(effort, self.any.knows, self.any.sites)
+
+    def clean(self, bootstrap: Bootstrap) -> Replicates:
+        """Accuracy on clean images."""
+        return _mean(bootstrap, [record.result.clean for record in self.records])
+
+    def robust(self, bootstrap: Bootstrap) -> Replicates:
+        """Accuracy on adversarial images."""
+        return _mean(bootstrap, [record.result.robust for record in self.records])
+
+    def fresh(self, bootstrap: Bootstrap) -> Replicates | None:
+        """Accuracy, on draws that no attacker was shown, on images made for a known one."""
+        outcomes = [
+            [[right for draw in image for right in draw] for image in record.result.fresh or []]
+            for record in self.records
+        ]
+        return _mean(bootstrap, outcomes) if all(rows and rows[0] for rows in outcomes) else None
+
+    def zero_gradients(self) -> int:
+        """Images whose gradient was zero at every step, in the seed that has most of them."""
+        return max(sum(record.result.zero_gradient or []) for record in self.records)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A defense on a leaderboard."""
+
+    rank: int | None
+    """Null for a control, and where the column that ranks was not measured."""
+    defense: str
+    kind: Literal["control", "defense"]
+    estimates: Mapping[str, Estimate | None]
+    """By name, one of :data:`QUANTITIES`; null where something that it needs was not measured."""
+    served_by: Mapping[str, str]
+    """For columns that another threat model's result serves: which."""
+    pools: Sequence[Pool]
+    """All that was measured, one for each threat model."""
+    hidden_draws: int | None
+    known_draws: int | None
+    fresh_draws: int | None
+    """For each known draw."""
+    calls: int
+    """Network calls of one purification."""
+    flags: Sequence[str]
+    """What a reader should know before trusting the row."""
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """What is known of all defenses on a track."""
+
+    track: str
+    entry: Track | None
+    """Null where the track isn't registered here."""
+    sort: Sort
+    norm: str
+    eps: float
+    images: int
+    attack: str
+    effort: Effort | None
+    """Of the columns compared at equal effort; null where none of them was measured."""
+    whitebox_eot: int | float | str | bool | None
+    rows: Sequence[Row]
+    settings: Sequence[tuple[Pool, Literal["control", "defense"]]]
+    bootstrap: Bootstrap
+
+    @property
+    def title(self) -> str:
+        """Of the track, or its name."""
+        return self.entry.title if self.entry else self.track
+
+    @property
+    def demonstration(self) -> bool:
+        """Whether the numbers stand for nothing but the method."""
+        return self.entry is not None and self.entry.demonstration
+
+
+def leaderboard(
+    records: Sequence[Record], registry: Registry | None = None, sort: Sort = "hidden"
+) -> Leaderboard:
+    """What the results of one track say of its defenses.
+
+    Args:
+        records: Results, all of one track.
+        registry: Where titles and kinds come from; the package's own entries if not given.
+        sort: The accuracy that ranks: with all draws hidden, or with all of them known.
+
+    Raises:
+        NotComparable: Two of the results may not stand in one table.
+    """
+    registry = registry or Registry()
+    tracks = sorted({record.result.track for record in records})
+    if len(tracks) != 1:
+        raise NotComparable(f"one leaderboard per track, not one of {', '.join(tracks) or 'none'}.")
+    check_comparable(records)
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.result.defense, record.result.threat), []).append(record)
+    pools = [
+        Pool(sorted(group, key=lambda record: record.result.seed)) for group in groups.values()
+    ]
+    # Where nothing is hidden EoT is idle, so that a result there doesn't tell the EoT of others.
+    pools.sort(key=lambda pool: (pool.knows == pool.sites, pool.any.defense, pool.any.threat))
+    protocol = next((pool.any for pool in pools if pool.any.threat in PROTOCOL), None)
+    whitebox = next((pool.any for pool in pools if pool.any.threat == WHITEBOX), None)
+    first = protocol or pools[0].any
+    bootstrap = Bootstrap(len(first.ids))
+
+    names = sorted({pool.any.defense for pool in pools})
+    columns = {
+        name: _columns([pool for pool in pools if pool.any.defense == name], protocol, whitebox)
+        for name in names
+    }
+    zero = columns.get(UNDEFENDED, {}).get("hidden")
+    undefended = None if zero is None else zero.robust(bootstrap)
+    kinds = {name: _kind(registry, name) for name in names}
+    unranked = [
+        _row(
+            name,
+            kinds[name],
+            sorted(
+                (pool for pool in pools if pool.any.defense == name),
+                key=lambda pool: pool.any.threat,
+            ),
+            columns[name],
+            undefended,
+            bootstrap,
+        )
+        for name in names
+    ]
+    return Leaderboard(
+        track=tracks[0],
+        entry=registry.track(tracks[0]).entry if tracks[0] in registry.tracks else None,
+        sort=sort,
+        norm=first.norm,
+        eps=next((pool.any.eps for pool in pools if pool.any.threat != NULL), first.eps),
+        images=len(first.ids),
+        attack=first.attack,
+        effort=protocol.effort if protocol else None,
+        whitebox_eot=whitebox.effort.get("eot") if whitebox else None,
+        rows=_ranked(unranked, sort),
+        settings=[
+            (pool, kinds[pool.any.defense])
+            for pool in sorted(pools, key=lambda pool: (pool.any.defense, pool.any.threat))
+        ],
+        bootstrap=bootstrap,
+    )
+
+
+def _mean(bootstrap: Bootstrap, tables: Sequence[Outcomes]) -> Replicates:
+    """The accuracy over all columns of all `tables`, whose rows are the same images."""
+    right = [sum(map(sum, rows)) for rows in zip(*tables, strict=True)]
+    return bootstrap.mean(right, sum(len(table[0]) for table in tables))
+
+
+def _columns(
+    pools: Sequence[Pool], protocol: Result | None, whitebox: Result | None
+) -> dict[str, Pool]:
+    """The results of one defense that serve the columns; a column without one isn't there."""
+    wanted = [(key, threat, knows, protocol) for key, (threat, knows) in KNOWN.items()]
+    wanted.append((WHITEBOX, WHITEBOX, KNOWN["hidden"][1], whitebox))
+    columns = {}
+    for key, threat, knows, reference in wanted:
+        fitting = [
+            pool
+            for pool in pools
+            if reference is not None
+            and pool.any.threat != NULL
+            and pool.knows == knows(pool.sites)
+            and pool.any.attack == reference.attack
+            and pool.searched(pool.any.effort) == pool.searched(reference.effort)
+        ]
+        # Its own result where there is one, else that of a setting that is the same.
+        fitting.sort(key=lambda pool: (pool.any.threat != threat, pool.any.threat))
+        if fitting:
+            columns[key] = fitting[0]
+    null = [pool for pool in pools if pool.any.threat == NULL and pool.any.eps == 0]
+    return columns | ({NULL: null[0]} if null else {})
+
+
+def _row(
+    defense: str,
+    kind: Literal["control", "defense"],
+    pools: Sequence[Pool],
+    columns: Mapping[str, Pool],
+    undefended: Replicates | None,
+    bootstrap: Bootstrap,
+) -> Row:
+    found: dict[str, Replicates | None] = {
+        key: pool.robust(bootstrap) for key, pool in columns.items()
+    }
+    # A defense is as clean in every setting; the one with most draws tells it best.
+    clean = max(pools, key=lambda pool: pool.draws).clean(bootstrap)
+    found["clean"] = clean
+    found["undefended"] = undefended
+    known = columns.get("all_known")
+    found["fresh"] = None if known is None else known.fresh(bootstrap)
+    found |= decompose(
+        undefended,
+        *(found.get(key) for key in ("hidden", "forward_known", "reverse_known", "all_known")),
+    )
+    estimates = {
+        key: None if (values := found.get(key)) is None else bootstrap.estimate(values)
+        for key in QUANTITIES
+    }
+    flags = []
+    null = found.get(NULL)
+    if null is not None:
+        gap = bootstrap.estimate(null - clean)
+        if not gap.low <= 0 <= gap.high:
+            flags.append(
+                "the null attack does not give clean accuracy "
+                f"({gap.percent(sign=True)} points): something else than the attack is measured"
+            )
+    split = estimates["stochasticity"]
+    if split is not None and split.high < 0:
+        flags.append("knowing the draws did not help the attack: its search has not converged")
+    for key, pool in columns.items():
+        if pool.zero_gradients():
+            flags.append(
+                f"zero gradient at every step on {pool.zero_gradients()} of "
+                f"{bootstrap.images} images ({key.replace('_', ' ')})"
+            )
+    known_draws = next((pool.draws for pool in columns.values() if pool.knows), None)
+    if known_draws is not None and known_draws < FEW_DRAWS:
+        flags.append(f"fewer than {FEW_DRAWS} known draws")
+    preferred = {key: threat for key, (threat, _) in KNOWN.items()} | {WHITEBOX: WHITEBOX}
+    hidden = columns.get("hidden")
+    return Row(
+        rank=None,
+        defense=defense,
+        kind=kind,
+        estimates=estimates,
+        served_by={
+            key: columns[key].any.threat
+            for key, threat in preferred.items()
+            if key in columns and columns[key].any.threat != threat
+        },
+        pools=pools,
+        hidden_draws=hidden.draws if hidden else None,
+        known_draws=known_draws,
+        fresh_draws=len(known.any.fresh[0][0]) if known and known.any.fresh else None,
+        calls=pools[0].any.network_calls.per_purification,
+        flags=flags,
+    )
+
+
+def decompose(
+    undefended: Replicates | None,
+    hidden: Replicates | None,
+    forward_known: Replicates | None,
+    reverse_known: Replicates | None,
+    all_known: Replicates | None,
+) -> dict[str, Replicates | None]:
+    """Robust accuracy split into what purification and what hidden draws give.
+
+    Purification is what is left with all draws known, above the undefended classifier;
+    stochasticity is what hiding them adds. The latter is split between the forward noise and all
+    other noise by the Shapley value: each site's gain when hidden first and when hidden last,
+    averaged, so that the order doesn't matter and the two parts add up.
+    """
+    parts: dict[str, Replicates | None] = dict.fromkeys(
+        (
+            "purification",
+            "stochasticity",
+            "share",
+            "stochasticity_forward",
+            "stochasticity_reverse",
+        )
+    )
+    if all_known is not None and undefended is not None:
+        parts["purification"] = all_known - undefended
+    if hidden is None or all_known is None:
+        return parts
+    parts["stochasticity"] = hidden - all_known
+    if undefended is not None:
+        parts["share"] = ratio(hidden - all_known, hidden - undefended)
+    if forward_known is not None and reverse_known is not None:
+        parts["stochasticity_forward"] = (
+            (hidden - forward_known) + (reverse_known - all_known)
+        ) / 2
+        parts["stochasticity_reverse"] = (
+            (hidden - reverse_known) + (forward_known - all_known)
+        ) / 2
+    return parts
+
+
+def _ranked(rows: Sequence[Row], sort: Sort) -> list[Row]:
+    """Best first; what was not measured after it, controls last."""
+    column = "hidden" if sort == "hidden" else "all_known"
+
+    def order(row: Row) -> tuple[bool, bool, float, str]:
+        score = row.estimates[column]
+        return (
+            row.kind == "control",
+            score is None,
+            -score.value if score else 0.0,
+            row.defense,
+        )
+
+    ranked = []
+    for place, row in enumerate(sorted(rows, key=order), start=1):
+        counts = row.kind == "defense" and row.estimates[column] is not None
+        ranked.append(replace(row, rank=place if counts else None))
+    return ranked
+
+
+def _kind(registry: Registry, defense: str) -> Literal["control", "defense"]:
+    return registry.defense(defense).entry.kind if defense in registry.defenses else "defense"

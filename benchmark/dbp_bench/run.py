@@ -1,0 +1,495 @@
+"""Run one job: cut it into groups, execute, store, resume. The only writer of results.
+
+A finished piece of work (an attack, a verdict) is stored atomically in `.work/` below the folder of
+results, so that a run killed at any moment and started again computes only what is missing and
+writes the same result file, byte for byte.
+"""
+
+import fcntl
+import json
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from dbp_bench import __version__, attacks, evaluate
+from dbp_bench.data import DataSet, load_data
+from dbp_bench.defense import Defense
+from dbp_bench.errors import BadRequest, BadWeights
+from dbp_bench.evaluate import FRESH, Group
+from dbp_bench.job import (
+    Job,
+    entry_digests,
+    identity_of,
+    refuse_other_request,
+    weights_of,
+)
+from dbp_bench.memory import Policy
+from dbp_bench.noise import Site
+from dbp_bench.registry import Registry
+from dbp_bench.result import (
+    SCHEMA,
+    Arithmetic,
+    NetworkCalls,
+    Provenance,
+    Result,
+    write_atomically,
+)
+from dbp_bench.threat import Budget, budget
+
+FRESH_DRAWS = 3
+"""Fresh draws that judge each image made for a known draw."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a job's progress goes."""
+
+    start: Callable[[int], None] = lambda total: None
+    """Called once with the number of image gradients that are still to be taken."""
+    tick: Callable[[int], None] = lambda rows: None
+    """Called with the number of image gradients just taken."""
+
+
+_BY_NUMBER = ("adversarial", "zero_gradient", "gradient_calls", "clean", "robust", "fresh")
+
+
+@dataclass(slots=True)
+class _State:
+    """What is known of one group. Saved after every piece of work."""
+
+    adversarial: dict[int, Tensor] = field(default_factory=dict)
+    """By attack: the known draw, or 0 where no draw is known."""
+    zero_gradient: dict[int, Tensor] = field(default_factory=dict)
+    clean: dict[int, Tensor] = field(default_factory=dict)
+    """By victim draw."""
+    robust: dict[int, Tensor] = field(default_factory=dict)
+    fresh: dict[int, Tensor] = field(default_factory=dict)
+    """By known draw: ``(b, FRESH_DRAWS)``."""
+    gradient_calls: dict[int, Tensor] = field(default_factory=dict)
+    """By attack, of the whole group."""
+    judging_calls: int = 0
+    judged: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    @classmethod
+    def read(cls, path: Path) -> "_State":
+        """The state in a file; an empty one where there is no file, or none that can be read."""
+        state = cls()
+        if not path.is_file():
+            return state
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError):
+            return state
+        for name, value in tensors.items():
+            kind, _, number = name.partition("/")
+            if number:
+                getattr(state, kind)[int(number)] = value
+            else:
+                setattr(state, kind, value.item())
+        return state
+
+    def write(self, path: Path) -> None:
+        tensors = {
+            f"{kind}/{number}": value.contiguous()
+            for kind in _BY_NUMBER
+            for number, value in getattr(self, kind).items()
+        }
+        for kind in ("judging_calls", "judged", "seconds", "peak_bytes"):
+            value = getattr(self, kind)
+            dtype = torch.float64 if kind == "seconds" else torch.int64
+            tensors[kind] = torch.tensor(value, dtype=dtype)
+        write_atomically(path, save(tensors))
+
+
+def execute(
+    job: Job,
+    registry: Registry,
+    out: Path,
+    *,
+    policy: Policy = "auto",
+    resume: bool = True,
+    save_adversarial: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Run `job`, or what is missing of it, and write its result below `out`.
+
+    Args:
+        job: What to measure.
+        registry: Where its entries come from.
+        out: The folder of results.
+        policy: Gradient checkpointing; doesn't change a bit of the result.
+        resume: Continue what is there. Otherwise it is thrown away first.
+        save_adversarial: Also write the adversarial images, as safetensors.
+        progress: Told how far the job is.
+
+    Returns:
+        The path of the result file.
+
+    Raises:
+        BadRequest: `out` holds another request under this name, or is being written.
+        AttackFailed: The attack or the defense gave numbers that can't be used.
+    """
+    path = job.path(out)
+    work = out / ".work" / path.relative_to(out).with_suffix("")
+    progress = progress or Progress()
+    with _locked(work):
+        if not resume:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            path.unlink(missing_ok=True)
+        held = _held(job, path, work)
+        saved = adversarial_path(path)
+        if held and _covers(held, job) and (saved.is_file() or not save_adversarial):
+            return path
+        write_atomically(work / "request.json", json.dumps(job.identity(), indent=1))
+        data = load_data(job.track.entry.data)
+        states = _work(job, registry, data, work, policy, progress)
+        result = _assemble(job, data, states)
+        if save_adversarial:
+            write_atomically(saved, _adversarial(job, states))
+        write_atomically(runtime_path(path), _runtime(states, policy))
+        result.write(path)
+    return path
+
+
+def adversarial_path(result: Path) -> Path:
+    """Where the adversarial images of a result lie."""
+    return result.with_name(f"adversarial-{result.stem}.safetensors")
+
+
+def runtime_path(result: Path) -> Path:
+    """Where the times and the memory of a result's run lie; they differ from run to run."""
+    return result.with_name(f"runtime-{result.stem}.json")
+
+
+def missing_gradients(job: Job, out: Path) -> int:
+    """Image gradients that `job` has still to take, for an estimate."""
+    path = job.path(out)
+    if path.is_file() and _covers(Result.read(path), job):
+        return 0
+    work = out / ".work" / path.relative_to(out).with_suffix("")
+    return _missing(job, [_State.read(_group_path(work, i)) for i in range(len(job.groups))])
+
+
+def _missing(job: Job, states: list[_State]) -> int:
+    """Image gradients that are still to be taken."""
+    return sum(
+        len(ids) * job.gradients_per_attack
+        for ids, state in zip(job.groups, states, strict=True)
+        for attack in range(job.attacks)
+        if attack not in state.adversarial
+    )
+
+
+def _held(job: Job, path: Path, work: Path) -> Result | None:
+    """The result at `path`, if any; refuses one, or unfinished work, of another request."""
+    request = work / "request.json"
+    held = Result.read(path) if path.is_file() else None
+    if held:
+        refuse_other_request(job.identity(), identity_of(held), path)
+    if request.is_file():
+        refuse_other_request(job.identity(), json.loads(request.read_text()), work)
+    return held
+
+
+def _covers(held: Result, job: Job) -> bool:
+    return len(held.ids) >= job.examples and len(held.draws) >= job.draws
+
+
+def _group_path(work: Path, index: int) -> Path:
+    return work / f"group-{index:05d}.safetensors"
+
+
+def _work(
+    job: Job, registry: Registry, data: DataSet, work: Path, policy: Policy, progress: Progress
+) -> list[_State]:
+    device = torch.device(job.device)
+    states = [_State.read(_group_path(work, index)) for index in range(len(job.groups))]
+    progress.start(_missing(job, states))
+    defense: Defense | None = None
+    for index, (ids, state) in enumerate(zip(job.groups, states, strict=True)):
+        todo = list(_pieces(job, state))
+        if not todo:
+            continue
+        if defense is None:
+            defense = registry.build_defense(
+                job.defense, job.track, device=device, policy=policy
+            )
+        images, labels = data.select(ids)
+        group = Group(images.to(device), labels.to(device), ids)
+        for piece in todo:
+            _execute(piece, job, defense, group, state, progress)
+            state.write(_group_path(work, index))
+    return states
+
+
+def _pieces(job: Job, state: _State) -> Iterator[tuple[str, int]]:
+    """What has still to be done for a group, in order: attacks, and verdicts on victim draws."""
+    for draw in range(job.draws):
+        if draw < job.attacks and draw not in state.adversarial:
+            yield "attack", draw
+        if draw not in state.robust:
+            yield "judge", draw
+
+
+def _execute(
+    piece: tuple[str, int],
+    job: Job,
+    defense: Defense,
+    group: Group,
+    state: _State,
+    progress: Progress,
+) -> None:
+    kind, number = piece
+    start, before = time.perf_counter(), defense.counter.images
+    if defense_on_cuda := group.images.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    if kind == "attack":
+        found = evaluate.attack(
+            defense,
+            attacks.build(job.threat.entry.attack, job.effort),
+            group,
+            _budget(job),
+            frozenset(Site(site) for site in job.knows),
+            seed=job.seed,
+            victim_draw=number,
+            rows=job.rows,
+            tick=progress.tick,
+        )
+        state.adversarial[number] = found.images.cpu()
+        if found.zero_gradient is not None:
+            state.zero_gradient[number] = found.zero_gradient.cpu()
+        state.gradient_calls[number] = torch.tensor(defense.counter.images - before)
+    else:
+        adversarial = state.adversarial[number if job.knows else 0].to(group.images)
+        looks = [(group.images, number), (adversarial, number)]
+        if job.knows:
+            looks += [(adversarial, FRESH + i) for i in range(FRESH_DRAWS)]
+        right = [
+            evaluate.judge(defense, images, group, seed=job.seed, draw=draw).cpu()
+            for images, draw in looks
+        ]
+        state.clean[number], state.robust[number] = right[:2]
+        if job.knows:
+            state.fresh[number] = torch.stack(right[2:], dim=1)
+        state.judging_calls += defense.counter.images - before
+        state.judged += len(looks) * len(group.ids)
+    state.seconds += time.perf_counter() - start
+    if defense_on_cuda:
+        state.peak_bytes = max(state.peak_bytes, torch.cuda.max_memory_allocated())
+
+
+def _budget(job: Job) -> Budget:
+    return budget(job.track.entry.norm, job.eps)
+
+
+def _assemble(job: Job, data: DataSet, states: list[_State]) -> Result:
+    draws, attacked = range(job.draws), range(job.attacks)
+
+    def columns(kind: str) -> list[Any]:
+        """One row per image of the job, one column per draw."""
+        groups = [torch.stack([getattr(s, kind)[d] for d in draws], dim=1) for s in states]
+        return torch.cat(groups)[: job.examples].tolist()  # type: ignore[no-any-return]
+
+    zero: list[bool] | None = None
+    if all(a in state.zero_gradient for state in states for a in attacked):
+        each = [torch.stack([s.zero_gradient[a] for a in attacked]).any(0) for s in states]
+        zero = torch.cat(each)[: job.examples].tolist()
+    ids = job.track_ids[: job.examples]
+    # Every image of a group gets the same calls; those that only fill a group don't count.
+    gradient = sum(int(s.gradient_calls[a]) for s in states for a in attacked)
+    gradient = gradient * job.examples // sum(len(group) for group in job.groups)
+    per_purification = sum(s.judging_calls for s in states) // sum(s.judged for s in states)
+    looks = job.draws * (2 + (FRESH_DRAWS if job.knows else 0))
+    return Result(
+        schema=SCHEMA,
+        track=job.track.name,
+        defense=job.defense.name,
+        threat=job.threat.name,
+        seed=job.seed,
+        norm=job.track.entry.norm,
+        eps=job.eps,
+        sites=job.sites,
+        knows=job.knows,
+        attack=job.threat.entry.attack,
+        effort=job.effort,
+        options=job.setting.options,
+        overrides=job.overrides,
+        ids=ids,
+        labels=data.select(ids)[1].tolist(),
+        draws=list(draws),
+        clean=columns("clean"),
+        robust=columns("robust"),
+        fresh=columns("fresh") if job.knows else None,
+        zero_gradient=zero,
+        network_calls=NetworkCalls(
+            per_purification=per_purification,
+            gradient=gradient,
+            judging=per_purification * looks * job.examples,
+        ),
+        arithmetic=Arithmetic(
+            device=torch.device(job.device).type,  # type: ignore[arg-type]
+            dtype="float32",
+            batch_size=job.batch_size,
+            rows=job.rows,
+        ),
+        provenance=_provenance(job, data),
+    )
+
+
+def _provenance(job: Job, data: DataSet) -> Provenance:
+    commit, dirty = _git()
+    return Provenance(
+        dbp_bench=__version__,
+        commit=commit,
+        dirty=dirty,
+        packages={name: version(name) for name in ("torch", "numpy", "safetensors")},
+        python=platform.python_version(),
+        device_name=device_name(job.device),
+        threads=torch.get_num_threads(),
+        entries=entry_digests(job),
+        weights=weights_of(job),
+        data=data.sha256,
+    )
+
+
+def device_name(device: str) -> str:
+    """What the device calls itself."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _git() -> tuple[str | None, bool | None]:
+    """Commit of the checkout that this code runs from, and whether code or entries differ."""
+    top = Path(__file__).parents[2]
+    if not (top / ".git").exists():
+        return None, None
+    try:
+        commit = _output(top, "rev-parse", "HEAD").strip()
+        changes = _output(top, "status", "--porcelain", "--", "benchmark", "defenses", "attacks")
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+    return commit, bool(changes.strip())
+
+
+def _output(top: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(top), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _adversarial(job: Job, states: list[_State]) -> bytes:
+    """Adversarial images ``(attacks, n, c, h, w)`` with their ids and where they come from."""
+    attacked = range(job.attacks)
+    images = torch.cat([torch.stack([s.adversarial[a] for a in attacked]) for s in states], dim=1)
+    tensors = {
+        "images": images[:, : job.examples].contiguous(),
+        "ids": torch.tensor(job.track_ids[: job.examples]),
+    }
+    return save(tensors, metadata={"request": json.dumps(job.identity())})
+
+
+def _runtime(states: list[_State], policy: Policy) -> str:
+    record = {
+        "seconds": round(sum(s.seconds for s in states), 3),
+        "peak_device_bytes": max(s.peak_bytes for s in states) or None,
+        "checkpointing": policy,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    return json.dumps(record, indent=1) + "\n"
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """Keep a second run of the same job away.
+
+    Raises:
+        BadRequest: There is one already.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, not in it: --no-resume removes the folder.
+    with work.with_name(f"{work.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadRequest(f"{work}: another run of this job is at work there.") from None
+        yield
+
+
+def rejudge(
+    path: Path, job: Job, registry: Registry, *, draws: int
+) -> tuple[list[list[list[bool]]], list[int]]:
+    """Judge saved adversarial images again, on fresh draws.
+
+    Args:
+        path: A file that ``--save-adversarial`` wrote.
+        job: The job it came from, as the entries say today.
+        registry: Where the entries come from.
+        draws: Number of fresh draws.
+
+    Returns:
+        Whether the defense is right, attack x image x draw, and the image ids.
+
+    Raises:
+        BadWeights: The file isn't one of adversarial images.
+        BadRequest: An image is outside the budget or the pixel box, or unknown to the track.
+    """
+    try:
+        tensors = load_file(path)
+        images, ids = tensors["images"], tensors["ids"].tolist()
+    except (SafetensorError, OSError, KeyError) as error:
+        raise BadWeights(f"{path}: not a file of adversarial images ({error}).") from None
+    if not set(ids) <= set(job.track_ids):
+        raise BadRequest(f"{path}: holds image ids that track {job.track.name} doesn't have.")
+    data = load_data(job.track.entry.data)
+    clean, labels = data.select(ids)
+    if images.shape[1:] != clean.shape:
+        raise BadRequest(
+            f"{path}: images of shape {tuple(images.shape[1:])}, not {tuple(clean.shape)}."
+        )
+    ball = _budget(job)
+    for found in images:
+        size = float(ball.size(found - clean).max())
+        inside = bool(((found >= 0) & (found <= 1)).all())
+        if not (inside and size <= ball.eps + 1e-6):
+            raise BadRequest(
+                f"{path}: images outside the budget: {job.track.entry.norm} {size:.6g} against "
+                f"eps {ball.eps:g}, or outside [0, 1]."
+            )
+    device = torch.device(job.device)
+    defense = registry.build_defense(job.defense, job.track, device=device)
+    rows = []
+    for found in images:
+        right = []
+        for start in range(0, len(ids), job.batch_size):
+            part = slice(start, start + job.batch_size)
+            group = Group(clean[part].to(device), labels[part].to(device), ids[part])
+            each = [
+                evaluate.judge(
+                    defense, found[part].to(device), group, seed=job.seed, draw=FRESH + i
+                ).cpu()
+                for i in range(draws)
+            ]
+            right.append(torch.stack(each, dim=1))
+        rows.append(torch.cat(right).tolist())
+    return rows, ids
+
+

@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+
+from dbp_bench.statistics import RESAMPLES, Bootstrap, Estimate, ratio
+
+
+def test_constant_has_zero_width() -> None:
+    bootstrap = Bootstrap(37)
+    # Exactly: thirds are no binary fractions, and sums of them would differ in the last digit.
+    assert bootstrap.estimate(bootstrap.mean([1] * 37, 3)) == Estimate(1 / 3, 1 / 3, 1 / 3)
+
+
+def test_bernoulli_matches_normal_approximation() -> None:
+    n, right = 400, 120
+    bootstrap = Bootstrap(n)
+    estimate = bootstrap.estimate(bootstrap.mean([1] * right + [0] * (n - right), 1))
+    half = 1.96 * np.sqrt(0.3 * 0.7 / n)
+    assert estimate.value == 0.3
+    assert estimate.low == pytest.approx(0.3 - half, abs=0.006)
+    assert estimate.high == pytest.approx(0.3 + half, abs=0.006)
+
+
+def test_interval_leaves_a_fortieth_on_either_side() -> None:
+    bootstrap = Bootstrap(5)
+    replicates = np.concatenate([[0.0], np.random.default_rng(1).permutation(RESAMPLES)])
+    estimate = bootstrap.estimate(replicates)
+    assert (estimate.low, estimate.high) == (49, 1950)
+
+
+def test_images_are_the_unit_not_draws() -> None:
+    """Ten draws that agree on each image tell no more than one."""
+    right = [1, 0] * 50
+    one, ten = Bootstrap(100), Bootstrap(100)
+    assert one.estimate(one.mean(right, 1)) == ten.estimate(ten.mean([10 * r for r in right], 10))
+
+
+def test_differences_are_paired() -> None:
+    """Two defenses right on the same images, but for a fixed gain, differ without doubt."""
+    bootstrap = Bootstrap(100)
+    low = bootstrap.mean([0, 5] * 50, 10)
+    high = bootstrap.mean([3, 8] * 50, 10)
+    gap = bootstrap.estimate(high - low)
+    assert gap.high - gap.low == pytest.approx(0, abs=1e-12)
+    assert gap.value == pytest.approx(0.3)
+
+
+def test_same_numbers_every_time_and_others_for_another_seed() -> None:
+    right = list(range(50))
+    first, again, other = Bootstrap(50), Bootstrap(50), Bootstrap(50, seed=1)
+    assert (first.mean(right, 50) == again.mean(right, 50)).all()
+    assert not (first.mean(right, 50) == other.mean(right, 50)).all()
+
+
+def test_ratio_is_blank_where_the_whole_may_be_nothing() -> None:
+    bootstrap = Bootstrap(100)
+    part = bootstrap.mean([1] * 20 + [0] * 80, 1)
+    sure = bootstrap.mean([1] * 40 + [0] * 60, 1)
+    share = ratio(part, sure)
+    assert share is not None
+    assert bootstrap.estimate(share).value == 0.5
+    # One image of a hundred is missing from more than a third of the resamples.
+    assert ratio(part, bootstrap.mean([1] + [0] * 99, 1)) is None
+    assert ratio(part, -sure) is None
+
+
+def test_refuses_counts_of_other_images() -> None:
+    with pytest.raises(ValueError, match="for 3 images"):
+        Bootstrap(3).mean([1, 0], 1)
+    with pytest.raises(ValueError, match="too few"):
+        Bootstrap(0)
+
+
+def test_percent() -> None:
+    assert Estimate(0.466, 0.434, 0.499).percent() == "46.6 [43.4, 49.9]"
+    assert Estimate(-0.0001, -0.02, 0.01).percent() == "0.0 [-2.0, 1.0]"
+    assert Estimate(0.05, -0.02, 0.1).percent(sign=True) == "+5.0 [-2.0, 10.0]"
