@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from dbp_bench.noise import Site, Tape
 from dbp_bench.purifiers.schedule import Schedule
 from dbp_bench.training import diffusion
 from dbp_bench.training.diffusion import ADDT, classification, noise_prediction
 from dbp_bench.training.diffusion import rank_based_gaussian as rbgm
 from dbp_bench.training.loop import Batch
-from torch import Tensor, nn
-from torch.nn import functional as F
 from toys import MixtureDenoiser, Small, SmallDenoiser, discrete_signal, normal, uniform
 
 PAPER = ADDT(lambda_unit=0.03, lambda_max=0.3, rounds=5, levels=1000)

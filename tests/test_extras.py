@@ -1,4 +1,4 @@
-"""An extra that is missing, shadowed or damaged is told apart, and the message says what mends it."""
+"""Missing, shadowed and damaged extras are told apart; the message says what mends them."""
 
 import os
 import subprocess
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from dbp_bench import extras
 from dbp_bench.errors import DbpError
 from dbp_bench.extras import BadExtra, Status, load_extra, status
-from torch import Tensor, nn
 
 Install = Callable[..., None]
 
@@ -170,10 +171,10 @@ def real(name: str) -> dict[str, object]:
 
 
 def linear() -> tuple[nn.Module, Tensor, Tensor]:
-    """A linear classifier whose images are all at l-inf distance 0.1 from its boundary.
+    """A linear classifier, and images at l-inf distance 0.1 from its boundary, with labels.
 
-    Its two weight rows are +1 and -1 everywhere, so half of the logit difference is 8 times the
-    distance of the image's sum from 4; each pixel of the images is 0.1 off 0.5.
+    The first two logits are the sum of the eight pixels minus 4, and its negative: the boundary
+    is where pixels are 0.5 on average, and the images are 0.1 away from it everywhere.
     """
     layer = nn.Linear(8, 4)
     with torch.no_grad():
@@ -192,7 +193,7 @@ def test_autoattack_breaks_exactly_what_is_in_reach() -> None:
             model, n_iter=10, norm="Linf", eps=eps, seed=0, loss="ce", device="cpu"
         )
         with torch.random.fork_rng():
-            adversarial = attack.perturb(images, labels, best_loss=True)[1]
+            adversarial = attack.perturb(images, labels, best_loss=True)
         assert (adversarial - images).abs().max() <= eps + 1e-6
         assert int((model(adversarial).argmax(1) == labels).sum()) == left
     assert callable(modules["fab_pt"].FABAttack_PT)  # type: ignore[attr-defined]

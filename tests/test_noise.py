@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch import Tensor
+
 from dbp_bench import noise
 from dbp_bench.noise import FORWARD, REVERSE, Site, Tape, seeded, shuffled
-from torch import Tensor
 
 WORDS = 1 << 64
 COUNTERS = [

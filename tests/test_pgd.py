@@ -7,13 +7,15 @@ from typing import cast
 
 import pytest
 import torch
+from torch import Tensor
+
 from dbp_bench.attacks import build
-from dbp_bench.attacks.pgd import PGD, cross_entropy
+from dbp_bench.attacks.objectives import cross_entropy
+from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.evaluate import Group, attack, judge
 from dbp_bench.noise import FORWARD, REVERSE, Site
 from dbp_bench.threat import L2, AttackerView, Budget, Linf, Objective
-from torch import Tensor
 from toys import BOTH, SUBSETS, Linear, Noisy, TwoSided, normal, uniform
 
 PIXELS = 16
@@ -186,6 +188,20 @@ def test_every_step_averages_over_fresh_draws() -> None:
     found = PGD(3, 0.25, 4)(cast(AttackerView, spy), images, torch.tensor([0, 1]), Linf(0.1))
     assert spy.draws == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     torch.testing.assert_close(found, images + 0.075, msg="a step is 0.25 eps long")
+
+
+def test_of_several_restarts_the_best_counts() -> None:
+    """Where all is known, no image's loss falls as restarts are added, and some rise."""
+    images = uniform(60, 1, 4, 4)
+    group = Group(images, torch.zeros(60, dtype=torch.int64), range(60))
+    defense = Defense(Identity(), TwoSided(WEIGHT, BOUND))
+    losses = []
+    for restarts in (1, 2, 6):
+        method = PGD(1, 0.2, 1, random_start=True, restarts=restarts)
+        found = search(defense, method, group, Linf(EPS))
+        losses.append(cross_entropy(defense.classifier(found), group.labels))
+    assert bool((losses[0] <= losses[1]).all() & (losses[1] <= losses[2]).all())
+    assert bool((losses[0] < losses[1]).any() & (losses[1] < losses[2]).any())
 
 
 def test_no_step_is_no_attack() -> None:

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from dbp_bench.defense import Defense, Purifier
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, GUIDANCE, REVERSE, Site, Tape
@@ -15,8 +18,6 @@ from dbp_bench.purifiers import controls, ddpm, guided, vpsde
 from dbp_bench.purifiers.ddpm import DDPM, Posterior, Variance
 from dbp_bench.purifiers.guided import GDMP, mse_gradient, ssim_gradient
 from dbp_bench.purifiers.schedule import Schedule, times, to_diffusion, to_images
-from torch import Tensor, nn
-from torch.nn import functional as F
 from toys import (
     SAMPLERS,
     Echo,
@@ -93,7 +94,7 @@ def test_grids_are_integers_that_fall_from_t_star_to_zero(steps: int | str) -> N
         assert len(pairs) == count
         assert pairs[0][0] == t_star
         assert pairs[-1][1] == 0
-        assert all(isinstance(t, int) and t > s for t, s in pairs)
+        assert all(type(t) is int and t > s for t, s in pairs)
         assert [s for _, s in pairs[:-1]] == [t for t, _ in pairs[1:]]
         # Evenly spaced: no level is further than half a level from where it should be.
         assert all(abs(t - t_star * (1 - i / count)) < 0.5 + 1e-9 for i, (t, _) in enumerate(pairs))

@@ -4,15 +4,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from dbp_bench import noise
 from dbp_bench.attacks import Attack
-from dbp_bench.attacks.pgd import PGD, cross_entropy
+from dbp_bench.attacks.objectives import cross_entropy
+from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import FRESH, Attacked, attack, judge
 from dbp_bench.noise import ATTACKER, FORWARD, REVERSE, VICTIM, Noise, Site, Tape
 from dbp_bench.threat import L2, AttackerView, Budget, Linf, budget
-from torch import Tensor, nn
 from toys import (
     BOTH,
     SUBSETS,
@@ -79,24 +81,27 @@ def search(
 
 
 @pytest.mark.parametrize("knows", SUBSETS)
+@pytest.mark.parametrize("method", [PGD(2, 0.5, 3), PGD(2, 0.5, 3, "ce", True, 2)])
 def test_an_attack_is_not_touched_by_draws_that_it_is_not_shown(
-    monkeypatch: pytest.MonkeyPatch, knows: frozenset[Site]
+    monkeypatch: pytest.MonkeyPatch, knows: frozenset[Site], method: PGD
 ) -> None:
     """Non-interference: other hidden draws of the victim, the same attack to the last bit."""
-    want = run(defense(), knows).images
+    want = search(method, knows=knows).images
     key = noise._key
 
-    def other_at(sites: frozenset[Site]) -> Callable[[int, str, Site], tuple[int, int]]:
-        def altered(seed: int, owner: str, site: Site) -> tuple[int, int]:
-            return key(seed + (owner == VICTIM and site in sites), owner, site)
+    def other_where(
+        altered: Callable[[Site], bool],
+    ) -> Callable[[int, str, Site], tuple[int, int]]:
+        def other(seed: int, owner: str, site: Site) -> tuple[int, int]:
+            return key(seed + (owner == VICTIM and altered(site)), owner, site)
 
-        return altered
+        return other
 
-    monkeypatch.setattr(noise, "_key", other_at(BOTH - knows))
-    assert torch.equal(run(defense(), knows).images, want)
-    for site in knows:  # the control: a draw that is shown does steer the attack
-        monkeypatch.setattr(noise, "_key", other_at(frozenset({site})))
-        assert not torch.equal(run(defense(), knows).images, want)
+    monkeypatch.setattr(noise, "_key", other_where(lambda site: site not in knows))
+    assert torch.equal(search(method, knows=knows).images, want)
+    for shown in knows:  # the control: a draw that is shown does steer the attack
+        monkeypatch.setattr(noise, "_key", other_where(shown.__eq__))
+        assert not torch.equal(search(method, knows=knows).images, want)
 
 
 def test_only_what_is_hidden_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +162,7 @@ def test_sites_that_a_defense_lacks_are_known_in_vain() -> None:
     toy = Defense(sampler("ddim", denoiser), Small(), [denoiser])
     assert toy.sites == {FORWARD}
     assert view(toy, frozenset({FORWARD})).deterministic
+    assert view(toy, BOTH).deterministic
     none, forward, reverse, box = (run(toy, knows).images for knows in SUBSETS)
     assert torch.equal(forward, box)
     assert torch.equal(none, reverse)
@@ -306,6 +312,24 @@ def test_ascent_is_the_steepest_of_unit_size() -> None:
         torch.testing.assert_close(ball.size(step), torch.ones(20))
         torch.testing.assert_close((step * gradient).flatten(1).sum(1), dual)
         assert torch.equal(ball.ascent(torch.zeros(1, 1, 4, 4)), torch.zeros(1, 1, 4, 4))
+
+
+@pytest.mark.parametrize("ball", [Linf(0.1), L2(0.5)])
+def test_random_starts_are_uniform_in_the_ball(ball: Budget) -> None:
+    n = 20_000
+    drawn = ball.sample(torch.empty(n, 1, 2, 2), Tape.make(0, ATTACKER, range(n)), 3)
+    change = drawn.double().flatten(1)
+    if isinstance(ball, Linf):
+        values = (change / ball.eps + 1).flatten() / 2
+    else:
+        assert float((change / ball.eps).mean(0).abs().max()) < 4 * (1 / 6 / n) ** 0.5
+        values = (change.norm(dim=1) / ball.eps) ** 4  # the volume inside this radius
+    values = values.sort().values
+    uniform_cdf = torch.arange(1, len(values) + 1, dtype=torch.float64) / len(values)
+    assert float((values - uniform_cdf).abs().max()) < 1.36 / len(values) ** 0.5
+    assert float(ball.size(drawn).max()) <= ball.eps
+    other = ball.sample(torch.empty(n, 1, 2, 2), Tape.make(0, ATTACKER, range(n)), 4)
+    assert not torch.equal(drawn, other)
 
 
 def test_budgets_by_name() -> None:

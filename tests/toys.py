@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from dbp_bench.defense import Denoiser
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site, Tape, seeded
 from dbp_bench.purifiers.ddpm import DDIM, DDPM
 from dbp_bench.purifiers.guided import GDMP, mse_gradient, ssim_gradient
 from dbp_bench.purifiers.vpsde import DiffPure
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 BOTH = frozenset({FORWARD, REVERSE})
 SUBSETS = [frozenset[Site](), frozenset({FORWARD}), frozenset({REVERSE}), BOTH]

@@ -56,7 +56,7 @@ def main() -> None:
     # Idle OpenMP threads sleep instead of spinning: beside other jobs, spinning is 15 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app(standalone_mode=True)
+        _invoke()
     except AttackFailed as error:
         _fail(str(error), 3)
     except DbpError as error:
@@ -68,6 +68,15 @@ def main() -> None:
         sys.exit(0)
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}.", 2)
+
+
+def _invoke() -> None:
+    try:
+        app(standalone_mode=True)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's way to say that it was interrupted
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _interrupt(*_: object) -> None:
@@ -173,6 +182,9 @@ def run(
     step_size: Annotated[
         float | None, typer.Option(help="Step of the attack, relative to eps.")
     ] = None,
+    loss: Annotated[str | None, typer.Option(help="ce, margin or dlr.")] = None,
+    random_start: Annotated[bool | None, typer.Option(help="Start inside the ball.")] = None,
+    restarts: Annotated[int | None, typer.Option(help="Searches, the best one kept.")] = None,
     eps: Annotated[str | None, typer.Option(help="Budget in [0, 1] units, such as 8/255.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images evaluated together.")] = None,
     rows: Annotated[
@@ -197,7 +209,14 @@ def run(
     from dbp_bench.job import Overrides, plan
 
     registry = _registry(entries, trust_code)
-    given = {"steps": steps, "eot": eot, "step_size": step_size}
+    given = {
+        "steps": steps,
+        "eot": eot,
+        "step_size": step_size,
+        "loss": loss,
+        "random_start": random_start,
+        "restarts": restarts,
+    }
     overrides = Overrides(
         effort={key: value for key, value in given.items() if value is not None},
         eps=None if eps is None else _eps(eps),
@@ -242,14 +261,23 @@ def plan(
     defense: Annotated[str, typer.Option(help="Names, separated by commas, or all.")] = "all",
     threat: Annotated[str, typer.Option(help="Names, separated by commas, or all.")] = "all",
     track: TrackName = "digits-linf",
+    seed: Annotated[int, typer.Option(help="Decides every draw of noise.")] = 0,
     out: Annotated[Path, typer.Option(help="The folder of results.")] = Path("results"),
     device: Device = "auto",
     examples: Annotated[int | None, typer.Option(help="The first N images of the track.")] = None,
     draws: Annotated[int | None, typer.Option(help="Draws that judge an image.")] = None,
     steps: Annotated[int | None, typer.Option(help="Attack steps.")] = None,
     eot: Annotated[int | None, typer.Option(help="Gradient draws per attack step.")] = None,
+    step_size: Annotated[
+        float | None, typer.Option(help="Step of the attack, relative to eps.")
+    ] = None,
+    loss: Annotated[str | None, typer.Option(help="ce, margin or dlr.")] = None,
+    random_start: Annotated[bool | None, typer.Option(help="Start inside the ball.")] = None,
+    restarts: Annotated[int | None, typer.Option(help="Searches, the best one kept.")] = None,
+    eps: Annotated[str | None, typer.Option(help="Budget in [0, 1] units, such as 8/255.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images evaluated together.")] = None,
     rows: Annotated[int | None, typer.Option(help="Images x gradient draws in one pass.")] = None,
+    checkpointing: Annotated[str, typer.Option(help="auto, none or step.")] = "auto",
     entries: Entries = None,
     trust_code: Trust = False,
     as_json: AsJson = False,
@@ -260,14 +288,21 @@ def plan(
         defense=defense,
         threat=threat,
         track=track,
+        seed=seed,
         out=out,
         device=device,
         examples=examples,
         draws=draws,
         steps=steps,
         eot=eot,
+        step_size=step_size,
+        loss=loss,
+        random_start=random_start,
+        restarts=restarts,
+        eps=eps,
         batch_size=batch_size,
         rows=rows,
+        checkpointing=checkpointing,
         dry_run=True,
         entries=entries,
         trust_code=trust_code,
@@ -296,12 +331,14 @@ def _run_all(
 ) -> None:
     from dbp_bench.job import measured_elsewhere
     from dbp_bench.result import Result
-    from dbp_bench.run import execute
+    from dbp_bench.run import adversarial_path, execute
 
     done: list[tuple[Path, Result]] = []
     for item in planned:
         job = item.job
         twin = item.instead or (measured_elsewhere(job, registry, out) if resume else None)
+        if twin and not item.instead and save_adversarial:
+            twin = twin if adversarial_path(twin.path(out)).is_file() else None
         if twin is not None:
             sites = ", ".join(job.sites) or "nowhere"
             say.print(
@@ -354,9 +391,7 @@ def _progress(say: "Console", label: str) -> "Iterator[Progress]":
         )
 
 
-def _show_results(
-    say: "Console", done: "Sequence[tuple[Path, Result]]", as_json: bool
-) -> None:
+def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json: bool) -> None:
     from rich.table import Table
 
     from dbp_bench.report import accuracies
@@ -445,8 +480,9 @@ def _plan(
     for name in ("images", "draws", "network calls", "time", "memory"):
         table.add_column(name, justify="right")
     for job, twin, cost in costs:
-        effort = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}"
-                          for k, v in job.effort.items())
+        effort = " ".join(
+            f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in job.effort.items()
+        )
         head = [job.defense.name, job.threat.name, ", ".join(job.knows) or "nothing", effort]
         if cost is None:
             same = f"= {twin.threat.name}" if twin else ""
@@ -605,9 +641,7 @@ def check(
     if defense == "all":
         from dbp_bench.job import Overrides
 
-        jobs = plan(
-            registry, track, ["all"], ["eot"], seed=0, device="cpu", overrides=Overrides()
-        )
+        jobs = plan(registry, track, ["all"], ["eot"], seed=0, device="cpu", overrides=Overrides())
         names = [item.job.defense.name for item in jobs]
     failed = False
     for name in names:
@@ -644,8 +678,9 @@ def train(
 
         made = train_recipe(name, out, seed, progress)
         facts = ", ".join(f"{key.replace('_', ' ')} {v:.4f}" for key, v in made.facts.items())
-        say.print(f"{made.path}  sha256 {made.sha256}  {made.seconds:.0f} s  {facts}",
-                  highlight=False)
+        say.print(
+            f"{made.path}  sha256 {made.sha256}  {made.seconds:.0f} s  {facts}", highlight=False
+        )
 
 
 @app.command()
@@ -694,11 +729,11 @@ def _split(names: str) -> list[str]:
 
 
 def _eps(text: str) -> float:
-    from fractions import Fraction
+    from dbp_bench.registry import number
 
     try:
-        return float(Fraction(text.replace(" ", "")))
-    except (ValueError, ZeroDivisionError):
+        return number(text)
+    except ValueError:
         raise BadRequest(f"--eps {text!r}: not a number such as 0.2 or 8/255.") from None
 
 

@@ -10,12 +10,12 @@ import importlib.util
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from dbp_bench.errors import DbpError, did_you_mean
 
@@ -80,7 +80,7 @@ _EXTRAS: Mapping[str, _Extra] = MappingProxyType(
                 '("dbp-bench[torchattacks]" also works, but brings requests 2.25 of 2020)'
             ),
             repair="pip install --force-reinstall --no-deps torchattacks==3.5.1",
-            note="its wheel holds an old copy of robustbench: keep the two in separate environments",
+            note="its wheel holds an old copy of robustbench: give each an environment of its own",
         ),
         "robustbench": _Extra(
             packages=(
@@ -244,7 +244,7 @@ def _pkg_resources() -> dict[str, ModuleType]:
 
 
 def _autoattack() -> dict[str, ModuleType]:
-    """Names for robustbench to import; pyautoattack's classes take other arguments than it gives."""
+    """Names for robustbench to import; pyautoattack takes other arguments than it gives."""
 
     def refuse(*_: object, **__: object) -> NoReturn:
         raise BadExtra(
@@ -286,7 +286,7 @@ def _import_torchvision() -> None:
 def _declare(operator: str) -> None:
     import torch
 
-    library: Callable[..., torch.library.Library] = torch.library.Library
-    fragment = library("torchvision", "FRAGMENT")
+    library: Any = torch.library  # its classes have no annotations
+    fragment = library.Library("torchvision", "FRAGMENT")
     fragment.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _libraries.append(fragment)

@@ -11,9 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from dbp_bench import __version__, data, weights
-from dbp_bench.errors import BadRequest
+from dbp_bench.errors import BadEntry, BadRequest, did_you_mean
 from dbp_bench.registry import (
     EFFORTS,
+    KNOWN_DRAWS,
     DefenseEntry,
     Entry,
     Registry,
@@ -128,13 +129,16 @@ class Job:
         }
 
     def same_setting(self, other: "Job") -> bool:
-        """Whether `other` measures the same thing, under another threat's name."""
+        """Whether `other` measures all of this, under another threat's name."""
         mine, its = (
-            {**job.identity(), "threat": "", "effort": searched_effort(job.effort, job.knows,
-                                                                         job.sites)}
+            {
+                **job.identity(),
+                "threat": "",
+                "effort": searched_effort(job.effort, job.knows, job.sites),
+            }
             for job in (self, other)
         )
-        return mine == its and (self.draws, self.examples) == (other.draws, other.examples)
+        return mine == its and other.draws >= self.draws and other.examples >= self.examples
 
 
 def resolve(
@@ -175,11 +179,22 @@ def resolve(
     sites = defense_entry.entry.sites
     knows = declared.sites(sites)
     draws = overrides.draws or declared.draws
-    if knows and overrides.draws is not None and draws < 3:
+    if knows and draws < KNOWN_DRAWS:
         raise BadRequest(
-            f"--draws {draws}: {threat} needs at least 3 known draws; one draw is one trajectory."
+            f"--draws {draws}: {threat} needs at least {KNOWN_DRAWS} known draws; one draw is one "
+            "trajectory."
         )
-    ids = data.split_ids(track_entry.entry.data, track_entry.entry.split)
+    unheard = declared.named_sites - set(sites)
+    if unheard and (unheard := unheard - registry.sites):
+        name = min(unheard)
+        raise BadEntry(
+            f"{threat_entry.path}: knows: no defense draws noise at {name!r}."
+            f"{did_you_mean(name, registry.sites)}"
+        )
+    try:
+        ids = data.split_ids(track_entry.entry.data, track_entry.entry.split)
+    except BadEntry as error:
+        raise BadEntry(f"{track_entry.path}: {error}") from None
     return Job(
         track=track_entry,
         defense=defense_entry,
@@ -238,17 +253,21 @@ def plan(
 
     A name "all" stands for every defense that has a setting for the track, or for every threat.
     """
-    names = _names(defenses, registry.defenses)
-    if "all" in defenses:
-        entries = {name: registry.defense(name).entry for name in names}
-        names = [n for n in names if any(track in s.tracks for s in entries[n].settings)]
+    registry.track(track)
+    names = _names("--defense", defenses, registry.defenses)
+    if "all" in names:
+        entries = {name: registry.defense(name).entry for name in sorted(registry.defenses)}
+        names = [n for n, e in entries.items() if any(track in s.tracks for s in e.settings)]
+        if not names:
+            raise BadRequest(f"--defense all: no defense has a setting for track {track!r}.")
+    attacks = _names("--threat", threats, registry.threats)
+    if "all" in attacks:
+        attacks = sorted(registry.threats)
     planned: list[Planned] = []
     for defense in names:
         jobs = [
-            resolve(
-                registry, track, defense, threat, seed=seed, device=device, overrides=overrides
-            )
-            for threat in _names(threats, registry.threats)
+            resolve(registry, track, defense, threat, seed=seed, device=device, overrides=overrides)
+            for threat in attacks
         ]
         done: list[Job] = []
         for job in sorted(jobs, key=_by_generality):
@@ -317,8 +336,18 @@ def refuse_other_request(asked: dict[str, Any], held: dict[str, Any], where: Pat
         )
 
 
-def _names(asked: Sequence[str], known: Iterable[str]) -> list[str]:
-    return sorted(known) if "all" in asked else list(dict.fromkeys(asked))
+def _names(option: str, asked: Sequence[str], known: Iterable[str]) -> list[str]:
+    """The names `asked` for, each once.
+
+    Raises:
+        BadRequest: There is none, or "all" and others.
+    """
+    names = list(dict.fromkeys(asked))
+    if not names:
+        raise BadRequest(f"{option}: names nothing.{did_you_mean('', known)}")
+    if "all" in names and len(names) > 1:
+        raise BadRequest(f"{option} {','.join(names)}: either all or names.")
+    return names
 
 
 def _by_generality(job: Job) -> tuple[bool, int, int, str]:

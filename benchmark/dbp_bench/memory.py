@@ -1,21 +1,18 @@
 """Gradient checkpointing as a policy: what a purification keeps in memory, never what it computes."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 Policy = Literal["auto", "none", "step"]
 """`none` stores every activation; `step` stores the state at each step and recomputes the rest;
 `auto` takes `none` where it fits. Results are the same, bit for bit."""
-
-_by_step: ContextVar[bool] = ContextVar("checkpoint by step", default=False)
-
 
 @dataclass(slots=True)
 class CallCounter:
@@ -39,37 +36,114 @@ class CallCounter:
             self.paused = False
 
 
+class _Shelf:
+    """Keeps states side by side in a few large buffers.
+
+    States that stayed where they were computed, among temporaries of all sizes, would leave holes
+    that the C allocator cannot use again: the peak would grow many times as fast as the states.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+        self._used = 0
+
+    def keep(self, state: Tensor) -> Tensor:
+        """A copy of `state`, in a buffer."""
+        buffer = self._buffer
+        fits = buffer.shape[1:] == state.shape and buffer.dtype == state.dtype
+        if not fits or buffer.device != state.device or self._used == len(buffer):
+            self._buffer, self._used = state.new_empty(SHELF, *state.shape), 0
+        # .data: a version counter of its own, or the next state would seem to overwrite this one.
+        kept = self._buffer[self._used].data
+        self._used += 1
+        return kept.copy_(state)
+
+
+SHELF = 8
+"""States in one buffer."""
+
+_shelf: ContextVar[_Shelf | None] = ContextVar("shelf of the running defense", default=None)
 _counter: ContextVar[CallCounter | None] = ContextVar("counter of the running defense", default=None)
 
 
 @contextmanager
 def checkpointing(by_step: bool, counter: CallCounter) -> Iterator[None]:
     """Run the steps of :func:`step` under this policy, counting calls in `counter`."""
-    tokens = _by_step.set(by_step), _counter.set(counter)
+    tokens = _shelf.set(_Shelf() if by_step else None), _counter.set(counter)
     try:
         yield
     finally:
-        _by_step.reset(tokens[0])
+        _shelf.reset(tokens[0])
         _counter.reset(tokens[1])
 
 
-def step(function: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
-    """``function(state)``; under the policy `step`, only `state` is kept for the backward pass.
+def step(function: Callable[..., Tensor], state: Tensor, *others: Tensor) -> Tensor:
+    """``function(state, *others)``, of which the policy `step` keeps only the arguments.
 
     `function` must draw its noise from a tape inside: the recomputation then replays it.
+
+    Args:
+        function: One step of a sampler.
+        state: What the step changes.
+        others: Tensors from outside the step through which a gradient may flow.
+
+    Raises:
+        ValueError: `function` captured a tensor that carries a gradient, which would be lost.
     """
-    if not (_by_step.get() and torch.is_grad_enabled() and state.requires_grad):
-        return function(state)
-    counter = _counter.get()
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), counter.recomputing() if counter else nullcontext()
-
-    out = checkpoint(
-        function, state, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-    )
-    assert isinstance(out, Tensor)
+    shelf, counter = _shelf.get(), _counter.get()
+    inputs = (state, *others)
+    if shelf is None or not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+        return function(*inputs)
+    for name, value in _captured(function):
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(f"pass {name!r} to memory.step: it carries a gradient.")
+    out: Tensor = _Checkpointed.apply(function, shelf, counter, *inputs)  # type: ignore[no-untyped-call]
     return out
+
+
+class _Checkpointed(torch.autograd.Function):
+    """A step without a graph, which is run again, with one, in the backward pass.
+
+    torch's own checkpoint builds the graph in the forward pass too; its nodes, small and
+    long-lived among the large temporaries, tear the heap to pieces.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        function: Callable[..., Tensor],
+        shelf: _Shelf,
+        counter: CallCounter | None,
+        state: Tensor,
+        *others: Tensor,
+    ) -> Tensor:
+        ctx.function, ctx.counter = function, counter
+        ctx.save_for_backward(shelf.keep(state), *others)
+        return function(state, *others)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[3:]
+        inputs = [
+            tensor.detach().requires_grad_(want)
+            for tensor, want in zip(ctx.saved_tensors, wanted, strict=True)
+        ]
+        with torch.enable_grad(), ctx.counter.recomputing() if ctx.counter else nullcontext():
+            out = ctx.function(*inputs)
+        found = iter(
+            torch.autograd.grad(
+                out, [t for t in inputs if t.requires_grad], gradient, materialize_grads=True
+            )
+        )
+        return (None, None, None, *(next(found) if want else None for want in wanted))
+
+
+def _captured(function: Callable[..., Tensor]) -> Iterator[tuple[str, object]]:
+    """Names and values that a function holds beside its arguments."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is not None and cells is not None:
+        yield from zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=True)
 
 
 def activation_bytes(function: Callable[[], Tensor]) -> int:

@@ -5,6 +5,8 @@ does, and code from outside this package only when the user trusts it.
 """
 
 import inspect
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,10 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypeVa
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -35,28 +40,62 @@ if TYPE_CHECKING:
 
 DEFAULT_TRACK = "digits-linf"
 
+_NAME = r"^[a-z0-9][a-z0-9.-]*$"
+
+
+def number(text: str) -> float:
+    """The number that `text` writes: 0.2, 1e-3 or 8/255.
+
+    Raises:
+        ValueError: It writes none.
+    """
+    try:
+        return float(Fraction(text.replace(" ", "")))
+    except (ZeroDivisionError, OverflowError):
+        raise ValueError(f"not a number: {text!r}") from None
+
 
 def _number(value: object) -> object:
-    """YAML reads 8/255 and 1e-3 as strings; both are numbers here."""
+    """YAML reads 8/255 as a string; it is a number here."""
     if isinstance(value, str):
         try:
-            return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
+            return number(value)
+        except ValueError:
             return value
     return value
 
 
+def _json(options: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what a result cannot hold, before anything is computed."""
+    try:
+        json.dumps(options, allow_nan=False)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{options!r} is not made of finite numbers, strings, true, false and lists"
+        ) from None
+    return options
+
+
+def _distinct(names: list[str]) -> list[str]:
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ValueError(f"{name!r} stands twice")
+    return names
+
+
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Eps = Annotated[Number, Field(ge=0, le=1e3)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+Name = Annotated[str, Field(pattern=_NAME)]
+Names = Annotated[list[Name], AfterValidator(_distinct)]
+Options = Annotated[dict[str, Any], AfterValidator(_json)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 DottedPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 
 class Strict(BaseModel):
-    """Every key must be there, and no other; values are never changed."""
+    """Every key must be there, and no other; no value is taken for another (`no` for 0)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class NetworkRef(Strict):
@@ -96,11 +135,18 @@ class Track(Strict):
 class Setting(Strict):
     """How a defense is set up on some tracks."""
 
-    tracks: list[Name] = Field(min_length=1)
-    options: dict[str, Any]
+    tracks: Names = Field(min_length=1)
+    options: Options
     """Keyword arguments of the factory."""
     networks: dict[str, NetworkRef]
     """The networks that the factory takes, by argument name."""
+
+    @model_validator(mode="after")
+    def _one_value_each(self) -> Self:
+        for name in self.networks:
+            if name in self.options:
+                raise ValueError(f"{name!r} is both an option and a network")
+        return self
 
 
 class DefenseEntry(Strict):
@@ -111,9 +157,17 @@ class DefenseEntry(Strict):
     paper: str | None
     factory: DottedPath
     """``module:callable``; called with the networks and the options, returns a purifier."""
-    sites: list[Name]
+    sites: Names
     """Where it draws noise; ``[]`` for a deterministic one."""
     settings: list[Setting] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _one_setting_each(self) -> Self:
+        tracks = [track for setting in self.settings for track in setting.tracks]
+        for track in tracks:
+            if tracks.count(track) > 1:
+                raise ValueError(f"settings: track {track!r} has two")
+        return self
 
     def setting(self, track: str, name: str, path: str) -> Setting:
         """The setting for `track`.
@@ -124,15 +178,17 @@ class DefenseEntry(Strict):
         found = [s for s in self.settings if track in s.tracks]
         if not found:
             known = [t for s in self.settings for t in s.tracks]
-            raise UnknownName(f"{path}: defense {name!r} has no setting for track {track!r}."
-                              f"{did_you_mean(track, known)}")
+            raise UnknownName(
+                f"{path}: defense {name!r} has no setting for track {track!r}."
+                f"{did_you_mean(track, known)}"
+            )
         return found[0]
 
 
 class AllBut(Strict):
     """Every site but some."""
 
-    all_but: list[Name] = Field(alias="all-but")
+    all_but: Names = Field(alias="all-but")
 
 
 class Effort(Strict):
@@ -161,11 +217,36 @@ class PGDEffort(Effort):
 EFFORTS: Mapping[str, type[Effort]] = {"pgd": PGDEffort}
 
 
+KNOWN_DRAWS = 3
+"""Known draws that each image is attacked at, at least."""
+
+
+def _form(value: object) -> str | None:
+    """In which form a threat says what is known, so that a mistake gets one message, not three."""
+    if isinstance(value, AllBut) or (isinstance(value, dict) and set(value) == {"all-but"}):
+        return "but"
+    if isinstance(value, list):
+        return "sites"
+    return "word" if value in ("none", "all") else None
+
+
+Knows = Annotated[
+    Annotated[Literal["none", "all"], Tag("word")]
+    | Annotated[Names, Tag("sites")]
+    | Annotated[AllBut, Tag("but")],
+    Discriminator(
+        _form,
+        custom_error_type="knows",
+        custom_error_message="give none, all, sites such as [forward], or {{all-but: [forward]}}",
+    ),
+]
+
+
 class Threat(Strict):
     """What an attacker knows, and how hard it searches."""
 
     title: str
-    knows: Literal["none", "all"] | list[Name] | AllBut
+    knows: Knows
     """Sites whose victim draws are shown."""
     attack: str
     effort: dict[str, Any]
@@ -177,10 +258,30 @@ class Threat(Strict):
     @model_validator(mode="after")
     def _known_attack(self) -> Self:
         if self.attack not in EFFORTS:
-            raise ValueError(f"attack: no attack {self.attack!r}."
-                             f"{did_you_mean(self.attack, EFFORTS)}")
-        EFFORTS[self.attack].model_validate(self.effort)
+            hint = did_you_mean(self.attack, EFFORTS).rstrip(".")
+            raise ValueError(f"attack: no attack {self.attack!r}.{hint}")
+        model = EFFORTS[self.attack]
+        try:
+            model.model_validate(self.effort)
+        except ValidationError as error:
+            raise ValueError(f"effort.{explain(error, model)}".rstrip(".")) from None
         return self
+
+    @model_validator(mode="after")
+    def _enough_draws(self) -> Self:
+        if self.knows != "none" and self.draws < KNOWN_DRAWS:
+            raise ValueError(
+                f"draws: {self.draws}, but at least {KNOWN_DRAWS} where draws are known; one draw "
+                "is one trajectory"
+            )
+        return self
+
+    @property
+    def named_sites(self) -> set[str]:
+        """The sites that `knows` spells out."""
+        if isinstance(self.knows, AllBut):
+            return set(self.knows.all_but)
+        return set() if isinstance(self.knows, str) else set(self.knows)
 
     def sites(self, defense: Sequence[str]) -> list[str]:
         """The sites of a `defense` that this attacker knows, sorted."""
@@ -224,7 +325,10 @@ class Entry(Generic[E]):
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, where PyYAML keeps the last."""
+    """A safe loader that refuses a key given twice, where PyYAML keeps the last.
+
+    It also reads 1e-3 as a number, as YAML 1.2 does; PyYAML wants 1.0e-3.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -232,6 +336,13 @@ class _UniqueKeys(yaml.SafeLoader):
             if key in keys[:i]:
                 raise yaml.YAMLError(f"key {key!r} stands twice")
         return super().construct_mapping(node, deep)
+
+
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    [*"-+.0123456789"],
+)
 
 
 def read_yaml(path: Path, model: type[E]) -> E:
@@ -242,10 +353,10 @@ def read_yaml(path: Path, model: type[E]) -> E:
     """
     try:
         table = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise BadEntry(f"{path}: not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(table, dict):
-        raise BadEntry(f"{path}: not a table of keys and values.")
+        raise BadEntry(f"{path}: not a table of keys and values, such as `title: ...`.")
     try:
         return model.model_validate(table)
     except ValidationError as error:
@@ -256,7 +367,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first faults of a validation, each with its key and what would do, on one line."""
     faults = []
     for fault in error.errors()[:3]:
-        key = ".".join(str(part) for part in fault["loc"] if part not in ("list[constrained-str]",))
+        # Where a value has several forms, pydantic adds the name of the form (see Knows).
+        parts = [str(part) for part in fault["loc"]]
+        key = ".".join(part for part in parts if part not in ("word", "sites", "but"))
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "missing":
             message = "is missing"
@@ -318,6 +431,11 @@ class Registry:
         """Name and file of every track."""
         return self._files("tracks")
 
+    @cached_property
+    def sites(self) -> frozenset[str]:
+        """The sites of all defenses."""
+        return frozenset(site for name in self.defenses for site in self.defense(name).entry.sites)
+
     def defense(self, name: str) -> Entry[DefenseEntry]:
         """The defense called `name`."""
         return self._read("defense", name, self.defenses, DefenseEntry)
@@ -330,9 +448,7 @@ class Registry:
         """The track called `name`."""
         return self._read("track", name, self.tracks, Track)
 
-    def _read(
-        self, kind: str, name: str, files: Mapping[str, Path], model: type[E]
-    ) -> Entry[E]:
+    def _read(self, kind: str, name: str, files: Mapping[str, Path], model: type[E]) -> Entry[E]:
         if name not in files:
             raise UnknownName(f"no {kind} {name!r}.{did_you_mean(name, files)}")
         return Entry(name, files[name], read_yaml(files[name], model))
@@ -341,6 +457,13 @@ class Registry:
         found: dict[str, Path] = {}
         for folder in [_shipped()[kind], *(folder / kind for folder in self.folders)]:
             for path in _entries(folder):
+                if path.suffix != ".yaml":
+                    raise BadEntry(f"{path}: rename it to {path.stem}.yaml.")
+                if not re.match(_NAME, path.stem) or path.stem == "all":
+                    raise BadEntry(
+                        f"{path}: the file name is the entry's name: lower-case letters, digits, "
+                        "dots and dashes, and not 'all'."
+                    )
                 if path.stem in found:
                     raise BadEntry(f"{path}: the name is taken by {found[path.stem]}.")
                 found[path.stem] = path
@@ -417,8 +540,14 @@ class Registry:
             _make_importable(self.folders)
         try:
             found: Callable[..., Any] = getattr(import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, SyntaxError) as error:
             raise BadEntry(f"{path}: {key}: {dotted} cannot be imported: {error}.") from None
+        if not callable(found):
+            raise BadEntry(f"{path}: {key}: {dotted} is not a function or a class.")
+        home = getattr(found, "__module__", None) or ""
+        if not self.trust_code and home.split(".")[0] != "dbp_bench":
+            # A function of another package that a module here happens to import.
+            raise BadEntry(f"{path}: {key}: {dotted} is not a part of dbp-bench, but of {home}.")
         return found
 
 
@@ -432,4 +561,8 @@ def _make_importable(folders: Sequence[Path]) -> None:
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    return iter(sorted(folder.glob("*.yaml"))) if folder.is_dir() else iter(())
+    """The entry files of a folder, sorted; hidden files are an editor's."""
+    if folder.is_dir():
+        for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
+            if not path.name.startswith(".") and path.is_file():
+                yield path

@@ -187,6 +187,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk says it without
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -13,13 +13,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -92,14 +92,14 @@ class _State:
             return state
         try:
             tensors = load_file(path)
-        except (SafetensorError, OSError):
-            return state
-        for name, value in tensors.items():
-            kind, _, number = name.partition("/")
-            if number:
-                getattr(state, kind)[int(number)] = value
-            else:
-                setattr(state, kind, value.item())
+            for name, value in tensors.items():
+                kind, _, number = name.partition("/")
+                if number:
+                    getattr(state, kind)[int(number)] = value
+                else:
+                    setattr(state, kind, value.item())
+        except (SafetensorError, OSError, AttributeError, ValueError, RuntimeError):
+            return cls()
         return state
 
     def write(self, path: Path) -> None:
@@ -140,7 +140,8 @@ def execute(
         The path of the result file.
 
     Raises:
-        BadRequest: `out` holds another request under this name, or is being written.
+        BadRequest: `out` holds another request under this name, or is being written, or holds
+            more images but fewer draws, or the other way round.
         AttackFailed: The attack or the defense gave numbers that can't be used.
     """
     path = job.path(out)
@@ -150,16 +151,22 @@ def execute(
         if not resume:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
-            path.unlink(missing_ok=True)
+            for old in (path, adversarial_path(path), runtime_path(path)):
+                old.unlink(missing_ok=True)
         held = _held(job, path, work)
         saved = adversarial_path(path)
-        if held and _covers(held, job) and (saved.is_file() or not save_adversarial):
-            return path
+        if held and _covers(held, job):
+            if saved.is_file() or not save_adversarial:
+                return path
+            # The images of all that the result holds, however few are asked for.
+            job = replace(
+                job, examples=len(held.ids), draws=len(held.draws), overrides=held.overrides
+            )
         write_atomically(work / "request.json", json.dumps(job.identity(), indent=1))
         data = load_data(job.track.entry.data)
         states = _work(job, registry, data, work, policy, progress)
         result = _assemble(job, data, states)
-        if save_adversarial:
+        if save_adversarial or saved.is_file():
             write_atomically(saved, _adversarial(job, states))
         write_atomically(runtime_path(path), _runtime(states, policy))
         result.write(path)
@@ -179,9 +186,12 @@ def runtime_path(result: Path) -> Path:
 def missing_gradients(job: Job, out: Path) -> int:
     """Image gradients that `job` has still to take, for an estimate."""
     path = job.path(out)
-    if path.is_file() and _covers(Result.read(path), job):
+    held = Result.read(path) if path.is_file() else None
+    if held and identity_of(held) == job.identity() and _covers(held, job):
         return 0
     work = out / ".work" / path.relative_to(out).with_suffix("")
+    if _request(work) != job.identity():
+        return job.gradients
     return _missing(job, [_State.read(_group_path(work, i)) for i in range(len(job.groups))])
 
 
@@ -197,13 +207,31 @@ def _missing(job: Job, states: list[_State]) -> int:
 
 def _held(job: Job, path: Path, work: Path) -> Result | None:
     """The result at `path`, if any; refuses one, or unfinished work, of another request."""
-    request = work / "request.json"
     held = Result.read(path) if path.is_file() else None
     if held:
         refuse_other_request(job.identity(), identity_of(held), path)
-    if request.is_file():
-        refuse_other_request(job.identity(), json.loads(request.read_text()), work)
+        if not _covers(held, job) and (len(held.ids) > job.examples or len(held.draws) > job.draws):
+            raise BadRequest(
+                f"{path} holds {len(held.ids)} images x {len(held.draws)} draws: ask for at least "
+                f"as many of both, not {job.examples} x {job.draws}, or choose another --out."
+            )
+    request = _request(work)
+    if request is not None:
+        refuse_other_request(job.identity(), request, work)
+    else:
+        # Work whose request isn't known can't be continued.
+        for group in work.glob("group-*"):
+            group.unlink()
     return held
+
+
+def _request(work: Path) -> dict[str, Any] | None:
+    """The request that the unfinished work answers; None where that can't be read."""
+    try:
+        request = json.loads((work / "request.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return request if isinstance(request, dict) else None
 
 
 def _covers(held: Result, job: Job) -> bool:
@@ -226,9 +254,7 @@ def _work(
         if not todo:
             continue
         if defense is None:
-            defense = registry.build_defense(
-                job.defense, job.track, device=device, policy=policy
-            )
+            defense = registry.build_defense(job.defense, job.track, device=device, policy=policy)
         images, labels = data.select(ids)
         group = Group(images.to(device), labels.to(device), ids)
         for piece in todo:
@@ -450,20 +476,23 @@ def rejudge(
 
     Raises:
         BadWeights: The file isn't one of adversarial images.
-        BadRequest: An image is outside the budget or the pixel box, or unknown to the track.
+        BadRequest: The file is of another request, or an image is outside the budget or the pixel box, or unknown to the track.
     """
     try:
-        tensors = load_file(path)
-        images, ids = tensors["images"], tensors["ids"].tolist()
-    except (SafetensorError, OSError, KeyError) as error:
+        with safe_open(path, "pt") as file:
+            request = json.loads(file.metadata()["request"])
+            images, ids = file.get_tensor("images"), file.get_tensor("ids").tolist()
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise BadWeights(f"{path}: not a file of adversarial images ({error}).") from None
-    if not set(ids) <= set(job.track_ids):
-        raise BadRequest(f"{path}: holds image ids that track {job.track.name} doesn't have.")
+    refuse_other_request(job.identity(), {**request, "device": job.device}, path)
+    if ids != job.track_ids[: len(ids)] or not ids:
+        raise BadRequest(f"{path}: the ids are not the first images of track {job.track.name}.")
     data = load_data(job.track.entry.data)
     clean, labels = data.select(ids)
-    if images.shape[1:] != clean.shape:
+    if len(images) == 0 or images.shape[1:] != clean.shape or images.dtype != clean.dtype:
         raise BadRequest(
-            f"{path}: images of shape {tuple(images.shape[1:])}, not {tuple(clean.shape)}."
+            f"{path}: images of shape {tuple(images.shape[1:])} in {images.dtype}, not "
+            f"{tuple(clean.shape)} in {clean.dtype}."
         )
     ball = _budget(job)
     for found in images:
@@ -491,5 +520,3 @@ def rejudge(
             right.append(torch.stack(each, dim=1))
         rows.append(torch.cat(right).tolist())
     return rows, ids
-
-

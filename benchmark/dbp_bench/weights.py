@@ -1,7 +1,7 @@
 """Weights and data files: find, verify by sha256, and read as safetensors; never run a pickle."""
 
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,8 @@ def find(name: str, folders: Sequence[Path]) -> Path:
 
 def digest(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
-    return sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def verify(path: Path, expected: str) -> None:
@@ -60,10 +61,10 @@ def load(path: Path) -> "dict[str, Tensor]":
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    _refuse_foreign_formats(path)
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
+        _refuse_foreign_formats(path)
         raise BadWeights(
             f"{path}: not a complete safetensors file ({error}). Fetch it again."
         ) from None
@@ -79,9 +80,7 @@ def fill(network: "nn.Module", tensors: "Mapping[str, Tensor]", path: Path) -> N
     have = {name: tuple(value.shape) for name, value in tensors.items()}
     wrong = [f"{n} is missing" for n in want if n not in have]
     wrong += [f"{n} is unknown" for n in have if n not in want]
-    wrong += [
-        f"{n} is {have[n]}, not {want[n]}" for n in want if n in have and want[n] != have[n]
-    ]
+    wrong += [f"{n} is {have[n]}, not {want[n]}" for n in want if n in have and want[n] != have[n]]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise BadWeights(
@@ -92,8 +91,12 @@ def fill(network: "nn.Module", tensors: "Mapping[str, Tensor]", path: Path) -> N
 
 
 def _refuse_foreign_formats(path: Path) -> None:
+    """Say what a file is that isn't safetensors; nothing in it is run."""
     with path.open("rb") as file:
         start = file.read(512)
+    # A header's length comes first, in eight bytes, and can look like the start of a pickle.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 10**8:
+        return
     if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise BadWeights(
             f"{path}: a pickle (.pt, .pth, .pkl), which can run code when it is read: refused. "

@@ -100,7 +100,9 @@ class GDMP:
                 law = Posterior.between(self.schedule, t, s, self.variance)
                 index = k * self.steps + i
 
-                def reverse(z: Tensor, index: int = index, law: Posterior = law) -> Tensor:
+                def reverse(
+                    z: Tensor, source: Tensor, index: int = index, law: Posterior = law
+                ) -> Tensor:
                     x0 = predict_x0(self.denoiser, z, law.t, law.signal, self.clip_x0)
                     mean = law.x0_weight * x0 + law.z_weight * z
                     if not law.sigma:
@@ -114,7 +116,7 @@ class GDMP:
                     mean = mean - pull * self.distance_gradient(z, target)
                     return mean + law.sigma * noise.normal(REVERSE, index, z)
 
-                z = memory.step(reverse, z)
+                z = memory.step(reverse, z, source)
         return to_images(z, self.clamp_output)
 
 

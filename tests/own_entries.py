@@ -1,0 +1,36 @@
+"""Folders of entries as a user would have them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def folder(
+    path: Path,
+    *,
+    defenses: Mapping[str, Any] | None = None,
+    attacks: Mapping[str, Any] | None = None,
+    tracks: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write these entries, by name, below `path`."""
+    kinds = {"defenses": defenses, "attacks": attacks, "tracks": tracks}
+    for kind, entries in kinds.items():
+        for name, table in (entries or {}).items():
+            file = path / kind / f"{name}.yaml"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(yaml.safe_dump(table))
+    return path
+
+
+def toy_defense(factory: str, sites: list[str], **options: Any) -> dict[str, Any]:
+    """The entry of a defense without networks on the digits."""
+    return {
+        "title": "Toy",
+        "kind": "control",
+        "paper": None,
+        "factory": factory,
+        "sites": sites,
+        "settings": [{"tracks": ["digits-linf", "digits-l2"], "options": options, "networks": {}}],
+    }

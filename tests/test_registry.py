@@ -1,0 +1,373 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from own_entries import folder
+
+from dbp_bench.errors import BadEntry, UnknownName
+from dbp_bench.registry import DefenseEntry, Registry, Threat, Track, read_yaml
+
+SHIPPED = Registry()
+
+MODELS: dict[str, tuple[Path, type[Any]]] = {
+    "threat": (SHIPPED.threats["eot"], Threat),
+    "defense": (SHIPPED.defenses["ddpm"], DefenseEntry),
+    "track": (SHIPPED.tracks["digits-linf"], Track),
+}
+
+
+def table(kind: str) -> dict[str, Any]:
+    return dict(yaml.safe_load(MODELS[kind][0].read_text()))
+
+
+def refused(path: Path, kind: str, text: str) -> str:
+    """The message that refuses `text` as an entry of this kind: one line that names the file."""
+    path.write_text(text)
+    with pytest.raises(BadEntry) as caught:
+        read_yaml(path, MODELS[kind][1])
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert not message.endswith("..")
+    return message.removeprefix(f"{path}: ")
+
+
+# ------------------------------------------------------------------------------------ names
+
+
+def test_every_shipped_entry_loads() -> None:
+    assert {"none", "ddpm", "ddim", "addt", "gdmp", "diffpure"} <= set(SHIPPED.defenses)
+    assert {"whitebox", "eot", "dw-fwd", "dw-rev", "dwbox", "null"} <= set(SHIPPED.threats)
+    assert {"digits-linf", "digits-l2"} <= set(SHIPPED.tracks)
+    for name in SHIPPED.defenses:
+        assert SHIPPED.defense(name).name == name
+    for name in SHIPPED.threats:
+        assert SHIPPED.threat(name).entry.title
+    for name in SHIPPED.tracks:
+        assert SHIPPED.track(name).entry.demonstration
+    assert SHIPPED.sites == {"forward", "guidance", "reverse"}
+
+
+@pytest.mark.parametrize("defense", sorted(SHIPPED.defenses))
+def test_every_shipped_defense_builds(defense: str) -> None:
+    entry = SHIPPED.defense(defense)
+    built = SHIPPED.build_defense(entry, SHIPPED.track("digits-linf"))
+    assert built.sites == frozenset(entry.entry.sites)
+
+
+def test_unknown_name_gets_a_suggestion() -> None:
+    with pytest.raises(UnknownName, match=r"no defense 'adt'. Did you mean 'addt'\?"):
+        SHIPPED.defense("adt")
+    with pytest.raises(UnknownName, match=r"no threat 'dwbx'. Did you mean 'dwbox'\?"):
+        SHIPPED.threat("dwbx")
+    with pytest.raises(UnknownName, match=r"no track 'imagenet'\. Known: digits-l2, digits-linf\."):
+        SHIPPED.track("imagenet")
+
+
+def test_defense_without_a_setting_for_the_track() -> None:
+    entry = SHIPPED.defense("ddpm").entry
+    with pytest.raises(UnknownName, match="no setting for track 'digits-lin'.*'digits-linf'"):
+        entry.setting("digits-lin", "ddpm", "here")
+
+
+# ------------------------------------------------------------------------------------- YAML
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [(kind, key) for kind in MODELS for key in table(kind)],
+)
+def test_missing_key(tmp_path: Path, kind: str, key: str) -> None:
+    keys = table(kind)
+    del keys[key]
+    assert refused(tmp_path / "x.yaml", kind, yaml.safe_dump(keys)) == f"{key}: is missing."
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_unknown_key(tmp_path: Path, kind: str) -> None:
+    keys = table(kind) | {"titel": "x"}
+    message = refused(tmp_path / "x.yaml", kind, yaml.safe_dump(keys))
+    assert message.startswith("titel: is unknown. Did you mean 'title'?")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "says"),
+    [
+        ("threat", "eps", False, "eps: input should be a valid number, not False."),
+        ("threat", "eps", -0.1, "eps: input should be greater than or equal to 0, not -0.1."),
+        ("threat", "eps", float("nan"), "eps: input should be a finite number, not nan."),
+        ("threat", "eps", "1e400", "eps: input should be a finite number, not inf."),
+        ("threat", "eps", "8/0", "eps: input should be a valid number, not '8/0'."),
+        ("threat", "title", False, "title: input should be a valid string, not False."),
+        ("threat", "draws", "nine", "draws: input should be a valid integer, not 'nine'."),
+        ("threat", "draws", True, "draws: input should be a valid integer, not True."),
+        ("threat", "draws", 0, "draws: input should be greater than or equal to 1, not 0."),
+        (
+            "threat",
+            "knows",
+            "forwrd",
+            "knows: give none, all, sites such as [forward], or {all-but: [forward]}, not ",
+        ),
+        (
+            "threat",
+            "knows",
+            {"all_but": ["forward"]},
+            "knows: give none, all, sites such as [forward], or {all-but: [forward]}, not ",
+        ),
+        (
+            "threat",
+            "knows",
+            False,
+            "knows: give none, all, sites such as [forward], or {all-but: [forward]}, not ",
+        ),
+        ("threat", "knows", ["Forward"], "knows.0: string should match"),
+        ("threat", "attack", "pdg", "attack: no attack 'pdg'. Did you mean 'pgd'?"),
+        ("defense", "sites", ["forward", "forward"], "sites: 'forward' stands twice."),
+        ("defense", "factory", "dbp_bench.purifiers", "factory: string should match"),
+        ("defense", "settings", [], "settings: list should have at least 1 item"),
+        ("defense", "settings", 3, "settings: input should be a valid list, not 3."),
+        ("track", "eps", 8, "eps: 8 is more than the whole range of a pixel"),
+        ("track", "norm", "linff", "norm: input should be 'linf' or 'l2', not 'linff'."),
+        ("track", "demonstration", "no", "demonstration: input should be a valid boolean"),
+        ("track", "batch_size", 1.5, "batch_size: input should be a valid integer"),
+    ],
+)
+def test_ill_typed_value(tmp_path: Path, kind: str, key: str, value: object, says: str) -> None:
+    text = yaml.safe_dump(table(kind) | {key: value})
+    assert refused(tmp_path / "x.yaml", kind, text).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("effort", "says"),
+    [
+        ({"steps": 0}, "effort.steps: input should be greater than or equal to 1, not 0."),
+        ({"steps": True}, "effort.steps: input should be a valid integer, not True."),
+        ({"stepz": 1}, "effort.stepz: is unknown. Did you mean 'steps'?"),
+        ({"loss": "cee"}, "effort.loss: input should be 'ce', 'margin' or 'dlr', not 'cee'."),
+        ({"restarts": 2}, "effort.restarts: more than 1 needs random_start"),
+    ],
+)
+def test_effort_that_the_attack_does_not_take(
+    tmp_path: Path, effort: dict[str, Any], says: str
+) -> None:
+    keys = table("threat")
+    keys["effort"] |= effort
+    assert refused(tmp_path / "x.yaml", "threat", yaml.safe_dump(keys)).startswith(says)
+
+
+def test_missing_effort(tmp_path: Path) -> None:
+    keys = table("threat")
+    del keys["effort"]["eot"]
+    message = refused(tmp_path / "x.yaml", "threat", yaml.safe_dump(keys))
+    assert message == "effort.eot: is missing."
+
+
+def test_too_few_known_draws(tmp_path: Path) -> None:
+    text = yaml.safe_dump(table("threat") | {"knows": "all", "draws": 2})
+    assert refused(tmp_path / "x.yaml", "threat", text).startswith("draws: 2, but at least 3")
+
+
+def test_two_settings_of_one_track(tmp_path: Path) -> None:
+    keys = table("defense")
+    keys["settings"] *= 2
+    message = refused(tmp_path / "x.yaml", "defense", yaml.safe_dump(keys))
+    assert message == "settings: track 'digits-linf' has two."
+
+
+def test_option_that_is_also_a_network(tmp_path: Path) -> None:
+    keys = table("defense")
+    keys["settings"][0]["options"]["denoiser"] = 1
+    message = refused(tmp_path / "x.yaml", "defense", yaml.safe_dump(keys))
+    assert message == "settings.0: 'denoiser' is both an option and a network."
+
+
+@pytest.mark.parametrize("value", ["2024-01-01", ".nan", "!!binary aGk="])
+def test_option_that_no_result_could_hold(tmp_path: Path, value: str) -> None:
+    text = MODELS["defense"][0].read_text().replace("t_star: 100", f"t_star: {value}")
+    message = refused(tmp_path / "x.yaml", "defense", text)
+    assert message.startswith("settings.0.options: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("title: [", "not YAML: "),
+        ("title: a\ntitle: b\n", "not YAML: key 'title' stands twice."),
+        ("title: 2024-99-99\n", "not YAML: "),
+        ("? [a]\n: b\n", "not YAML: "),
+        ("[" * 5000, "not YAML: "),
+        ("", "not a table of keys and values"),
+        ("- title\n", "not a table of keys and values"),
+        ("just words", "not a table of keys and values"),
+    ],
+)
+def test_not_a_table(tmp_path: Path, text: str, says: str) -> None:
+    assert refused(tmp_path / "x.yaml", "threat", text).startswith(says)
+
+
+def test_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"title: \xff\xfe\n")
+    with pytest.raises(BadEntry, match="not YAML"):
+        read_yaml(path, Threat)
+
+
+def test_a_tag_that_would_execute_does_not(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    text = f"title: !!python/object/apply:os.system ['touch {trace}']\n"
+    message = refused(tmp_path / "x.yaml", "threat", text)
+    assert "could not determine a constructor" in message
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 0.001), ("1E-3", 0.001), ("8/255", 8 / 255), ("8 / 255", 8 / 255), ("0", 0.0)],
+)
+def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(MODELS["threat"][0].read_text().replace("eps: null", f"eps: {text}"))
+    assert read_yaml(path, Threat).eps == value
+
+
+def test_exponents_in_options_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(MODELS["defense"][0].read_text().replace("t_star: 100", "t_star: 1e-3"))
+    assert read_yaml(path, DefenseEntry).settings[0].options["t_star"] == 0.001
+
+
+def test_which_sites_are_known() -> None:
+    sites = ["reverse", "forward", "guidance"]
+    known = {name: SHIPPED.threat(name).entry.sites(sites) for name in SHIPPED.threats}
+    assert known == {
+        "null": [],
+        "whitebox": [],
+        "eot": [],
+        "dw-fwd": ["forward"],
+        "dw-rev": ["guidance", "reverse"],
+        "dwbox": ["forward", "guidance", "reverse"],
+    }
+
+
+# -------------------------------------------------------------------------- one's own entries
+
+
+def test_folder_without_entries(tmp_path: Path) -> None:
+    with pytest.raises(BadEntry, match="no folder defenses/, attacks/ or tracks/"):
+        Registry([tmp_path])
+
+
+def test_name_that_is_taken(tmp_path: Path) -> None:
+    folder(tmp_path, defenses={"ddpm": table("defense")})
+    with pytest.raises(BadEntry, match=r"ddpm\.yaml: the name is taken by .*ddpm\.yaml"):
+        Registry([tmp_path]).defense("ddim")
+
+
+@pytest.mark.parametrize("name", ["all", "Mine", "two words", "a,b"])
+def test_name_that_no_command_line_can_say(tmp_path: Path, name: str) -> None:
+    folder(tmp_path, defenses={name: table("defense")})
+    with pytest.raises(BadEntry, match="the file name is the entry's name"):
+        Registry([tmp_path]).defense("ddim")
+
+
+def test_other_suffix(tmp_path: Path) -> None:
+    folder(tmp_path, defenses={"mine": table("defense")})
+    (tmp_path / "defenses/mine.yaml").rename(tmp_path / "defenses/mine.yml")
+    with pytest.raises(BadEntry, match=r"rename it to mine\.yaml"):
+        Registry([tmp_path]).defense("mine")
+
+
+def test_hidden_files_are_not_entries(tmp_path: Path) -> None:
+    folder(tmp_path, defenses={"mine": table("defense")})
+    (tmp_path / "defenses/.mine.yaml").write_text("an editor's")
+    assert Registry([tmp_path]).defense("mine").name == "mine"
+
+
+def build(tmp_path: Path, *, trust: bool = False, **changes: Any) -> Any:
+    """The defense of an entry of one's own, with some keys changed."""
+    keys: dict[str, Any] = {
+        "title": "Toy",
+        "kind": "control",
+        "paper": None,
+        "factory": "dbp_bench.purifiers.controls:noise_only",
+        "sites": ["forward"],
+        "settings": [
+            {
+                "tracks": ["digits-linf"],
+                "options": {"t_star": 100, "clamp_output": True},
+                "networks": {},
+            }
+        ],
+    }
+    for key, value in changes.items():
+        if key in ("options", "networks"):
+            keys["settings"][0][key] = value
+        else:
+            keys[key] = value
+    folder(tmp_path, defenses={"toy": keys})
+    registry = Registry([tmp_path], trust_code=trust)
+    return registry.build_defense(registry.defense("toy"), registry.track("digits-linf"))
+
+
+def test_code_from_outside_runs_only_when_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    trace = tmp_path / "trace"
+    module = "toy_with_a_side_effect"
+    (tmp_path / f"{module}.py").write_text(
+        f"from pathlib import Path\nPath({str(trace)!r}).touch()\n"
+        "from dbp_bench.purifiers.controls import NoiseOnly\n"
+        "def make(*, t_star): return NoiseOnly(t_star, True)\n"
+    )
+    changes = {"factory": f"{module}:make", "options": {"t_star": 100}}
+    with pytest.raises(BadEntry, match=r"code from outside dbp-bench\. Add --trust-code"):
+        build(tmp_path, **changes)
+    assert not trace.exists()
+    assert module not in sys.modules
+    try:
+        assert build(tmp_path, trust=True, **changes).sites == {"forward"}
+        assert trace.exists()
+    finally:
+        sys.modules.pop(module, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"options": {"t_star": 100}}, "missing a required argument: 'clamp_output'"),
+        (
+            {"options": {"t_star": 100, "clamp_output": True, "stepz": 1}},
+            "unexpected keyword argument 'stepz'. It takes: t_star, clamp_output.",
+        ),
+        ({"options": {"t_star": 5000, "clamp_output": True}}, "factory dbp_bench"),
+        ({"sites": ["reverse"]}, "sites: ['reverse'], but the purifier declares ['forward']."),
+        ({"factory": "dbp_bench.purifiers.controls:nothing"}, "cannot be imported"),
+        ({"factory": "dbp_bench.nowhere:nothing"}, "cannot be imported"),
+        ({"factory": "dbp_bench.purifiers.ddpm:__doc__"}, "is not a function or a class."),
+        ({"factory": "dbp_bench.registry:import_module"}, "is not a part of dbp-bench"),
+        ({"factory": "os:system"}, "Add --trust-code"),
+    ],
+)
+def test_factory_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadEntry, match=re.escape(says)) as caught:
+        build(tmp_path, **changes)
+    assert str(caught.value).startswith(f"{tmp_path / 'defenses' / 'toy.yaml'}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_reading_imports_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from dbp_bench import registry, job, result, report, errors\n"
+        "r = registry.Registry()\n"
+        "job.plan(r, 'digits-linf', ['all'], ['all'], seed=0, device='cpu',"
+        " overrides=job.Overrides())\n"
+        "assert 'torch' not in sys.modules, 'torch is imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
