@@ -85,12 +85,9 @@ def test_normals_are_those_of_box_and_muller() -> None:
     for word, pair in zip(w[0].tolist(), got, strict=True):
         radius = math.sqrt(-2 * math.log(((word & 0xFFFFFFFF) + 0.5) / 2**32))
         upper = word >> 32
-        angle = (((upper & 0x3FFFFFFF) + 0.5) / 2**30 - 0.5) * math.pi / 2
-        # Two bits turn the angle by quarters; the pair is (cos, sin) of the result, some mirrored.
+        angle = (((upper & 0x7FFFFFFF) + 0.5) / 2**31 - 0.5) * math.pi
         trig = [math.cos(angle), math.sin(angle)]
-        if upper >> 30 & 1:
-            trig.reverse()
-        sign = -1 if upper >> 31 else 1
+        sign = -1 if upper >> 31 else 1  # the last bit is half a turn
         # The radius is ill-conditioned where the uniform rounds near 1, and there it is small.
         near_one = (word & 0xFFFFFFFF) > 0xFFFFFFFF * 0.999
         for value, t in zip(pair, trig, strict=True):

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
-from own_entries import folder
 
 from dbp_bench.errors import BadEntry, UnknownName
 from dbp_bench.registry import DefenseEntry, Registry, Threat, Track, read_yaml
+from own_entries import folder
 
 SHIPPED = Registry()
 
@@ -71,7 +71,7 @@ def test_unknown_name_gets_a_suggestion() -> None:
 
 def test_defense_without_a_setting_for_the_track() -> None:
     entry = SHIPPED.defense("ddpm").entry
-    with pytest.raises(UnknownName, match="no setting for track 'digits-lin'.*'digits-linf'"):
+    with pytest.raises(UnknownName, match=r"no setting for track 'digits-lin'.*'digits-linf'"):
         entry.setting("digits-lin", "ddpm", "here")
 
 

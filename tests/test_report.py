@@ -421,7 +421,8 @@ def test_whitebox_alone_with_other_steps_is_refused(tmp_path: Path) -> None:
 
 def test_a_threat_with_an_eot_of_its_own_is_refused(tmp_path: Path) -> None:
     """The forward noise known at EoT 1 everywhere, and nothing known at EoT 10, as once published:
-    the difference would compare the attacks' strength, not what they know."""
+    the difference would compare the attacks' strength, not what they know.
+    """
     results = [r for r in matrix() if r.threat != "dw-fwd"]
     save(tmp_path, *results, make("both", "dw-fwd", 0.6, effort={"eot": 1}))
     with pytest.raises(NotComparable, match=r"effort\.eot 10 and 1|effort\.eot 1 and 10"):

@@ -7,10 +7,10 @@ timed in turn, so that a drift of the machine's speed cancels in each pair.
 
 import multiprocessing
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ def measure(device: str, repeats: int) -> dict[str, Any]:
             for name, values in ratios.items()
         },
     }
-    if device == "cpu":
+    if device == "cpu" and Path("/proc/self/status").exists():
         table["memory"] = _memory_growth()
     return table
 
@@ -230,4 +230,6 @@ def _peak(steps: int) -> int:
     logits = defense.logits(x, Tape.make(0, ATTACKER, range(_MEMORY_IMAGES)))
     loss = F.cross_entropy(logits, label.repeat(_MEMORY_IMAGES), reduction="sum")
     torch.autograd.grad(loss, x)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: its peak is inherited from the parent process.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])

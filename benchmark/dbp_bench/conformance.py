@@ -11,12 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointError
 
 from dbp_bench.data import load_data
 from dbp_bench.defense import Defense
@@ -90,7 +89,7 @@ def check_replay(defense: Defense, images: Tensor) -> None:
                 f"it draws from, or seeds, the global generator of {' and '.join(moved)}. Draw "
                 "every number with noise.normal(site, step, like)."
             )
-    if not torch.equal(*answers):
+    if not _same(*answers):
         raise NotConforming(
             "two purifications with the same draws differ: some draw, or something that is kept "
             "between calls, doesn't come from the noise that is passed in. Draw every number with "
@@ -134,7 +133,7 @@ def check_sites_matter(defense: Defense, images: Tensor) -> None:
     first, second = _tape(images), _tape(images, draw=1)
     with torch.no_grad():
         before = defense.purifier(images, first)
-        for site in sorted(defense.sites):
+        for site in sorted(defense.sites & {site for site, _ in _heard(defense, images)}):
             after = defense.purifier(images, Revealed(second, first, frozenset({site})))
             if torch.equal(before, after):
                 raise NotConforming(
@@ -218,11 +217,10 @@ def _check_gradient_of_one(defense: Defense, x: Tensor, tape: Tape) -> None:
     rounding = 100 * torch.finfo(x.dtype).eps * value / min(STEPS)
     if not error <= TOLERANCE * scale + rounding:
         raise NotConforming(
-            f"the gradient is wrong: it is off from finite differences by {error / scale:.2g} times its size "
-            f""
-            f"(median of {DIRECTIONS} directions; {TOLERANCE:g} is allowed). Look for a detached "
-            "guide, a scalar in place of a vector-Jacobian product, a straight-through step, or "
-            "arithmetic below float64."
+            f"the gradient is wrong: it is off from finite differences by {error / scale:.2g} of "
+            f"its size (median of {DIRECTIONS} directions; {TOLERANCE:g} is allowed). Look for a "
+            "detached guide, a scalar in place of a vector-Jacobian product, a straight-through "
+            "step, or arithmetic below float64."
         )
 
 
@@ -250,24 +248,14 @@ def check_checkpointing(defense: Defense, images: Tensor) -> None:
     found = {}
     for policy in _POLICIES:
         with _policy(defense, policy):
-            try:
-                found[policy] = _gradient(defense, images, _tape(images))
-            except CheckpointError as error:
-                raise NotConforming(
-                    "a step does something else when it is recomputed for the backward pass "
-                    f"({str(error).splitlines()[0].rstrip('.')}). A function given to memory.step "
-                    "may depend on nothing that changes after the call."
-                ) from None
+            found[policy] = _gradient(defense, images, _tape(images))
     (logits, gradient), (by_step_logits, by_step) = found["none"], found["step"]
-    same = torch.equal(logits, by_step_logits)
-    if gradient is not None and by_step is not None:
-        same &= torch.equal(gradient, by_step)
-    if not same or (gradient is None) != (by_step is None):
+    if not (_same(logits, by_step_logits) and _same(gradient, by_step)):
         raise NotConforming(
             "step checkpointing changes the logits or the gradient: a step does something else "
             "when it is recomputed. A function given to memory.step must draw its noise inside, at "
-            "a step number that is bound when it is made (def reverse(z, i=i)), not a loop's "
-            "variable."
+            "a step number that is bound when it is made (def reverse(z, i=i)), and take every "
+            "tensor that carries a gradient as an argument."
         )
 
 
@@ -358,6 +346,11 @@ class _Listener:
         self.heard[site, step] += 1
         return self.noise.normal(site, step, like)
 
+    def __getattr__(self, name: str) -> NoReturn:
+        raise NotConforming(
+            f"it asks the noise for {name!r}. Noise gives normal(site, step, like) and nothing else."
+        )
+
 
 def _heard(defense: Defense, images: Tensor) -> Counter[tuple[Site, int]]:
     listener = _Listener(_tape(images))
@@ -420,6 +413,13 @@ def _global_states() -> dict[str, Any]:
         "Python (random)": random.getstate(),
         "NumPy (np.random)": (legacy["key"].tolist(), legacy["pos"]),
     }
+
+
+def _same(first: Tensor | None, second: Tensor | None) -> bool:
+    """Whether every number is equal, NaN to NaN; nothing equals nothing."""
+    if first is None or second is None:
+        return first is second
+    return torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
 
 
 def _leaves(tensor: Tensor) -> list[Tensor]:

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from dbp_bench import evaluate, memory
+from dbp_bench.attacks.objectives import cross_entropy
 from dbp_bench.data import load_data
 from dbp_bench.evaluate import Group
 from dbp_bench.job import Job
 from dbp_bench.memory import Policy
 from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
-from dbp_bench.attacks.objectives import cross_entropy
 from dbp_bench.registry import Registry
 from dbp_bench.run import FRESH_DRAWS, missing_gradients
 from dbp_bench.threat import AttackerView
@@ -80,9 +80,7 @@ def _probe(job: Job, registry: Registry, policy: Policy) -> _Probe:
     calls = defense.counter.images // len(ids)
     per_row = defense.activation_bytes(images)
     full = per_row * rows
-    by_step = policy == "step" or (
-        policy == "auto" and full > memory.free_bytes(device) // 2
-    )
+    by_step = policy == "step" or (policy == "auto" and full > memory.free_bytes(device) // 2)
     view = AttackerView(
         defense,
         frozenset(Site(site) for site in job.knows),

@@ -14,6 +14,7 @@ Policy = Literal["auto", "none", "step"]
 """`none` stores every activation; `step` stores the state at each step and recomputes the rest;
 `auto` takes `none` where it fits. Results are the same, bit for bit."""
 
+
 @dataclass(slots=True)
 class CallCounter:
     """How many images passed through a defense's denoising networks."""
@@ -63,7 +64,9 @@ SHELF = 8
 """States in one buffer."""
 
 _shelf: ContextVar[_Shelf | None] = ContextVar("shelf of the running defense", default=None)
-_counter: ContextVar[CallCounter | None] = ContextVar("counter of the running defense", default=None)
+_counter: ContextVar[CallCounter | None] = ContextVar(
+    "counter of the running defense", default=None
+)
 
 
 @contextmanager

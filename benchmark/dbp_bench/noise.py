@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from math import log, pi, prod
+from math import factorial, log, pi, prod
 from types import ModuleType
 from typing import Any, NewType, Protocol
 
@@ -217,8 +217,8 @@ def _key(seed: int, owner: str, site: str) -> tuple[int, int]:
 
 # ------------------------------------------------------- exactly rounded distributions, float32
 
-_COS = [1 / 2, -1 / 24, 1 / 720, -1 / 40320]
-_SIN = [1 / 6, -1 / 120, 1 / 5040, -1 / 362880]
+_COS = [(-1) ** n / factorial(2 * n + 2) for n in range(7)]
+_SIN = [(-1) ** n / factorial(2 * n + 3) for n in range(6)]
 _ARTANH = [1 / n for n in range(1, 11, 2)]
 _LN2 = log(2)
 
@@ -227,19 +227,20 @@ def _normals(words: Any, xp: ModuleType) -> Any:
     """Standard normals ``(b, 2 n)`` in float32 from 64-bit words ``(b, n)``.
 
     Box and Muller (1958). The lower half of a word gives the radius (at most 6.8); of the upper
-    half, 30 bits give an angle in (-pi/4, pi/4) and two bits the quarter turn that is added to it.
+    half, 31 bits give an angle in (-pi/2, pi/2) and one bit the half turn that is added to it.
     """
     radius = xp.sqrt(-2.0 * _log(_unit(words & _LOW, 32, xp), xp))
     upper = _upper(words, xp)
-    angle = _unit(upper & 0x3FFFFFFF, 30, xp)
+    angle = _unit(upper & 0x7FFFFFFF, 31, xp)
     angle -= 0.5
-    angle *= pi / 2
+    angle *= pi
     square = angle * angle
     cosine = 1.0 - square * _horner(square, _COS)
     sine = angle - angle * square * _horner(square, _SIN)
-    swap = (upper & 0x40000000) != 0
-    signed = xp.where((upper & 0x80000000) != 0, -radius, radius)
-    out = xp.stack([xp.where(swap, sine, cosine), xp.where(swap, cosine, sine)], 2)
+    # A half turn is a change of sign; bit 31 of a word is the sign bit of a float32.
+    half_turn = upper & 0x80000000
+    signed = (radius.view(xp.int32) ^ _int32(half_turn, xp)).view(xp.float32)
+    out = xp.stack([cosine, sine], 2)
     out *= signed[:, :, None]
     return out.reshape(len(words), -1)
 
@@ -281,6 +282,11 @@ def _unit(integers: Any, bits: int, xp: ModuleType) -> Any:
     values += 0.5
     values *= 2.0**-bits
     return values
+
+
+def _int32(bits: Any, xp: ModuleType) -> Any:
+    """The lower 32 bits of each word."""
+    return bits.to(torch.int32) if xp is torch else bits.astype(np.uint32).view(np.int32)
 
 
 def _float(integers: Any, xp: ModuleType) -> Any:

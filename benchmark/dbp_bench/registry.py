@@ -224,20 +224,20 @@ KNOWN_DRAWS = 3
 def _form(value: object) -> str | None:
     """In which form a threat says what is known, so that a mistake gets one message, not three."""
     if isinstance(value, AllBut) or (isinstance(value, dict) and set(value) == {"all-but"}):
-        return "but"
+        return "<but>"
     if isinstance(value, list):
-        return "sites"
-    return "word" if value in ("none", "all") else None
+        return "<sites>"
+    return "<word>" if value in ("none", "all") else None
 
 
 Knows = Annotated[
-    Annotated[Literal["none", "all"], Tag("word")]
-    | Annotated[Names, Tag("sites")]
-    | Annotated[AllBut, Tag("but")],
+    Annotated[Literal["none", "all"], Tag("<word>")]
+    | Annotated[Names, Tag("<sites>")]
+    | Annotated[AllBut, Tag("<but>")],
     Discriminator(
         _form,
         custom_error_type="knows",
-        custom_error_message="give none, all, sites such as [forward], or {{all-but: [forward]}}",
+        custom_error_message="give none, all, sites such as [forward], or {all-but: [forward]}",
     ),
 ]
 
@@ -352,7 +352,7 @@ def read_yaml(path: Path, model: type[E]) -> E:
         BadEntry: The file isn't YAML, or a key is missing, unknown or ill-typed.
     """
     try:
-        table = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506
+        table = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise BadEntry(f"{path}: not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(table, dict):
@@ -369,7 +369,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     for fault in error.errors()[:3]:
         # Where a value has several forms, pydantic adds the name of the form (see Knows).
         parts = [str(part) for part in fault["loc"]]
-        key = ".".join(part for part in parts if part not in ("word", "sites", "but"))
+        key = ".".join(part for part in parts if not part.startswith("<"))
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "missing":
             message = "is missing"

@@ -128,9 +128,7 @@ def ddpm(
     return DDPM(denoiser, t_star, steps, variance, clip_x0, clamp_output)
 
 
-def ddim(
-    denoiser: Denoiser, *, t_star: int, steps: int, clip_x0: bool, clamp_output: bool
-) -> DDIM:
+def ddim(denoiser: Denoiser, *, t_star: int, steps: int, clip_x0: bool, clamp_output: bool) -> DDIM:
     """Build :class:`DDIM` from an entry's options."""
     Schedule().grid(t_star, steps)
     return DDIM(denoiser, t_star, steps, clip_x0, clamp_output)

@@ -82,9 +82,7 @@ def train(
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=betas
     )
-    schedule = (
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) if anneal else None
-    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) if anneal else None
     ema = WeightAverage(network, average)
     rows = torch.empty(batch_size, 1)
     for iteration in range(iterations):

@@ -1,0 +1,41 @@
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+
+class Said(NamedTuple):
+    """What a command said."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
+    """``dbp-bench`` with these arguments, in this process."""
+    from dbp_bench.cli import main
+
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: str | Path) -> Said:
+        monkeypatch.setattr("sys.argv", ["dbp-bench", *map(str, arguments)])
+        monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return Said(code, *capsys.readouterr())
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)

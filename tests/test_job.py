@@ -1,0 +1,273 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from own_entries import folder, toy_defense
+
+from dbp_bench.errors import BadEntry, BadRequest, UnknownName
+from dbp_bench.job import Job, Overrides, measured_elsewhere, plan, refuse_other_request, resolve
+from dbp_bench.registry import Registry
+from dbp_bench.run import execute
+
+SHIPPED = Registry()
+TRACK = "digits-linf"
+
+
+def job(
+    defense: str = "ddpm",
+    threat: str = "dwbox",
+    registry: Registry = SHIPPED,
+    track: str = TRACK,
+    seed: int = 0,
+    **overrides: Any,
+) -> Job:
+    return resolve(
+        registry,
+        track,
+        defense,
+        threat,
+        seed=seed,
+        device="cpu",
+        overrides=Overrides(**overrides),
+    )
+
+
+def runs(defense: str, **overrides: Any) -> dict[str, str | None]:
+    """By threat, the threat that is run instead."""
+    planned = plan(
+        SHIPPED, TRACK, [defense], ["all"], seed=0, device="cpu", overrides=Overrides(**overrides)
+    )
+    return {p.job.threat.name: p.instead and p.instead.threat.name for p in planned}
+
+
+# --------------------------------------------------------------------------------- resolving
+
+
+def test_defaults_are_those_of_the_entries() -> None:
+    made = job()
+    assert made.eps == SHIPPED.track(TRACK).entry.eps
+    assert made.effort == SHIPPED.threat("dwbox").entry.effort
+    assert made.knows == made.sites == ["forward", "reverse"]
+    assert (made.draws, made.examples, made.overrides) == (3, 360, [])
+    assert job(threat="null").eps == 0
+
+
+def test_overrides_are_recorded() -> None:
+    made = job(
+        effort={"steps": 7, "restarts": 2, "random_start": True}, eps=0.1, draws=4, batch_size=8
+    )
+    assert made.effort["steps"] == 7
+    assert made.effort["eot"] == 10
+    assert (made.eps, made.draws, made.batch_size) == (0.1, 4, 8)
+    assert made.overrides == ["batch_size", "draws", "eps", "random_start", "restarts", "steps"]
+    assert made.identity()["effort"] == made.effort
+
+
+def test_examples_are_no_override() -> None:
+    assert job(examples=5).overrides == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"effort": {"queries": 5}}, r"^--queries: attack 'pgd' of threat 'dwbox' takes no such"),
+        ({"effort": {"steps": 0}}, "steps: input should be greater than or equal to 1, not 0"),
+        ({"effort": {"restarts": 2}}, r"restarts: more than 1 needs random_start: true"),
+        ({"effort": {"loss": "cee"}}, "loss: input should be 'ce', 'margin' or 'dlr', not 'cee'"),
+        ({"effort": {"step_size": float("nan")}}, "step_size: input should be .*, not nan"),
+        ({"eps": -0.1}, r"^--eps -0\.1: a radius cannot be negative"),
+        ({"eps": 8.0}, r"^--eps: 8 is more than the whole range .* Did you mean 8/255\?"),
+        ({"draws": 2}, r"^--draws 2: dwbox needs at least 3 known draws"),
+        ({"draws": 0}, r"^--draws 0: must be 1 or more"),
+        ({"batch_size": 0}, r"^--batch-size 0: must be 1 or more"),
+        ({"rows": -1}, r"^--rows -1: must be 1 or more"),
+        ({"examples": 0}, r"^--examples 0: this track has 1 to 360 images"),
+        ({"examples": 361}, r"^--examples 361: this track has 1 to 360 images"),
+    ],
+)
+def test_option_that_cannot_be_right(overrides: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadRequest, match=says) as caught:
+        job(**overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seed_out_of_range(seed: int) -> None:
+    with pytest.raises(BadRequest, match="--seed"):
+        job(seed=seed)
+
+
+def test_few_draws_where_none_is_known() -> None:
+    assert job(threat="eot", draws=1).draws == 1
+    # Nothing that ddim draws is known to an attacker who knows the reverse noise.
+    assert job("ddim", "dw-rev", draws=1).draws == 1
+
+
+def test_one_draw_where_there_is_no_noise() -> None:
+    assert job("none", "eot").draws == job("none", "dwbox").draws == 1
+
+
+def test_site_that_no_defense_has(tmp_path: Path) -> None:
+    table = yaml.safe_load(SHIPPED.threats["dw-fwd"].read_text())
+    folder(tmp_path, attacks={"mine": table | {"knows": ["forwrd"]}})
+    with pytest.raises(BadEntry, match=r"mine\.yaml: knows: no defense .* Did you mean 'forward'"):
+        job(threat="mine", registry=Registry([tmp_path]))
+    # A site of another defense is no mistake.
+    assert job("none", "dw-fwd").knows == []
+
+
+def test_site_of_ones_own_defense(tmp_path: Path) -> None:
+    table = yaml.safe_load(SHIPPED.threats["dw-fwd"].read_text())
+    mine = toy_defense("dbp_bench.purifiers.controls:none", ["vote"])
+    folder(tmp_path, attacks={"mine": table | {"knows": ["vote"]}}, defenses={"voting": mine})
+    registry = Registry([tmp_path])
+    assert job("voting", "mine", registry).knows == ["vote"]
+    assert job("ddpm", "mine", registry).knows == []
+
+
+@pytest.mark.parametrize(("key", "value"), [("data", "digit"), ("split", "tset")])
+def test_track_of_unknown_images(tmp_path: Path, key: str, value: str) -> None:
+    table = yaml.safe_load(SHIPPED.tracks[TRACK].read_text()) | {key: value}
+    defense = toy_defense("dbp_bench.purifiers.controls:none", [])
+    defense["settings"][0]["tracks"] = ["mine"]
+    folder(tmp_path, tracks={"mine": table}, defenses={"toy": defense})
+    with pytest.raises(BadEntry, match=rf"mine\.yaml: .*{value!r}\. Did you mean"):
+        job("toy", "eot", Registry([tmp_path]), "mine")
+
+
+# -------------------------------------------------------------------------------------- cost
+
+
+def test_gradients_counted() -> None:
+    # 360 images x 20 steps, times 10 guesses where something is hidden, times 3 known draws.
+    assert job("ddpm", "eot").gradients == 360 * 20 * 10
+    assert job("ddpm", "whitebox").gradients == 360 * 20
+    assert job("ddpm", "dw-fwd").gradients == 360 * 20 * 10 * 3
+    assert job("ddpm", "dwbox").gradients == 360 * 20 * 3
+    assert job("none", "eot").gradients == 360 * 20
+    # A group is always whole: 70 images are two groups of 60.
+    assert job("ddpm", "whitebox", examples=70).gradients == 120 * 20
+    restarts = {"restarts": 3, "random_start": True}
+    assert job("ddpm", "whitebox", effort=restarts).gradients == 3 * 360 * 20
+
+
+def test_groups_follow_from_the_request_alone() -> None:
+    all_groups = job(batch_size=7).groups
+    assert [i for group in all_groups for i in group] == job().track_ids
+    assert job(batch_size=7, examples=20).groups == all_groups[:3]
+
+
+# ------------------------------------------------------------------------------ same setting
+
+
+def test_no_noise_leaves_one_setting_and_the_null_attack() -> None:
+    instead = runs("none")
+    assert set(instead) == set(SHIPPED.threats)
+    assert [name for name, other in instead.items() if other is None] == ["eot", "null"]
+    assert {other for other in instead.values() if other} == {"eot"}
+
+
+def test_no_reverse_noise_makes_forward_known_and_all_known_one() -> None:
+    assert runs("ddim") == {
+        "eot": None,
+        "whitebox": None,
+        "null": None,
+        "dwbox": None,
+        "dw-fwd": "dwbox",
+        "dw-rev": "eot",
+    }
+
+
+def test_guidance_counts_as_reverse_noise() -> None:
+    assert set(runs("gdmp").values()) == {None}
+    assert job("gdmp", "dw-rev").knows == ["guidance", "reverse"]
+
+
+def test_eot_1_for_all_makes_whitebox_and_eot_one() -> None:
+    assert runs("ddpm", effort={"eot": 1})["whitebox"] == "eot"
+    assert set(runs("ddpm").values()) == {None}
+
+
+def test_same_setting_means_no_more_draws_or_images() -> None:
+    forward, everything = job("ddim", "dw-fwd"), job("ddim", "dwbox")
+    assert forward.same_setting(everything)
+    assert not replace(forward, draws=4).same_setting(everything)
+    assert not replace(forward, examples=360).same_setting(replace(everything, examples=10))
+    assert not replace(forward, eps=0.1).same_setting(everything)
+    assert not replace(forward, seed=1).same_setting(everything)
+    assert not forward.same_setting(job("oneshot", "dwbox"))
+
+
+@pytest.mark.parametrize(
+    ("defenses", "threats", "says"),
+    [
+        ([], ["eot"], "--defense: names nothing"),
+        (["ddim"], [], "--threat: names nothing"),
+        (["all", "ddim"], ["eot"], "--defense all,ddim: either all or names"),
+    ],
+)
+def test_names_of_a_plan(defenses: list[str], threats: list[str], says: str) -> None:
+    with pytest.raises(BadRequest, match=says):
+        plan(SHIPPED, TRACK, defenses, threats, seed=0, device="cpu", overrides=Overrides())
+
+
+def test_plan_of_an_unknown_track() -> None:
+    with pytest.raises(UnknownName, match="no track 'digits'"):
+        plan(SHIPPED, "digits", ["all"], ["all"], seed=0, device="cpu", overrides=Overrides())
+
+
+def test_all_are_those_with_a_setting_for_the_track(tmp_path: Path) -> None:
+    table = yaml.safe_load(SHIPPED.tracks[TRACK].read_text())
+    defense = toy_defense("dbp_bench.purifiers.controls:none", [])
+    folder(tmp_path, tracks={"mine": table})
+
+    def names() -> list[str]:
+        planned = plan(
+            Registry([tmp_path]),
+            "mine",
+            ["all"],
+            ["eot"],
+            seed=0,
+            device="cpu",
+            overrides=Overrides(),
+        )
+        return [p.job.defense.name for p in planned]
+
+    with pytest.raises(BadRequest, match="no defense has a setting for track 'mine'"):
+        names()
+    defense["settings"][0]["tracks"] = ["mine"]
+    folder(tmp_path, defenses={"toy": defense})
+    assert names() == ["toy"]
+
+
+def test_measured_elsewhere(tmp_path: Path) -> None:
+    small: dict[str, Any] = {"effort": {"steps": 1}, "examples": 4, "batch_size": 4}
+    everything = job("ddim", "dwbox", **small)
+    forward = job("ddim", "dw-fwd", **small)
+    assert measured_elsewhere(forward, SHIPPED, tmp_path) is None
+    execute(everything, SHIPPED, tmp_path)
+    found = measured_elsewhere(forward, SHIPPED, tmp_path)
+    assert found is not None
+    assert found.path(tmp_path) == everything.path(tmp_path)
+    for other in (
+        everything,
+        job("ddim", "eot", **small),
+        replace(forward, draws=4),
+        replace(forward, examples=5),
+        replace(forward, seed=1),
+        replace(forward, eps=0.1),
+    ):
+        assert measured_elsewhere(other, SHIPPED, tmp_path) is None
+
+
+def test_refusal_names_what_differs() -> None:
+    asked, held = job().identity(), job(eps=0.1, effort={"steps": 3}).identity()
+    refuse_other_request(asked, asked, Path("there"))
+    with pytest.raises(BadRequest) as caught:
+        refuse_other_request(asked, held, Path("there"))
+    message = str(caught.value)
+    assert message.startswith("there holds another request: eps is 0.1 there, 0.2 asked; effort is")
+    assert message.count("asked") == 2
+    assert "--no-resume" in message
