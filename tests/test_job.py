@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import yaml
-from own_entries import folder, toy_defense
 
 from dbp_bench.errors import BadEntry, BadRequest, UnknownName
 from dbp_bench.job import Job, Overrides, measured_elsewhere, plan, refuse_other_request, resolve
 from dbp_bench.registry import Registry
 from dbp_bench.run import execute
+from own_entries import folder, toy_defense
 
 SHIPPED = Registry()
 TRACK = "digits-linf"

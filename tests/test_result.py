@@ -73,7 +73,9 @@ def test_unknown_key(tmp_path: Path) -> None:
 
 def test_newer_schema(tmp_path: Path) -> None:
     message = refused(tmp_path / "r.json", {"schema": SCHEMA + 1})
-    assert message == f"schema {SCHEMA + 1}, this version reads {SCHEMA}. Update dbp-bench to read it."
+    assert (
+        message == f"schema {SCHEMA + 1}, this version reads {SCHEMA}. Update dbp-bench to read it."
+    )
 
 
 @pytest.mark.parametrize("version", [0, -1, "1", None, [1]])

@@ -187,7 +187,7 @@ def plain_gradient(of: Defense, noise: Noise) -> tuple[Tensor, Tensor]:
 def test_a_gradient_is_the_mean_over_the_guesses() -> None:
     toy, draws = defense(), [4, 0, 7]
     each = [plain_gradient(toy, Tape.make(0, f"{ATTACKER}/0", GROUP.ids, draw)) for draw in draws]
-    gradient, losses = view(toy, frozenset()).gradient(
+    gradient, losses, _ = view(toy, frozenset()).gradient(
         GROUP.images, GROUP.labels, cross_entropy, draws
     )
     assert_close(gradient, torch.stack([g for g, _ in each]).mean(0))
@@ -219,10 +219,10 @@ def test_where_all_is_known_ten_copies_cost_one() -> None:
     toy = defense()
     sight = view(toy, BOTH)
     args = GROUP.images, GROUP.labels, cross_entropy
-    one, losses = sight.gradient(*args, range(1))
+    one, losses, _ = sight.gradient(*args, range(1))
     cost = toy.counter.images
     assert cost == 6 * 2
-    ten, ten_losses = sight.gradient(*args, range(10))
+    ten, ten_losses, _ = sight.gradient(*args, range(10))
     assert toy.counter.images == 2 * cost
     assert torch.equal(ten, one)
     assert torch.equal(ten_losses, losses.expand(6, 10))
@@ -241,8 +241,8 @@ def test_the_view_of_some_images(knows: frozenset[Site], rows: Tensor) -> None:
     toy = defense()
     whole = view(toy, knows)
     x, y = GROUP.images, GROUP.labels
-    want, _ = whole.gradient(x, y, cross_entropy, range(3))
-    got, _ = whole[rows].gradient(x[rows], y[rows], cross_entropy, range(3))
+    want, *_ = whole.gradient(x, y, cross_entropy, range(3))
+    got, *_ = whole[rows].gradient(x[rows], y[rows], cross_entropy, range(3))
     assert_close(got, want[rows])
     assert torch.equal(
         view(echo(), knows)[rows].logits(x[rows], range(3)),

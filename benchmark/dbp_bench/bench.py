@@ -174,8 +174,8 @@ def _ours(
 
     def step() -> Tensor:
         first = COPIES * next(steps_taken)
-        gradient, _ = view.gradient(images, labels, cross_entropy, range(first, first + COPIES))
-        return ball.project(images + 0.25 * EPS * ball.ascent(gradient), images)
+        gradient = view.gradient(images, labels, cross_entropy, range(first, first + COPIES))
+        return ball.project(images + 0.25 * EPS * ball.ascent(gradient.mean), images)
 
     return step
 

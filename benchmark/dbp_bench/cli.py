@@ -185,6 +185,9 @@ def run(
     loss: Annotated[str | None, typer.Option(help="ce, margin or dlr.")] = None,
     random_start: Annotated[bool | None, typer.Option(help="Start inside the ball.")] = None,
     restarts: Annotated[int | None, typer.Option(help="Searches, the best one kept.")] = None,
+    gradient: Annotated[
+        str | None, typer.Option(help="exact, or bpda: how the attack differentiates.")
+    ] = None,
     eps: Annotated[str | None, typer.Option(help="Budget in [0, 1] units, such as 8/255.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images evaluated together.")] = None,
     rows: Annotated[
@@ -216,6 +219,7 @@ def run(
         "loss": loss,
         "random_start": random_start,
         "restarts": restarts,
+        "gradient": gradient,
     }
     overrides = Overrides(
         effort={key: value for key, value in given.items() if value is not None},

@@ -97,6 +97,27 @@ class Defense:
         self.counter.add(len(args[0]))
 
 
+class StraightThrough:
+    """A purifier whose gradient is taken for the identity's (BPDA, Athalye et al. 2018).
+
+    Its output is the purifier's own; only the backward pass is another.
+    """
+
+    def __init__(self, purifier: Purifier) -> None:
+        self.purifier = purifier
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """Of the purifier."""
+        return self.purifier.sites
+
+    def __call__(self, images: Tensor, noise: Noise) -> Tensor:
+        """Purified images ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1]."""
+        with torch.no_grad():
+            purified = self.purifier(images, noise)
+        return purified + (images - images.detach())
+
+
 class Identity:
     """No purification: the bare classifier."""
 

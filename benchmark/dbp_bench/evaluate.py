@@ -34,8 +34,12 @@ class Attacked:
 
     images: Tensor
     """``(b, c, h, w)``, inside the budget and [0, 1]."""
-    zero_gradient: Tensor | None
-    """``(b,)``, whether an image's gradient was always zero; None if no gradient was asked for."""
+    gradients: Tensor
+    """``(b,)``: passes with a gradient that each image took."""
+    looks: Tensor
+    """``(b,)``: passes without."""
+    nonzero: Tensor
+    """``(b,)``: whether any gradient wasn't zero."""
 
 
 def attack(
@@ -70,13 +74,13 @@ def attack(
         )
     if not bool(found.isfinite().all()):
         raise AttackFailed("the attack returned images that are not finite (NaN or infinite).")
-    if view.gradients.asked and not view.gradients.seen.any():
+    if view.log.gradients.any() and not view.log.nonzero.any():
         raise AttackFailed(
             "the gradient of every image is zero at every step: the defense masks its gradient, "
             "and this accuracy would mean nothing; `dbp-bench check` tells more."
         )
-    zero = ~view.gradients.seen if view.gradients.asked else None
-    return Attacked(budget.project(found.detach(), group.images), zero)
+    images = budget.project(found.detach(), group.images)
+    return Attacked(images, view.log.gradients, view.log.looks, view.log.nonzero)
 
 
 def judge(defense: Defense, images: Tensor, group: Group, *, seed: int, draw: int) -> Tensor:

@@ -281,10 +281,10 @@ def plan(
 def measured_elsewhere(job: Job, registry: Registry, out: Path) -> Job | None:
     """A threat under whose name `out` holds a result for the same setting as `job`."""
     for threat in registry.threats:
-        other = replace(job, threat=registry.threat(threat))
-        path = other.path(out)
+        path = result_path(out, job.track.name, job.defense.name, threat, job.seed)
         if threat == job.threat.name or not path.is_file():
             continue
+        other = replace(job, threat=registry.threat(threat))
         result = Result.read(path)
         effort = searched_effort(job.effort, job.knows, job.sites)
         same = {**other.identity(), "effort": effort} == {

@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypeVar, get_type_hints
 
 import yaml
 from pydantic import (
@@ -24,6 +24,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -195,7 +196,25 @@ class Effort(Strict):
     """How hard an attacker searches. What each attack takes is in :data:`EFFORTS`."""
 
 
-class PGDEffort(Effort):
+class GradientEffort(Effort):
+    """What every attack that follows a gradient takes."""
+
+    gradient: Literal["exact", "bpda", "surrogate"]
+    """Through the whole purifier; of the classifier at the purified image (Athalye et al. 2018);
+    or through a purifier with fewer steps than the one that is defended."""
+    surrogate_steps: int | None = Field(ge=1)
+    """Of the surrogate; null elsewhere."""
+
+    @model_validator(mode="after")
+    def _surrogate(self) -> Self:
+        if (self.gradient == "surrogate") != (self.surrogate_steps is not None):
+            raise ValueError(
+                "surrogate_steps: goes with gradient: surrogate, and is null elsewhere"
+            )
+        return self
+
+
+class PGDEffort(GradientEffort):
     """Projected gradient descent with expectation over transformation."""
 
     steps: int = Field(ge=1)
@@ -485,6 +504,7 @@ class Registry:
         device: "torch.device | str" = "cpu",
         dtype: "torch.dtype | None" = None,
         policy: "Policy" = "auto",
+        options: Mapping[str, Any] | None = None,
     ) -> "Defense":
         """The defense on the track, its weights verified and on `device`.
 
@@ -503,7 +523,7 @@ class Registry:
             key: self.build_network(ref, defense.path).to(device, dtype)
             for key, ref in setting.networks.items()
         }
-        arguments = {**networks, **setting.options}
+        arguments = {**networks, **setting.options, **(options or {})}
         purifier = self._call(defense.entry.factory, defense.path, "factory", arguments)
         sites = getattr(purifier, "sites", None)
         if sites != frozenset(defense.entry.sites):
@@ -524,6 +544,7 @@ class Registry:
         except TypeError as error:
             takes = ", ".join(inspect.signature(function).parameters)
             raise BadEntry(f"{path}: {dotted}: {error}. It takes: {takes}.") from None
+        _check_types(function, arguments, path)
         try:
             return function(**arguments)
         except (BadEntry, TypeError, ValueError, KeyError) as error:
@@ -549,6 +570,28 @@ class Registry:
             # A function of another package that a module here happens to import.
             raise BadEntry(f"{path}: {key}: {dotted} is not a part of dbp-bench, but of {home}.")
         return found
+
+
+def _check_types(function: Callable[..., Any], arguments: Mapping[str, Any], path: Path) -> None:
+    """Refuse options of another type than the function's annotations say.
+
+    Raises:
+        BadEntry: There is one; the message names it.
+    """
+    try:
+        hints = get_type_hints(function)
+    except (NameError, TypeError):
+        return
+    for name, value in arguments.items():
+        if name not in hints or not isinstance(value, str | int | float | list | dict | None):
+            continue
+        try:
+            TypeAdapter(hints[name]).validate_python(value, strict=True)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"]
+            raise BadEntry(
+                f"{path}: options.{name}: {message[0].lower()}{message[1:]}, not {value!r}."
+            ) from None
 
 
 def _make_importable(folders: Sequence[Path]) -> None:

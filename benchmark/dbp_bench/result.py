@@ -80,7 +80,8 @@ class Result(_Record):
     knows: list[str]
     """Sites whose victim draws the attacker was shown; all of them is DW-box."""
     attack: str
-    effort: dict[str, int | float | str | bool]
+    effort: dict[str, Any]
+    """How hard, and how, the attacker searched."""
     options: dict[str, Any]
     """The defense's options on this track."""
     overrides: list[str]
@@ -199,9 +200,7 @@ def result_path(folder: Path, track: str, defense: str, threat: str, seed: int) 
     return folder / track / defense / threat / f"seed-{seed}.json"
 
 
-def searched_effort(
-    effort: dict[str, int | float | str | bool], knows: list[str], sites: list[str]
-) -> dict[str, int | float | str | bool]:
+def searched_effort(effort: dict[str, Any], knows: list[str], sites: list[str]) -> dict[str, Any]:
     """The part of `effort` that counts: where nothing is hidden, averaging over draws is idle."""
     if set(knows) == set(sites):
         return {key: value for key, value in effort.items() if key != "eot"}

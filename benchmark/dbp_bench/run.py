@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dbp_bench import __version__, attacks, evaluate
 from dbp_bench.data import DataSet, load_data
-from dbp_bench.defense import Defense
+from dbp_bench.defense import Defense, StraightThrough
 from dbp_bench.errors import BadRequest, BadWeights
 from dbp_bench.evaluate import FRESH, Group
 from dbp_bench.job import (
@@ -62,7 +62,7 @@ class Progress:
     """Called with the number of image gradients just taken."""
 
 
-_BY_NUMBER = ("adversarial", "zero_gradient", "gradient_calls", "clean", "robust", "fresh")
+_BY_NUMBER = ("adversarial", "nonzero", "gradients", "looks", "clean", "robust", "fresh")
 
 
 @dataclass(slots=True)
@@ -71,14 +71,17 @@ class _State:
 
     adversarial: dict[int, Tensor] = field(default_factory=dict)
     """By attack: the known draw, or 0 where no draw is known."""
-    zero_gradient: dict[int, Tensor] = field(default_factory=dict)
+    nonzero: dict[int, Tensor] = field(default_factory=dict)
+    """By attack, for each image: whether a gradient wasn't zero."""
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+    """By attack, for each image: network calls that a backward pass followed."""
+    looks: dict[int, Tensor] = field(default_factory=dict)
+    """By attack, for each image: the attack's other network calls."""
     clean: dict[int, Tensor] = field(default_factory=dict)
     """By victim draw."""
     robust: dict[int, Tensor] = field(default_factory=dict)
     fresh: dict[int, Tensor] = field(default_factory=dict)
     """By known draw: ``(b, FRESH_DRAWS)``."""
-    gradient_calls: dict[int, Tensor] = field(default_factory=dict)
-    """By attack, of the whole group."""
     judging_calls: int = 0
     judged: int = 0
     seconds: float = 0.0
@@ -248,17 +251,16 @@ def _work(
     device = torch.device(job.device)
     states = [_State.read(_group_path(work, index)) for index in range(len(job.groups))]
     progress.start(_missing(job, states))
-    defense: Defense | None = None
+    target: _Target | None = None
     for index, (ids, state) in enumerate(zip(job.groups, states, strict=True)):
         todo = list(_pieces(job, state))
         if not todo:
             continue
-        if defense is None:
-            defense = registry.build_defense(job.defense, job.track, device=device, policy=policy)
+        target = target or _Target.build(job, registry, policy)
         images, labels = data.select(ids)
         group = Group(images.to(device), labels.to(device), ids)
         for piece in todo:
-            _execute(piece, job, defense, group, state, progress)
+            _execute(piece, job, target, group, state, progress)
             state.write(_group_path(work, index))
     return states
 
@@ -272,51 +274,95 @@ def _pieces(job: Job, state: _State) -> Iterator[tuple[str, int]]:
             yield "judge", draw
 
 
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """The defense that judges, and what the attack differentiates in its place."""
+
+    defense: Defense
+    searched: Defense
+
+    @classmethod
+    def build(cls, job: Job, registry: Registry, policy: Policy) -> "_Target":
+        """Both on the job's device; the same object where the gradient is exact."""
+        device = torch.device(job.device)
+        defense = registry.build_defense(job.defense, job.track, device=device, policy=policy)
+        mode = job.effort.get("gradient", "exact")
+        if mode == "bpda":
+            through = StraightThrough(defense.purifier)
+            return cls(defense, Defense(through, defense.classifier, (), policy))
+        if mode == "surrogate":
+            shorter = {"steps": job.effort["surrogate_steps"]}
+            searched = registry.build_defense(
+                job.defense, job.track, device=device, policy=policy, options=shorter
+            )
+            return cls(defense, searched)
+        return cls(defense, defense)
+
+    @property
+    def calls(self) -> int:
+        """Network calls so far."""
+        own = 0 if self.searched is self.defense else self.searched.counter.images
+        return self.defense.counter.images + own
+
+
 def _execute(
     piece: tuple[str, int],
     job: Job,
-    defense: Defense,
+    target: _Target,
     group: Group,
     state: _State,
     progress: Progress,
 ) -> None:
     kind, number = piece
-    start, before = time.perf_counter(), defense.counter.images
-    if defense_on_cuda := group.images.is_cuda:
+    start = time.perf_counter()
+    if group.images.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     if kind == "attack":
-        found = evaluate.attack(
-            defense,
-            attacks.build(job.threat.entry.attack, job.effort),
-            group,
-            _budget(job),
-            frozenset(Site(site) for site in job.knows),
-            seed=job.seed,
-            victim_draw=number,
-            rows=job.rows,
-            tick=progress.tick,
-        )
-        state.adversarial[number] = found.images.cpu()
-        if found.zero_gradient is not None:
-            state.zero_gradient[number] = found.zero_gradient.cpu()
-        state.gradient_calls[number] = torch.tensor(defense.counter.images - before)
+        _attack(number, job, target, group, state, progress)
     else:
-        adversarial = state.adversarial[number if job.knows else 0].to(group.images)
-        looks = [(group.images, number), (adversarial, number)]
-        if job.knows:
-            looks += [(adversarial, FRESH + i) for i in range(FRESH_DRAWS)]
-        right = [
-            evaluate.judge(defense, images, group, seed=job.seed, draw=draw).cpu()
-            for images, draw in looks
-        ]
-        state.clean[number], state.robust[number] = right[:2]
-        if job.knows:
-            state.fresh[number] = torch.stack(right[2:], dim=1)
-        state.judging_calls += defense.counter.images - before
-        state.judged += len(looks) * len(group.ids)
+        _judge(number, job, target, group, state)
     state.seconds += time.perf_counter() - start
-    if defense_on_cuda:
+    if group.images.is_cuda:
         state.peak_bytes = max(state.peak_bytes, torch.cuda.max_memory_allocated())
+
+
+def _attack(
+    number: int, job: Job, target: _Target, group: Group, state: _State, progress: Progress
+) -> None:
+    before = target.calls
+    found = evaluate.attack(
+        target.searched,
+        attacks.build(job.threat.entry.attack, job.effort),
+        group,
+        _budget(job),
+        frozenset(Site(site) for site in job.knows),
+        seed=job.seed,
+        victim_draw=number,
+        rows=job.rows,
+        tick=progress.tick,
+    )
+    passes = int((found.gradients + found.looks).sum())
+    calls = (target.calls - before) // max(1, passes)
+    state.adversarial[number] = found.images.cpu()
+    state.nonzero[number] = found.nonzero
+    state.gradients[number], state.looks[number] = found.gradients * calls, found.looks * calls
+
+
+def _judge(number: int, job: Job, target: _Target, group: Group, state: _State) -> None:
+    before = target.calls
+    adversarial = state.adversarial[number if job.knows else 0].to(group.images)
+    looks = [(group.images, number), (adversarial, number)]
+    if job.knows:
+        looks += [(adversarial, FRESH + i) for i in range(FRESH_DRAWS)]
+    right = [
+        evaluate.judge(target.defense, images, group, seed=job.seed, draw=draw).cpu()
+        for images, draw in looks
+    ]
+    state.clean[number], state.robust[number] = right[:2]
+    if job.knows:
+        state.fresh[number] = torch.stack(right[2:], dim=1)
+    state.judging_calls += target.calls - before
+    state.judged += len(looks) * len(group.ids)
 
 
 def _budget(job: Job) -> Budget:
@@ -331,16 +377,15 @@ def _assemble(job: Job, data: DataSet, states: list[_State]) -> Result:
         groups = [torch.stack([getattr(s, kind)[d] for d in draws], dim=1) for s in states]
         return torch.cat(groups)[: job.examples].tolist()  # type: ignore[no-any-return]
 
-    zero: list[bool] | None = None
-    if all(a in state.zero_gradient for state in states for a in attacked):
-        each = [torch.stack([s.zero_gradient[a] for a in attacked]).any(0) for s in states]
-        zero = torch.cat(each)[: job.examples].tolist()
+    def total(kind: str) -> Tensor:
+        """Of each image of the job, over all attacks."""
+        groups = [torch.stack([getattr(s, kind)[a] for a in attacked]).sum(0) for s in states]
+        return torch.cat(groups)[: job.examples]
+
     ids = job.track_ids[: job.examples]
-    # Every image of a group gets the same calls; those that only fill a group don't count.
-    gradient = sum(int(s.gradient_calls[a]) for s in states for a in attacked)
-    gradient = gradient * job.examples // sum(len(group) for group in job.groups)
     per_purification = sum(s.judging_calls for s in states) // sum(s.judged for s in states)
-    looks = job.draws * (2 + (FRESH_DRAWS if job.knows else 0))
+    verdicts = job.draws * (2 + (FRESH_DRAWS if job.knows else 0)) * job.examples
+    gradients = total("gradients")
     return Result(
         schema=SCHEMA,
         track=job.track.name,
@@ -361,11 +406,11 @@ def _assemble(job: Job, data: DataSet, states: list[_State]) -> Result:
         clean=columns("clean"),
         robust=columns("robust"),
         fresh=columns("fresh") if job.knows else None,
-        zero_gradient=zero,
+        zero_gradient=(total("nonzero") == 0).tolist() if "gradient" in job.effort else None,
         network_calls=NetworkCalls(
             per_purification=per_purification,
-            gradient=gradient,
-            judging=per_purification * looks * job.examples,
+            gradient=int(gradients.sum()),
+            judging=int(total("looks").sum()) + per_purification * verdicts,
         ),
         arithmetic=Arithmetic(
             device=torch.device(job.device).type,  # type: ignore[arg-type]

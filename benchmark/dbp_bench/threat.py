@@ -8,7 +8,7 @@ an :class:`AttackerView` and searches.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -118,23 +118,42 @@ class Revealed:
         return source.normal(site, step, like)
 
 
-@dataclass(slots=True)
-class GradientLog:
-    """Which images ever had a gradient that wasn't zero; the log of a part tells the whole's."""
+class Gradient(NamedTuple):
+    """A mean gradient and what it was made of."""
 
-    seen: Tensor
-    whole: "GradientLog | None" = None
-    rows: Tensor | None = None
-    asked: bool = False
+    mean: Tensor
+    """``(b, c, h, w)``."""
+    losses: Tensor
+    """``(b, draws)``."""
+    logits: Tensor
+    """``(b, draws, k)``."""
 
-    def note(self, nonzero: Tensor) -> None:
-        """Add one gradient's ``(b,)``."""
-        self.asked = True
-        self.seen = self.seen | nonzero.cpu()
-        if self.whole is not None and self.rows is not None:
-            part = torch.zeros_like(self.whole.seen)
-            part[self.rows] = self.seen
-            self.whole.note(part)
+
+class AttackLog:
+    """What an attack asked of a view, by image; the log of a part of a view tells the whole's."""
+
+    def __init__(self, images: int, whole: "AttackLog | None" = None, rows: Tensor | None = None):
+        self.gradients = torch.zeros(images, dtype=torch.int64)
+        """Passes with a gradient."""
+        self.looks = torch.zeros(images, dtype=torch.int64)
+        """Passes without."""
+        self.nonzero = torch.zeros(images, dtype=torch.bool)
+        """Whether any gradient wasn't zero."""
+        self._whole, self._rows = whole, rows
+
+    def note(
+        self, *, gradients: int = 0, looks: int = 0, nonzero: Tensor | bool = False
+    ) -> None:
+        """Add passes that every image of this log took part in."""
+        rows = torch.arange(len(self.gradients))
+        self._note(rows, gradients, looks, torch.as_tensor(nonzero).cpu())
+
+    def _note(self, rows: Tensor, gradients: int, looks: int, nonzero: Tensor) -> None:
+        self.gradients[rows] += gradients
+        self.looks[rows] += looks
+        self.nonzero[rows] |= nonzero
+        if self._whole is not None and self._rows is not None:
+            self._whole._note(self._rows[rows], gradients, looks, nonzero)
 
 
 class AttackerView:
@@ -165,7 +184,12 @@ class AttackerView:
         self._guess = guess
         self._rows = rows
         self._tick = tick
-        self.gradients = GradientLog(torch.zeros(len(victim.ids), dtype=torch.bool))
+        self.log = AttackLog(len(victim.ids))
+
+    @property
+    def tape(self) -> Tape:
+        """The attacker's own tape, one row per image, for random choices of the search itself."""
+        return self._guess
 
     @property
     def deterministic(self) -> bool:
@@ -174,7 +198,7 @@ class AttackerView:
 
     def __getitem__(self, rows: Tensor) -> "AttackerView":
         """The view of some of the images (an index or a mask)."""
-        rows = rows.cpu()
+        rows = torch.arange(len(self._victim.ids))[rows.cpu()]
         view = AttackerView(
             self._defense,
             self._knows,
@@ -183,7 +207,7 @@ class AttackerView:
             self._rows,
             self._tick,
         )
-        view.gradients = GradientLog(self.gradients.seen[rows], self.gradients, rows)
+        view.log = AttackLog(len(rows), self.log, rows)
         return view
 
     def random_start(self, images: Tensor, budget: Budget, number: int) -> Tensor:
@@ -192,15 +216,16 @@ class AttackerView:
 
     def logits(self, images: Tensor, draws: Sequence[int]) -> Tensor:
         """Logits ``(b, len(draws), k)`` of `images` ``(b, c, h, w)`` under the guesses `draws`."""
+        parts = self._parts(len(images), draws)
         with torch.no_grad():
-            parts = [self._pass(images, part) for part in self._parts(len(images), draws)]
-        out = torch.cat(parts, dim=1)
+            out = torch.cat([self._pass(images, part) for part in parts], dim=1)
+        self.log.note(looks=sum(map(len, parts)))
         return out.expand(-1, len(draws), -1) if self.deterministic else out
 
     def gradient(
         self, images: Tensor, labels: Tensor, objective: Objective, draws: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Mean gradient ``(b, c, h, w)`` and losses ``(b, len(draws))`` over the guesses `draws`.
+    ) -> "Gradient":
+        """The mean gradient over the guesses `draws`, and the losses and logits at each.
 
         Exact through the whole purifier (expectation over transformation, Athalye et al. 2018).
         Where every draw is known, the copies are equal and only one is computed.
@@ -208,13 +233,13 @@ class AttackerView:
         Raises:
             AttackFailed: A loss or a gradient is not finite, or no gradient reaches the images.
         """
-        total, losses = torch.zeros_like(images), []
+        total, losses, logits = torch.zeros_like(images), [], []
         parts = self._parts(len(images), draws)
         for part in parts:
             with torch.enable_grad():
                 x = images.detach().requires_grad_()
-                logits = self._pass(x, part)
-                each = objective(logits.flatten(0, 1), labels.repeat_interleave(len(part)))
+                out = self._pass(x, part)
+                each = objective(out.flatten(0, 1), labels.repeat_interleave(len(part)))
                 if not each.requires_grad:
                     raise AttackFailed(
                         "the logits carry no gradient: look for no_grad, detach or numpy in the "
@@ -224,12 +249,19 @@ class AttackerView:
             self._tick(len(images) * len(part))
             total += part_gradient
             losses.append(each.detach().view(len(images), len(part)))
-        loss = torch.cat(losses, dim=1)
-        if not bool(total.isfinite().all() & loss.isfinite().all()):
+            logits.append(out.detach())
+        found = Gradient(
+            total / sum(map(len, parts)), torch.cat(losses, dim=1), torch.cat(logits, dim=1)
+        )
+        if not bool(found.mean.isfinite().all() & found.losses.isfinite().all()):
             raise AttackFailed("the loss or its gradient is not finite (NaN or infinite).")
-        self.gradients.note((total.flatten(1) != 0).any(1))
-        count = sum(len(part) for part in parts)
-        return total / count, loss.expand(-1, len(draws)) if self.deterministic else loss
+        self.log.note(gradients=sum(map(len, parts)), nonzero=(total.flatten(1) != 0).any(1))
+        if self.deterministic:
+            n = len(draws)
+            found = Gradient(
+                found.mean, found.losses.expand(-1, n), found.logits.expand(-1, n, -1)
+            )
+        return found
 
     def _pass(self, images: Tensor, draws: Sequence[int]) -> Tensor:
         n = len(draws)

@@ -22,6 +22,11 @@ class Attack(Protocol):
 ATTACKS: Mapping[str, Callable[..., Attack]] = {"pgd": PGD}
 
 
+_MODES = ("gradient", "surrogate_steps")
+"""How the view differentiates, which is none of an attack's business."""
+
+
 def build(name: str, options: Mapping[str, Any]) -> Attack:
-    """The attack called `name`, with its `options`."""
-    return ATTACKS[name](**options)
+    """The attack called `name`, with the part of an effort's `options` that is its own."""
+    own = {key: value for key, value in options.items() if key not in _MODES}
+    return ATTACKS[name](**own)

@@ -57,8 +57,8 @@ class PGD:
         found = view.random_start(images, budget, restart) if self.random_start else images
         for step in range(restart * self.steps, (restart + 1) * self.steps):
             draws = range(step * self.eot, (step + 1) * self.eot)
-            gradient, _ = view.gradient(found, labels, OBJECTIVES[self.loss], draws)
-            ascent = budget.ascent(gradient)
+            gradient = view.gradient(found, labels, OBJECTIVES[self.loss], draws)
+            ascent = budget.ascent(gradient.mean)
             found = budget.project(found + self.step_size * budget.eps * ascent, images)
         return found
 

@@ -1,0 +1,315 @@
+"""What is installed, and whether it computes what it should: a tiny golden case, run again.
+
+The case has three parts. Draws of noise must be bit-exact everywhere. The files that ship must be
+those that the entries mean. A short attack must give the stored numbers, within a tolerance, since
+the sums inside a network are rounded in another order on another machine; whether they are equal to
+the last bit is told, and decides nothing.
+
+``python -m dbp_bench.doctor --write`` makes the stored numbers again.
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dbp_bench import __version__, attacks, evaluate, extras, weights
+from dbp_bench.data import load_data
+from dbp_bench.errors import DbpError
+from dbp_bench.evaluate import Group
+from dbp_bench.noise import FORWARD, VICTIM, Tape, philox
+from dbp_bench.registry import DefenseEntry, Entry, Registry, Track
+from dbp_bench.result import write_atomically
+from dbp_bench.run import device_name
+from dbp_bench.threat import budget
+
+GOLDEN = weights.ASSETS / "golden.json"
+"""The numbers that the case must give."""
+
+DEFENSE, TRACK, EXAMPLES, SEED = "ddpm", "digits-l2", 8, 0
+EFFORT = {
+    "steps": 5,
+    "step_size": 0.25,
+    "eot": 1,
+    "loss": "ce",
+    "random_start": False,
+    "restarts": 1,
+}
+
+TOLERANCE = 1e-3
+"""Of the logits, which are about 10 in size; rounding moves them by 1e-5.
+
+The attack's steps follow the gradient, not its sign: a sign turns the rounding of a small gradient
+into a whole step of its pixel, and moves logits by 0.3 from one processor to another.
+"""
+
+Part = tuple[str, str | None, str]
+"""Name of a part of the golden case, its fault (None if it passes), and what else to know."""
+
+
+def examine() -> dict[str, Any]:
+    """What is here, and whether the golden case passes; JSON-able."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cuda = torch.cuda.is_available()
+    names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() if cuda else 0))]
+    start = time.perf_counter()
+    parts = list(_golden(names[:2]))
+    faults = [f"{name}: {fault}" for name, fault, _ in parts if fault]
+    golden = {
+        "ok": not faults,
+        "detail": "; ".join(faults) or "; ".join(f"{name}: {note}" for name, _, note in parts),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    return {
+        "ok": golden["ok"],
+        "dbp_bench": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": {"version": torch.__version__, "build": build},
+        "devices": [f"{name}: {device_name(name)}" for name in names],
+        "device_warnings": [" ".join(str(warning.message).split()) for warning in caught],
+        "threads": {"torch": torch.get_num_threads(), "cores": _cores()},
+        "extras": [found._asdict() for found in extras.status()],
+        "golden": golden,
+    }
+
+
+def render(findings: Mapping[str, Any]) -> str:
+    """`findings` of :func:`examine` for people."""
+    torch_, threads, golden = findings["torch"], findings["threads"], findings["golden"]
+    lines = [
+        ("dbp-bench", findings["dbp_bench"]),
+        ("Python", f"{findings['python']}, {findings['platform']}"),
+        ("torch", f"{torch_['version']}, {torch_['build']} build"),
+        *(("device", device) for device in findings["devices"]),
+        *(("warning", warning) for warning in findings["device_warnings"]),
+        ("threads", f"{threads['torch']} for torch, {threads['cores']} cores to run on"),
+    ]
+    for extra in findings["extras"]:
+        version = f" {extra['version']}" if extra["version"] else ""
+        hint = f": {extra['hint']}" if extra["hint"] else ""
+        lines.append(("extra", f"{extra['name']}{version} {extra['state']}{hint}"))
+    verdict = "pass" if golden["ok"] else "FAIL"
+    lines.append(("golden case", f"{verdict} ({golden['seconds']:g} s): {golden['detail']}"))
+    return "\n".join(f"{name:<12} {text}" for name, text in lines)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# -------------------------------------------------------------------------- the golden case
+
+
+def _golden(devices: Iterable[str]) -> Iterable[Part]:
+    try:
+        golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+        stored = {key: golden[key] for key in ("draws", "data", "case", "made_by", "attack")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield "stored numbers", f"{GOLDEN} can't be read ({error}). Install dbp-bench again", ""
+        return
+    yield _philox()
+    for device in devices:
+        yield _draws(device, stored["draws"])
+    broken = _files(stored["data"])
+    yield broken
+    if broken[1] is not None:
+        return
+    for device in devices:
+        yield _attack(device, stored)
+
+
+# Known answers of Philox4x64-10, from the authors' Random123 library: counter, key, output.
+_KNOWN = [
+    (
+        [0, 0, 0, 0],
+        (0, 0),
+        [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B],
+    ),
+    (
+        [2**64 - 1] * 4,
+        (2**64 - 1, 2**64 - 1),
+        [0x87B092C3013FE90B, 0x438C3C67BE8D0224, 0x9CC7D7C69CD777B6, 0xA09CAEBF594F0BA0],
+    ),
+    (
+        [0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0, 0x082EFA98EC4E6C89],
+        (0x452821E638D01377, 0xBE5466CF34E90C6C),
+        [0xA528F45403E61D95, 0x38C72DBD566E9788, 0xA5A1610E72FD18B5, 0x57BD43B5E52B7FE6],
+    ),
+]
+
+
+def _philox() -> Part:
+    name = "Philox"
+    for counter, key, want in _KNOWN:
+        words = [np.array([word], dtype=np.uint64) for word in counter]
+        by_numpy = [int(word[0]) for word in philox(words, key, np)]
+        signed = [torch.from_numpy(word.view(np.int64).copy()) for word in words]
+        by_torch = [int(word[0]) % 2**64 for word in philox(signed, key, torch)]
+        for library, found in (("NumPy", by_numpy), ("torch", by_torch)):
+            if found != want:
+                return name, f"{library} gives other bits than the known answers", ""
+    return name, None, "known answers"
+
+
+def _draws(device: str, stored: Mapping[str, str]) -> Part:
+    found = _draw_digests(device)
+    wrong = [kind for kind in found if found[kind] != stored.get(kind)]
+    if wrong:
+        return f"draws on {device}", f"{' and '.join(wrong)} noise isn't the stored one", ""
+    return f"draws on {device}", None, "bit-equal"
+
+
+def _draw_digests(device: str) -> dict[str, str]:
+    """By distribution, the sha256 of some draws as little-endian float32."""
+    tape = Tape.make(SEED, VICTIM, [0, 1, 1796, 2**40], draw=3)
+    like = torch.empty(4, 1, 8, 8, device=device)
+    draws = {
+        "normal": tape.normal(FORWARD, 7, like),
+        "uniform": tape.uniform(FORWARD, 7, like),
+    }
+    return {
+        kind: sha256(values.cpu().numpy().astype("<f4").tobytes()).hexdigest()
+        for kind, values in draws.items()
+    }
+
+
+def _files(stored: Mapping[str, str]) -> Part:
+    """Every file that ships, against the sha256 that an entry or the golden case gives."""
+    name = "files"
+    try:
+        wanted = {(weights.ASSETS / file): digest for file, digest in stored.items()}
+        for path, file, digest in _declared(Registry()):
+            wanted[weights.find(file, [path.parent, path.parent.parent])] = digest
+        for path, digest in wanted.items():
+            weights.verify(path, digest)
+    except DbpError as error:
+        return name, str(error).rstrip("."), ""
+    except OSError as error:
+        return name, f"{error.filename} can't be read ({error.strerror})", ""
+    return name, None, f"{len(wanted)} as declared"
+
+
+def _declared(registry: Registry) -> Iterable[tuple[Path, str, str]]:
+    """Entry, file and sha256 of every network that an entry names."""
+    for name in registry.tracks:
+        track = registry.track(name)
+        yield track.path, track.entry.classifier.file, track.entry.classifier.sha256
+    for name in registry.defenses:
+        defense = registry.defense(name)
+        for setting in defense.entry.settings:
+            for ref in setting.networks.values():
+                yield defense.path, ref.file, ref.sha256
+
+
+def _attack(device: str, stored: Mapping[str, Any]) -> Part:
+    """The attack again, against the stored logits."""
+    name = f"attack on {device}"
+    registry = Registry()
+    try:
+        defense, track = registry.defense(DEFENSE), registry.track(TRACK)
+        if _case(defense, track) != stored["case"]:
+            write = "python -m dbp_bench.doctor --write"
+            return name, f"the entry {DEFENSE} or {TRACK} was edited; {write} stores it anew", ""
+        found = _run(registry, defense, track, device)
+    except DbpError as error:
+        return name, str(error).rstrip("."), ""
+    gap = 0.0
+    for kind in ("clean", "adversarial"):
+        want = torch.tensor(stored["attack"][kind])
+        if want.shape != found[kind].shape:
+            return name, f"the stored {kind} logits are of another shape", ""
+        gap = max(gap, float((found[kind] - want).abs().max()))
+        if not gap <= TOLERANCE:
+            torch_ = stored["made_by"]["torch"]
+            off = f"off by {gap:.2g} ({TOLERANCE:g} is allowed) from those of torch {torch_}"
+            return name, f"{kind} logits are {off}", ""
+    if found["right"].tolist() != stored["attack"]["right"]:
+        return name, "another image is classified correctly than in the stored outcomes", ""
+    if not gap:
+        return name, None, "bit-equal"
+    return name, None, f"equal within {gap:.1g}, not to the last bit"
+
+
+def _case(defense: Entry[DefenseEntry], track: Entry[Track]) -> dict[str, Any]:
+    """All that decides the numbers of the case."""
+    setting = defense.entry.setting(track.name, defense.name, str(defense.path))
+    return {
+        "defense": defense.name,
+        "track": track.name,
+        "eps": track.entry.eps,
+        "options": setting.options,
+        "weights": [ref.sha256 for ref in setting.networks.values()]
+        + [track.entry.classifier.sha256],
+        "examples": EXAMPLES,
+        "seed": SEED,
+        "effort": EFFORT,
+    }
+
+
+def _run(
+    registry: Registry, defense: Entry[DefenseEntry], track: Entry[Track], device: str
+) -> dict[str, Tensor]:
+    """Logits ``(b, k)`` of clean and adversarial images, and outcomes ``(2, b)``, on the CPU.
+
+    Every draw is known to the attacker (DW-box).
+    """
+    data = load_data(track.entry.data)
+    ids = data.ids[track.entry.split][:EXAMPLES]
+    images, labels = data.select(ids)
+    group = Group(images.to(device), labels.to(device), ids)
+    built = registry.build_defense(defense, track, device=device, policy="none")
+    found = evaluate.attack(
+        built,
+        attacks.build("pgd", EFFORT),
+        group,
+        budget(track.entry.norm, track.entry.eps),
+        built.sites,
+        seed=SEED,
+        victim_draw=0,
+        rows=EXAMPLES,
+    )
+    tape = Tape.make(SEED, VICTIM, ids)
+    with torch.no_grad():
+        clean, adversarial = (built.logits(x, tape).cpu() for x in (group.images, found.images))
+    right = torch.stack([clean.argmax(1) == labels, adversarial.argmax(1) == labels])
+    return {"clean": clean, "adversarial": adversarial, "right": right}
+
+
+def write_golden(path: Path = GOLDEN) -> None:
+    """Run the case, and store its numbers at `path`."""
+    registry = Registry()
+    defense, track = registry.defense(DEFENSE), registry.track(TRACK)
+    data = load_data(track.entry.data)
+    found = _run(registry, defense, track, "cpu")
+    golden = {
+        "about": "Numbers that `dbp-bench doctor` computes again. "
+        "Made by `python -m dbp_bench.doctor --write`.",
+        "made_by": {"torch": torch.__version__, "device": "cpu", "machine": platform.machine()},
+        "draws": _draw_digests("cpu"),
+        "data": {f"{track.entry.data}.safetensors": data.sha256},
+        "case": _case(defense, track),
+        "attack": {kind: values.tolist() for kind, values in found.items()},
+    }
+    write_atomically(path, json.dumps(golden, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit("usage: python -m dbp_bench.doctor --write")
+    write_golden()
