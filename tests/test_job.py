@@ -39,7 +39,7 @@ def runs(defense: str, **overrides: Any) -> dict[str, str | None]:
     planned = plan(
         SHIPPED, TRACK, [defense], ["all"], seed=0, device="cpu", overrides=Overrides(**overrides)
     )
-    return {p.job.threat.name: p.instead and p.instead.threat.name for p in planned}
+    return {p.job.threat.name: p.instead.threat.name if p.instead else None for p in planned}
 
 
 # --------------------------------------------------------------------------------- resolving

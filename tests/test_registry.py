@@ -325,7 +325,7 @@ def test_code_from_outside_runs_only_when_trusted(
         "from dbp_bench.purifiers.controls import NoiseOnly\n"
         "def make(*, t_star): return NoiseOnly(t_star, True)\n"
     )
-    changes = {"factory": f"{module}:make", "options": {"t_star": 100}}
+    changes: dict[str, Any] = {"factory": f"{module}:make", "options": {"t_star": 100}}
     with pytest.raises(BadEntry, match=r"code from outside dbp-bench\. Add --trust-code"):
         build(tmp_path, **changes)
     assert not trace.exists()

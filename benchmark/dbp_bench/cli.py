@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dbp_bench.job import Job, Planned
-    from dbp_bench.registry import Registry
+    from dbp_bench.registry import Entry, Registry
     from dbp_bench.result import Result
     from dbp_bench.run import Progress
 
@@ -114,7 +114,7 @@ def list_entries(
 ) -> None:
     """List defenses, threat models and tracks."""
     registry = _registry(entries)
-    readers = {
+    readers: "dict[str, tuple[dict[str, Path], Callable[[str], Entry[Any]]]]" = {
         "defenses": (registry.defenses, registry.defense),
         "threats": (registry.threats, registry.threat),
         "tracks": (registry.tracks, registry.track),
@@ -402,7 +402,7 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
 
     rows = [(path, result, asdict(accuracies(result))) for path, result in done]
     if as_json:
-        table = [
+        listed = [
             {
                 "defense": result.defense,
                 "threat": result.threat,
@@ -413,7 +413,7 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
             }
             for path, result, estimates in rows
         ]
-        print(json.dumps(table, indent=1))
+        print(json.dumps(listed, indent=1))
         return
     table = Table(box=None, pad_edge=False)
     for name in ("defense", "threat"):
@@ -711,7 +711,7 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-# -------------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------ helpers
 
 
 def _registry(entries: list[Path] | None, trust_code: bool = False) -> "Registry":

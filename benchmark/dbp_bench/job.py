@@ -94,7 +94,8 @@ class Job:
     @property
     def gradients_per_attack(self) -> int:
         """Gradients that one attack takes of one image."""
-        return int(self.effort["steps"]) * int(self.effort.get("restarts", 1)) * self.copies
+        model = EFFORTS[self.threat.entry.attack]
+        return model.model_validate(self.effort).passes * self.copies
 
     @property
     def gradients(self) -> int:

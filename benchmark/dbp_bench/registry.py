@@ -195,6 +195,11 @@ class AllBut(Strict):
 class Effort(Strict):
     """How hard an attacker searches. What each attack takes is in :data:`EFFORTS`."""
 
+    @property
+    def passes(self) -> int:
+        """Gradient passes that an attack takes of one image, for each gradient draw."""
+        return 0
+
 
 class GradientEffort(Effort):
     """What every attack that follows a gradient takes."""
@@ -225,6 +230,11 @@ class PGDEffort(GradientEffort):
     loss: Literal["ce", "margin", "dlr"]
     random_start: bool
     restarts: int = Field(ge=1)
+
+    @property
+    def passes(self) -> int:
+        """Steps of all restarts."""
+        return self.steps * self.restarts
 
     @model_validator(mode="after")
     def _restarts_differ(self) -> Self:
