@@ -231,7 +231,7 @@ def test_a_tag_that_would_execute_does_not(tmp_path: Path) -> None:
 )
 def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -> None:
     path = tmp_path / "x.yaml"
-    path.write_text(MODELS["threat"][0].read_text().replace("eps: null", f"eps: {text}"))
+    path.write_text(MODELS["threat"][0].read_text().replace("\neps: null", f"\neps: {text}"))
     assert read_yaml(path, Threat).eps == value
 
 

@@ -250,8 +250,8 @@ def spawn(*arguments: object, threads: int = 1) -> subprocess.Popen[str]:
 
 def test_killed_processes(tmp_path: Path) -> None:
     """Real signals at random times; the last run ends, and nothing differs."""
-    asked = job("ddpm", "dwbox", effort={"steps": 6}, examples=32)
-    options = ["--defense", "ddpm", "--threat", "dwbox", "--steps", 6, "--examples", 32]
+    asked = job("ddpm", "dwbox", effort={"steps": 4}, examples=24)
+    options = ["--defense", "ddpm", "--threat", "dwbox", "--steps", 4, "--examples", 24]
     options += ["--batch-size", 4, "--out", tmp_path]
     work = tmp_path / ".work/digits-linf/ddpm/dwbox/seed-0"
     times = random.Random(0)
@@ -372,7 +372,7 @@ def test_another_request_in_the_same_folder(
     with pytest.raises(BadRequest) as caught:
         execute(other, SHIPPED, tmp_path)
     message = str(caught.value)
-    assert "eps is 0.2 there, 0.1 asked; effort is {'steps': 2," in message
+    assert "eps is 0.2 there, 0.1 asked; effort is {" in message
     assert "batch_size" not in message
     assert "\n" not in message
     assert files(tmp_path) == before
@@ -486,14 +486,14 @@ def flips(a: bytes, b: bytes, key: str) -> tuple[int, int]:
 
 def test_batch_size_changes_outcomes_by_rounding_only(once: Callable[..., bytes]) -> None:
     whole, parts = (
-        once(job("ddpm", "dwbox", effort={"steps": 5}, examples=60, batch_size=size))
-        for size in (60, 7)
+        once(job("ddpm", "dwbox", effort={"steps": 4}, examples=40, batch_size=size))
+        for size in (40, 7)
     )
     clean, robust = (flips(whole, parts, key) for key in ("clean", "robust"))
     assert clean[0] == 0
-    print(f"batches of 60 and of 7: {robust[0]} of {robust[1]} outcomes differ")
+    print(f"batches of 40 and of 7: {robust[0]} of {robust[1]} outcomes differ")
     assert robust[0] <= 0.02 * robust[1]
-    other = once(job("ddpm", "dwbox", seed=1, effort={"steps": 5}, examples=60, batch_size=60))
+    other = once(job("ddpm", "dwbox", seed=1, effort={"steps": 4}, examples=40, batch_size=40))
     assert flips(whole, other, "robust")[0] > 0.05 * robust[1]
 
 

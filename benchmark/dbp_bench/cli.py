@@ -114,7 +114,7 @@ def list_entries(
 ) -> None:
     """List defenses, threat models and tracks."""
     registry = _registry(entries)
-    readers: "dict[str, tuple[dict[str, Path], Callable[[str], Entry[Any]]]]" = {
+    readers: dict[str, tuple[dict[str, Path], Callable[[str], Entry[Any]]]] = {
         "defenses": (registry.defenses, registry.defense),
         "threats": (registry.threats, registry.threat),
         "tracks": (registry.tracks, registry.track),

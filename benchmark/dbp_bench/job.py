@@ -252,7 +252,8 @@ def plan(
 ) -> list[Planned]:
     """All jobs of the product, those that measure one setting only once.
 
-    A name "all" stands for every defense that has a setting for the track, or for every threat.
+    A name "all" stands for every defense that has a setting for the track, or for every threat
+    of the protocol.
     """
     registry.track(track)
     names = _names("--defense", defenses, registry.defenses)
@@ -263,7 +264,7 @@ def plan(
             raise BadRequest(f"--defense all: no defense has a setting for track {track!r}.")
     attacks = _names("--threat", threats, registry.threats)
     if "all" in attacks:
-        attacks = sorted(registry.threats)
+        attacks = [t for t in sorted(registry.threats) if registry.threat(t).entry.protocol]
     planned: list[Planned] = []
     for defense in names:
         jobs = [

@@ -283,6 +283,8 @@ class Threat(Strict):
     """Fresh draws that judge an image; where draws are known, known draws, each attacked anew."""
     eps: Eps | None
     """``null``: the track's. 0: the null attack."""
+    protocol: bool
+    """Whether "all" means it: the threat models that a leaderboard is made of, at equal effort."""
 
     @model_validator(mode="after")
     def _known_attack(self) -> Self:
