@@ -125,7 +125,7 @@ class _Checkpointed(torch.autograd.Function):
         return function(state, *others)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[3:]
         inputs = [

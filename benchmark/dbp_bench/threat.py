@@ -91,7 +91,7 @@ class L2:
 
     def size(self, perturbation: Tensor) -> Tensor:
         """The Euclidean norm."""
-        return perturbation.flatten(1).norm(dim=1)
+        return torch.linalg.vector_norm(perturbation, dim=(1, 2, 3))
 
     def sample(self, like: Tensor, tape: Tape, step: int) -> Tensor:
         """A uniform direction, at a radius of eps U^(1/d)."""
@@ -99,9 +99,71 @@ class L2:
         return self.eps * radius * self.ascent(tape.normal(_START, step, like))
 
 
-def budget(norm: Literal["linf", "l2"], eps: float) -> Budget:
+@dataclass(frozen=True, slots=True)
+class L1:
+    """The absolute changes of all pixels and channels add up to at most `eps`."""
+
+    eps: float
+
+    def project(self, images: Tensor, clean: Tensor) -> Tensor:
+        """The nearest point of the ball and the pixel box at once (Croce and Hein 2021, section 2).
+
+        Every change shrinks by one amount ``s``, and stops at 0 and at the box: its size becomes
+        ``min(max(|change| - s, 0), room)``. The total falls along straight pieces as ``s`` grows,
+        with corners where a change reaches 0 or leaves the edge of the box; sorting those corners
+        gives the ``s`` at which the total is `eps`, or 0 where it never exceeds it.
+        """
+        change = (images - clean).double().flatten(1)
+        x = clean.double().flatten(1)
+        size, room = change.abs(), torch.where(change > 0, 1 - x, x)
+        corners, order = torch.cat([size, size - room], 1).sort(dim=1, descending=True)
+        # Below a corner of the first kind the total grows with one slope more, else one less.
+        turn = torch.where(order < size.shape[1], 1.0, -1.0).to(size)
+        slope, offset = turn.cumsum(1), (turn * corners).cumsum(1)
+        total = offset - slope * corners
+        # The limit is rounded down a little, so that rounding cannot leave the ball.
+        limit = self.eps * (1 - 1e-6)
+        last = ((total < limit).sum(1, keepdim=True) - 1).clamp(min=0)
+        shrink = (offset.gather(1, last) - limit) / slope.gather(1, last).clamp(min=1)
+        shrink = torch.where(torch.minimum(size, room).sum(1, keepdim=True) <= limit, 0.0, shrink)
+        kept = torch.minimum((size - shrink.clamp(min=0)).clamp(min=0), room) * change.sign()
+        return (clean.double() + kept.view_as(clean)).clamp(0, 1).to(images.dtype)
+
+    def ascent(self, gradient: Tensor) -> Tensor:
+        """The sign at the twentieth of the pixels with the largest gradient.
+
+        The steepest direction, one pixel, runs into the box at once (Tramer and Boneh 2019, section
+        3; Croce and Hein 2021, section 3).
+        """
+        return self.sparse(gradient, gradient.new_full((len(gradient),), 0.05))
+
+    def sparse(self, gradient: Tensor, share: Tensor) -> Tensor:
+        """The sign at the largest `share` ``(b,)`` of the pixels (one at least), of unit size."""
+        size = gradient.flatten(1).abs()
+        pixels = size.shape[1]
+        rank = ((1 - share) * pixels).clamp(0, pixels - 1).long()
+        least = size.sort(dim=1).values.gather(1, rank[:, None])
+        chosen = gradient.sign() * (size >= least).view_as(gradient)
+        return chosen / _per_image(self.size(chosen).clamp(min=1e-30), chosen)
+
+    def size(self, perturbation: Tensor) -> Tensor:
+        """The sum of the absolute changes."""
+        return perturbation.flatten(1).abs().sum(1)
+
+    def sample(self, like: Tensor, tape: Tape, step: int) -> Tensor:
+        """Laplace numbers over their norm plus one exponential number (Barthe et al. 2005)."""
+        u = 2 * tape.uniform(_START, step, like) - 1
+        laplace = -u.sign() * (1 - u.abs()).log()
+        radius = -tape.uniform(_RADIUS, step, like[:, :1, :1, :1]).log()
+        return self.eps * laplace / (_per_image(self.size(laplace), laplace) + radius)
+
+
+Norm = Literal["linf", "l2", "l1"]
+
+
+def budget(norm: Norm, eps: float) -> Budget:
     """The budget of a track's `norm` and `eps` (in [0, 1] pixel units)."""
-    return Linf(eps) if norm == "linf" else L2(eps)
+    return {"linf": Linf, "l2": L2, "l1": L1}[norm](eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +201,8 @@ class AttackLog:
         """Passes without."""
         self.nonzero = torch.zeros(images, dtype=torch.bool)
         """Whether any gradient wasn't zero."""
+        self.notes: dict[str, Tensor] = {}
+        """What else an attack has to tell of each image ``(images,)``, by name."""
         self._whole, self._rows = whole, rows
 
     def note(
@@ -262,6 +326,40 @@ class AttackerView:
                 found.mean, found.losses.expand(-1, n), found.logits.expand(-1, n, -1)
             )
         return found
+
+    def differentiable(self, images: Tensor, draw: int) -> Tensor:
+        """Logits ``(b, k)`` of `images` ``(b, c, h, w)`` under the guess `draw`, with their graph.
+
+        For attacks that differentiate on their own; all others take :meth:`gradient`. A pass counts
+        as one with a gradient as soon as a gradient has reached `images`.
+
+        Raises:
+            AttackFailed: When a gradient that isn't finite reaches `images`.
+        """
+        whole = images.view_as(images)
+        self.log.note(looks=1)
+        first = True
+
+        def arrived(gradient: Tensor) -> None:
+            nonlocal first
+            if not bool(gradient.isfinite().all()):
+                raise AttackFailed("the loss or its gradient is not finite (NaN or infinite).")
+            if first:
+                self._tick(len(images))
+            self.log.note(
+                gradients=int(first), looks=-int(first), nonzero=(gradient.flatten(1) != 0).any(1)
+            )
+            first = False
+
+        if whole.requires_grad:
+            whole.register_hook(arrived)
+        return self._pass(whole, [draw])[:, 0]
+
+    def toward(self, defense: Defense) -> "AttackerView":
+        """The view of another `defense`, none of whose draws is known; its log is its own."""
+        return AttackerView(
+            defense, frozenset(), self._guess, self._guess, self._rows, self._tick
+        )
 
     def _pass(self, images: Tensor, draws: Sequence[int]) -> Tensor:
         n = len(draws)

@@ -51,7 +51,7 @@ class Posterior:
 def predict_x0(denoiser: Denoiser, z: Tensor, t: int, signal: float, clip: bool) -> Tensor:
     """The denoised image in [-1, 1] (Ho et al. 2020, equation 15), clipped on request."""
     eps = denoiser(z, times(t, z))
-    x0 = (z - (1 - signal) ** 0.5 * eps) / signal**0.5
+    x0: Tensor = (z - (1 - signal) ** 0.5 * eps) / signal**0.5
     return x0.clamp(-1, 1) if clip else x0
 
 
@@ -108,7 +108,8 @@ class DDIM:
             def reverse(z: Tensor, t: int = t, s: int = s) -> Tensor:
                 x0 = predict_x0(self.denoiser, z, t, table[t], self.clip_x0)
                 eps = (z - table[t] ** 0.5 * x0) / (1 - table[t]) ** 0.5
-                return table[s] ** 0.5 * x0 + (1 - table[s]) ** 0.5 * eps
+                lower: Tensor = table[s] ** 0.5 * x0 + (1 - table[s]) ** 0.5 * eps
+                return lower
 
             z = memory.step(reverse, z)
         return to_images(z, self.clamp_output)

@@ -104,7 +104,7 @@ class GDMP:
                     z: Tensor, source: Tensor, index: int = index, law: Posterior = law
                 ) -> Tensor:
                     x0 = predict_x0(self.denoiser, z, law.t, law.signal, self.clip_x0)
-                    mean = law.x0_weight * x0 + law.z_weight * z
+                    mean: Tensor = law.x0_weight * x0 + law.z_weight * z
                     if not law.sigma:
                         return mean
                     level = ((1 - law.signal) / law.signal) ** 0.5
@@ -112,7 +112,7 @@ class GDMP:
                     if self.noisy_target:
                         fresh = noise.normal(GUIDANCE, index, z)
                         target = target + (1 - law.signal) ** 0.5 * fresh
-                    pull = law.sigma**2 * self.scale * level
+                    pull: float = law.sigma**2 * self.scale * level
                     mean = mean - pull * self.distance_gradient(z, target)
                     return mean + law.sigma * noise.normal(REVERSE, index, z)
 

@@ -45,8 +45,9 @@ class DiffPure:
                 beta = BETA_MIN + (BETA_MAX - BETA_MIN) * t
                 spread = 1 - exp(-0.5 * (BETA_MAX - BETA_MIN) * t * t - BETA_MIN * t)
                 score = -self.denoiser(z, times(level, z)) / spread**0.5
-                mean = z + dt * (0.5 * beta * z + beta * score)
-                return mean + (beta * dt) ** 0.5 * noise.normal(REVERSE, i, z) if to else mean
+                mean: Tensor = z + dt * (0.5 * beta * z + beta * score)
+                size: float = (beta * dt) ** 0.5
+                return mean + size * noise.normal(REVERSE, i, z) if to else mean
 
             z = memory.step(reverse, z)
         return to_images(z, self.clamp_output)

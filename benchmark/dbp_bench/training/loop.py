@@ -90,7 +90,7 @@ def train(
         index = (tape.uniform(_IMAGE, 0, rows)[:, 0] * len(images)).long().to(images.device)
         value = loss(Batch(images[index], labels[index], tape))
         optimizer.zero_grad()
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         if schedule:
