@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from dbp_bench.job import Overrides, identity_of, plan, resolve
 from dbp_bench.registry import Registry
 from dbp_bench.report import write_leaderboards

@@ -1,4 +1,5 @@
 import csv
+import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -368,6 +369,168 @@ def test_mean_is_over_images_and_draws() -> None:
     assert accuracies(make("both", "eot", robust)).robust.value == 0.375
 
 
+# --- Votes, worst cases, several attacks ----------------------------------------------------------
+
+
+def draws_table(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
+    with (folder / f"{TRACK}-draws.csv").open(newline="") as file:
+        return {(row["defense"], row["images_of"]): row for row in csv.DictReader(file)}
+
+
+def test_one_draw_votes_and_worst_cases(tmp_path: Path) -> None:
+    """Half of the images right at 3 of 4 draws, the others at 1."""
+    robust = [[True, i < 20, i < 20, False] for i in range(IMAGES)]
+    results = [r for r in matrix() if (r.defense, r.threat) != ("both", "eot")]
+    save(tmp_path, *results, make("both", "eot", robust))
+    write_leaderboards(tmp_path, tmp_path / "out")
+    rows = draws_table(tmp_path / "out")
+    row = rows["both", "hidden"]
+    assert (row["threat"], row["draws"], row["majority_of"]) == ("eot", "4", "3")
+    assert float(row["mean"]) == 0.5
+    assert float(row["majority"]) == 0.5
+    assert float(row["worst_3"]) == 0.125
+    assert float(row["worst_all"]) == 0
+    for key in ("mean", "majority", "worst_3"):
+        assert float(row[f"{key}_lo"]) < float(row[key]) < float(row[f"{key}_hi"])
+    assert {rows["both", key]["worst_all"] for key in ("clean", "null")} == {"1.0"}
+    none = rows["none", "hidden"]
+    assert (none["draws"], none["majority_of"]) == ("", "")
+    assert {none[key] for key in ("mean", "majority", "worst_3", "worst_all")} == {"0.05"}
+    assert ("ddim-like", "null") not in rows
+
+    settings = table(tmp_path / "out" / f"{TRACK}-settings.csv")
+    assert settings["both/eot"]["worst_3"] == "0.125"
+    assert settings["both/eot"]["majority_of"] == "3"
+    known = settings["both/dwbox"]
+    assert (known["worst_3"], known["worst_all_of"], known["majority"]) == ("0.25", "3", "")
+
+
+def test_null_attack_that_changes_votes_only_is_flagged(tmp_path: Path) -> None:
+    """The mean of the null attack is that of clean images, but no image is sure any more."""
+    clean = [[i % 2 == 0] * 4 for i in range(IMAGES)]
+    robust = [[draw % 2 == 0 for draw in range(4)] for _ in range(IMAGES)]
+    bad = make("both", "null", robust).model_dump(by_alias=True) | {"clean": clean}
+    (flag,) = row_of(board_of(tmp_path, Result.model_validate(bad)), "both").flags
+    assert "null attack" in flag
+    assert "worst of 4 -50.0 [" in flag
+    assert "worst of 3 -50.0 [" in flag
+    assert "one draw" not in flag
+
+
+def apgd(defense: str, threat: str, robust: float | Outcomes, **changes: Any) -> Result:
+    calls = {"per_purification": 20, "gradient": 20000, "judging": 0}
+    knows = changes.pop("knows", [])
+    draws = changes.pop("draws", DRAWS["known" if knows else "hidden"])
+    calls["judging"] = 20 * IMAGES * draws * (6 if knows else 2) + changes.pop("looks", 0)
+    if knows:
+        changes["fresh"] = [[[True] * 4] * draws] * IMAGES
+    record = make(defense, threat, robust, draws=draws).model_dump(by_alias=True)
+    changes = {"effort": {"steps": 50, "eot": 10}, "knows": knows} | changes
+    return Result.model_validate(record | {"attack": "apgd", "network_calls": calls} | changes)
+
+
+def test_other_attacks_leave_the_leaderboard_alone(tmp_path: Path) -> None:
+    """Whatever their effort, budget, draws and seeds; and no column is served by them."""
+    changed = [r for r in matrix() if (r.defense, r.threat) != ("both", "dw-rev")]
+    write_leaderboards(save(tmp_path / "one", *changed), tmp_path / "before")
+    others = [
+        apgd("both", "apgd", 0.6),
+        apgd("both", "few", 0.5, draws=2),
+        apgd("both", "large", 0.1, eps=1.0),
+        apgd("ddim-like", "apgd", 0.5, sites=["forward"], seed=1, effort={"steps": 5}),
+        apgd("both", "same", 0.5, knows=["reverse"], attack="pgd", effort=changed[1].effort),
+    ]
+    write_leaderboards(save(tmp_path / "two", *changed, *others), tmp_path / "after")
+    for end in (".csv", ".md", ".tex", "-draws.csv"):
+        before, after = (tmp_path / at / f"{TRACK}{end}" for at in ("before", "after"))
+        assert before.read_bytes() == after.read_bytes()
+    assert not (tmp_path / "before" / f"{TRACK}-attacks.csv").exists()
+    settings = table(tmp_path / "after" / f"{TRACK}-settings.csv")
+    assert settings["both/large"]["robust"] == "0.1"
+    attacks = attacks_table(tmp_path / "after")
+    assert list(attacks) == [("both", "hidden"), ("ddim-like", "hidden")]
+    assert "large" not in attacks["both", "hidden"]
+
+
+def attacks_table(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
+    with (folder / f"{TRACK}-attacks.csv").open(newline="") as file:
+        return {(row["defense"], row["draws_are"]): row for row in csv.DictReader(file)}
+
+
+def test_attacks_side_by_side(tmp_path: Path) -> None:
+    """Attacks that succeed on different images: the worst case is below each of them."""
+    last = [[i >= 10] * 3 for i in range(IMAGES)]
+    others = [
+        apgd("both", "apgd", [[i >= 20] * 4 for i in range(IMAGES)]),
+        apgd("both", "apgd-known", last, knows=list(BOTH), looks=400),
+    ]
+    results = [r for r in matrix() if r.threat not in ("eot", "dwbox") or r.defense != "both"]
+    results += [make("both", "eot", 0.65), make("both", "dwbox", 0.5)]
+    save(tmp_path / "results", *results, *others)
+    paths = write_leaderboards(tmp_path / "results", tmp_path)
+    assert [path.name for path in paths[-2:]] == [f"{TRACK}-attacks.csv", f"{TRACK}-attacks.md"]
+    before = [path.read_bytes() for path in paths]
+    write_leaderboards(tmp_path / "results", tmp_path)
+    assert [path.read_bytes() for path in paths] == before
+
+    rows = attacks_table(tmp_path)
+    assert list(rows) == [("both", "hidden"), ("both", "known")]
+    hidden, known = rows.values()
+    # Right under eot: images below 26; under whitebox: below 28; under apgd: from 20 on.
+    assert [hidden[key] for key in ("eot", "whitebox", "apgd", "apgd-known")] == [
+        "0.65",
+        "0.7",
+        "0.5",
+        "",
+    ]
+    assert hidden["worst_case"] == "0.15"
+    assert float(hidden["worst_case_lo"]) < 0.15 < float(hidden["worst_case_hi"])
+    assert (hidden["draws"], hidden["equal_calls"]) == ("4", "False")
+    assert (hidden["apgd_attack"], hidden["apgd_gradient_calls"]) == ("apgd", "500.0")
+    assert json.loads(hidden["apgd_effort"])["steps"] == 50
+    assert known["worst_case"] == "0.25"
+    assert known["whitebox"] == ""
+    assert float(known["apgd-known_other_calls"]) == pytest.approx(400 / IMAGES / 3)
+
+    text = (tmp_path / f"{TRACK}-attacks.md").read_text()
+    assert "## All draws hidden" in text
+    assert "## All draws known" in text
+    assert "apgd | steps 50, eot 10 | 500 | 0 |" in text
+    assert "x)" in text.split("## Effort")[0]
+    for start in (i for i, line in enumerate(text.splitlines()) if line.startswith("| Defense")):
+        block = text.splitlines()[start:]
+        assert len({line.count(" | ") for line in block[: block.index("")]}) == 1
+    assert all(ord(character) < 128 for character in text)
+
+
+def test_worst_case_of_hidden_draws_is_judged_on_others(tmp_path: Path) -> None:
+    """Each attack is right where the other isn't: the minimum of each draw would be 0."""
+    first, second = ([[draw % 2 == i for draw in range(4)]] * IMAGES for i in (0, 1))
+    save(tmp_path, make("both", "eot", first), apgd("both", "apgd", second))
+    write_leaderboards(tmp_path, tmp_path / "out")
+    assert attacks_table(tmp_path / "out")["both", "hidden"]["worst_case"] == "1.0"
+
+
+def test_worst_case_is_over_draws_in_common(tmp_path: Path) -> None:
+    few = apgd("both", "few", outcomes(0.5, 2), draws=2)
+    one = apgd("ddim-like", "one", outcomes(0.5, 1), draws=1, sites=["forward"])
+    save(tmp_path, *matrix(), few, one)
+    write_leaderboards(tmp_path, tmp_path / "out")
+    rows = attacks_table(tmp_path / "out")
+    assert (rows["both", "hidden"]["draws"], rows["both", "hidden"]["worst_case"]) == ("2", "0.5")
+    assert rows["ddim-like", "hidden"]["draws"] == "1"
+    assert rows["ddim-like", "hidden"]["worst_case"] == ""
+
+
+def test_attacks_on_a_deterministic_defense_know_all(tmp_path: Path) -> None:
+    other = apgd("none", "square", outcomes(0.025, 1), sites=[], draws=1)
+    save(tmp_path, *matrix(), other)
+    write_leaderboards(tmp_path, tmp_path / "out")
+    rows = attacks_table(tmp_path / "out")
+    assert list(rows) == [("none", "known")]
+    assert rows["none", "known"]["worst_case"] == "0.025"
+
+
 # --- Refusals -------------------------------------------------------------------------------------
 
 
@@ -420,8 +583,9 @@ def test_whitebox_alone_with_other_steps_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_threat_with_an_eot_of_its_own_is_refused(tmp_path: Path) -> None:
-    """The forward noise known at EoT 1 everywhere, and nothing known at EoT 10, as once published:
-    the difference would compare the attacks' strength, not what they know.
+    """The forward noise known at EoT 1 everywhere, and nothing known at EoT 10, as once published.
+
+    The difference would compare the attacks' strength, not what they know.
     """
     results = [r for r in matrix() if r.threat != "dw-fwd"]
     save(tmp_path, *results, make("both", "dw-fwd", 0.6, effort={"eot": 1}))
@@ -470,7 +634,9 @@ def test_a_file_that_is_not_where_it_belongs(tmp_path: Path) -> None:
 def test_ragged_fresh_draws(tmp_path: Path) -> None:
     record = make("both", "dwbox", 0.2).model_dump(by_alias=True)
     record["fresh"][3][1] = [True]
-    save(tmp_path, Result.model_validate(record))
+    path = result_path(tmp_path, TRACK, "both", "dwbox", 0)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(record))
     with pytest.raises(BadResult, match="fresh"):
         load(tmp_path)
 
@@ -488,7 +654,7 @@ def test_files_follow_from_results(tmp_path: Path, registry: Registry) -> None:
     save(tmp_path / "results", *matrix())
     out = tmp_path / "out"
     paths = write_leaderboards(tmp_path / "results", out, registry=registry)
-    names = [f"{TRACK}{end}" for end in (".csv", ".md", ".tex", "-settings.csv")]
+    names = [f"{TRACK}{end}" for end in (".csv", ".md", ".tex", "-draws.csv", "-settings.csv")]
     assert [path.name for path in paths] == names
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
     before = [path.read_bytes() for path in paths]
@@ -523,7 +689,7 @@ def test_markdown_says_what_it_means(tmp_path: Path, registry: Registry) -> None
     assert "White-box, EoT-1" in text
     assert "not the track's own" not in text
     cells = [line.strip("|").split(" | ") for line in lines if line.startswith("| 1 | both")]
-    assert [len(row) for row in cells] == [7, 8, 7]
+    assert [len(row) for row in cells] == [7, 8, 7, 8, 8, 8]
     assert cells[0][2] == "100.0 [100.0, 100.0]"
     assert cells[0][3].startswith("65.0 [")
     # Every row of a table has as many cells as its head.
@@ -558,12 +724,12 @@ def test_latex_is_balanced(tmp_path: Path, registry: Registry) -> None:
     bare = tex.replace(r"\{", "").replace(r"\}", "")
     assert bare.count("{") == bare.count("}")
     for rule in ("toprule", "bottomrule"):
-        assert tex.count(f"\\{rule}") == 3
+        assert tex.count(f"\\{rule}") == 4
     for environment in ("table*", "tabular", "minipage"):
         begins = tex.count(rf"\begin{{{environment}}}")
         assert begins == tex.count(rf"\end{{{environment}}}") > 0
     rows = [line for line in tex.splitlines() if line.startswith("1 & both")]
-    assert [row.count(" & ") + 1 for row in rows] == [7, 8, 5]
+    assert [row.count(" & ") + 1 for row in rows] == [7, 8, 5, 8]
     assert r"A toy | of 5 \% \& \_more\_" in tex
     assert "upper bound" in tex
 

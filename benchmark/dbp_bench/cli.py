@@ -22,10 +22,12 @@ from dbp_bench.errors import AttackFailed, BadRequest, DbpError, UnknownName, di
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dbp_bench.gradients import Agreement
     from dbp_bench.job import Job, Planned
     from dbp_bench.registry import Entry, Registry
     from dbp_bench.result import Result
     from dbp_bench.run import Progress
+    from dbp_bench.sweep import Findings as SweepFindings
 
 app = typer.Typer(
     name="dbp-bench",
@@ -335,7 +337,7 @@ def _run_all(
 ) -> None:
     from dbp_bench.job import measured_elsewhere
     from dbp_bench.result import Result
-    from dbp_bench.run import adversarial_path, execute
+    from dbp_bench.run import adversarial_path, execute, is_complete
 
     done: list[tuple[Path, Result]] = []
     for item in planned:
@@ -352,6 +354,13 @@ def _run_all(
             )
             if item.instead is None:
                 done.append((twin.path(out), Result.read(twin.path(out))))
+            continue
+        if resume and not save_adversarial and is_complete(job, out):
+            say.print(
+                f"{job.label}: all there already, nothing to run (--no-resume runs it again)",
+                highlight=False,
+            )
+            done.append((job.path(out), Result.read(job.path(out))))
             continue
         with _progress(say, job.label) as progress:
             path = execute(
@@ -528,6 +537,9 @@ def _duration(seconds: float) -> str:
 def judge(
     file: Annotated[Path, typer.Argument(help="A file that --save-adversarial wrote.")],
     draws: Annotated[int, typer.Option(help="Fresh draws, that no attacker was shown.")] = 9,
+    eight_bit: Annotated[
+        bool, typer.Option("--8bit", help="As a file of 256 grey levels would hold them.")
+    ] = False,
     device: Device = "auto",
     entries: Entries = None,
     trust_code: Trust = False,
@@ -565,18 +577,111 @@ def judge(
     )
     held = {**identity_of(result), "device": job.device}
     refuse_other_request(job.identity(), held, file)
-    right, ids = rejudge(file, job, registry, draws=draws)
+    right, ids, outside = rejudge(file, job, registry, draws=draws, eight_bit=eight_bit)
     bootstrap = Bootstrap(len(ids))
     hits = [sum(sum(attack[i]) for attack in right) for i in range(len(ids))]
     estimate = asdict(bootstrap.estimate(bootstrap.mean(hits, len(right) * draws)))
     if as_json:
         table = {"file": str(file), **estimate, "draws": draws, "ids": ids, "right": right}
-        print(json.dumps(table))
+        print(json.dumps({**table, "left_the_ball": outside} if eight_bit else table))
         return
     print(
         f"{file}: {len(right)} x {len(ids)} images inside {result.norm} {result.eps:g} and [0, 1]; "
         f"{_percent(estimate)} % right over {draws} fresh draws."
     )
+    if eight_bit:
+        print(
+            f"Judged as rounded to k/255: that took {outside} of {len(right) * len(ids)} images "
+            "out of the ball, by at most half a level a pixel; those were projected onto it."
+        )
+
+
+@app.command()
+def sweep(
+    defense: Annotated[str, typer.Argument(help="A defense.")],
+    threat: Annotated[str, typer.Option(help="A threat model.")],
+    over: Annotated[
+        list[str] | None,
+        typer.Option(help="steps=20,40,100, eot=1,10,40 or eps=0.1,0.2,0.5; can be repeated."),
+    ] = None,
+    black_box: Annotated[
+        str | None,
+        typer.Option(
+            help="A threat without gradients to compare with (square if it is there), or none."
+        ),
+    ] = None,
+    track: TrackName = "digits-linf",
+    seed: Annotated[int, typer.Option(help="Decides every draw of noise.")] = 0,
+    out: Annotated[Path, typer.Option(help="The folder of results.")] = Path("results"),
+    examples: Annotated[int | None, typer.Option(help="The first N images of the track.")] = None,
+    draws: Annotated[int | None, typer.Option(help="Draws that judge an image.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images evaluated together.")] = None,
+    device: Device = "auto",
+    entries: Entries = None,
+    trust_code: Trust = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look for a weak attack or a masked gradient: more steps, more draws, larger budgets."""
+    from functools import partial
+
+    from dbp_bench import sweep as sweeps
+    from dbp_bench.job import Overrides
+    from dbp_bench.run import execute
+
+    registry = _registry(entries, trust_code)
+    say = _console(quiet or as_json)
+    overrides = Overrides(examples=examples, draws=draws, batch_size=batch_size)
+    common: dict[str, Any] = {"seed": seed, "device": _device(device), "overrides": overrides}
+    if black_box is None and "square" in registry.threats:
+        black_box = "square"
+    black_box = None if black_box == "none" else black_box
+    planned = [
+        sweeps.plan(registry, track, defense, threat, *sweeps.parse(text), **common)
+        for text in over or []
+    ]
+    if black_box is not None:
+        planned.append(sweeps.against(registry, track, defense, threat, black_box, **common))
+    if not planned:
+        raise BadRequest("--over names nothing. Write it as steps=20,40,100.")
+
+    def run_one(label: str, job: "Job", folder: Path) -> Path:
+        with _progress(say, label) as progress:
+            return execute(job, registry, folder, progress=progress)
+
+    found = [
+        sweeps.run(item, out, partial(run_one, f"{defense} / {threat} / {item.axis}"))
+        for item in planned
+    ]
+    if as_json:
+        print(json.dumps([item.model_dump(mode="json", by_alias=True) for item in found], indent=1))
+        return
+    _show_sweeps(say, found)
+
+
+def _show_sweeps(say: "Console", found: "Sequence[SweepFindings]") -> None:
+    from rich.table import Table
+
+    for item in found:
+        table = Table(box=None, pad_edge=False)
+        for name in (item.axis, "robust % [95 %]", "falls by [95 %]", "zero gradient %"):
+            table.add_column(name, justify="right")
+        for row in item.values:
+            mark = " *" if row.value == item.standard else ""
+            table.add_row(
+                f"{row.value if isinstance(row.value, str) else f'{row.value:g}'}{mark}",
+                _percent(None if row.accuracy is None else row.accuracy.model_dump()),
+                _percent(None if row.fall is None else row.fall.model_dump()),
+                "" if row.zero_gradient is None else f"{100 * row.zero_gradient:.1f}",
+            )
+        say.print(table)
+        for flag in item.flags:
+            say.print(f"FLAG {flag.name}: {flag.message}.", highlight=False, soft_wrap=True)
+        for note in item.notes:
+            say.print(f"undecided: {note}.", highlight=False, soft_wrap=True)
+        if not item.flags and not item.notes:
+            say.print("no flag.", highlight=False)
+    say.print("* as the threat model says. falls by: from there, on the same images.", style="dim")
 
 
 # ------------------------------------------------------------------------------------------ results
@@ -654,6 +759,91 @@ def check(
             print(f"{'FAIL' if fault else 'pass'}  {name}: {title}{f': {fault}' if fault else ''}")
     if failed:
         raise typer.Exit(1)
+
+
+@app.command("check-grad")
+def check_grad(
+    defense: Annotated[str, typer.Argument(help="A defense.")],
+    track: TrackName = "digits-linf",
+    images: Annotated[int, typer.Option(help="The first N images of the track.")] = 16,
+    seed: Annotated[int, typer.Option(help="Decides every draw of noise.")] = 0,
+    loss: Annotated[str, typer.Option(help="ce, margin or dlr.")] = "ce",
+    surrogate_steps: Annotated[
+        int | None, typer.Option(help="Steps of the surrogate; half of the defense's if not given.")
+    ] = None,
+    device: Device = "auto",
+    entries: Entries = None,
+    trust_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare each kind of gradient with the exact one, and that with finite differences."""
+    from dbp_bench import gradients
+
+    registry = _registry(entries, trust_code)
+    asked = gradients.request(
+        registry,
+        defense,
+        track,
+        images=images,
+        seed=seed,
+        loss=loss,
+        surrogate_steps=surrogate_steps,
+    )
+    found = gradients.check(registry, asked, _device(device))
+    if as_json:
+        head = {
+            "defense": defense,
+            "track": track,
+            "images": images,
+            "seed": seed,
+            "loss": loss,
+            "dtype": "float64",
+            "steps": asked.steps,
+            "surrogate_steps": asked.surrogate_steps,
+            "exact": found.exact,
+        }
+        print(json.dumps({**head, **asdict(found)}, indent=1))
+    else:
+        say = _console(False)
+        short = asked.surrogate_steps
+        names = {"surrogate": f"surrogate, {short} of {asked.steps} steps"}
+        say.print(
+            f"{defense} on {track}: {loss} gradients at the first {images} images, unattacked; "
+            f"float64, seed {seed}.",
+            highlight=False,
+        )
+        rows = [(names.get(row.mode, row.mode), row) for row in found.modes]
+        rows += [("exact, other draws (noise floor)", row) for row in found.noise_floor]
+        _show_agreement(say, rows)
+        errors = ", ".join(
+            "no gradient" if error is None else f"{error:.1e}" for error in found.difference_errors
+        )
+        say.print(
+            f"exact against central differences, relative error by image: {errors}"
+            f"{'' if found.exact else '  FAIL'}",
+            highlight=False,
+        )
+    if not found.exact:
+        raise typer.Exit(1)
+
+
+def _show_agreement(say: "Console", rows: "Sequence[tuple[str, Agreement]]") -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("gradient")
+    for name in ("draws", "cosine [95 %]", "equal signs % [95 %]", "images"):
+        table.add_column(name, justify="right")
+    for name, row in rows:
+        cosine = row.cosine
+        table.add_row(
+            name,
+            str(row.draws),
+            "" if cosine is None else f"{cosine.value:.3f} [{cosine.low:.3f}, {cosine.high:.3f}]",
+            "" if row.sign is None else row.sign.percent(),
+            str(row.images),
+        )
+    say.print(table)
 
 
 @app.command()

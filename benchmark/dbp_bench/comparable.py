@@ -25,6 +25,8 @@ KNOWN: Final[Mapping[str, tuple[str, Callable[[frozenset[str]], frozenset[str]]]
 }
 """The columns compared at equal effort: threat model, and what it knows of a defense's sites."""
 PROTOCOL: Final = tuple(threat for threat, _ in KNOWN.values())
+MAIN: Final = (*PROTOCOL, WHITEBOX, NULL)
+"""The threat models that a leaderboard is made of. Others are attacks to hold against it."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ def _read(results: Path, path: Path) -> Record:
 def check_comparable(records: Sequence[Record]) -> None:
     """Refuse results of one track that may not be subtracted from, or ranked by, each other.
 
+    All must be of the same images, and each defense the same one everywhere. Budget, effort, draws
+    and seeds must agree among the threat models in :data:`MAIN`; what other threat models do is
+    their own affair, and is stated beside their numbers.
+
     Raises:
         NotComparable: With the two files and the fields in which they differ.
     """
@@ -85,17 +91,17 @@ def check_comparable(records: Sequence[Record]) -> None:
     )
     _check_alike(ordered, lambda result: result.track, _track_facts)
     _check_alike(ordered, lambda result: result.defense, _defense_facts)
-    attacked = [record for record in ordered if record.result.threat != NULL]
-    _check_alike(attacked, lambda result: result.track, lambda result: {"eps": result.eps})
-    _check_alike(ordered, lambda result: result.threat, _effort_facts)
-    protocol = [record for record in ordered if record.result.threat in PROTOCOL]
+    main = [record for record in ordered if record.result.threat in MAIN]
+    searches = [record for record in main if record.result.threat != NULL]
+    _check_alike(searches, lambda result: result.track, lambda result: {"eps": result.eps})
+    _check_alike(main, lambda result: result.threat, _effort_facts)
+    protocol = [record for record in main if record.result.threat in PROTOCOL]
     _check_alike(protocol, lambda result: result.track, _effort_facts)
-    searches = [record for record in ordered if record.result.threat in (*PROTOCOL, WHITEBOX)]
     _check_alike(searches, lambda result: result.track, _search_facts)
-    noisy = [record for record in ordered if record.result.sites]
+    noisy = [record for record in main if record.result.sites]
     _check_alike(noisy, _draw_kind, _draw_facts)
-    for defense in sorted({record.result.defense for record in records}):
-        _check_seeds([record for record in records if record.result.defense == defense])
+    for defense in sorted({record.result.defense for record in main}):
+        _check_seeds([record for record in main if record.result.defense == defense])
 
 
 _Facts = dict[str, object]

@@ -45,7 +45,11 @@ TOLERANCE = 1e-5
 
 
 def check_output(defense: Defense, images: Tensor) -> None:
-    """Purified images are finite, in [0, 1], of the input's shape and type; the input is kept."""
+    """Purified images are finite, in [0, 1], of the input's shape and type; the input is kept.
+
+    A purifier that says so (``clamp_output = False``) may leave [0, 1], as DiffPure's published one
+    does: a clamp cuts the gradient where it holds.
+    """
     extremes = torch.cat([images, torch.zeros_like(images[:1]), torch.ones_like(images[:1])])
     given, tape = extremes.clone(), _tape(extremes)
     with torch.no_grad():
@@ -63,10 +67,11 @@ def check_output(defense: Defense, images: Tensor) -> None:
             "level of 0, or a root of a negative number."
         )
     low, high = float(out.min()), float(out.max())
-    if low < 0 or high > 1:
+    unclamped = getattr(defense.purifier, "clamp_output", True) is False
+    if not unclamped and (low < 0 or high > 1):
         raise NotConforming(
             f"purified images are in {low:.4g} ... {high:.4g}, not in [0, 1]. Map back from "
-            "[-1, 1], and clamp the output."
+            "[-1, 1], and clamp the output, or give the purifier a field clamp_output that is False."
         )
     logits = _logits(defense, extremes, tape)
     if logits.dim() != 2 or len(logits) != len(extremes) or not bool(logits.isfinite().all()):
@@ -181,16 +186,53 @@ def check_gradient(defense: Defense, images: Tensor) -> None:
     meets is found. Of the differences of several lengths the best counts, and of the directions
     the median: a kink can spoil a direction, a wrong gradient spoils most.
     """
+    with _policy(defense, "none"):
+        for x, tape in _inside(images):
+            _check_gradient_of_one(defense, x, tape)
+
+
+def difference_errors(
+    defense: Defense, images: Tensor, directions: int = DIRECTIONS
+) -> list[float | None]:
+    """For each of `images`, how far its gradient is off from central differences, relative.
+
+    As :func:`check_gradient` measures it, over `directions`; None where no gradient reaches the
+    image or all of it is zero. For float64.
+    """
+    errors: list[float | None] = []
+    with _policy(defense, "none"):
+        for x, tape in _inside(images):
+            weights = _weights(_logits(defense, x, tape))
+            _, gradient = _gradient(defense, x, tape, weights)
+            if gradient is None or not bool(gradient.any()):
+                errors.append(None)
+                continue
+            error, scale = _error(*_slopes(defense, x, tape, weights, gradient, directions))
+            errors.append(error / scale if scale > 0 else None)
+    return errors
+
+
+def _inside(images: Tensor) -> Iterator[tuple[Tensor, Tape]]:
+    """Each image, moved off the border of the pixel box, and its tape."""
     inside = 0.1 + 0.8 * images + 0.1 * (_tape(images).uniform(Site("jitter"), 0, images) - 0.5)
     for i in range(len(images)):
-        x, tape = inside[i : i + 1], _tape(images)[torch.tensor([i])]
-        with _policy(defense, "none"):
-            _check_gradient_of_one(defense, x, tape)
+        yield inside[i : i + 1], _tape(images)[torch.tensor([i])]
+
+
+def _weights(logits: Tensor) -> Tensor:
+    """What the logits are weighted with, to be one number whose slope is never flat."""
+    return Tape.make(0, _OWNER, [0]).normal(Site("logits"), 0, logits)
+
+
+def _error(by_chain: Tensor, by_difference: Tensor) -> tuple[float, float]:
+    """Median difference of the slopes, and their median size."""
+    error = float((by_chain - by_difference).abs().median())
+    return error, float(torch.maximum(by_chain.abs(), by_difference.abs()).median())
 
 
 def _check_gradient_of_one(defense: Defense, x: Tensor, tape: Tape) -> None:
     judged = _logits(defense, x, tape)
-    weights = Tape.make(0, _OWNER, [0]).normal(Site("logits"), 0, judged)
+    weights = _weights(judged)
     value = float((weights * judged).sum().abs())
     attacked, gradient = _gradient(defense, x, tape, weights)
     if not torch.allclose(attacked, judged, rtol=1e-9, atol=1e-9 * float(judged.abs().max())):
@@ -211,9 +253,7 @@ def _check_gradient_of_one(defense: Defense, x: Tensor, tape: Tape) -> None:
             "the gradient of an image is zero everywhere. Look for detach, rounding to grey "
             "levels, a hard threshold, or an output that is clamped at every pixel."
         )
-    by_chain, by_difference = _slopes(defense, x, tape, weights, gradient)
-    error = float((by_chain - by_difference).abs().median())
-    scale = float(torch.maximum(by_chain.abs(), by_difference.abs()).median())
+    error, scale = _error(*_slopes(defense, x, tape, weights, gradient, DIRECTIONS))
     rounding = 100 * torch.finfo(x.dtype).eps * value / min(STEPS)
     if not error <= TOLERANCE * scale + rounding:
         raise NotConforming(
@@ -225,11 +265,11 @@ def _check_gradient_of_one(defense: Defense, x: Tensor, tape: Tape) -> None:
 
 
 def _slopes(
-    defense: Defense, x: Tensor, tape: Tape, weights: Tensor, gradient: Tensor
+    defense: Defense, x: Tensor, tape: Tape, weights: Tensor, gradient: Tensor, directions: int
 ) -> tuple[Tensor, Tensor]:
-    """Slopes ``(DIRECTIONS,)`` by the gradient, and by the central differences nearest to them."""
+    """Slopes ``(directions,)`` by the gradient, and by the central differences nearest to them."""
     pairs = []
-    for number in range(DIRECTIONS):
+    for number in range(directions):
         direction = Tape.make(0, _OWNER, [number]).normal(Site("direction"), 0, x)
         direction = direction / direction.norm()
         by_chain = (gradient * direction).sum()
@@ -348,7 +388,7 @@ class _Listener:
 
     def __getattr__(self, name: str) -> NoReturn:
         raise NotConforming(
-            f"it asks the noise for {name!r}. Noise gives normal(site, step, like) and nothing else."
+            f"it asks the noise for {name!r}. Noise gives normal(site, step, like), nothing else."
         )
 
 

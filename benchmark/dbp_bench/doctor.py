@@ -14,7 +14,8 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -36,22 +37,19 @@ from dbp_bench.threat import budget
 GOLDEN = weights.ASSETS / "golden.json"
 """The numbers that the case must give."""
 
-DEFENSE, TRACK, EXAMPLES, SEED = "ddpm", "digits-l2", 8, 0
+DEFENSE, TRACK, EXAMPLES, SEED = "ddpm", "digits-linf", 8, 0
 EFFORT = {
     "steps": 5,
     "step_size": 0.25,
     "eot": 1,
-    "loss": "ce",
+    "loss": "margin",
     "random_start": False,
     "restarts": 1,
 }
 
-TOLERANCE = 1e-3
-"""Of the logits, which are about 10 in size; rounding moves them by 1e-5.
-
-The attack's steps follow the gradient, not its sign: a sign turns the rounding of a small gradient
-into a whole step of its pixel, and moves logits by 0.3 from one processor to another.
-"""
+TOLERANCES = {"cpu": 1e-3, "cuda": 0.1}
+"""Of the logits, which are about 10 in size. Rounding moves them by 5e-6 from one processor to
+another; the convolutions of a GPU may round to ten bits (TF32)."""
 
 Part = tuple[str, str | None, str]
 """Name of a part of the golden case, its fault (None if it passes), and what else to know."""
@@ -125,13 +123,21 @@ def _golden(devices: Iterable[str]) -> Iterable[Part]:
         return
     yield _philox()
     for device in devices:
-        yield _draws(device, stored["draws"])
+        yield _guarded(f"draws on {device}", partial(_draws, device, stored["draws"]))
     broken = _files(stored["data"])
     yield broken
     if broken[1] is not None:
         return
     for device in devices:
-        yield _attack(device, stored)
+        yield _guarded(f"attack on {device}", partial(_attack, device, stored))
+
+
+def _guarded(name: str, part: Callable[[], Part]) -> Part:
+    """`part`, or what stopped it: a device that is listed need not work."""
+    try:
+        return part()
+    except (DbpError, RuntimeError, KeyError, TypeError) as error:
+        return name, f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}", ""
 
 
 # Known answers of Philox4x64-10, from the authors' Random123 library: counter, key, output.
@@ -221,29 +227,26 @@ def _attack(device: str, stored: Mapping[str, Any]) -> Part:
     """The attack again, against the stored logits."""
     name = f"attack on {device}"
     registry = Registry()
-    try:
-        defense, track = registry.defense(DEFENSE), registry.track(TRACK)
-        if _case(defense, track) != stored["case"]:
-            write = "python -m dbp_bench.doctor --write"
-            return name, f"the entry {DEFENSE} or {TRACK} was edited; {write} stores it anew", ""
-        found = _run(registry, defense, track, device)
-    except DbpError as error:
-        return name, str(error).rstrip("."), ""
-    gap = 0.0
+    defense, track = registry.defense(DEFENSE), registry.track(TRACK)
+    if _case(defense, track) != stored["case"]:
+        write = "python -m dbp_bench.doctor --write"
+        return name, f"the entry {DEFENSE} or {TRACK} was edited; {write} stores it anew", ""
+    found = _run(registry, defense, track, device)
+    gaps, tolerance = [], TOLERANCES[torch.device(device).type]
     for kind in ("clean", "adversarial"):
         want = torch.tensor(stored["attack"][kind])
         if want.shape != found[kind].shape:
             return name, f"the stored {kind} logits are of another shape", ""
-        gap = max(gap, float((found[kind] - want).abs().max()))
-        if not gap <= TOLERANCE:
+        gaps.append(float((found[kind] - want).abs().max()))
+        if not gaps[-1] <= tolerance:
             torch_ = stored["made_by"]["torch"]
-            off = f"off by {gap:.2g} ({TOLERANCE:g} is allowed) from those of torch {torch_}"
+            off = f"off by {gaps[-1]:.2g} ({tolerance:g} is allowed) from those of torch {torch_}"
             return name, f"{kind} logits are {off}", ""
     if found["right"].tolist() != stored["attack"]["right"]:
         return name, "another image is classified correctly than in the stored outcomes", ""
-    if not gap:
+    if not any(gaps):
         return name, None, "bit-equal"
-    return name, None, f"equal within {gap:.1g}, not to the last bit"
+    return name, None, f"equal within {max(gaps):.1g}, not to the last bit"
 
 
 def _case(defense: Entry[DefenseEntry], track: Entry[Track]) -> dict[str, Any]:

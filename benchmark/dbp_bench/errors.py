@@ -36,6 +36,10 @@ class AttackFailed(DbpError):
     """An attack or a defense gave numbers that cannot be used (NaN, no gradient, wrong shape)."""
 
 
+class ZeroGradient(AttackFailed):
+    """The gradient of every image was zero at every step: the defense masks it."""
+
+
 class NotConforming(DbpError):
     """A defense breaks a rule that every defense must keep."""
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dbp_bench.attacks import Attack
 from dbp_bench.defense import Defense
-from dbp_bench.errors import AttackFailed
+from dbp_bench.errors import AttackFailed, ZeroGradient
 from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
 from dbp_bench.threat import AttackerView, Budget
 
@@ -40,6 +40,8 @@ class Attacked:
     """``(b,)``: passes without."""
     nonzero: Tensor
     """``(b,)``: whether any gradient wasn't zero."""
+    verdict: Tensor | None = None
+    """``(b,)``: robust, as the attack itself would have it; it decides nothing."""
 
 
 def attack(
@@ -60,8 +62,8 @@ def attack(
     from a tape of its own.
 
     Raises:
-        AttackFailed: `method` returned images of another shape or values that are not finite, or
-            looked at gradients and the gradient of every image was always zero.
+        AttackFailed: `method` returned images of another shape or values that are not finite.
+        ZeroGradient: It looked at gradients and the gradient of every image was always zero.
     """
     victim = Tape.make(seed, VICTIM, group.ids, victim_draw)
     guess = Tape.make(seed, f"{ATTACKER}/{victim_draw}", group.ids)
@@ -75,12 +77,13 @@ def attack(
     if not bool(found.isfinite().all()):
         raise AttackFailed("the attack returned images that are not finite (NaN or infinite).")
     if view.log.gradients.any() and not view.log.nonzero.any():
-        raise AttackFailed(
+        raise ZeroGradient(
             "the gradient of every image is zero at every step: the defense masks its gradient, "
             "and this accuracy would mean nothing; `dbp-bench check` tells more."
         )
     images = budget.project(found.detach(), group.images)
-    return Attacked(images, view.log.gradients, view.log.looks, view.log.nonzero)
+    log = view.log
+    return Attacked(images, log.gradients, log.looks, log.nonzero, log.verdict)
 
 
 def judge(defense: Defense, images: Tensor, group: Group, *, seed: int, draw: int) -> Tensor:

@@ -64,6 +64,8 @@ class Job:
     batch_size: int
     rows: int
     overrides: list[str]
+    source: Entry[DefenseEntry] | None = None
+    """The defense that a transfer attack searches in."""
 
     @property
     def sites(self) -> list[str]:
@@ -110,6 +112,12 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What must be equal for results to be continued; images and draws can be added."""
         networks = {k: ref.sha256 for k, ref in sorted(self.setting.networks.items())}
+        if self.source is not None:
+            setting = self.source.entry.setting(
+                self.track.name, self.source.name, str(self.source.path)
+            )
+            for key, ref in sorted(setting.networks.items()):
+                networks[f"source.{key}"] = ref.sha256
         return {
             "dbp_bench": __version__,
             "track": self.track.name,
@@ -213,7 +221,17 @@ def resolve(
         batch_size=overrides.batch_size or track_entry.entry.batch_size,
         rows=overrides.rows or track_entry.entry.rows,
         overrides=overrides.names(),
+        source=_source(registry, effort, track),
     )
+
+
+def _source(registry: Registry, effort: dict[str, Any], track: str) -> Entry[DefenseEntry] | None:
+    """The defense that an effort names as its source, with a setting for `track`."""
+    if "source" not in effort:
+        return None
+    source = registry.defense(effort["source"])
+    source.entry.setting(track, source.name, str(source.path))
+    return source
 
 
 def _effort(threat: Entry[Threat], overrides: Overrides) -> dict[str, Any]:
@@ -366,8 +384,10 @@ def weights_of(job: Job) -> dict[str, str]:
 
 def entry_digests(job: Job) -> dict[str, str]:
     """sha256 of the three entry files."""
+    source = {} if job.source is None else {"source": weights.digest(job.source.path)}
     return {
         "track": weights.digest(job.track.path),
         "defense": weights.digest(job.defense.path),
         "threat": weights.digest(job.threat.path),
+        **source,
     }

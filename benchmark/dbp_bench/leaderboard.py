@@ -4,11 +4,29 @@ A setting is what the attacker knew and how hard it searched, not the name of a 
 a defense has no reverse noise, knowing the forward noise is knowing all, and one result serves.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from dbp_bench.comparable import KNOWN, NULL, PROTOCOL, WHITEBOX, Effort, Record, check_comparable
+from dbp_bench.accounting import (
+    METRICS,
+    Account,
+    WorstCase,
+    account,
+    gaps,
+    worst_hidden,
+    worst_known,
+)
+from dbp_bench.comparable import (
+    KNOWN,
+    MAIN,
+    NULL,
+    PROTOCOL,
+    WHITEBOX,
+    Effort,
+    Record,
+    check_comparable,
+)
 from dbp_bench.errors import NotComparable
 from dbp_bench.registry import Registry, Track
 from dbp_bench.result import Outcomes, Result, searched_effort
@@ -75,6 +93,38 @@ class Pool:
         """What of `effort` counts for this defense and this knowledge."""
         return searched_effort(effort, self.any.knows, self.any.sites)
 
+    @property
+    def all_known(self) -> bool:
+        """Whether nothing is hidden from the attacker."""
+        return self.knows == self.sites
+
+    @property
+    def gradient_calls(self) -> float:
+        """Network calls with a gradient, of one attack on one image."""
+        return self._per_attack(lambda result: result.network_calls.gradient)
+
+    @property
+    def other_calls(self) -> float:
+        """Network calls of the search without a gradient, of one attack on one image."""
+        return self._per_attack(
+            lambda result: (
+                result.network_calls.judging
+                - result.network_calls.per_purification * _verdicts(result)
+            )
+        )
+
+    def _per_attack(self, calls: Callable[[Result], int]) -> float:
+        attacks = sum(
+            len(record.result.ids) * (len(record.result.draws) if record.result.knows else 1)
+            for record in self.records
+        )
+        return sum(calls(record.result) for record in self.records) / attacks
+
+    def account(self, kind: Literal["clean", "robust"], bootstrap: Bootstrap) -> Account:
+        """What the draws say of `kind`, seed by seed: the mean, votes and worst cases."""
+        tables = [getattr(record.result, kind) for record in self.records]
+        return account(tables, bootstrap, noisy=bool(self.sites))
+
     def clean(self, bootstrap: Bootstrap) -> Replicates:
         """Accuracy on clean images."""
         return _mean(bootstrap, [record.result.clean for record in self.records])
@@ -108,8 +158,10 @@ class Row:
     """By name, one of :data:`QUANTITIES`; null where something that it needs was not measured."""
     served_by: Mapping[str, str]
     """For columns that another threat model's result serves: which."""
+    accounts: Mapping[str, tuple[str, Account]]
+    """What the draws say: for `clean`, `hidden` and `null`, the threat model and the account."""
     pools: Sequence[Pool]
-    """All that was measured, one for each threat model."""
+    """All that was measured, one for each threat model of the leaderboard."""
     hidden_draws: int | None
     known_draws: int | None
     fresh_draws: int | None
@@ -118,6 +170,27 @@ class Row:
     """Network calls of one purification."""
     flags: Sequence[str]
     """What a reader should know before trusting the row."""
+
+
+@dataclass(frozen=True)
+class Attacks:
+    """All attacks on a defense by attackers who know the same."""
+
+    defense: str
+    kind: Literal["control", "defense"]
+    known: bool
+    """Whether all draws are known, or all are hidden."""
+    pools: Mapping[str, Pool]
+    """By threat model; the leaderboard's own first."""
+    robust: Mapping[str, Estimate]
+    """By threat model."""
+    ratios: Mapping[str, float | None]
+    """Network calls of the search, over those of the leaderboard's own threat model; null where
+    either is unknown."""
+    worst: Estimate | None
+    """Of the worst case over all of them; null where they have too few draws in common."""
+    draws: int
+    """Which all attacks were judged on, of each seed."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +210,8 @@ class Leaderboard:
     whitebox_eot: int | float | str | bool | None
     rows: Sequence[Row]
     settings: Sequence[tuple[Pool, Literal["control", "defense"]]]
+    attacks: Sequence[Attacks]
+    """Where attacks other than the leaderboard's own were run."""
     bootstrap: Bootstrap
 
     @property
@@ -176,14 +251,15 @@ def leaderboard(
     ]
     # Where nothing is hidden EoT is idle, so that a result there doesn't tell the EoT of others.
     pools.sort(key=lambda pool: (pool.knows == pool.sites, pool.any.defense, pool.any.threat))
-    protocol = next((pool.any for pool in pools if pool.any.threat in PROTOCOL), None)
-    whitebox = next((pool.any for pool in pools if pool.any.threat == WHITEBOX), None)
-    first = protocol or pools[0].any
+    main = [pool for pool in pools if pool.any.threat in MAIN]
+    protocol = next((pool.any for pool in main if pool.any.threat in PROTOCOL), None)
+    whitebox = next((pool.any for pool in main if pool.any.threat == WHITEBOX), None)
+    first = protocol or (main or pools)[0].any
     bootstrap = Bootstrap(len(first.ids))
 
     names = sorted({pool.any.defense for pool in pools})
     columns = {
-        name: _columns([pool for pool in pools if pool.any.defense == name], protocol, whitebox)
+        name: _columns([pool for pool in main if pool.any.defense == name], protocol, whitebox)
         for name in names
     }
     zero = columns.get(UNDEFENDED, {}).get("hidden")
@@ -194,7 +270,8 @@ def leaderboard(
             name,
             kinds[name],
             sorted(
-                (pool for pool in pools if pool.any.defense == name),
+                [pool for pool in main if pool.any.defense == name]
+                or [pool for pool in pools if pool.any.defense == name],
                 key=lambda pool: pool.any.threat,
             ),
             columns[name],
@@ -203,12 +280,13 @@ def leaderboard(
         )
         for name in names
     ]
+    eps = next((pool.any.eps for pool in main or pools if pool.any.threat != NULL), first.eps)
     return Leaderboard(
         track=tracks[0],
         entry=registry.track(tracks[0]).entry if tracks[0] in registry.tracks else None,
         sort=sort,
         norm=first.norm,
-        eps=next((pool.any.eps for pool in pools if pool.any.threat != NULL), first.eps),
+        eps=eps,
         images=len(first.ids),
         attack=first.attack,
         effort=protocol.effort if protocol else None,
@@ -218,8 +296,35 @@ def leaderboard(
             (pool, kinds[pool.any.defense])
             for pool in sorted(pools, key=lambda pool: (pool.any.defense, pool.any.threat))
         ],
+        attacks=[
+            row
+            for name in names
+            for known in (False, True)
+            if (
+                row := _attacks(
+                    [
+                        pool
+                        for pool in pools
+                        if pool.any.defense == name
+                        and pool.any.threat not in MAIN
+                        and pool.any.eps == eps
+                        and (pool.all_known if known else not pool.knows and not pool.all_known)
+                    ],
+                    columns[name],
+                    kinds[name],
+                    bootstrap,
+                    known=known,
+                )
+            )
+        ],
         bootstrap=bootstrap,
     )
+
+
+def _verdicts(result: Result) -> int:
+    """Purifications that judged, not searched."""
+    fresh = len(result.fresh[0][0]) if result.fresh else 0
+    return len(result.ids) * len(result.draws) * (2 + fresh)
 
 
 def _mean(bootstrap: Bootstrap, tables: Sequence[Outcomes]) -> Replicates:
@@ -279,13 +384,13 @@ def _row(
         for key in QUANTITIES
     }
     flags = []
-    null = found.get(NULL)
-    if null is not None:
-        gap = bootstrap.estimate(null - clean)
-        if not gap.low <= 0 <= gap.high:
+    accounts = _accounts(pools, columns, bootstrap)
+    if NULL in columns:
+        wrong = _null_gaps(columns[NULL], accounts[NULL][1], bootstrap)
+        if wrong:
             flags.append(
-                "the null attack does not give clean accuracy "
-                f"({gap.percent(sign=True)} points): something else than the attack is measured"
+                f"the null attack does not give clean accuracy ({', '.join(wrong)} points): "
+                "something else than the attack is measured"
             )
     split = estimates["stochasticity"]
     if split is not None and split.high < 0:
@@ -311,6 +416,7 @@ def _row(
             for key, threat in preferred.items()
             if key in columns and columns[key].any.threat != threat
         },
+        accounts=accounts,
         pools=pools,
         hidden_draws=hidden.draws if hidden else None,
         known_draws=known_draws,
@@ -318,6 +424,99 @@ def _row(
         calls=pools[0].any.network_calls.per_purification,
         flags=flags,
     )
+
+
+def _accounts(
+    pools: Sequence[Pool], columns: Mapping[str, Pool], bootstrap: Bootstrap
+) -> dict[str, tuple[str, Account]]:
+    """Of clean images, adversarial ones with all draws hidden, and those of the null attack.
+
+    Clean images are judged with the draws that judge the adversarial ones.
+    """
+    hidden = columns.get("hidden")
+    clean = hidden or max(pools, key=lambda pool: pool.draws)
+    found = {"clean": (clean.any.threat, clean.account("clean", bootstrap))}
+    for key in ("hidden", NULL):
+        if (pool := columns.get(key)) is not None:
+            found[key] = (pool.any.threat, pool.account("robust", bootstrap))
+    return found
+
+
+def describe(metric: str, account: Account) -> str:
+    """A metric of :data:`METRICS` in words, for this many draws."""
+    words = {"mean": "one draw", "majority": "majority", "worst_all": "worst of all"}
+    if account.draws is not None:
+        words |= {
+            "majority": f"majority of {account.votes}",
+            "worst_all": f"worst of {account.draws}",
+        }
+    return words.get(metric, metric.replace("_", " of "))
+
+
+def _null_gaps(pool: Pool, account: Account, bootstrap: Bootstrap) -> list[str]:
+    """Metrics which the null attack changes, and by how much, paired by image and draw."""
+    clean = [record.result.clean for record in pool.records]
+    robust = [record.result.robust for record in pool.records]
+    found = gaps(clean, robust, bootstrap, noisy=bool(pool.sites))
+    return [
+        f"{describe(metric, account)} {gap.percent(sign=True)}"
+        for metric in METRICS
+        if (gap := found[metric]) is not None and not gap.low <= 0 <= gap.high
+    ]
+
+
+def _attacks(
+    others: Sequence[Pool],
+    columns: Mapping[str, Pool],
+    kind: Literal["control", "defense"],
+    bootstrap: Bootstrap,
+    *,
+    known: bool,
+) -> Attacks | None:
+    """The leaderboard's own attacks and `others`, all on one defense; null if there are none."""
+    if not others:
+        return None
+    own = columns.get("all_known" if known else "hidden")
+    pools = [] if own is None else [own]
+    if not known and WHITEBOX in columns and columns[WHITEBOX] is not own:
+        pools.append(columns[WHITEBOX])
+    pools += sorted(others, key=lambda pool: pool.any.threat)
+    calls = [pool.gradient_calls + pool.other_calls for pool in pools]
+    worst, draws = _worst_case(pools, known=known)
+    return Attacks(
+        defense=others[0].any.defense,
+        kind=kind,
+        known=known,
+        pools={pool.any.threat: pool for pool in pools},
+        robust={pool.any.threat: bootstrap.estimate(pool.robust(bootstrap)) for pool in pools},
+        ratios={
+            pool.any.threat: number / calls[0] if own is not None and calls[0] else None
+            for pool, number in zip(pools, calls, strict=True)
+        },
+        worst=None if worst is None else bootstrap.estimate(worst.replicates(bootstrap)),
+        draws=draws,
+    )
+
+
+def _worst_case(pools: Sequence[Pool], *, known: bool) -> tuple[WorstCase | None, int]:
+    """The worst case over attacks, on the seeds and draws they share, and how many draws."""
+    seeds = sorted(set.intersection(*(set(pool.seeds) for pool in pools)))
+    draws = sorted(
+        set.intersection(*(set(record.result.draws) for pool in pools for record in pool.records))
+    )
+    # Where a defense draws no noise, it has one draw, and everything is known.
+    if not seeds or len(draws) < (1 if known else 2):
+        return None, len(draws)
+    cases = []
+    for seed in seeds:
+        tables = []
+        for pool in pools:
+            (result,) = (r.result for r in pool.records if r.result.seed == seed)
+            places = [result.draws.index(draw) for draw in draws]
+            tables.append([[row[place] for place in places] for row in result.robust])
+        cases.append(worst_known(tables) if known else worst_hidden(tables))
+    numerators = [sum(each) for each in zip(*(case.numerators for case in cases), strict=True)]
+    return WorstCase(numerators, cases[0].denominator * len(seeds)), len(draws)
 
 
 def decompose(

@@ -26,6 +26,8 @@ from pydantic import (
     Tag,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -116,7 +118,7 @@ class Track(Strict):
     data: str
     split: str
     classifier: NetworkRef
-    norm: Literal["linf", "l2"]
+    norm: Literal["linf", "l2", "l1"]
     eps: Eps
     """In [0, 1] pixel units: 8/255, not 8."""
     batch_size: int = Field(ge=1)
@@ -243,7 +245,194 @@ class PGDEffort(GradientEffort):
         return self
 
 
-EFFORTS: Mapping[str, type[Effort]] = {"pgd": PGDEffort}
+class APGDEffort(GradientEffort):
+    """Auto-PGD, whose step sizes adapt to its progress."""
+
+    steps: int = Field(ge=1)
+    """Of each run."""
+    eot: int = Field(ge=1)
+    """Gradient draws averaged per step, and draws that compare iterates."""
+    loss: Literal["ce", "margin", "dlr", "ce-targeted", "margin-targeted", "dlr-targeted"]
+    rho: Number = Field(gt=0, lt=1)
+    """The step size halves where less than this share of steps raised the loss."""
+    random_start: bool
+    restarts: int = Field(ge=1)
+    """For each target."""
+    targets: int | None = Field(ge=1)
+    """Most likely wrong classes to aim at; null for a loss without target."""
+
+    @property
+    def passes(self) -> int:
+        """Steps of all runs."""
+        return self.steps * self.restarts * (self.targets or 1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError("restarts: more than 1 needs random_start: true, or all are the same")
+        if self.loss.endswith("-targeted") != (self.targets is not None):
+            raise ValueError("targets: goes with a targeted loss, and is null elsewhere")
+        return self
+
+
+class SquareEffort(Effort):
+    """Random search in squares, by logits alone."""
+
+    n_queries: int = Field(ge=1)
+    """Candidates for each image."""
+    p_init: Number = Field(gt=0, le=1)
+    """Share of the pixels in the first squares."""
+    eot: int = Field(ge=1)
+    """Draws averaged per look; where draws are hidden, each candidate takes two looks."""
+
+
+class AutoAttackEffort(GradientEffort):
+    """AutoAttack as published."""
+
+    version: Literal["standard", "rand"]
+    """For where every draw is known, or for where draws are hidden."""
+    steps: int = Field(ge=1)
+    """Of APGD and FAB; 100 as published."""
+    queries: int = Field(ge=1)
+    """Of Square, in standard; 5000 as published."""
+    eot: int = Field(ge=1)
+    """Gradient draws averaged per step in rand, 20 as published; 1 in standard."""
+
+    @property
+    def passes(self) -> int:
+        """Of an image that stays right to the end: 19 searches in standard, 2 in rand."""
+        return (19 if self.version == "standard" else 2) * (self.steps + 1)
+
+    @model_validator(mode="after")
+    def _single_draw(self) -> Self:
+        if self.version == "standard" and self.eot != 1:
+            raise ValueError("eot: standard averages over nothing; give 1, or version: rand")
+        return self
+
+
+class TorchattacksEffort(GradientEffort):
+    """An attack of torchattacks, by its class; for short, ``attack: torchattacks:PGD``."""
+
+    name: str
+    options: Options
+    """All parameters of the class, but for those that dbp-bench fills in; checked when it runs."""
+
+    @field_validator("options")
+    @classmethod
+    def _numbers(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return {key: _number(value) for key, value in options.items()}
+
+    @property
+    def passes(self) -> int:
+        """Steps times draws, as far as the options tell."""
+        steps, eot = (self.options.get(name) for name in ("steps", "eot_iter"))
+        return (steps if isinstance(steps, int) else 1) * (eot if isinstance(eot, int) else 1)
+
+
+_ALONE = ("ensemble", "transfer")
+"""Attacks made of attacks, which are not put into one another."""
+
+
+def _given(model: type[Effort], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """What an attack inside another is given; one that follows no gradient says all itself."""
+    if not issubclass(model, GradientEffort):
+        return {}
+    return {key: value for key, value in shared.items() if key in model.model_fields}
+
+
+def _inner(table: dict[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """An attack inside another: its name and its own effort, to which `shared` adds.
+
+    Raises:
+        ValueError: There is no such attack, or its effort isn't what it takes.
+    """
+    name = table.get("attack")
+    known = [attack for attack in EFFORTS if attack not in _ALONE]
+    if name not in known:
+        hint = did_you_mean(str(name), known).rstrip(".")
+        raise ValueError(f"no attack {name!r}.{hint}")
+    model = EFFORTS[name]
+    own = {key: value for key, value in table.items() if key != "attack"}
+    given = _given(model, shared)
+    for key in given.keys() & own.keys():
+        raise ValueError(f"{name}: {key}: is the same for all; leave it out here")
+    try:
+        effort = model.model_validate({**own, **given})
+    except ValidationError as error:
+        raise ValueError(f"{name}: {explain(error, model)}".rstrip(".")) from None
+    left = {key: value for key, value in effort.model_dump().items() if key not in given}
+    return {"attack": name, **left}
+
+
+def _passes(table: Mapping[str, Any], shared: Mapping[str, Any]) -> int:
+    """Of an attack inside another."""
+    model = EFFORTS[table["attack"]]
+    own = {key: value for key, value in table.items() if key != "attack"}
+    given = _given(model, shared)
+    return model.model_validate({**own, **given}).passes
+
+
+class EnsembleEffort(GradientEffort):
+    """Several attacks, of which the one that hurts an image most counts."""
+
+    eot: int = Field(ge=1)
+    """Of each member that follows a gradient."""
+    compare: int = Field(ge=1)
+    """Draws that choose among what the members found; no member sees them."""
+    members: list[dict[str, Any]] = Field(min_length=1)
+    """The attacks: name and effort, without what is the same for all."""
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        keys = ("gradient", "surrogate_steps", "eot")
+        return {key: getattr(self, key) for key in keys}
+
+    @field_validator("members")
+    @classmethod
+    def _members(cls, members: list[dict[str, Any]], info: ValidationInfo) -> list[dict[str, Any]]:
+        keys = ("gradient", "surrogate_steps", "eot")
+        if any(key not in info.data for key in keys):
+            return members  # another message says so
+        return [_inner(member, {key: info.data[key] for key in keys}) for member in members]
+
+    @property
+    def passes(self) -> int:
+        """Of all members."""
+        return sum(_passes(member, self._shared) for member in self.members)
+
+
+_EXACT = {"gradient": "exact", "surrogate_steps": None}
+
+
+class TransferEffort(Effort):
+    """Images made against another defense, whose draws are hidden."""
+
+    source: Name
+    """The defense to attack in place of the victim."""
+    search: dict[str, Any]
+    """The attack on it: name and effort."""
+
+    @field_validator("search")
+    @classmethod
+    def _search(cls, search: dict[str, Any]) -> dict[str, Any]:
+        return _inner(search, _EXACT)
+
+    @property
+    def passes(self) -> int:
+        """Through the source."""
+        copies = 1 if self.source == "none" else int(self.search.get("eot", 1))
+        return _passes(self.search, _EXACT) * copies
+
+
+EFFORTS: Mapping[str, type[Effort]] = {
+    "pgd": PGDEffort,
+    "apgd": APGDEffort,
+    "square": SquareEffort,
+    "autoattack": AutoAttackEffort,
+    "torchattacks": TorchattacksEffort,
+    "ensemble": EnsembleEffort,
+    "transfer": TransferEffort,
+}
 
 
 KNOWN_DRAWS = 3
@@ -285,6 +474,17 @@ class Threat(Strict):
     """``null``: the track's. 0: the null attack."""
     protocol: bool
     """Whether "all" means it: the threat models that a leaderboard is made of, at equal effort."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_class(cls, table: Any) -> Any:
+        """``attack: torchattacks:PGD`` is the attack torchattacks with the name PGD."""
+        if not isinstance(table, dict) or not isinstance(table.get("attack"), str):
+            return table
+        attack, colon, name = table["attack"].partition(":")
+        if attack != "torchattacks" or not colon or not isinstance(table.get("effort"), dict):
+            return table
+        return {**table, "attack": attack, "effort": {"name": name, **table["effort"]}}
 
     @model_validator(mode="after")
     def _known_attack(self) -> Self:

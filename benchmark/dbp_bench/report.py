@@ -10,7 +10,15 @@ from dbp_bench.leaderboard import Pool, Sort, leaderboard
 from dbp_bench.registry import Registry
 from dbp_bench.result import Result, write_atomically
 from dbp_bench.statistics import Bootstrap, Estimate
-from dbp_bench.tables import settings_to_csv, to_csv, to_latex, to_markdown
+from dbp_bench.tables import (
+    attacks_to_csv,
+    attacks_to_markdown,
+    draws_to_csv,
+    settings_to_csv,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,10 @@ def write_leaderboards(
     sort: Sort = "hidden",
     registry: Registry | None = None,
 ) -> list[Path]:
-    """Write ``<track>.csv``, ``.md``, ``.tex`` and ``<track>-settings.csv`` for every track.
+    """Write ``<track>.csv``, ``.md``, ``.tex``, ``-draws.csv`` and ``-settings.csv`` by track.
+
+    Where there are results of attacks other than the leaderboard's own, also
+    ``<track>-attacks.csv`` and ``.md``.
 
     Nothing is written if any of the results is refused.
 
@@ -69,7 +80,13 @@ def write_leaderboards(
             (".csv", to_csv),
             (".md", to_markdown),
             (".tex", to_latex),
+            ("-draws.csv", draws_to_csv),
             ("-settings.csv", settings_to_csv),
+            *(
+                (("-attacks.csv", attacks_to_csv), ("-attacks.md", attacks_to_markdown))
+                if board.attacks
+                else ()
+            ),
         )
     }
     for path, content in files.items():

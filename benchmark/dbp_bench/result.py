@@ -44,6 +44,17 @@ class NetworkCalls(_Record):
     """Without gradient: by the attack's own looks and by the verdicts."""
 
 
+class GradientCheck(_Record):
+    """The gradient that the attack followed, on a few images at one draw, in float64."""
+
+    ids: list[int]
+    difference_errors: list[float | None]
+    """How far the exact gradient is off from central finite differences, relative to their size;
+    at least 1e-6 is written. Null where it is zero, or there is none."""
+    cosine: list[float | None]
+    """Of the attack's kind of gradient with the exact one. Null where one of them is zero."""
+
+
 class Provenance(_Record):
     """Where the numbers come from."""
 
@@ -72,7 +83,7 @@ class Result(_Record):
     defense: str
     threat: str
     seed: int
-    norm: Literal["linf", "l2"]
+    norm: Literal["linf", "l2", "l1"]
     eps: float
     """Of this run, in [0, 1] pixel units; 0 for the null attack."""
     sites: list[str]
@@ -100,6 +111,11 @@ class Result(_Record):
     draw judged on draws that no attacker was shown. Else null."""
     zero_gradient: list[bool] | None
     """Images whose gradient was zero at every step; null where nothing was searched."""
+    package_robust: Outcomes | None = None
+    """Image x attack: what the attack's own package would report, one draw at a time (AutoAttack);
+    no accuracy where draws are hidden. Null, and not written, where the attack doesn't say."""
+    gradient_check: GradientCheck | None = None
+    """Null, and not written, where no gradient was followed or the file is older than this key."""
     network_calls: NetworkCalls
     arithmetic: Arithmetic
     provenance: Provenance
@@ -120,6 +136,8 @@ class Result(_Record):
                 raise ValueError(f"{name}: not {len(self.ids)} images x {len(self.draws)} draws")
         if len({len(draw) for image in self.fresh or [] for draw in image}) > 1:
             raise ValueError("fresh: not the same number of fresh draws everywhere")
+        if self.package_robust is not None and len(self.package_robust) != len(self.ids):
+            raise ValueError(f"package_robust: {len(self.package_robust)}, not {len(self.ids)} rows")
         if self.zero_gradient is not None and len(self.zero_gradient) != len(self.ids):
             raise ValueError(f"zero_gradient: {len(self.zero_gradient)} for {len(self.ids)} images")
         if not set(self.knows) <= set(self.sites):
@@ -129,9 +147,12 @@ class Result(_Record):
     def to_json(self) -> str:
         """As written to a file: one line per key, one line per image in the outcomes."""
         table = self.model_dump(by_alias=True, mode="json")
+        for key in ("package_robust", "gradient_check"):
+            if table[key] is None:
+                del table[key]
         parts = []
         for key, value in table.items():
-            if key in ("clean", "robust", "fresh") and value is not None:
+            if key in ("clean", "robust", "fresh", "package_robust") and value is not None:
                 rows = ",\n  ".join(json.dumps(row, separators=(",", ":")) for row in value)
                 parts.append(f' "{key}": [\n  {rows}\n ]')
             else:

@@ -16,16 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dbp_bench import __version__, attacks, evaluate
+from dbp_bench import __version__, attacks, evaluate, gradients
 from dbp_bench.data import DataSet, load_data
-from dbp_bench.defense import Defense, StraightThrough
+from dbp_bench.defense import Defense
 from dbp_bench.errors import BadRequest, BadWeights
 from dbp_bench.evaluate import FRESH, Group
 from dbp_bench.job import (
@@ -41,6 +41,7 @@ from dbp_bench.registry import Registry
 from dbp_bench.result import (
     SCHEMA,
     Arithmetic,
+    GradientCheck,
     NetworkCalls,
     Provenance,
     Result,
@@ -62,7 +63,9 @@ class Progress:
     """Called with the number of image gradients just taken."""
 
 
-_BY_NUMBER = ("adversarial", "nonzero", "gradients", "looks", "clean", "robust", "fresh")
+_BY_NUMBER = (
+    *("adversarial", "nonzero", "gradients", "looks", "package", "clean", "robust", "fresh"),
+)
 
 
 @dataclass(slots=True)
@@ -77,6 +80,8 @@ class _State:
     """By attack, for each image: network calls that a backward pass followed."""
     looks: dict[int, Tensor] = field(default_factory=dict)
     """By attack, for each image: the attack's other network calls."""
+    package: dict[int, Tensor] = field(default_factory=dict)
+    """By attack, for each image: robust, as the attack itself would have it, if it says."""
     clean: dict[int, Tensor] = field(default_factory=dict)
     """By victim draw."""
     robust: dict[int, Tensor] = field(default_factory=dict)
@@ -168,7 +173,7 @@ def execute(
         write_atomically(work / "request.json", json.dumps(job.identity(), indent=1))
         data = load_data(job.track.entry.data)
         states = _work(job, registry, data, work, policy, progress)
-        result = _assemble(job, data, states)
+        result = _assemble(job, data, states, gradients.quick(job, registry))
         if save_adversarial or saved.is_file():
             write_atomically(saved, _adversarial(job, states))
         write_atomically(runtime_path(path), _runtime(states, policy))
@@ -186,11 +191,17 @@ def runtime_path(result: Path) -> Path:
     return result.with_name(f"runtime-{result.stem}.json")
 
 
+def is_complete(job: Job, out: Path) -> bool:
+    """Whether `out` holds a result for all that `job` asks for."""
+    path = job.path(out)
+    held = Result.read(path) if path.is_file() else None
+    return held is not None and identity_of(held) == job.identity() and _covers(held, job)
+
+
 def missing_gradients(job: Job, out: Path) -> int:
     """Image gradients that `job` has still to take, for an estimate."""
     path = job.path(out)
-    held = Result.read(path) if path.is_file() else None
-    if held and identity_of(held) == job.identity() and _covers(held, job):
+    if is_complete(job, out):
         return 0
     work = out / ".work" / path.relative_to(out).with_suffix("")
     if _request(work) != job.identity():
@@ -280,23 +291,23 @@ class _Target:
 
     defense: Defense
     searched: Defense
+    source: Defense | None = None
+    """Another defense, in which a transfer attack searches."""
 
     @classmethod
     def build(cls, job: Job, registry: Registry, policy: Policy) -> "_Target":
         """Both on the job's device; the same object where the gradient is exact."""
         device = torch.device(job.device)
+        # float32 means float32: no shortened products in convolutions.
+        torch.backends.cudnn.allow_tf32 = False
         defense = registry.build_defense(job.defense, job.track, device=device, policy=policy)
-        mode = job.effort.get("gradient", "exact")
-        if mode == "bpda":
-            through = StraightThrough(defense.purifier)
-            return cls(defense, Defense(through, defense.classifier, (), policy))
-        if mode == "surrogate":
-            shorter = {"steps": job.effort["surrogate_steps"]}
-            searched = registry.build_defense(
-                job.defense, job.track, device=device, policy=policy, options=shorter
-            )
-            return cls(defense, searched)
-        return cls(defense, defense)
+        searched = gradients.differentiated(
+            registry, job.defense, job.track, defense, job.effort, device=device, policy=policy
+        )
+        source = None
+        if job.source is not None:
+            source = registry.build_defense(job.source, job.track, device=device, policy=policy)
+        return cls(defense, searched, source)
 
     @property
     def calls(self) -> int:
@@ -332,7 +343,7 @@ def _attack(
     before = target.calls
     found = evaluate.attack(
         target.searched,
-        attacks.build(job.threat.entry.attack, job.effort),
+        attacks.build(job.threat.entry.attack, job.effort, target.source),
         group,
         _budget(job),
         frozenset(Site(site) for site in job.knows),
@@ -345,6 +356,8 @@ def _attack(
     calls = (target.calls - before) // max(1, passes)
     state.adversarial[number] = found.images.cpu()
     state.nonzero[number] = found.nonzero
+    if found.verdict is not None:
+        state.package[number] = found.verdict
     state.gradients[number], state.looks[number] = found.gradients * calls, found.looks * calls
 
 
@@ -369,13 +382,15 @@ def _budget(job: Job) -> Budget:
     return budget(job.track.entry.norm, job.eps)
 
 
-def _assemble(job: Job, data: DataSet, states: list[_State]) -> Result:
+def _assemble(job: Job, data: DataSet, states: list[_State], check: GradientCheck | None) -> Result:
     draws, attacked = range(job.draws), range(job.attacks)
 
     def columns(kind: str) -> list[Any]:
         """One row per image of the job, one column per draw."""
-        groups = [torch.stack([getattr(s, kind)[d] for d in draws], dim=1) for s in states]
-        return torch.cat(groups)[: job.examples].tolist()  # type: ignore[no-any-return]
+        numbers = attacked if kind == "package" else draws
+        groups = [torch.stack([getattr(s, kind)[d] for d in numbers], dim=1) for s in states]
+        rows: list[Any] = torch.cat(groups)[: job.examples].tolist()
+        return rows
 
     def total(kind: str) -> Tensor:
         """Of each image of the job, over all attacks."""
@@ -407,6 +422,8 @@ def _assemble(job: Job, data: DataSet, states: list[_State]) -> Result:
         robust=columns("robust"),
         fresh=columns("fresh") if job.knows else None,
         zero_gradient=(total("nonzero") == 0).tolist() if "gradient" in job.effort else None,
+        package_robust=columns("package") if states[0].package else None,
+        gradient_check=check,
         network_calls=NetworkCalls(
             per_purification=per_purification,
             gradient=int(gradients.sum()),
@@ -505,9 +522,23 @@ def _locked(work: Path) -> Iterator[None]:
         yield
 
 
+_SLACK = 1e-6
+"""By how much rounding in float32 may leave the budget."""
+
+
+class Rejudged(NamedTuple):
+    """What :func:`rejudge` found."""
+
+    right: list[list[list[bool]]]
+    """Whether the defense is right, attack x image x draw."""
+    ids: list[int]
+    outside: int
+    """Images that rounding to 8 bits took out of the budget; 0 where that wasn't asked for."""
+
+
 def rejudge(
-    path: Path, job: Job, registry: Registry, *, draws: int
-) -> tuple[list[list[list[bool]]], list[int]]:
+    path: Path, job: Job, registry: Registry, *, draws: int, eight_bit: bool = False
+) -> Rejudged:
     """Judge saved adversarial images again, on fresh draws.
 
     Args:
@@ -515,13 +546,13 @@ def rejudge(
         job: The job it came from, as the entries say today.
         registry: Where the entries come from.
         draws: Number of fresh draws.
-
-    Returns:
-        Whether the defense is right, attack x image x draw, and the image ids.
+        eight_bit: Judge the images as a file of 256 grey levels would hold them: rounded to whole
+            numbers of 1/255, then, since that can leave the budget by half a level, projected.
 
     Raises:
         BadWeights: The file isn't one of adversarial images.
-        BadRequest: The file is of another request, or an image is outside the budget or the pixel box, or unknown to the track.
+        BadRequest: The file is of another request, or an image is outside the budget or the pixel
+            box, or unknown to the track.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -543,11 +574,18 @@ def rejudge(
     for found in images:
         size = float(ball.size(found - clean).max())
         inside = bool(((found >= 0) & (found <= 1)).all())
-        if not (inside and size <= ball.eps + 1e-6):
+        if not (inside and size <= ball.eps + _SLACK):
             raise BadRequest(
                 f"{path}: images outside the budget: {job.track.entry.norm} {size:.6g} against "
                 f"eps {ball.eps:g}, or outside [0, 1]."
             )
+    outside = 0
+    if eight_bit:
+        rounded = (images * 255).round() / 255
+        outside = sum(
+            int((ball.size(found - clean) > ball.eps + _SLACK).sum()) for found in rounded
+        )
+        images = torch.stack([ball.project(found, clean) for found in rounded])
     device = torch.device(job.device)
     defense = registry.build_defense(job.defense, job.track, device=device)
     rows = []
@@ -564,4 +602,4 @@ def rejudge(
             ]
             right.append(torch.stack(each, dim=1))
         rows.append(torch.cat(right).tolist())
-    return rows, ids
+    return Rejudged(rows, ids, outside)

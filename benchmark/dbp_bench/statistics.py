@@ -65,6 +65,21 @@ class Bootstrap:
         accuracy: Replicates = self._weights @ counts / (self.images * trials)
         return accuracy
 
+    def histogram(self, category: Counts, categories: int) -> Counts:
+        """How many images are of each category ``(1 + resamples, categories)``.
+
+        Args:
+            category: Of each image, in 0 ... categories - 1.
+            categories: How many there are.
+
+        Raises:
+            ValueError: `category` isn't one number per image.
+        """
+        if category.shape != (self.images,):
+            raise ValueError(f"categories of shape {category.shape} for {self.images} images.")
+        found: Counts = (self._weights @ np.eye(categories)[category]).astype(np.int64)
+        return found
+
     def estimate(self, quantity: Replicates) -> Estimate:
         """Value and percentile interval of a `quantity` ``(1 + resamples,)``."""
         ordered = np.sort(quantity[1:])

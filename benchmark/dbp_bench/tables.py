@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from dbp_bench.comparable import NULL, WHITEBOX, Effort
-from dbp_bench.leaderboard import QUANTITIES, UNDEFENDED, Leaderboard, Row
+from dbp_bench.accounting import FEW, METRICS, Account
+from dbp_bench.comparable import MAIN, NULL, WHITEBOX, Effort
+from dbp_bench.leaderboard import QUANTITIES, UNDEFENDED, Attacks, Leaderboard, Pool, Row
 from dbp_bench.statistics import LEVEL, RESAMPLES, Estimate
 
 _ACCURACIES: Final = ("clean", "hidden", "forward_known", "reverse_known", "all_known")
@@ -42,6 +43,20 @@ _SAME: Final = (
     "noise, knowing the forward noise is knowing all; without any noise, all columns are one.)"
 )
 
+_DRAWS: Final = (
+    "Votes and worst cases: M draws judge each image, the same ones for clean and adversarial "
+    "images; any: no noise is drawn, and all are alike. Majority: more than half of k draws right, "
+    "k the largest odd number up to M (a tie would be wrong). Outcomes store right and wrong only; "
+    "a plurality vote over classes can be right more often, so that this is a lower bound of it. "
+    "Worst of m: all of m draws right. Both are unbiased: of draws without replacement from the M, "
+    "C(right, m) / C(M, m) for the worst case. Intervals of that table are from a two-level "
+    f"bootstrap ({RESAMPLES} resamples): images are drawn anew, and for each of them its chance of "
+    "being right, given its outcomes, and M outcomes with that chance. The null attack must give "
+    "the clean numbers; a gap, paired by image and draw, is flagged where its interval is off zero."
+)
+_CALLS_DIFFER: Final = 0.02
+"""From this share of network calls on, two attacks are marked as of unequal effort."""
+
 
 def to_csv(board: Leaderboard) -> str:
     """One line per defense; accuracies are fractions."""
@@ -69,6 +84,8 @@ def settings_to_csv(board: Leaderboard) -> str:
     header = ["defense", "kind", "threat", "knows", "sites", "track", "norm", "eps", "images"]
     header += ["seeds", "draws", "fresh_draws"]
     header += [f"{key}{end}" for key in ("robust", "clean", "fresh") for end in ("", "_lo", "_hi")]
+    header += ["majority_of", "worst_all_of"]
+    header += [f"{key}{end}" for key in METRICS[1:] for end in ("", "_lo", "_hi")]
     header += ["attack", "effort", "overrides", "network_calls", "gradient_calls", "judging_calls"]
     header += ["zero_gradients", "commit", "dirty", "results", "sha256"]
     lines: list[list[object]] = []
@@ -81,6 +98,7 @@ def settings_to_csv(board: Leaderboard) -> str:
         fresh = pool.fresh(board.bootstrap)
         for values in (pool.robust(board.bootstrap), pool.clean(board.bootstrap), fresh):
             line += _fractions(None if values is None else board.bootstrap.estimate(values))
+        line += _votes(pool, board)
         line += [any_.attack, _json(any_.effort), " ".join(any_.overrides)]
         line += [any_.network_calls.per_purification]
         line += [sum(result.network_calls.gradient for result in results)]
@@ -95,13 +113,171 @@ def settings_to_csv(board: Leaderboard) -> str:
     return _csv(header, lines)
 
 
+def _votes(pool: Pool, board: Leaderboard) -> list[object]:
+    """Votes and worst cases of adversarial images.
+
+    Where draws are known each has images of its own, on which no vote is taken.
+    """
+    found = pool.account("robust", board.bootstrap)
+    vote = not pool.knows
+    line: list[object] = [found.votes if vote else None, found.draws]
+    for key in METRICS[1:]:
+        line += _fractions(found.estimates[key] if vote or key != "majority" else None)
+    return line
+
+
+def draws_to_csv(board: Leaderboard) -> str:
+    """One line per defense and kind of images: clean, attacked with all draws hidden, null attack.
+
+    What one draw gives, what votes over draws, and the worst of several; accuracies are fractions.
+    """
+    header = ["defense", "kind", "images_of", "threat", "track", "norm", "eps", "images"]
+    header += ["draws", "majority_of", "worst_all_of"]
+    header += [f"{key}{end}" for key in METRICS for end in ("", "_lo", "_hi")]
+    lines: list[list[object]] = []
+    for row in board.rows:
+        for key, (threat, found) in row.accounts.items():
+            line: list[object] = [row.defense, row.kind, key, threat, board.track, board.norm]
+            line += [board.eps if key == "hidden" else 0.0, board.images]
+            line += [found.draws, found.votes, found.draws]
+            for metric in METRICS:
+                line += _fractions(found.estimates[metric])
+            lines.append(line)
+    return _csv(header, lines)
+
+
+def attacks_to_csv(board: Leaderboard) -> str:
+    """One line per defense and knowledge: every attack, its effort, and the worst case over all.
+
+    Network calls are of the search for one image, those of a surrogate's search not included.
+    """
+    threats = _threats(board.attacks)
+    header = ["defense", "kind", "draws_are", "track", "norm", "eps", "images", "draws"]
+    header += ["worst_case", "worst_case_lo", "worst_case_hi", "equal_calls"]
+    for name in threats:
+        header += [name, f"{name}_lo", f"{name}_hi", f"{name}_attack", f"{name}_effort"]
+        header += [f"{name}_gradient_calls", f"{name}_other_calls", f"{name}_calls_ratio"]
+        header += [f"{name}_results"]
+    lines: list[list[object]] = []
+    for row in board.attacks:
+        line: list[object] = [row.defense, row.kind, _knowledge(row), board.track, board.norm]
+        line += [board.eps, board.images, row.draws, *_fractions(row.worst)]
+        ratios = list(row.ratios.values())
+        line += [None if None in ratios else not any(map(_unequal, ratios))]
+        for name in threats:
+            pool = row.pools.get(name)
+            line += _fractions(row.robust.get(name))
+            if pool is None:
+                line += [None] * 6
+                continue
+            ratio = row.ratios[name]
+            line += [pool.any.attack, _json(pool.any.effort)]
+            line += [round(pool.gradient_calls, 6), round(pool.other_calls, 6)]
+            line += [None if ratio is None else round(ratio, 6)]
+            line += [" ".join(record.name for record in pool.records)]
+        lines.append(line)
+    return _csv(header, lines)
+
+
+def attacks_to_markdown(board: Leaderboard) -> str:
+    """For reading on a page: attacks side by side, their worst case, and what each one cost."""
+    text = [f"# Attacks on {_md(board.title)}", ""]
+    text += [
+        (
+            "Robust accuracy in percent under each attack, and in the worst case over all of "
+            f"them, with {100 * LEVEL:.0f} % intervals ({board.norm}, eps = {_eps(board.eps)}, "
+            f"{board.images} images). In parentheses: network calls of the search, over those of "
+            "the first attack, where they are not equal; such attacks differ in effort, not only "
+            "in how they search."
+        ),
+        "",
+    ]
+    for known in (False, True):
+        rows = [row for row in board.attacks if row.known == known]
+        if not rows:
+            continue
+        threats = _threats(rows)
+        text += [f"## All draws {_knowledge(rows[0])}", ""]
+        lines = [
+            ["Defense", *(_md(name) for name in threats), "Worst case"],
+            [":--", *("--:" for _ in threats), "--:"],
+        ]
+        for row in rows:
+            worst = "" if row.worst is None else row.worst.percent()
+            cells = [_attack_cell(row, name) for name in threats]
+            lines.append([_md_name(row), *cells, worst])
+        text += [*_md_lines(lines), ""]
+    text += ["## Effort", ""]
+    lines = [
+        ["Defense", "Draws", "Threat", "Attack", "Effort", "Gradient calls", "Other calls"],
+        [":--", ":--", ":--", ":--", ":--", "--:", "--:"],
+    ]
+    for row in board.attacks:
+        for name, pool in row.pools.items():
+            cells = [_md_name(row), _knowledge(row), _md(name), _md(pool.any.attack)]
+            cells += [_md(_words(pool.any.effort))]
+            lines.append([*cells, f"{pool.gradient_calls:.0f}", f"{pool.other_calls:.0f}"])
+    text += [*_md_lines(lines), ""]
+    text += [
+        (
+            "Calls of the denoising networks by one attack on one image, on average: those with a "
+            "gradient, and others of the search; verdicts are not included, nor is what a transfer "
+            "attack spends on its source."
+        ),
+        "",
+        (
+            "Worst case, all draws hidden: the draws that judge are split in halves; for each "
+            "image one half chooses the attack that leaves it right least often (ties share it) "
+            "and the other half judges that attack, then they swap, so that every draw judges "
+            "once. The smallest of several noisy means would be too low; this never is on average, "
+            "but may be too high where few draws choose. It can thus lie above the accuracy under "
+            "one of the attacks. All draws known: an image falls at a draw if any attack succeeded "
+            "at it, which is exact. "
+            "Blank: the attacks share too few draws."
+        ),
+        "",
+        _BOOTSTRAP,
+    ]
+    return "\n".join(text) + "\n"
+
+
+def _threats(rows: Iterable[Attacks]) -> list[str]:
+    """All threat models of `rows`, the leaderboard's own first."""
+    rows = list(rows)
+    own = [name for row in rows for name in row.pools if name in MAIN]
+    return list(dict.fromkeys([*own, *sorted(name for row in rows for name in row.pools)]))
+
+
+def _knowledge(row: Attacks) -> str:
+    return "known" if row.known else "hidden"
+
+
+def _unequal(ratio: float | None) -> bool:
+    return ratio is not None and abs(ratio - 1) > _CALLS_DIFFER
+
+
+def _attack_cell(row: Attacks, threat: str) -> str:
+    if threat not in row.robust:
+        return ""
+    ratio = row.ratios[threat]
+    mark = f" ({ratio:.2g}x)" if ratio is not None and _unequal(ratio) else ""
+    return row.robust[threat].percent() + mark
+
+
+def _words(effort: Effort) -> str:
+    """An effort as it reads in a sentence, without what isn't set."""
+    return ", ".join(f"{key} {value}" for key, value in effort.items() if value is not None)
+
+
 def to_markdown(board: Leaderboard) -> str:
-    """For reading on a page: three tables, and what they mean."""
+    """For reading on a page: four tables, and what they mean."""
     text = [f"# {_md(board.title)}", ""]
     if board.demonstration:
         text += [
-            "> **A demonstration.** These numbers show the method, on a small data set with small "
-            "networks. Never compare them with CIFAR-10 or any other track.",
+            (
+                "> **A demonstration.** These numbers show the method, on a small data set with "
+                "small networks. Never compare them with CIFAR-10 or any other track."
+            ),
             "",
         ]
     if board.entry and board.entry.note.strip():
@@ -148,6 +324,16 @@ def to_markdown(board: Leaderboard) -> str:
             f"{row.hidden_draws or '-'} / {row.known_draws or '-'}",
         ],
     )
+    text += ["## One draw, votes and worst cases", ""]
+    lines = [
+        ["", "Defense", "Images", "Draws M", *_draws_headings("{}")],
+        ["--:", ":--", ":--", "--:", *("--:" for _ in METRICS)],
+    ]
+    for row in board.rows:
+        for key, (_, found) in row.accounts.items():
+            cells = [_text(row.rank), _md_name(row), _KINDS[key], _many(found)]
+            lines.append([*cells, *(_percent(found.estimates[metric]) for metric in METRICS)])
+    text += [*_md_lines(lines), ""]
     flagged = [
         f"- **{_md(row.defense)}**: {_md(flag)}." for row in board.rows for flag in row.flags
     ]
@@ -155,19 +341,21 @@ def to_markdown(board: Leaderboard) -> str:
         text += ["## Flags", "", *flagged, ""]
     text += ["## What it means", "", f"{_BOUNDS} {_md(_protocol(board))}", ""]
     text += [f"- {line}" for line in _meanings(board)]
-    text += ["", f"{_BOOTSTRAP} {_BLANK}"]
+    text += [f"- {_DRAWS}", "", f"{_BOOTSTRAP} {_BLANK}"]
     if any(row.served_by for row in board.rows):
         text += ["", _SAME]
     text += [
         "",
-        f"Every number follows from the files under `results/{board.track}/`; "
-        f"`{board.track}-settings.csv` names them, with their sha256.",
+        (
+            f"Every number follows from the files under `results/{board.track}/`; "
+            f"`{board.track}-settings.csv` names them, with their sha256."
+        ),
     ]
     return "\n".join(text) + "\n"
 
 
 def to_latex(board: Leaderboard) -> str:
-    """For a paper: three booktabs tables in one float, and a note."""
+    """For a paper: four booktabs tables in one float, and a note."""
     text = [
         "% Written by dbp-bench report. Needs \\usepackage{booktabs}.",
         r"\begin{table*}[t]",
@@ -206,7 +394,8 @@ def to_latex(board: Leaderboard) -> str:
     ]
     for headings, keys in tables:
         text += [*_tex_table(headings, board.rows, keys), r"\par\medskip"]
-    notes = [_BOUNDS, _protocol(board), *_meanings(board), _BOOTSTRAP, _BLANK]
+    text += [*_tex_draws(board), r"\par\medskip"]
+    notes = [_BOUNDS, _protocol(board), *_meanings(board), _DRAWS, _BOOTSTRAP, _BLANK]
     if any(row.served_by for row in board.rows):
         notes.append(_SAME)
     notes += [f"{row.defense}: {flag}." for row in board.rows for flag in row.flags]
@@ -224,10 +413,14 @@ def _md_table(
         ["--:", ":--", *("--:" for _ in columns)],
         *([_text(row.rank), _md_name(row), *cells(row)] for row in rows),
     ]
-    return [f"| {' | '.join(line)} |" for line in lines] + [""]
+    return [*_md_lines(lines), ""]
 
 
-def _md_name(row: Row) -> str:
+def _md_lines(lines: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _md_name(row: Row | Attacks) -> str:
     return f"{_md(row.defense)} *(control)*" if row.kind == "control" else _md(row.defense)
 
 
@@ -253,6 +446,42 @@ def _tex_table(columns: Sequence[str], rows: Sequence[Row], keys: Sequence[str])
     return [*lines, r"\bottomrule", r"\end{tabular}"]
 
 
+_KINDS: Final = {"clean": "clean", "hidden": "attacked, draws hidden", NULL: "null attack"}
+
+
+def _draws_headings(math: str) -> list[str]:
+    k, m = math.format("k"), math.format("M")
+    return ["One draw", f"Majority of {k}", f"Worst of {FEW}", f"Worst of {m}"]
+
+
+def _many(found: Account) -> str:
+    """How many draws, and of how many the vote is where that is another number."""
+    if found.draws is None:
+        return "any"
+    return f"{found.draws}" + (f", k = {found.votes}" if found.votes != found.draws else "")
+
+
+def _percent(estimate: Estimate | None) -> str:
+    return "" if estimate is None else estimate.percent()
+
+
+def _tex_draws(board: Leaderboard) -> list[str]:
+    headings = ["Images", "Draws $M$", *_draws_headings("${}$")]
+    lines = [
+        rf"\begin{{tabular}}{{rll{'r' * (1 + len(METRICS))}}}",
+        r"\toprule",
+        " & ".join(["", "Defense", *headings]) + r" \\",
+    ]
+    for row in board.rows:
+        lines.append(r"\midrule")
+        for i, (key, (_, found)) in enumerate(row.accounts.items()):
+            cells = ["", ""] if i else [_text(row.rank), _tex(row.defense)]
+            cells += [_tex(_KINDS[key]), _tex(_many(found))]
+            cells += [_tex_estimate(found.estimates[metric]) for metric in METRICS]
+            lines.append(" & ".join(cells) + r" \\")
+    return [*lines, r"\bottomrule", r"\end{tabular}"]
+
+
 def _tex_heading(column: str) -> str:
     """On two lines, so that a column is as wide as its numbers."""
     words = column.split(" ")
@@ -264,11 +493,13 @@ def _tex_heading(column: str) -> str:
 
 
 def _tex_cell(row: Row, key: str) -> str:
-    estimate = row.estimates[key]
+    return _tex_estimate(row.estimates[key], "{}={}" if key in row.served_by else "")
+
+
+def _tex_estimate(estimate: Estimate | None, same: str = "") -> str:
     if estimate is None:
         return ""
     value, interval = estimate.percent().replace("-", "$-$").split(" ", 1)
-    same = "{}={}" if key in row.served_by else ""
     return rf"{value}{same} {{\scriptsize {interval}}}"
 
 
@@ -281,7 +512,11 @@ def _protocol(board: Leaderboard) -> str:
     """How everything was measured, in a sentence or two."""
     effort = board.effort or {}
     words = {"steps": "{} steps", "step_size": "step size {} eps", "eot": "EoT-{}"}
-    search = [words.get(key, f"{key} {{}}").format(value) for key, value in effort.items()]
+    search = [
+        words.get(key, f"{key} {{}}").format(value)
+        for key, value in effort.items()
+        if value is not None
+    ]
     noisy = [row for row in board.rows if any(pool.sites for pool in row.pools)]
     hidden = _listed({row.hidden_draws for row in noisy if row.hidden_draws is not None})
     known = _listed({row.known_draws for row in noisy if row.known_draws is not None})
@@ -303,19 +538,27 @@ def _protocol(board: Leaderboard) -> str:
 def _meanings(board: Leaderboard) -> list[str]:
     """What each column is."""
     lines = [
-        "Hidden, R_WB: the attacker knows the defense, but no draw of it; known columns: it is "
-        "shown the forward noise, the reverse noise, or all noise (DW-box) of the draw that "
-        "judges, at equal effort. Reverse stands for all noise but the forward noise. EoT, the "
-        "gradient draws averaged in each step, is over hidden draws; with all draws known it is "
-        "idle.",
-        f"R_0: the classifier without a defense ({UNDEFENDED!r}). P = R_DW - R_0 is what "
-        "purification gives by itself, S = R_WB - R_DW is what hiding the draws adds, and its "
-        "share is S / (R_WB - R_0).",
-        "S splits into parts by the Shapley value over forward and reverse noise: "
-        "((R_WB - R_F) + (R_R - R_DW)) / 2 and ((R_WB - R_R) + (R_F - R_DW)) / 2. "
-        "They add up to S, but for rounding.",
-        "On fresh draws: images made against known draws, judged on draws that no attacker was "
-        "shown.",
+        (
+            "Hidden, R_WB: the attacker knows the defense, but no draw of it; known columns: it is "
+            "shown the forward noise, the reverse noise, or all noise (DW-box) of the draw that "
+            "judges, at equal effort. Reverse stands for all noise but the forward noise. EoT, "
+            "the gradient draws averaged in each step, is over hidden draws; with all draws known "
+            "it is idle."
+        ),
+        (
+            f"R_0: the classifier without a defense ({UNDEFENDED!r}). P = R_DW - R_0 is what "
+            "purification gives by itself, S = R_WB - R_DW is what hiding the draws adds, and its "
+            "share is S / (R_WB - R_0)."
+        ),
+        (
+            "S splits into parts by the Shapley value over forward and reverse noise: "
+            "((R_WB - R_F) + (R_R - R_DW)) / 2 and ((R_WB - R_R) + (R_F - R_DW)) / 2. "
+            "They add up to S, but for rounding."
+        ),
+        (
+            "On fresh draws: images made against known draws, judged on draws that no attacker was "
+            "shown."
+        ),
         "Null attack: eps = 0, which must give clean accuracy.",
         "Network calls: calls of the denoising networks in one purification.",
     ]

@@ -141,7 +141,8 @@ class L1:
         """The sign at the largest `share` ``(b,)`` of the pixels (one at least), of unit size."""
         size = gradient.flatten(1).abs()
         pixels = size.shape[1]
-        rank = ((1 - share) * pixels).clamp(0, pixels - 1).long()
+        # At most that share: rounded up, a step could never be of one pixel. 2.9999 counts as 3.
+        rank = (pixels - (share * pixels + 1e-3).floor()).clamp(0, pixels - 1).long()
         least = size.sort(dim=1).values.gather(1, rank[:, None])
         chosen = gradient.sign() * (size >= least).view_as(gradient)
         return chosen / _per_image(self.size(chosen).clamp(min=1e-30), chosen)
@@ -163,7 +164,9 @@ Norm = Literal["linf", "l2", "l1"]
 
 def budget(norm: Norm, eps: float) -> Budget:
     """The budget of a track's `norm` and `eps` (in [0, 1] pixel units)."""
-    return {"linf": Linf, "l2": L2, "l1": L1}[norm](eps)
+    if norm == "l1":
+        return L1(eps)
+    return Linf(eps) if norm == "linf" else L2(eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +204,8 @@ class AttackLog:
         """Passes without."""
         self.nonzero = torch.zeros(images, dtype=torch.bool)
         """Whether any gradient wasn't zero."""
-        self.notes: dict[str, Tensor] = {}
-        """What else an attack has to tell of each image ``(images,)``, by name."""
+        self.verdict: Tensor | None = None
+        """``(images,)``: robust, as the attack itself would have it; None where it doesn't say."""
         self._whole, self._rows = whole, rows
 
     def note(

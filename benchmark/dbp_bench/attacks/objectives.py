@@ -1,17 +1,28 @@
-"""Losses that attacks maximise. All take logits ``(n, k)`` and labels ``(n,)``, and give ``(n,)``."""
+"""Losses that attacks maximise, ``(n,)``, of logits ``(n, k)`` and labels ``(n,)``."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dbp_bench.errors import AttackFailed
 from dbp_bench.threat import Objective
+
+_ROUNDING = 1e-4
+"""A margin below this share of the spread of the logits may be a matter of batch size."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy."""
-    return F.cross_entropy(logits, labels, reduction="none")
+    """Cross-entropy, as softplus(logsumexp(other logits - the label's)).
+
+    The textbook form has the gradient softmax - 1 at the label's logit, which cancels in float32
+    where the classifier is sure: beyond a margin of 17 or so it is exactly 0, and that part of the
+    attack is blind. This form is equal in value and keeps the gradient's relative precision.
+    """
+    own = logits.gather(1, labels[:, None])
+    return F.softplus(torch.logsumexp(_others(logits, labels) - own, dim=1))
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -21,9 +32,68 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
-    """Difference of logits ratio (Croce and Hein 2020, equation 6); at least 3 classes."""
+    """Difference of logits ratio (Croce and Hein 2020, equation 6).
+
+    Raises:
+        AttackFailed: There are fewer than 3 classes.
+    """
+    _enough_classes("dlr", logits, 3)
     ordered = logits.sort(dim=1, descending=True).values
     return margin(logits, labels) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
+
+
+def cross_entropy_targeted(logits: Tensor, _: Tensor, targets: Tensor) -> Tensor:
+    """Minus the cross-entropy of the targets ``(n,)``; the labels play no part."""
+    return -cross_entropy(logits, targets)
+
+
+def margin_targeted(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """The logit of the target minus the label's."""
+    return (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
+
+
+def dlr_targeted(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Targeted difference of logits ratio (Croce and Hein 2020, equation 7).
+
+    Raises:
+        AttackFailed: There are fewer than 4 classes.
+    """
+    _enough_classes("dlr-targeted", logits, 4)
+    ordered = logits.sort(dim=1, descending=True).values
+    spread = ordered[:, 0] - 0.5 * (ordered[:, 2] + ordered[:, 3]) + 1e-12
+    return margin_targeted(logits, labels, targets) / spread
+
+
+def surely_wrong(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which ``(b,)`` of the logits ``(b, k)`` are wrong by more than rounding could undo.
+
+    An image retires on this: its last verdict is computed in a batch of another size, which may
+    round a tie to the other side.
+    """
+    spread = logits.amax(1) - logits.amin(1)
+    return margin(logits, labels) > _ROUNDING * spread
+
+
+def mean_over_draws(objective: Objective, logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean ``(b,)`` of `objective` over the draws of `logits` ``(b, draws, k)``."""
+    draws = logits.shape[1]
+    return objective(logits.flatten(0, 1), labels.repeat_interleave(draws)).view(-1, draws).mean(1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Towards:
+    """A targeted loss with its targets ``(b,)``, one per image, as an :data:`Objective`.
+
+    The logits it is given may hold several draws of each image, one after the other.
+    """
+
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    targets: Tensor
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Losses ``(n,)`` for logits ``(n, k)``, `n` a multiple of the number of targets."""
+        copies = len(logits) // len(self.targets)
+        return self.loss(logits, labels, self.targets.repeat_interleave(copies))
 
 
 def _others(logits: Tensor, labels: Tensor) -> Tensor:
@@ -32,4 +102,19 @@ def _others(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.masked_fill(own, -torch.inf)
 
 
+def _enough_classes(loss: str, logits: Tensor, least: int) -> None:
+    if logits.shape[1] < least:
+        raise AttackFailed(
+            f"loss {loss}: needs at least {least} classes, and the classifier has "
+            f"{logits.shape[1]}; use ce or margin."
+        )
+
+
 OBJECTIVES: Mapping[str, Objective] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
+
+TARGETED: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "ce-targeted": cross_entropy_targeted,
+    "margin-targeted": margin_targeted,
+    "dlr-targeted": dlr_targeted,
+}
+"""Losses that also take targets ``(n,)``; see :class:`Towards`."""

@@ -1,0 +1,228 @@
+"""The Square attack (Andriushchenko et al. 2020): random search that sees logits, no gradient."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from dbp_bench.attacks.objectives import margin, mean_over_draws, surely_wrong
+from dbp_bench.attacks.pgd import SELECTION
+from dbp_bench.errors import AttackFailed
+from dbp_bench.noise import Site
+from dbp_bench.threat import L2, AttackerView, Budget, Linf
+
+_STRIPES, _PLACE, _SIGN = Site("square/start"), Site("square/place"), Site("square/sign")
+
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+"""After which queries of 10,000 the share of pixels in a square halves (section 4.1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Square:
+    """A candidate differs from the incumbent in a random square, and replaces it if it is worse.
+
+    Worse for the defense, that is, of larger mean margin (largest other logit minus the label's).
+    Where draws are hidden, candidate and incumbent are both looked at on `eot` guesses that are
+    fresh at every query and common to the two: a set fixed for the whole search would be optimised
+    on, and a loss remembered from the incumbent's own lucky draw could hardly be beaten. This takes
+    twice the looks. At the end the incumbent stands against the clean image on a set of its own,
+    and counts only where its margin is larger.
+
+    Where every draw is known, losses are exact and remembered, and misclassified images are
+    finished.
+
+    Args:
+        n_queries: Candidates for each image.
+        p_init: Share of the pixels in the first squares, in (0, 1].
+        eot: Guesses averaged at each look.
+        retire: Whether finished images stop. The images found are the same; False is for measuring
+            what it saves.
+    """
+
+    n_queries: int
+    p_init: float
+    eot: int
+    retire: bool = True
+
+    def __call__(
+        self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
+    ) -> Tensor:
+        """Adversarial images ``(b, c, h, w)`` in the `budget`.
+
+        Raises:
+            AttackFailed: The budget is neither linf nor l2.
+        """
+        if not isinstance(budget, (Linf, L2)):
+            raise AttackFailed("square: searches linf and l2 budgets only.")
+        known = view.deterministic
+        found = images.clone()
+        rows = torch.arange(len(images), device=images.device)
+        part, clean, own = view, images, labels
+        x, value = images, _no_value(images)
+        wrong = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        # Query 0 is the clean image, and query 1 the stripes.
+        for query in range(self.n_queries + 2):
+            if query == 0:
+                new = clean
+            elif query == 1:
+                new = _start(part, clean, budget)
+            else:
+                new = _candidate(part, x, clean, budget, self._side(query - 2, clean), query - 2)
+            if known:
+                margins, sure = _exact(part, new, own)
+                # The stripes begin the search, be they better than the clean image or not.
+                take = (margins > value) | (query == 1)
+            elif query < 2:
+                take, sure = torch.ones_like(wrong), torch.zeros_like(wrong)
+                margins = value
+            else:
+                draws = range((query - 2) * self.eot, (query - 1) * self.eot)
+                margins, sure = value, torch.zeros_like(wrong)
+                take = _mean(part, new, own, draws) > _mean(part, x, own, draws)
+            take &= ~wrong
+            x = torch.where(take.view(-1, 1, 1, 1), new, x)
+            value = torch.where(take, margins, value)
+            wrong = wrong | (sure & take)
+            if self.retire and bool(wrong.any()):
+                found[rows[wrong]] = x[wrong]
+                left = ~wrong
+                rows, part, clean, own = rows[left], part[left], clean[left], own[left]
+                x, value, wrong = x[left], value[left], wrong[left]
+                if not len(rows):
+                    return found
+        if not known:
+            draws = range(SELECTION, SELECTION + self.eot)
+            better = _mean(part, x, own, draws) > _mean(part, clean, own, draws)
+            x = torch.where(better.view(-1, 1, 1, 1), x, clean)
+        found[rows] = x
+        return found
+
+    def _side(self, query: int, like: Tensor) -> int:
+        """Of the squares of this query, in pixels (algorithm 1, line 3)."""
+        return side(query, self.n_queries, self.p_init, *like.shape[2:])
+
+
+def side(query: int, n_queries: int, p_init: float, height: int, width: int) -> int:
+    """The side of a square, in pixels: its share of the image halves as the search goes on."""
+    scaled = int(query / n_queries * 10_000)
+    share = p_init / 2 ** sum(scaled > least for least in _HALVINGS)
+    return min(max(round(sqrt(share * height * width)), 1), height, width)
+
+
+def _start(view: AttackerView, clean: Tensor, budget: Budget) -> Tensor:
+    """Vertical stripes of plus and minus eps (linf), or a grid of 5 x 5 bumps (l2)."""
+    if isinstance(budget, Linf):
+        stripes = _signs(view, _STRIPES, 0, clean[:, :, :1, :])
+        return budget.project(clean + budget.eps * stripes, clean)
+    b, c, h, w = clean.shape
+    cell = max(min(h, w) // 5, 1)
+    rows, columns = h // cell, w // cell
+    signs = _signs(view, _STRIPES, 0, clean.new_empty(b, c, rows, columns))
+    turned = _signs(view, _STRIPES, 1, clean.new_empty(b, 1, rows, columns)) > 0
+    bump = _bump(cell).to(clean)
+    bumps = torch.where(turned[..., None, None], bump.T, bump) * signs[..., None, None]
+    change = torch.zeros_like(clean)
+    top, left = (h - cell * rows) // 2, (w - cell * columns) // 2
+    change[:, :, top : top + cell * rows, left : left + cell * columns] = bumps.transpose(
+        3, 4
+    ).reshape(b, c, cell * rows, cell * columns)
+    return budget.project(clean + budget.eps * budget.ascent(change), clean)
+
+
+def _candidate(
+    view: AttackerView, x: Tensor, clean: Tensor, budget: Budget, size: int, query: int
+) -> Tensor:
+    if isinstance(budget, Linf):
+        return _linf_candidate(view, x, clean, budget, size, query)
+    return _l2_candidate(view, x, clean, budget, size, query)
+
+
+def _linf_candidate(
+    view: AttackerView, x: Tensor, clean: Tensor, budget: Budget, size: int, query: int
+) -> Tensor:
+    """One square at plus or minus eps in each channel (algorithm 2)."""
+    at = _window(view, x, size, 2 * query)
+    color = budget.eps * _signs(view, _SIGN, query, x[:, :, :1, :1])
+    new = x.clone()
+    new[at] = clean[at] + color.expand(-1, -1, size, size)
+    return budget.project(new, clean)
+
+
+def _l2_candidate(
+    view: AttackerView, x: Tensor, clean: Tensor, budget: Budget, size: int, query: int
+) -> Tensor:
+    """The change in one square moves to another, as a bump of either sign (algorithm 3)."""
+    size = min(max(size, 3) | 1, *x.shape[2:])
+    change = x - clean
+    first, second = (_window(view, x, size, 2 * query + i) for i in (0, 1))
+    union = torch.zeros_like(change)
+    union[first], union[second] = 1, 1
+    there = (change * union).square().sum((2, 3), keepdim=True)
+    unused = (budget.eps**2 - change.square().sum((1, 2, 3), keepdim=True)).clamp(min=0)
+    bump = _bump(size).to(x)
+    turned = _signs(view, _SIGN, 2 * query, x[:, :1, :1, :1]) > 0
+    new = torch.where(turned, bump.T, bump) * _signs(view, _SIGN, 2 * query + 1, x[:, :, :1, :1])
+    old = change[first]
+    new = new + old / old.square().sum((2, 3), keepdim=True).sqrt().clamp(min=1e-12)
+    new = new / new.square().sum((2, 3), keepdim=True).sqrt().clamp(min=1e-12)
+    change[second] = 0
+    change[first] = new * (unused / x.shape[1] + there).sqrt()
+    return budget.project(clean + budget.eps * budget.ascent(change), clean)
+
+
+def _window(
+    view: AttackerView, like: Tensor, size: int, number: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Indices of a square at a random place in each image, all places equally likely."""
+    b, c, h, w = like.shape
+    u = view.tape.uniform(_PLACE, number, like.new_empty(b, 2))
+    # A number just below 1 may be rounded up in the product.
+    top = (u[:, 0] * (h - size + 1)).long().clamp(max=h - size)
+    left = (u[:, 1] * (w - size + 1)).long().clamp(max=w - size)
+    span = torch.arange(size, device=like.device)
+    return (
+        torch.arange(b, device=like.device).view(-1, 1, 1, 1),
+        torch.arange(c, device=like.device).view(1, -1, 1, 1),
+        (top[:, None] + span).view(b, 1, size, 1),
+        (left[:, None] + span).view(b, 1, 1, size),
+    )
+
+
+def _bump(size: int) -> Tensor:
+    """Two bumps side by side, of opposite signs and unit norm together (section 4.3)."""
+    out = torch.zeros(size, size)
+    half = size // 2
+    out[:half], out[half:] = _hill(half, size), -_hill(size - half, size)
+    return out / out.square().sum().sqrt().clamp(min=1e-12)
+
+
+def _hill(height: int, width: int) -> Tensor:
+    """Rectangles around one another, the k-th added with weight 1 / k^2; of unit norm."""
+    out = torch.zeros(height, width)
+    top, left = height // 2, width // 2
+    for k in range(max(height, width) // 2 + 1):
+        # Slices that begin below 0 would count from the end.
+        rows = slice(max(top - k, 0), min(top + k + 1, height))
+        out[rows, max(left - k, 0) : min(left + k + 1, width)] += 1 / (k + 1) ** 2
+    return out / out.square().sum().sqrt().clamp(min=1e-12)
+
+
+def _signs(view: AttackerView, site: Site, step: int, like: Tensor) -> Tensor:
+    """Plus or minus one, each with probability one half."""
+    return (view.tape.uniform(site, step, like.contiguous()) - 0.5).sign()
+
+
+def _exact(view: AttackerView, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The margins ``(b,)``, and which images are wrong for certain."""
+    logits = view.logits(images, [0])[:, 0]
+    return margin(logits, labels), surely_wrong(logits, labels)
+
+
+def _mean(view: AttackerView, images: Tensor, labels: Tensor, draws: Sequence[int]) -> Tensor:
+    return mean_over_draws(margin, view.logits(images, draws), labels)
+
+
+def _no_value(images: Tensor) -> Tensor:
+    return torch.full((len(images),), -torch.inf, dtype=images.dtype, device=images.device)

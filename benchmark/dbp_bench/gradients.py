@@ -1,0 +1,323 @@
+"""How good a gradient is: each mode against the exact one, and the exact one against itself.
+
+A mode (exact, BPDA, surrogate) is compared with the exact gradient at common draws, so that only
+the mode differs. Two means of the exact gradient over different draws tell how much of it is noise:
+no two attacks with so few draws can agree better. Everything is in float64.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dbp_bench.attacks.objectives import OBJECTIVES
+from dbp_bench.conformance import DIRECTIONS, TOLERANCE, difference_errors
+from dbp_bench.data import load_data
+from dbp_bench.defense import Defense, StraightThrough
+from dbp_bench.errors import BadRequest
+from dbp_bench.evaluate import Group
+from dbp_bench.job import Job
+from dbp_bench.memory import Policy
+from dbp_bench.noise import Tape
+from dbp_bench.registry import DefenseEntry, Entry, Registry, Track
+from dbp_bench.result import GradientCheck
+from dbp_bench.statistics import Bootstrap, Estimate
+from dbp_bench.threat import AttackerView, Objective
+
+COUNTS = (1, 10, 64)
+"""Draws that a mean gradient is taken over."""
+
+FLOOR = 1e-6
+"""The smallest error that a quick check writes down: below, rounding decides."""
+
+_OWNER = "gradients"
+_QUICK_IMAGES, _QUICK_DIRECTIONS = 2, 3
+_UNIT = 10**9
+
+
+def differentiated(
+    registry: Registry,
+    defense: Entry[DefenseEntry],
+    track: Entry[Track],
+    judged: Defense,
+    effort: Mapping[str, Any],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    policy: Policy = "auto",
+) -> Defense:
+    """What an attack of this `effort` differentiates in place of the `judged` defense.
+
+    The same object where the gradient is exact; the purifier with the identity's gradient for BPDA
+    (Athalye et al. 2018); the purifier with fewer steps for a surrogate.
+    """
+    mode = effort.get("gradient", "exact")
+    if mode == "bpda":
+        return Defense(StraightThrough(judged.purifier), judged.classifier, (), policy)
+    if mode == "surrogate":
+        shorter = {"steps": effort["surrogate_steps"]}
+        return registry.build_defense(
+            defense, track, device=device, dtype=dtype, policy=policy, options=shorter
+        )
+    return judged
+
+
+# --------------------------------------------------------------------------------- what is measured
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How two mean gradients agree, over images; one with a zero gradient is left out."""
+
+    mode: str
+    draws: int
+    """Draws that each mean is over."""
+    cosine: Estimate | None
+    """Null where no image is left."""
+    sign: Estimate | None
+    """Share of the pixels whose signs are equal; all that an l-infinity step follows."""
+    images: int
+    """How many are not left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What :func:`measure` found."""
+
+    modes: list[Agreement]
+    """Each mode with the exact gradient, at the same draws."""
+    noise_floor: list[Agreement]
+    """Two means of the exact gradient with each other, over as many draws each, none in common."""
+    difference_errors: list[float | None]
+    """Of each image's exact gradient, relative to central differences; None where it is zero."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the gradient that is called exact is, as far as there is one."""
+        found = [error for error in self.difference_errors if error is not None]
+        return all(error <= TOLERANCE for error in found)
+
+
+def measure(
+    exact: Defense,
+    modes: Mapping[str, Defense],
+    group: Group,
+    *,
+    seed: int,
+    rows: int,
+    loss: str = "ce",
+    counts: Sequence[int] = COUNTS,
+    tiny: int = 3,
+) -> Findings:
+    """How the gradients of `modes` agree with that of `exact` on a `group` of float64 images.
+
+    Args:
+        exact: The defense.
+        modes: What attacks differentiate in its place, by name.
+        group: Images ``(b, c, h, w)`` in [0, 1], float64; nothing is added to them.
+        seed: Decides the draws: 0 ... N-1 for a mean of N, and as many others for its other half.
+        rows: Images x draws in one pass through the networks, at most.
+        loss: One of :data:`dbp_bench.attacks.objectives.OBJECTIVES`.
+        counts: Draws per mean.
+        tiny: Images on which finite differences are taken.
+
+    Raises:
+        AttackFailed: A loss or a gradient is not finite, or no gradient reaches the images.
+    """
+    counts = sorted(counts)
+    objective = OBJECTIVES[loss]
+    first = _means(exact, group, objective, counts, 0, seed, rows)
+    second = _means(exact, group, objective, counts, counts[-1], seed, rows)
+    compared = []
+    for name, searched in modes.items():
+        means = _means(searched, group, objective, counts, 0, seed, rows)
+        compared += [
+            _agreement(name, n, a, b) for n, a, b in zip(counts, means, first, strict=True)
+        ]
+    floor = [_agreement("exact", n, a, b) for n, a, b in zip(counts, first, second, strict=True)]
+    return Findings(compared, floor, difference_errors(exact, group.images[:tiny], DIRECTIONS))
+
+
+def _means(
+    defense: Defense,
+    group: Group,
+    objective: Objective,
+    counts: Sequence[int],
+    start: int,
+    seed: int,
+    rows: int,
+) -> list[Tensor]:
+    """For each of the increasing `counts`, the mean gradient ``(b, d)`` over draws from `start`."""
+    view = AttackerView(
+        defense,
+        frozenset(),
+        Tape.make(seed, f"{_OWNER}/unused", group.ids),
+        Tape.make(seed, _OWNER, group.ids),
+        rows,
+    )
+    total, means, taken = torch.zeros_like(group.images), [], 0
+    for count in counts:
+        draws = range(start + taken, start + count)
+        found = view.gradient(group.images, group.labels, objective, draws).mean
+        total, taken = total + len(draws) * found, count
+        means.append((total / count).flatten(1))
+    return means
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine ``(b,)`` of the rows of `a` and `b` ``(b, d)``; NaN where one of them is zero."""
+    # Scaled first: the gradient of an image that is classified without doubt is tiny.
+    a, b = (x / x.abs().amax(1, keepdim=True) for x in (a, b))
+    cosine: Tensor = (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()
+    return cosine
+
+
+def _agreement(mode: str, draws: int, a: Tensor, b: Tensor) -> Agreement:
+    cosine, sign = cosines(a, b), (a.sign() == b.sign()).double().mean(1)
+    kept = ~cosine.isnan()
+    return Agreement(mode, draws, _mean(cosine[kept]), _mean(sign[kept]), int(kept.sum()))
+
+
+def _mean(values: Tensor) -> Estimate | None:
+    """Mean over images and its interval."""
+    if len(values) == 0:
+        return None
+    bootstrap = Bootstrap(len(values))
+    # Bootstrap takes counts: of billionths.
+    return bootstrap.estimate(
+        bootstrap.mean([round(_UNIT * value) for value in values.tolist()], _UNIT)
+    )
+
+
+# ------------------------------------------------------------------------------------- of an entry
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to check, with every default filled."""
+
+    defense: Entry[DefenseEntry]
+    track: Entry[Track]
+    surrogate_steps: int | None
+    """Null where the defense has no steps, or only one."""
+    steps: int | None
+    """Of the defense itself."""
+    images: int
+    seed: int
+    loss: str
+    counts: tuple[int, ...]
+
+
+def request(
+    registry: Registry,
+    defense: str,
+    track: str,
+    *,
+    images: int = 16,
+    seed: int = 0,
+    loss: str = "ce",
+    surrogate_steps: int | None = None,
+) -> Request:
+    """What to check of the entry called `defense` on `track`: a surrogate has half its steps.
+
+    Raises:
+        BadRequest: An option can't be right.
+    """
+    entry, where = registry.defense(defense), registry.track(track)
+    steps = entry.entry.setting(track, defense, str(entry.path)).options.get("steps")
+    steps = steps if isinstance(steps, int) else None
+    if loss not in OBJECTIVES:
+        raise BadRequest(f"--loss {loss!r}: one of {', '.join(OBJECTIVES)}.")
+    known = len(load_data(where.entry.data).ids[where.entry.split])
+    if not 1 <= images <= known:
+        raise BadRequest(f"--images {images}: this track has 1 to {known}.")
+    if surrogate_steps is not None and steps is None:
+        raise BadRequest(f"--surrogate-steps: {defense} has no option `steps` to shorten.")
+    if surrogate_steps is None and steps is not None and steps > 1:
+        surrogate_steps = steps // 2
+    if surrogate_steps is not None and steps is not None and not 1 <= surrogate_steps < steps:
+        raise BadRequest(
+            f"--surrogate-steps {surrogate_steps}: must be in 1 ... {steps - 1}, since {defense} "
+            f"has {steps}."
+        )
+    return Request(entry, where, surrogate_steps, steps, images, seed, loss, COUNTS)
+
+
+def check(registry: Registry, asked: Request, device: str = "cpu") -> Findings:
+    """Measure every mode of the defense, on the first images of the track.
+
+    Raises:
+        AttackFailed: A loss or a gradient is not finite, or no gradient reaches the images.
+    """
+    exact = registry.build_defense(asked.defense, asked.track, device=device, dtype=torch.float64)
+    efforts: dict[str, dict[str, Any]] = {"exact": {}, "bpda": {"gradient": "bpda"}}
+    if asked.surrogate_steps is not None:
+        efforts["surrogate"] = {"gradient": "surrogate", "surrogate_steps": asked.surrogate_steps}
+    modes = {
+        name: differentiated(
+            registry, asked.defense, asked.track, exact, effort, device=device, dtype=torch.float64
+        )
+        for name, effort in efforts.items()
+    }
+    track = asked.track.entry
+    group = _group(track, load_data(track.data).ids[track.split][: asked.images], device)
+    return measure(
+        exact,
+        modes,
+        group,
+        seed=asked.seed,
+        rows=track.rows,
+        loss=asked.loss,
+        counts=asked.counts,
+    )
+
+
+def _group(track: Track, ids: Sequence[int], device: str) -> Group:
+    images, labels = load_data(track.data).select(ids)
+    return Group(images.to(device, torch.float64), labels.to(device), ids)
+
+
+# --------------------------------------------------------------------------------------- of a run
+
+
+def quick(job: Job, registry: Registry) -> GradientCheck | None:
+    """The check that a run of `job` stores: of the first two images of its track, at one draw.
+
+    A function of the request alone, not of how many images or draws are asked for. None where the
+    attack follows no gradient. A defense that cannot run in float64, or that has no gradient,
+    leaves blanks: whether that matters, the attack decides.
+    """
+    if "gradient" not in job.effort:
+        return None
+    ids = job.track_ids[:_QUICK_IMAGES]
+    blank: list[float | None] = [None] * len(ids)
+    group = _group(job.track.entry, ids, job.device)
+    try:
+        exact = registry.build_defense(
+            job.defense, job.track, device=job.device, dtype=torch.float64
+        )
+        errors = difference_errors(exact, group.images, _QUICK_DIRECTIONS)
+    except Exception:  # An author's code may raise anything; it has run in float32.
+        return GradientCheck(ids=ids, difference_errors=blank, cosine=blank)
+    difference = [None if e is None else float(f"{max(e, FLOOR):.2g}") for e in errors]
+    objective = OBJECTIVES.get(str(job.effort.get("loss")), OBJECTIVES["ce"])
+    try:
+        searched = differentiated(
+            registry,
+            job.defense,
+            job.track,
+            exact,
+            job.effort,
+            device=job.device,
+            dtype=torch.float64,
+        )
+        (a,), (b,) = (
+            _means(defense, group, objective, [1], 0, job.seed, job.rows)
+            for defense in (searched, exact)
+        )
+        cosine = [None if c != c else round(c, 4) for c in cosines(a, b).tolist()]
+    except Exception:
+        cosine = blank
+    return GradientCheck(ids=ids, difference_errors=difference, cosine=cosine)

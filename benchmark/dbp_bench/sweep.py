@@ -1,0 +1,393 @@
+"""Does an attack stop being weak when it gets more? One threat at several efforts or budgets.
+
+Signs of an attack that is too weak, or of a gradient that is masked (Athalye et al. 2018, section
+3.1): accuracy still falls with more steps or more draws per gradient; a budget that allows any
+picture doesn't bring it to chance; an attack without gradients does better; gradients are zero.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import sqrt
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dbp_bench.data import load_data
+from dbp_bench.errors import BadRequest, BadResult, ZeroGradient, did_you_mean
+from dbp_bench.job import Job, Overrides, resolve
+from dbp_bench.registry import Registry, explain, number
+from dbp_bench.result import Result, write_atomically
+from dbp_bench.statistics import Bootstrap, Estimate, Replicates
+
+AXES = ("steps", "eot", "eps")
+"""What can be swept over."""
+
+BLACK_BOX = "black-box"
+"""The axis whose second value is another threat, one that follows no gradient."""
+
+SCHEMA: Literal[1] = 1
+
+Execute = Callable[[Job, Path], Path]
+"""Runs a job below a folder and gives the path of its result."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Interval(_Record):
+    """A quantity and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, estimate: Estimate) -> Self:
+        """The `estimate`, to be written down."""
+        return cls(**asdict(estimate))
+
+
+class Measured(_Record):
+    """What one value gave."""
+
+    value: float | str
+    """Of the axis: steps, draws per gradient, eps, or the name of a threat."""
+    file: str | None
+    """Its result, below the folder of results; null where the attack found zero gradients only."""
+    accuracy: Interval | None
+    """Under attack, over images and draws."""
+    fall: Interval | None
+    """Accuracy at the standard minus this one, over the same images and draws (paired)."""
+    zero_gradient: float | None
+    """Share of the images whose gradient was zero at every step."""
+
+
+class Flag(_Record):
+    """A reason to doubt that the accuracy is as low as an attack can bring it."""
+
+    name: Literal["not-converged", "masking", "black-box-stronger", "zero-gradient"]
+    message: str
+
+
+class Findings(_Record):
+    """What a sweep over one axis found; the file lies beside its results."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    track: str
+    defense: str
+    threat: str
+    seed: int
+    axis: Literal["steps", "eot", "eps", "black-box"]
+    standard: float | str
+    """The threat's own value."""
+    images: int
+    draws: int
+    chance: float
+    """The accuracy that a budget without bounds must bring: 0 where every draw is known."""
+    values: list[Measured]
+    flags: list[Flag]
+    notes: list[str]
+    """What could not be decided, and what would do."""
+
+    def write(self, path: Path) -> None:
+        """Write the file, all of it or nothing."""
+        write_atomically(path, self.model_dump_json(by_alias=True, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The findings in the file at `path`.
+
+        Raises:
+            BadResult: It holds none.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise BadResult(f"{path}: not findings of a sweep: {explain(error, cls)}") from None
+        except OSError as error:
+            raise BadResult(f"{path}: {error.strerror}.") from None
+
+
+def findings_path(out: Path, track: str, defense: str, threat: str, seed: int, axis: str) -> Path:
+    """Where the findings over an `axis` lie, below the folder of results `out`."""
+    return out / "sweeps" / "findings" / track / defense / threat / f"seed-{seed}-{axis}.json"
+
+
+# ------------------------------------------------------------------------------------ what is run
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A job of a sweep, and the folder of results that it goes to."""
+
+    value: float | str
+    job: Job
+    folder: str
+    """Below the folder of results."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """The jobs along one axis."""
+
+    axis: str
+    standard: Point
+    points: list[Point]
+    """All of them, the standard included, by value."""
+
+
+def parse(text: str) -> tuple[str, list[float]]:
+    """Axis and values of, for example, ``steps=20,40`` or ``eps=8/255,0.5``.
+
+    Raises:
+        BadRequest: The text names no axis, or values that it can't have.
+    """
+    axis, equals, listed = text.partition("=")
+    if not equals or axis not in AXES:
+        hint = did_you_mean(axis, AXES)
+        raise BadRequest(f"--over {text!r}: write it as steps=20,40,100.{hint}")
+    values = []
+    for part in listed.split(","):
+        try:
+            values.append(number(part))
+        except ValueError:
+            raise BadRequest(f"--over {text!r}: {part.strip()!r} is no number.") from None
+    if axis != "eps" and any(value != int(value) or value < 1 for value in values):
+        raise BadRequest(f"--over {text!r}: {axis} are whole numbers of 1 or more.")
+    return axis, sorted(set(values))
+
+
+def plan(
+    registry: Registry,
+    track: str,
+    defense: str,
+    threat: str,
+    axis: str,
+    values: Sequence[float],
+    *,
+    seed: int,
+    device: str,
+    overrides: Overrides,
+) -> Sweep:
+    """The jobs of a sweep over `axis`; the threat's own value is always among them.
+
+    Raises:
+        BadRequest: The axis can't change this attack, or no value could show that it is weak.
+    """
+
+    def job(changed: Overrides) -> Job:
+        return resolve(
+            registry, track, defense, threat, seed=seed, device=device, overrides=changed
+        )
+
+    def at(value: float) -> Job:
+        if axis == "eps":
+            return job(replace(overrides, eps=value))
+        return job(replace(overrides, effort={**overrides.effort, axis: int(value)}))
+
+    own = job(overrides)
+    if axis == "eot" and own.knows == own.sites:
+        raise BadRequest(
+            f"--over eot: nothing is hidden from {threat} in {defense}, so that every gradient "
+            "draw is the same. Sweep over steps or eps."
+        )
+    at(max(values))  # refuses what this attack doesn't take
+    held = own.eps if axis == "eps" else own.effort[axis]
+    if axis != "eps" and max(values) <= held:
+        raise BadRequest(
+            f"--over {axis}={max(values):g}: none is above the {held:g} of {threat}, and only "
+            "more can show that this is too few."
+        )
+    standard = Point(held, own, "sweeps/standard")
+    others = [Point(v, at(v), f"sweeps/{axis}-{v:g}") for v in values if v != held]
+    return Sweep(axis, standard, sorted([standard, *others], key=lambda p: float(p.value)))
+
+
+def against(
+    registry: Registry,
+    track: str,
+    defense: str,
+    threat: str,
+    black: str,
+    *,
+    seed: int,
+    device: str,
+    overrides: Overrides,
+) -> Sweep:
+    """The comparison of `threat` with `black`, which follows no gradient, on the same images.
+
+    Raises:
+        BadRequest: It follows gradients, or knows draws that are hidden from `threat`.
+    """
+    own, other = (
+        resolve(registry, track, defense, name, seed=seed, device=device, overrides=overrides)
+        for name in (threat, black)
+    )
+    if "gradient" in other.effort:
+        raise BadRequest(f"--black-box {black}: it follows gradients, so it shows no masking.")
+    hidden = sorted(set(other.knows) - set(own.knows))
+    if hidden:
+        raise BadRequest(
+            f"--black-box {black}: it knows {', '.join(hidden)}, which is hidden from {threat}; "
+            "doing better by knowing more shows nothing."
+        )
+    standard = Point(threat, own, "sweeps/standard")
+    return Sweep(BLACK_BOX, standard, [standard, Point(black, other, f"sweeps/{BLACK_BOX}")])
+
+
+# --------------------------------------------------------------------------------- what is found
+
+
+def run(sweep: Sweep, out: Path, execute: Execute) -> Findings:
+    """Run the jobs of `sweep` below `out`, write the findings there, and return them.
+
+    A job whose gradients are all zero is a finding, not a failure.
+    """
+    results: list[Result | None] = []
+    files: list[str | None] = []
+    for point in sweep.points:
+        try:
+            path = execute(point.job, out / point.folder)
+        except ZeroGradient:
+            results.append(None)
+            files.append(None)
+            continue
+        results.append(Result.read(path))
+        files.append(path.relative_to(out).as_posix())
+    found = judge(sweep, results, files)
+    own = sweep.standard.job
+    found.write(
+        findings_path(out, own.track.name, own.defense.name, own.threat.name, own.seed, sweep.axis)
+    )
+    return found
+
+
+def judge(sweep: Sweep, results: Sequence[Result | None], files: Sequence[str | None]) -> Findings:
+    """What the `results` of the points of `sweep` say; None where all gradients were zero.
+
+    Args:
+        sweep: What was run.
+        results: One for each point, of its images and draws or more.
+        files: Where they lie.
+    """
+    own = sweep.standard.job
+    bootstrap = Bootstrap(own.examples)
+    accuracies = [
+        None if result is None else _accuracy(bootstrap, result, point.job)
+        for point, result in zip(sweep.points, results, strict=True)
+    ]
+    reference = accuracies[sweep.points.index(sweep.standard)]
+    values = []
+    for point, result, accuracy, file in zip(sweep.points, results, accuracies, files, strict=True):
+        compared = accuracy is not None and reference is not None and point != sweep.standard
+        values.append(
+            Measured(
+                value=point.value,
+                file=file,
+                accuracy=None if accuracy is None else Interval.of(bootstrap.estimate(accuracy)),
+                fall=(
+                    Interval.of(bootstrap.estimate(reference - accuracy))
+                    if compared and accuracy is not None and reference is not None
+                    else None
+                ),
+                zero_gradient=1.0 if result is None else _zero(result, point.job),
+            )
+        )
+    chance = _chance(own)
+    notes: list[str] = []
+    return Findings(
+        schema=SCHEMA,
+        track=own.track.name,
+        defense=own.defense.name,
+        threat=own.threat.name,
+        seed=own.seed,
+        axis=sweep.axis,  # type: ignore[arg-type]
+        standard=sweep.standard.value,
+        images=own.examples,
+        draws=own.draws,
+        chance=chance,
+        values=values,
+        flags=list(_flags(sweep, values, chance, notes)),
+        notes=notes,
+    )
+
+
+def _accuracy(bootstrap: Bootstrap, result: Result, job: Job) -> Replicates:
+    """Of the images and the draws that were asked for; a result may hold more."""
+    rows = [row[: job.draws] for row in result.robust[: job.examples]]
+    return bootstrap.mean([sum(row) for row in rows], job.draws)
+
+
+def _zero(result: Result, job: Job) -> float | None:
+    if result.zero_gradient is None:
+        return None
+    return sum(result.zero_gradient[: job.examples]) / job.examples
+
+
+def _flags(
+    sweep: Sweep, values: Sequence[Measured], chance: float, notes: list[str]
+) -> Iterator[Flag]:
+    last = values[-1]
+    standard = values[sweep.points.index(sweep.standard)]
+    falls = last.fall is not None and last.fall.low > 0
+    if sweep.axis in ("steps", "eot") and falls:
+        yield Flag(name="not-converged", message=_fall(sweep.axis, standard, last))
+    if sweep.axis == BLACK_BOX and falls:
+        yield Flag(name="black-box-stronger", message=_fall("the threat", standard, last))
+    if sweep.axis == "eps" and last.accuracy is not None:
+        above = last.accuracy.low > chance
+        needed = _any_picture(sweep.standard.job)
+        said = (
+            f"accuracy at eps {last.value:g} is {_percent(last.accuracy)} %, above "
+            f"{100 * chance:.1f} %"
+        )
+        if above and float(last.value) >= needed:
+            yield Flag(name="masking", message=f"{said}, though any image can become plain grey")
+        elif above:
+            notes.append(f"{said}: the ball may be too small; add eps {needed:g}")
+    zero = [v for v in values if v.zero_gradient]
+    if zero:
+        worst = max(zero, key=lambda v: v.zero_gradient or 0)
+        yield Flag(
+            name="zero-gradient",
+            message=f"the gradient of {100 * (worst.zero_gradient or 0):.1f} % of the images was "
+            f"zero at every step ({sweep.axis} {worst.value})",
+        )
+
+
+def _fall(axis: str, standard: Measured, last: Measured) -> str:
+    assert standard.accuracy is not None
+    assert last.accuracy is not None
+    assert last.fall is not None
+    return (
+        f"accuracy falls from {100 * standard.accuracy.value:.1f} to "
+        f"{100 * last.accuracy.value:.1f} %, by {_percent(last.fall)}, when {axis} goes from "
+        f"{_shown(standard.value)} to {_shown(last.value)}"
+    )
+
+
+def _shown(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def _percent(interval: Interval) -> str:
+    return Estimate(interval.value, interval.low, interval.high).percent()
+
+
+def _chance(job: Job) -> float:
+    """The accuracy that no defense can hold against every picture.
+
+    An attacker who knows every draw can have any image taken for another; if draws are hidden, a
+    guess among all classes may be right.
+    """
+    if job.knows == job.sites:
+        return 0.0
+    return 1 / (int(load_data(job.track.entry.data).labels.max()) + 1)
+
+
+def _any_picture(job: Job) -> float:
+    """The eps at which every image can become plain grey, and no image tells its class."""
+    pixels = load_data(job.track.entry.data).images[0].numel()
+    return {"linf": 0.5, "l2": 0.5 * sqrt(pixels), "l1": 0.5 * pixels}[job.track.entry.norm]

@@ -1,0 +1,296 @@
+"""Attacks of torchattacks are driven through the view; what doesn't fit is refused in one line."""
+
+from collections.abc import Mapping
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from dbp_bench.attacks import build, torchattacks
+from dbp_bench.attacks.torchattacks import NORMS, Torchattacks
+from dbp_bench.defense import Defense, Identity
+from dbp_bench.errors import AttackFailed, BadEntry
+from dbp_bench.evaluate import Attacked, Group, attack, judge
+from dbp_bench.noise import FORWARD, VICTIM, Noise, Site, Tape
+from dbp_bench.registry import EFFORTS, Threat
+from dbp_bench.threat import L2, Budget, Linf
+from toys import Linear, Made, normal, uniform
+
+ALL, NONE = frozenset({FORWARD}), frozenset[Site]()
+EPS = 0.03
+
+
+class Fake:
+    """The shape of an attack of torchattacks."""
+
+    def __init__(
+        self, model: nn.Module, eps: float = 0.3, alpha: float = 0.1, steps: int = 10
+    ) -> None:
+        self.model, self.eps, self.alpha, self.steps = model, eps, alpha, steps
+        self.device: Any = None
+        print("Failed to set device automatically, please try set_device() manual.")
+
+    def set_device(self, device: Any) -> None:
+        self.device = device
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Any:
+        assert not self.model.training
+        torch.random.manual_seed(0)  # as some of them do
+        adversarial = images.clone().detach()
+        for _ in range(self.steps):
+            adversarial.requires_grad = True
+            loss = nn.functional.cross_entropy(self.model(adversarial), labels)
+            gradient = torch.autograd.grad(loss, adversarial)[0]
+            adversarial = adversarial.detach() + self.alpha * gradient.sign()
+            change = torch.clamp(adversarial - images, min=-self.eps, max=self.eps)
+            adversarial = torch.clamp(images + change, min=0, max=1).detach()
+        return adversarial
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **classes: type[Any]) -> None:
+    module: Any = SimpleNamespace(**classes)
+    fake: Mapping[str, ModuleType] = {"torchattacks": module}
+    monkeypatch.setattr(torchattacks, "load_extra", lambda _: fake)
+
+
+class Scores(nn.Module):
+    """Five linear scores."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(normal(5, 36 * channels, seed=3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - 0.5).flatten(1) @ self.weight.T
+
+
+def noisy(images: Tensor, noise: Noise) -> Tensor:
+    return images + 0.2 * noise.normal(FORWARD, 0, images)
+
+
+def cloud(n: int, channels: int = 3) -> Group:
+    images = 0.25 + 0.5 * uniform(n, channels, 6, 6)
+    return Group(images, Scores(channels)(images).argmax(1), range(5, 5 + n))
+
+
+def run(
+    method: Torchattacks,
+    batch: Group,
+    ball: Budget,
+    knows: frozenset[Site] = ALL,
+    defense: Defense | None = None,
+) -> Attacked:
+    defense = defense or Defense(Made(noisy), Scores(batch.images.shape[1]))
+    return attack(defense, method, batch, ball, knows, seed=0, victim_draw=0, rows=64)
+
+
+# ----------------------------------------------------------------------------------- without it
+
+
+def test_it_finds_the_optimum_of_a_linear_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, PGD=Fake)
+    weight = normal(1, 16, seed=5)[0]
+    group = Group(0.25 + 0.5 * uniform(9, 1, 4, 4), torch.arange(9) % 2, range(9))
+    defense = Defense(Identity(), Linear(weight))
+    state = torch.get_rng_state()
+    out = run(Torchattacks("PGD", {"alpha": 0.02, "steps": 4}), group, Linf(EPS), NONE, defense)
+    sign = (1 - 2 * group.labels).view(-1, 1, 1, 1)
+    want = group.images + EPS * sign * weight.sign().view(1, 1, 4, 4)
+    torch.testing.assert_close(out.images, want, atol=1e-6, rtol=0)
+    assert type(out.images) is Tensor
+    assert out.gradients.tolist() == [4] * 9
+    assert torch.equal(torch.get_rng_state(), state), "the process's generator is left alone"
+
+
+def test_it_says_nothing_on_the_screen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, PGD=Fake)
+    run(Torchattacks("PGD", {"alpha": 0.02, "steps": 1}), cloud(2), Linf(EPS))
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("PDG", {}, "torchattacks: no attack 'PDG'. Did you mean 'PGD'"),
+        ("CW", {}, "torchattacks: no attack 'CW'."),
+        ("PGD", {"alpha": 1}, "steps missing. It takes: alpha, steps."),
+        (
+            "PGD",
+            {"alpha": 1, "step": 2},
+            "step is unknown. Did you mean 'steps'? Known: alpha, steps.",
+        ),
+        ("PGD", {"alpha": 1, "steps": 2, "eps": 1}, "eps is filled in by dbp-bench"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any], message: str
+) -> None:
+    install(monkeypatch, PGD=Fake)
+    with pytest.raises(BadEntry) as caught:
+        run(Torchattacks(name, options), cloud(2), Linf(EPS))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, PGD=Fake)
+    with pytest.raises(AttackFailed, match="torchattacks:PGD searches in linf, not in l2: choose"):
+        run(Torchattacks("PGD", {"alpha": 1, "steps": 2}), cloud(2), L2(EPS))
+
+
+class Nan(Fake):
+    def __call__(self, images: Tensor, labels: Tensor) -> Any:
+        return images * float("nan")
+
+
+class Smaller(Fake):
+    def __call__(self, images: Tensor, labels: Tensor) -> Any:
+        return images[:, :, 1:]
+
+
+class Nothing(Fake):
+    def __call__(self, images: Tensor, labels: Tensor) -> Any:
+        return None
+
+
+class Broken(Fake):
+    def __call__(self, images: Tensor, labels: Tensor) -> Any:
+        raise RuntimeError("expected 3 channels\nbut got 1")
+
+
+class Shuffled(Fake):
+    def __call__(self, images: Tensor, labels: Tensor) -> Any:
+        return self.model(images.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Nan, "the attack returned images that are not finite"),
+        (Smaller, r"returned images of shape \(3, 3, 5, 6\), not \(3, 3, 6, 6\)"),
+        (Nothing, "torchattacks:PGD returned no images"),
+        (Broken, r"torchattacks:PGD failed \(RuntimeError: expected 3 channels\)\.$"),
+        (Shuffled, "can't be told any more which is which"),
+    ],
+)
+def test_what_an_attack_returns_is_not_trusted(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Fake], message: str
+) -> None:
+    install(monkeypatch, PGD=kind)
+    with pytest.raises(AttackFailed, match=message):
+        run(Torchattacks("PGD", {"alpha": 1, "steps": 2}), cloud(3), Linf(EPS))
+
+
+def test_what_leaves_the_ball_is_projected(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Far(Fake):
+        def __call__(self, images: Tensor, labels: Tensor) -> Any:
+            return images + 5
+
+    install(monkeypatch, PGD=Far)
+    batch = cloud(3)
+    out = run(Torchattacks("PGD", {"alpha": 1, "steps": 2}), batch, Linf(EPS))
+    torch.testing.assert_close(out.images, batch.images + EPS)
+
+
+# --------------------------------------------------------------------------------- its declaration
+
+THREAT: Mapping[str, Any] = {
+    "title": "t",
+    "knows": "none",
+    "attack": "torchattacks:PGD",
+    "effort": {
+        "options": {"alpha": "2/255", "steps": 4},
+        "gradient": "exact",
+        "surrogate_steps": None,
+    },
+    "draws": 3,
+    "eps": None,
+    "protocol": False,
+}
+
+
+def test_a_name_with_a_colon() -> None:
+    threat = Threat.model_validate(THREAT)
+    assert threat.attack == "torchattacks"
+    effort = EFFORTS["torchattacks"].model_validate(threat.effort)
+    assert effort.passes == 4
+    want = Torchattacks("PGD", {"alpha": 2 / 255, "steps": 4})
+    assert build("torchattacks", effort.model_dump()) == want
+    long = {**THREAT, "attack": "torchattacks", "effort": {"name": "PGD", **THREAT["effort"]}}
+    assert Threat.model_validate(long) == threat
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attack": "torchattack:PGD"}, "no attack 'torchattack:PGD'. Did you mean 'torchattacks'"),
+        ({"attack": "torchattacks"}, "effort.name: is missing"),
+        ({"effort": {"options": {}}}, "effort.gradient: is missing"),
+    ],
+)
+def test_a_bad_declaration_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Threat.model_validate({**THREAT, **change})
+    assert message in str(caught.value)
+
+
+# -------------------------------------------------------------------------------------- with it
+
+SMALL: Mapping[str, Any] = {
+    "steps": 4,
+    "alpha": 0.02,
+    "n_queries": 10,
+    "num_iter_set": 3,
+    "N": 2,
+    "m": 2,
+    "len_kernel": 3,
+    "eot_iter": 2,
+}
+"""Options in place of the defaults, to be quick."""
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("knows", [ALL, NONE])
+@pytest.mark.parametrize("name", NORMS)
+def test_every_attack_runs_and_hurts(name: str, knows: frozenset[Site]) -> None:
+    """At the draw it was shown, where one is shown: that is where its images must be wrong."""
+    import inspect
+
+    from dbp_bench.extras import load_extra
+
+    signature = inspect.signature(getattr(load_extra("torchattacks")["torchattacks"], name))
+    options = {
+        key: SMALL.get(key, parameter.default)
+        for key, parameter in signature.parameters.items()
+        if key not in torchattacks._FILLED
+    }
+    batch = cloud(24)
+    defense = Defense(Made(noisy), Scores(3))
+    # Labels by the noisy image, so that every image starts right where the draw is known.
+    tape = Tape.make(0, VICTIM, batch.ids, 0)
+    batch = Group(batch.images, defense.logits(batch.images, tape).argmax(1), batch.ids)
+    state = torch.get_rng_state()
+    for norm in NORMS[name]:
+        balls: Mapping[str, Budget] = {"Linf": Linf(0.05), "L2": L2(1.0)}
+        out = run(Torchattacks(name, options), batch, balls[norm], knows, defense)
+        assert torch.equal(torch.get_rng_state(), state)
+        if knows:
+            right = judge(defense, out.images, batch, seed=0, draw=0).float().mean()
+            assert float(right) < (0.95 if name == "Square" else 0.5)
+    assert defense.classifier.weight.grad is None
+
+
+@pytest.mark.extras
+def test_the_real_pgd_is_the_formula() -> None:
+    weight = normal(1, 16, seed=5)[0]
+    group = Group(0.25 + 0.5 * uniform(9, 1, 4, 4), torch.arange(9) % 2, range(9))
+    method = Torchattacks("PGD", {"alpha": 0.02, "steps": 4, "random_start": False})
+    out = run(method, group, Linf(EPS), NONE, Defense(Identity(), Linear(weight)))
+    sign = (1 - 2 * group.labels).view(-1, 1, 1, 1)
+    want = group.images + EPS * sign * weight.sign().view(1, 1, 4, 4)
+    torch.testing.assert_close(out.images, want, atol=1e-6, rtol=0)
