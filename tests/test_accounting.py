@@ -281,6 +281,14 @@ def test_worst_case_finds_the_stronger_attack_of_each_image() -> None:
     assert found.mean == pytest.approx(0.05, abs=0.01)
 
 
+def test_ties_go_to_the_attack_that_is_stronger_elsewhere() -> None:
+    """On the first image the draws that choose see no difference; on the other they do."""
+    weak: list[list[bool]] = [[False, True, False, False], [True] * 4]
+    strong: list[list[bool]] = [[False] * 4, [False] * 4]
+    for attacks in ([weak, strong], [strong, weak]):
+        assert worst_hidden(attacks).numerators == [0, 0]
+
+
 def test_one_attack_and_the_order_of_attacks() -> None:
     rng = np.random.default_rng(8)
     attacks = [outcomes(np.full(50, p), 9, rng) for p in (0.3, 0.4, 0.5)]

@@ -1,19 +1,29 @@
 """AutoAttack is driven faithfully: every image at its own draw, and its verdict beside ours."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from dbp_bench.attacks import autoattack
 from dbp_bench.attacks.autoattack import AutoAttack, package_verdict
 from dbp_bench.attacks.borrowed import Model, Tracked
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Group, attack, judge
 from dbp_bench.noise import ATTACKER, FORWARD, VICTIM, Noise, Site, Tape, seeded
+from dbp_bench.registry import EFFORTS
+from dbp_bench.result import Result
 from dbp_bench.threat import L2, AttackerView, Linf
 from toys import Linear, Made, Noisy, Small, group, normal, uniform
+
+if TYPE_CHECKING:
+    from conftest import Command
 
 EPS = 0.03
 SIDE = 6
@@ -212,7 +222,6 @@ def test_standard_at_known_draws_is_the_packages_own_evaluation(l2: bool) -> Non
 @pytest.mark.extras
 def test_our_drive_gives_the_packages_images_bit_for_bit() -> None:
     """A deterministic model and one seed: the same images as the package given a plain module."""
-    from dbp_bench.attacks import autoattack
     from dbp_bench.extras import load_extra
 
     batch = cloud(24)
@@ -331,3 +340,39 @@ def test_an_unknown_norm_is_refused() -> None:
 
     with pytest.raises(AttackFailed, match="searches in linf, l2, not in cube"):
         norm_of(Cube(), ("Linf", "L2"), "APGD")  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------ the record
+
+
+class Still:
+    """An attack of the package that finds nothing."""
+
+    def __init__(self, model: nn.Module, **options: object) -> None:
+        self.model = model
+
+    def perturb(self, images: Tensor, labels: Tensor) -> Tensor:
+        return images
+
+
+def test_the_packages_verdict_stands_in_the_record(
+    tmp_path: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = SimpleNamespace(APGDAttack=Still, APGDAttack_targeted=Still)
+    fake = {"autopgd_base": module, "fab_pt": module, "square": module}
+    monkeypatch.setattr(autoattack, "load_extra", lambda _: fake)
+    small = ["--examples", "3", "--batch-size", "2", "--draws", "4", "--out", tmp_path]
+    said = command("run", "--defense", "oneshot", "--threat", "autoattack-rand", *small)
+    assert said.code == 0, said.err
+    result = Result.read(tmp_path / "digits-linf/oneshot/autoattack-rand/seed-0.json")
+    assert result.package_robust is not None
+    assert [len(row) for row in result.package_robust] == [1, 1, 1], "an image is attacked once"
+    assert result.robust == result.clean, "the attack found nothing, and says so in our verdict"
+
+
+def test_a_standard_version_with_draws_to_average_is_refused() -> None:
+    own = {"steps": 1, "queries": 1, "gradient": "exact", "surrogate_steps": None}
+    effort = EFFORTS["autoattack"]
+    with pytest.raises(ValidationError, match="standard averages over nothing"):
+        effort.model_validate({"version": "standard", "eot": 2, **own})
+    assert effort.model_validate({"version": "rand", "eot": 2, **own}).passes == 4

@@ -1,4 +1,4 @@
-"""What is committed in results/, leaderboards/ and README.md belongs together, and can be made anew."""
+"""Committed results, leaderboards and README belong together, and can be made anew."""
 
 import json
 from pathlib import Path
@@ -42,9 +42,7 @@ def test_the_readme_shows_the_leaderboard() -> None:
 
 
 def test_the_whole_matrix_is_there_and_belongs_to_the_entries() -> None:
-    jobs = plan(
-        Registry(), TRACK, ["all"], ["all"], seed=0, device="cpu", overrides=Overrides()
-    )
+    jobs = plan(Registry(), TRACK, ["all"], ["all"], seed=0, device="cpu", overrides=Overrides())
     protocol = {"eot", "whitebox", "dw-fwd", "dw-rev", "dwbox", "null"}
     missing = []
     for item in jobs:

@@ -15,7 +15,7 @@ from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.evaluate import Group, attack, judge
 from dbp_bench.noise import FORWARD, REVERSE, Site
-from dbp_bench.threat import L2, AttackerView, Budget, Linf, Objective
+from dbp_bench.threat import L2, AttackerView, Budget, Gradient, Linf, Objective
 from toys import BOTH, SUBSETS, Linear, Noisy, TwoSided, normal, uniform
 
 PIXELS = 16
@@ -177,9 +177,10 @@ class Spy:
 
     def gradient(
         self, images: Tensor, labels: Tensor, objective: Objective, draws: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Gradient:
         self.draws.append(list(draws))
-        return torch.ones_like(images), torch.zeros(len(images), len(draws))
+        losses = torch.zeros(len(images), len(draws))
+        return Gradient(torch.ones_like(images), losses, losses[:, :, None])
 
 
 def test_every_step_averages_over_fresh_draws() -> None:

@@ -155,7 +155,8 @@ def test_part_of_a_group_is_evaluated_in_the_whole_group(once: Callable[..., byt
 def test_seed_decides(once: Callable[..., bytes]) -> None:
     asked = job("noise-only", "dwbox")
     again, other = (json.loads(once(j)) for j in (asked, replace(asked, seed=1)))
-    assert again["clean"] != other["clean"]
+    outcomes = ("clean", "robust", "fresh")
+    assert [again[key] for key in outcomes] != [other[key] for key in outcomes]
 
 
 # ------------------------------------------------------------------------- killed and resumed

@@ -290,8 +290,9 @@ def worst_hidden(attacks: Sequence[Outcomes]) -> WorstCase:
 
     The smallest of several noisy means is too small. So the draws are split in halves, even and
     odd: one chooses, for each image, the attack that leaves it right least often, and the other
-    judges that attack; then they swap, so that every draw judges once (cross-fitting). Attacks
-    that tie share the image. A choice by few draws can miss the strongest attack, so that the
+    judges that attack; then they swap, so that every draw judges once (cross-fitting). Of attacks
+    that tie, the one that is strongest over all images of that half is chosen, and those that still
+    tie share the image. A choice by few draws can miss the strongest attack, so that the
     result is never too low on average, but may be too high.
 
     Args:
@@ -308,7 +309,9 @@ def worst_hidden(attacks: Sequence[Outcomes]) -> WorstCase:
     shares = lcm(*range(1, len(attacks) + 1))
     total = np.zeros(right.shape[1], dtype=np.int64)
     for choosing, judging in ((0, 1), (1, 0)):
-        chosen = halves[choosing] == halves[choosing].min(0)
+        right_of_all = halves[choosing].sum(1, keepdims=True)
+        order = halves[choosing] * (right_of_all.max() + 1) + right_of_all
+        chosen = order == order.min(0)
         total += (chosen * halves[judging]).sum(0) * (shares // chosen.sum(0))
     return WorstCase(total.tolist(), shares * draws)
 

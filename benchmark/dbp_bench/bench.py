@@ -5,6 +5,7 @@ activation stored, one gradient, one sign step. Same network, batch and number o
 timed in turn, so that a drift of the machine's speed cancels in each pair.
 """
 
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -85,9 +86,11 @@ def render(table: dict[str, Any]) -> str:
     """For a terminal."""
     setting = table["setting"]
     lines = [
-        f"one attack step of {setting['defense']}, {setting['steps']} reverse steps, "
-        f"{setting['images']} images x {setting['copies']} draws; {table['device']}, "
-        f"{table['threads']} threads",
+        (
+            f"one attack step of {setting['defense']}, {setting['steps']} reverse steps, "
+            f"{setting['images']} images x {setting['copies']} draws; {table['device']}, "
+            f"{table['threads']} threads"
+        ),
         f"  by hand, all stored        {1e3 * table['seconds']['by hand']:8.1f} ms",
     ]
     titles = {"none": "dbp-bench, all stored", "step": "dbp-bench, checkpointed"}
@@ -100,8 +103,8 @@ def render(table: dict[str, Any]) -> str:
     if "memory" in table:
         memory = table["memory"]
         lines.append(
-            f"  checkpointed, {memory['steps'][0]} to {memory['steps'][1]} steps: peak memory grows "
-            f"by {memory['growth_bytes'] / 2**20:.1f} MiB, stored states by "
+            f"  checkpointed, {memory['steps'][0]} to {memory['steps'][1]} steps: peak memory "
+            f"grows by {memory['growth_bytes'] / 2**20:.1f} MiB, stored states by "
             f"{memory['states_bytes'] / 2**20:.1f} MiB: {memory['ratio']:.2f} x "
             f"(bound {memory['bound']:.2f})"
         )
@@ -134,7 +137,7 @@ def _by_hand(denoiser: ResidualMLP, classifier: DigitsCNN, x: Tensor, y: Tensor)
     z = 2 * delta - 1
     z = signal[100].sqrt() * z + (1 - signal[100]).sqrt() * torch.randn_like(z)  # noqa: TID251
     levels = [100 * k // STEPS for k in range(STEPS, -1, -1)]
-    for t, s in zip(levels[:-1], levels[1:], strict=True):
+    for t, s in itertools.pairwise(levels):
         a, b = signal[t], signal[s]
         eps = denoiser(z, torch.full((len(z),), t - 1.0, device=x.device))
         x0 = ((z - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-1, 1)

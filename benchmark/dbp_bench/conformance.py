@@ -71,7 +71,8 @@ def check_output(defense: Defense, images: Tensor) -> None:
     if not unclamped and (low < 0 or high > 1):
         raise NotConforming(
             f"purified images are in {low:.4g} ... {high:.4g}, not in [0, 1]. Map back from "
-            "[-1, 1], and clamp the output, or give the purifier a field clamp_output that is False."
+            "[-1, 1], and clamp the output, or give the purifier a field clamp_output that is "
+            "False."
         )
     logits = _logits(defense, extremes, tape)
     if logits.dim() != 2 or len(logits) != len(extremes) or not bool(logits.isfinite().all()):

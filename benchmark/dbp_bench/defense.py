@@ -15,7 +15,7 @@ class Denoiser(Protocol):
     """A noise-predicting network in diffusion space [-1, 1]."""
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        """Predicted noise ``(b, c, h, w)`` for `z` ``(b, c, h, w)`` at 0-based steps `t` ``(b,)``."""
+        """Predicted noise, like `z` ``(b, c, h, w)``, at 0-based steps `t` ``(b,)``."""
         ...
 
 
@@ -123,6 +123,6 @@ class Identity:
 
     sites: frozenset[Site] = frozenset()
 
-    def __call__(self, images: Tensor, noise: Noise) -> Tensor:
+    def __call__(self, images: Tensor, noise: Noise) -> Tensor:  # noqa: ARG002
         """`images`, unchanged."""
         return images

@@ -1,6 +1,6 @@
 """Attack a group of images, then judge what the defense really does. Pure: no files, no clock."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from dbp_bench.attacks import Attack
 from dbp_bench.defense import Defense
 from dbp_bench.errors import AttackFailed, ZeroGradient
 from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
-from dbp_bench.threat import AttackerView, Budget
+from dbp_bench.threat import AttackerView, Budget, Tick, ignore
 
 FRESH = 1 << 32
 """Victim draws from here on judge known-draw images; no attacker is ever shown one."""
@@ -54,7 +54,7 @@ def attack(
     seed: int,
     victim_draw: int,
     rows: int,
-    tick: Callable[[int], None] = lambda rows: None,
+    tick: Tick = ignore,
 ) -> Attacked:
     """Adversarial images, inside `budget` and [0, 1] whatever `method` returned.
 

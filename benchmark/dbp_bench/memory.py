@@ -1,9 +1,10 @@
-"""Gradient checkpointing as a policy: what a purification keeps in memory, never what it computes."""
+"""Gradient checkpointing as a policy: what a purification keeps, never what it computes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -170,8 +171,8 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        with open("/proc/meminfo") as info:
-            fields = dict(line.split(":", 1) for line in info)
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return 4 << 30

@@ -137,7 +137,9 @@ class Result(_Record):
         if len({len(draw) for image in self.fresh or [] for draw in image}) > 1:
             raise ValueError("fresh: not the same number of fresh draws everywhere")
         if self.package_robust is not None and len(self.package_robust) != len(self.ids):
-            raise ValueError(f"package_robust: {len(self.package_robust)}, not {len(self.ids)} rows")
+            raise ValueError(
+                f"package_robust: {len(self.package_robust)} for {len(self.ids)} images"
+            )
         if self.zero_gradient is not None and len(self.zero_gradient) != len(self.ids):
             raise ValueError(f"zero_gradient: {len(self.zero_gradient)} for {len(self.ids)} images")
         if not set(self.knows) <= set(self.sites):

@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -47,7 +47,7 @@ from dbp_bench.result import (
     Result,
     write_atomically,
 )
-from dbp_bench.threat import Budget, budget
+from dbp_bench.threat import Budget, Tick, budget, ignore
 
 FRESH_DRAWS = 3
 """Fresh draws that judge each image made for a known draw."""
@@ -57,9 +57,9 @@ FRESH_DRAWS = 3
 class Progress:
     """Where a job's progress goes."""
 
-    start: Callable[[int], None] = lambda total: None
+    start: Tick = ignore
     """Called once with the number of image gradients that are still to be taken."""
-    tick: Callable[[int], None] = lambda rows: None
+    tick: Tick = ignore
     """Called with the number of image gradients just taken."""
 
 

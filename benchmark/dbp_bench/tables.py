@@ -227,7 +227,8 @@ def attacks_to_markdown(board: Leaderboard) -> str:
         "",
         (
             "Worst case, all draws hidden: the draws that judge are split in halves; for each "
-            "image one half chooses the attack that leaves it right least often (ties share it) "
+            "image one half chooses the attack that leaves it right least often (of a tie, the one "
+            "that is strongest over all images in that half), "
             "and the other half judges that attack, then they swap, so that every draw judges "
             "once. The smallest of several noisy means would be too low; this never is on average, "
             "but may be too high where few draws choose. It can thus lie above the accuracy under "

@@ -23,6 +23,14 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 """Losses ``(n,)`` to maximise, for logits ``(n, k)`` and labels ``(n,)``."""
 
 
+Tick = Callable[[int], None]
+"""Told how many images just took part in a pass with a gradient."""
+
+
+def ignore(rows: int) -> None:
+    """A :data:`Tick` for which nobody waits."""
+
+
 class Budget(Protocol):
     """The perturbations that are allowed. `eps` is in [0, 1] pixel units."""
 
@@ -91,7 +99,8 @@ class L2:
 
     def size(self, perturbation: Tensor) -> Tensor:
         """The Euclidean norm."""
-        return torch.linalg.vector_norm(perturbation, dim=(1, 2, 3))
+        norm: Tensor = torch.linalg.vector_norm(perturbation, dim=(1, 2, 3))
+        return norm
 
     def sample(self, like: Tensor, tape: Tape, step: int) -> Tensor:
         """A uniform direction, at a radius of eps U^(1/d)."""
@@ -197,7 +206,9 @@ class Gradient(NamedTuple):
 class AttackLog:
     """What an attack asked of a view, by image; the log of a part of a view tells the whole's."""
 
-    def __init__(self, images: int, whole: "AttackLog | None" = None, rows: Tensor | None = None):
+    def __init__(
+        self, images: int, whole: "AttackLog | None" = None, rows: Tensor | None = None
+    ) -> None:
         self.gradients = torch.zeros(images, dtype=torch.int64)
         """Passes with a gradient."""
         self.looks = torch.zeros(images, dtype=torch.int64)
@@ -208,9 +219,7 @@ class AttackLog:
         """``(images,)``: robust, as the attack itself would have it; None where it doesn't say."""
         self._whole, self._rows = whole, rows
 
-    def note(
-        self, *, gradients: int = 0, looks: int = 0, nonzero: Tensor | bool = False
-    ) -> None:
+    def note(self, *, gradients: int = 0, looks: int = 0, nonzero: Tensor | bool = False) -> None:
         """Add passes that every image of this log took part in."""
         rows = torch.arange(len(self.gradients))
         self._note(rows, gradients, looks, torch.as_tensor(nonzero).cpu())
@@ -243,7 +252,7 @@ class AttackerView:
         victim: Tape,
         guess: Tape,
         rows: int,
-        tick: Callable[[int], None] = lambda rows: None,
+        tick: Tick = ignore,
     ) -> None:
         self._defense = defense
         self._knows = knows & defense.sites
@@ -325,9 +334,7 @@ class AttackerView:
         self.log.note(gradients=sum(map(len, parts)), nonzero=(total.flatten(1) != 0).any(1))
         if self.deterministic:
             n = len(draws)
-            found = Gradient(
-                found.mean, found.losses.expand(-1, n), found.logits.expand(-1, n, -1)
-            )
+            found = Gradient(found.mean, found.losses.expand(-1, n), found.logits.expand(-1, n, -1))
         return found
 
     def differentiable(self, images: Tensor, draw: int) -> Tensor:
@@ -355,14 +362,12 @@ class AttackerView:
             first = False
 
         if whole.requires_grad:
-            whole.register_hook(arrived)
+            whole.register_hook(arrived)  # type: ignore[no-untyped-call]
         return self._pass(whole, [draw])[:, 0]
 
     def toward(self, defense: Defense) -> "AttackerView":
         """The view of another `defense`, none of whose draws is known; its log is its own."""
-        return AttackerView(
-            defense, frozenset(), self._guess, self._guess, self._rows, self._tick
-        )
+        return AttackerView(defense, frozenset(), self._guess, self._guess, self._rows, self._tick)
 
     def _pass(self, images: Tensor, draws: Sequence[int]) -> Tensor:
         n = len(draws)

@@ -4,6 +4,7 @@ A level t counts noising steps: t = 0 is the clean image, t = T pure noise. Netw
 0-based steps, so the network that denoises level t is called at step t - 1.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class Schedule:
         if not 1 <= steps <= t_star:
             raise BadEntry(f"steps: {steps} is not in 1 ... t_star = {t_star}.")
         levels = [(t_star * (steps - i) + steps // 2) // steps for i in range(steps + 1)]
-        return list(zip(levels[:-1], levels[1:], strict=True))
+        return list(itertools.pairwise(levels))
 
 
 def times(level: int, like: Tensor) -> Tensor:
