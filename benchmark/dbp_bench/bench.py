@@ -236,3 +236,7 @@ def _peak(steps: int) -> int:
     # Not getrusage: its peak is inherited from the parent process.
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+if __name__ == "__main__":
+    print(render(measure("cpu", 7)))  # noqa: T201

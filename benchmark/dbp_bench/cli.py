@@ -494,7 +494,9 @@ def _plan(
         table.add_column(name, justify="right")
     for job, twin, cost in costs:
         effort = " ".join(
-            f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in job.effort.items()
+            f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}"
+            for k, v in job.effort.items()
+            if v is not None
         )
         head = [job.defense.name, job.threat.name, ", ".join(job.knows) or "nothing", effort]
         if cost is None:

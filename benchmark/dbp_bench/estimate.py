@@ -15,7 +15,7 @@ from dbp_bench.job import Job
 from dbp_bench.memory import Policy
 from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
 from dbp_bench.registry import Registry
-from dbp_bench.run import FRESH_DRAWS, missing_gradients
+from dbp_bench.run import FRESH_DRAWS, is_complete, missing_gradients
 from dbp_bench.threat import AttackerView
 
 
@@ -41,9 +41,10 @@ def estimate(job: Job, registry: Registry, out: Path, policy: Policy) -> Cost:
     """The cost of `job`, from one gradient and one verdict of its first group, each timed twice."""
     probe = _probe(job, registry, policy)
     images = sum(map(len, job.groups))
-    looks = images * job.draws * (2 + (FRESH_DRAWS if job.knows else 0))
+    verdicts = job.draws * (2 + (FRESH_DRAWS if job.knows else 0))
+    looks = images * (verdicts + job.attacks * job.looks_per_attack)
     todo = missing_gradients(job, out)
-    share = todo / job.gradients if job.gradients else 0.0
+    share = todo / job.gradients if job.gradients else float(not is_complete(job, out))
     seconds = todo * probe.per_gradient + share * looks * probe.per_verdict
     return Cost(
         calls=(job.gradients + looks) * probe.calls,

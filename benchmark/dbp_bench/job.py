@@ -100,6 +100,12 @@ class Job:
         return model.model_validate(self.effort).passes * self.copies
 
     @property
+    def looks_per_attack(self) -> int:
+        """Passes without gradient that one attack takes of one image, at most."""
+        model = EFFORTS[self.threat.entry.attack]
+        return model.model_validate(self.effort).looks(self.knows != self.sites)
+
+    @property
     def gradients(self) -> int:
         """Image gradients that the whole job takes, padding included."""
         images = sum(len(group) for group in self.groups)

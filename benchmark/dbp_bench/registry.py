@@ -202,6 +202,10 @@ class Effort(Strict):
         """Gradient passes that an attack takes of one image, for each gradient draw."""
         return 0
 
+    def looks(self, hidden: bool) -> int:  # noqa: ARG002
+        """Passes without gradient that an attack takes of one image, at most."""
+        return 0
+
 
 class GradientEffort(Effort):
     """What every attack that follows a gradient takes."""
@@ -238,6 +242,10 @@ class PGDEffort(GradientEffort):
         """Steps of all restarts."""
         return self.steps * self.restarts
 
+    def looks(self, hidden: bool) -> int:
+        """What compares the restarts."""
+        return self.restarts * (self.eot if hidden else 1) if self.restarts > 1 else 0
+
     @model_validator(mode="after")
     def _restarts_differ(self) -> Self:
         if self.restarts > 1 and not self.random_start:
@@ -266,6 +274,11 @@ class APGDEffort(GradientEffort):
         """Steps of all runs."""
         return self.steps * self.restarts * (self.targets or 1)
 
+    def looks(self, hidden: bool) -> int:
+        """What compares the iterates, where the gradient's own losses are not exact."""
+        runs = self.restarts * (self.targets or 1)
+        return runs * (self.steps + 1) * self.eot if hidden else runs
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.restarts > 1 and not self.random_start:
@@ -285,6 +298,10 @@ class SquareEffort(Effort):
     eot: int = Field(ge=1)
     """Draws averaged per look; where draws are hidden, each candidate takes two looks."""
 
+    def looks(self, hidden: bool) -> int:
+        """Of an image that stays right to the end."""
+        return self.n_queries * (2 * self.eot if hidden else 1)
+
 
 class AutoAttackEffort(GradientEffort):
     """AutoAttack as published."""
@@ -302,6 +319,10 @@ class AutoAttackEffort(GradientEffort):
     def passes(self) -> int:
         """Of an image that stays right to the end: 19 searches in standard, 2 in rand."""
         return (19 if self.version == "standard" else 2) * (self.steps + 1)
+
+    def looks(self, hidden: bool) -> int:  # noqa: ARG002
+        """Queries of Square."""
+        return self.queries if self.version == "standard" else 0
 
     @model_validator(mode="after")
     def _single_draw(self) -> Self:
@@ -364,12 +385,12 @@ def _inner(table: dict[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
     return {"attack": name, **left}
 
 
-def _passes(table: Mapping[str, Any], shared: Mapping[str, Any]) -> int:
+def _effort(table: Mapping[str, Any], shared: Mapping[str, Any]) -> Effort:
     """Of an attack inside another."""
     model = EFFORTS[table["attack"]]
     own = {key: value for key, value in table.items() if key != "attack"}
     given = _given(model, shared)
-    return model.model_validate({**own, **given}).passes
+    return model.model_validate({**own, **given})
 
 
 class EnsembleEffort(GradientEffort):
@@ -398,7 +419,12 @@ class EnsembleEffort(GradientEffort):
     @property
     def passes(self) -> int:
         """Of all members."""
-        return sum(_passes(member, self._shared) for member in self.members)
+        return sum(_effort(member, self._shared).passes for member in self.members)
+
+    def looks(self, hidden: bool) -> int:
+        """Of all members, and of the choice among them."""
+        own = (len(self.members) + 1) * (self.compare if hidden else 1)
+        return own + sum(_effort(m, self._shared).looks(hidden) for m in self.members)
 
 
 _EXACT = {"gradient": "exact", "surrogate_steps": None}
@@ -421,7 +447,7 @@ class TransferEffort(Effort):
     def passes(self) -> int:
         """Through the source."""
         copies = 1 if self.source == "none" else int(self.search.get("eot", 1))
-        return _passes(self.search, _EXACT) * copies
+        return _effort(self.search, _EXACT).passes * copies
 
 
 EFFORTS: Mapping[str, type[Effort]] = {
