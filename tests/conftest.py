@@ -1,5 +1,6 @@
 import signal
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,3 +40,20 @@ def command(
 
     yield run
     signal.signal(signal.SIGTERM, handler)
+
+
+_NEEDS = {
+    "test_apgd": "pyautoattack",
+    "test_autoattack": "pyautoattack",
+    "test_square": "pyautoattack",
+    "test_torchattacks": "torchattacks",
+}
+"""Package of the tests that are marked `extras`, by module; test_extras chooses for itself."""
+
+
+@pytest.fixture(autouse=True)
+def _extra_is_installed(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("extras"):
+        package = _NEEDS.get(request.module.__name__)
+        if package is not None and find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")

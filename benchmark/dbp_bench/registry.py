@@ -253,6 +253,33 @@ class PGDEffort(GradientEffort):
         return self
 
 
+class LowFrequencyEffort(PGDEffort):
+    """Projected gradient descent on the low frequencies of the perturbation."""
+
+    band: Number = Field(gt=0, le=1)
+    """Share of the frequencies that is kept, per axis."""
+
+
+class SelectiveEffort(GradientEffort):
+    """Gradient ascent that averages the draws which one direction can attack together."""
+
+    steps: int = Field(ge=1)
+    step_size: Number = Field(gt=0, le=10)
+    """Relative to eps."""
+    eot: int = Field(ge=1)
+    """Gradient draws per step, of which some are chosen."""
+    loss: Literal["ce", "margin", "dlr"]
+    sharpness: Number = Field(ge=0, le=1e3)
+    """How strictly draws are chosen; 0 is the plain mean."""
+    rounds: int = Field(ge=1)
+    """Of expectation maximisation, per step."""
+
+    @property
+    def passes(self) -> int:
+        """Steps."""
+        return self.steps
+
+
 class APGDEffort(GradientEffort):
     """Auto-PGD, whose step sizes adapt to its progress."""
 
@@ -453,6 +480,8 @@ class TransferEffort(Effort):
 EFFORTS: Mapping[str, type[Effort]] = {
     "pgd": PGDEffort,
     "apgd": APGDEffort,
+    "lf": LowFrequencyEffort,
+    "selective": SelectiveEffort,
     "square": SquareEffort,
     "autoattack": AutoAttackEffort,
     "torchattacks": TorchattacksEffort,

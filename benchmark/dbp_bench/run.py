@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -445,7 +446,7 @@ def _provenance(job: Job, data: DataSet) -> Provenance:
         dbp_bench=__version__,
         commit=commit,
         dirty=dirty,
-        packages={name: version(name) for name in ("torch", "numpy", "safetensors")},
+        packages={name: version(name) for name in _packages(job)},
         python=platform.python_version(),
         device_name=device_name(job.device),
         threads=torch.get_num_threads(),
@@ -453,6 +454,14 @@ def _provenance(job: Job, data: DataSet) -> Provenance:
         weights=weights_of(job),
         data=data.sha256,
     )
+
+
+def _packages(job: Job) -> list[str]:
+    """Installed packages that the numbers depend on."""
+    borrowed = {"autoattack": "pyautoattack", "torchattacks": "torchattacks"}
+    own = borrowed.get(job.threat.entry.attack.partition(":")[0])
+    extra = [own] if own and find_spec(own) else []
+    return ["torch", "numpy", "safetensors", *extra]
 
 
 def device_name(device: str) -> str:

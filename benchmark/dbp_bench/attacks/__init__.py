@@ -8,7 +8,9 @@ from torch import Tensor
 from dbp_bench.attacks.apgd import APGD
 from dbp_bench.attacks.autoattack import AutoAttack
 from dbp_bench.attacks.ensemble import Ensemble
+from dbp_bench.attacks.lowfrequency import LowFrequency
 from dbp_bench.attacks.pgd import PGD
+from dbp_bench.attacks.selective import Selective
 from dbp_bench.attacks.square import Square
 from dbp_bench.attacks.torchattacks import Torchattacks
 from dbp_bench.attacks.transfer import Transfer
@@ -29,6 +31,8 @@ class Attack(Protocol):
 ATTACKS: Mapping[str, Callable[..., Attack]] = {
     "pgd": PGD,
     "apgd": APGD,
+    "lf": LowFrequency,
+    "selective": Selective,
     "square": Square,
     "autoattack": AutoAttack,
     "torchattacks": Torchattacks,

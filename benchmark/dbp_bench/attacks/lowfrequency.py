@@ -8,6 +8,7 @@ that the result compares with every other attack of a track and not with the pub
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import pi
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ class LowFrequency:
     cube adds some higher frequencies.
 
     Args:
-        band: Share of the frequencies that is kept, per axis, in (0, 1]; with 1 this is PGD. Rounded
-            to a number of coefficients, at least the constant one.
+        band: Share of the frequencies that is kept, per axis, in (0, 1]; with 1 this is PGD. It is
+            rounded to a number of coefficients, at least the constant one.
         steps: As in :class:`PGD`, like all that follow.
         step_size: Relative to eps.
         eot: Gradient draws averaged at each step.
@@ -108,6 +109,7 @@ def _band(size: int, band: float) -> Tensor:
 
 def cosines(size: int) -> Tensor:
     """The orthonormal DCT-II ``(size, size)`` in float64, one frequency a row, lowest first."""
-    frequency, position = torch.arange(size)[:, None], torch.arange(size, dtype=torch.float64)
-    waves = torch.cos(torch.pi / size * frequency * (position + 0.5))
-    return waves * torch.where(frequency == 0, (1 / size) ** 0.5, (2 / size) ** 0.5).double()
+    position = torch.arange(size, dtype=torch.float64)
+    waves: Tensor = (pi / size * position[:, None] * (position + 0.5)).cos() * (2 / size) ** 0.5
+    waves[0] = (1 / size) ** 0.5
+    return waves

@@ -1,19 +1,23 @@
-"""Gradient ascent that averages only the draws which one direction can attack together.
+"""Gradient ascent that averages only the draws which one direction can win together.
 
 In the spirit of DiffHammer (Wang et al., NeurIPS 2024): where the draws of a purifier do not share
 a weakness, the plain mean over draws follows a direction that serves none of them, and it is better
 to choose, by expectation maximisation, those that share one.
 
-What could not be settled, so that this is not a reimplementation: the exact distribution of the
-paper's expectation step and how it treats draws that are already wrong. Its gradient grafting,
-which averages at the classifier and then goes back through one draw of the purifier, is left out:
-every draw here has its own exact gradient, at the cost of plain averaging.
+This is no reimplementation. As in the released code, a draw weighs the sigmoid of the loss that one
+direction promises at it. Otherwise: every draw has its own exact gradient, at the cost of plain
+averaging, where the release chooses by gradients at the purified image and then goes back through
+one draw of the purifier (gradient grafting); the direction follows the weights from round to round,
+where the release keeps the first; the first direction is chosen by the number of draws that it
+promises to win, where the release adds up losses, which one large loss can decide; and there is no
+average over steps. Whether the paper's text agrees with its release could not be settled.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dbp_bench.attacks.objectives import OBJECTIVES
 from dbp_bench.threat import AttackerView, Budget
@@ -21,7 +25,7 @@ from dbp_bench.threat import AttackerView, Budget
 
 @dataclass(frozen=True, slots=True)
 class Selective:
-    """PGD without restarts, whose mean over draws is weighted; see :func:`agreement`.
+    """PGD without restarts, whose mean over draws is weighted; see :func:`shares`.
 
     The draws of each step are fresh, and each is a pass of its own. Where every draw is known, or
     there is one, this is PGD.
@@ -30,16 +34,17 @@ class Selective:
         steps: Gradient steps.
         step_size: Length of a step, relative to eps.
         eot: Gradient draws of each step.
-        loss: One of :data:`dbp_bench.attacks.objectives.OBJECTIVES`.
-        sharpness: How strictly draws are chosen; 0 is the plain mean.
+        loss: One of :data:`dbp_bench.attacks.objectives.OBJECTIVES`. The margin fits: it is above 0
+            where a draw is won.
+        sharpness: How strictly draws are chosen, per unit of loss; 0 is the plain mean.
         rounds: Rounds of expectation maximisation per step, which take no pass.
     """
 
     steps: int
     step_size: float
     eot: int
-    loss: str = "ce"
-    sharpness: float = 10.0
+    loss: str = "margin"
+    sharpness: float = 1.0
     rounds: int = 3
 
     def __call__(
@@ -50,49 +55,48 @@ class Selective:
         eot = 1 if view.deterministic else self.eot
         for step in range(self.steps):
             draws = range(step * eot, (step + 1) * eot)
-            each = torch.stack(
-                [view.gradient(found, labels, objective, [draw]).mean for draw in draws]
-            )
-            weights = agreement(each, budget, self.sharpness, self.rounds)
-            ascent = budget.ascent(_mean(weights, each))
+            each = [view.gradient(found, labels, objective, [draw]) for draw in draws]
+            gradients = torch.stack([one.mean for one in each])
+            losses = torch.cat([one.losses for one in each], 1).T
+            weights = shares(gradients, losses, budget, self.sharpness, self.rounds)
+            ascent = budget.ascent(_mean(weights, gradients))
             found = budget.project(found + self.step_size * budget.eps * ascent, images)
         return found
 
 
-def agreement(each: Tensor, budget: Budget, sharpness: float, rounds: int) -> Tensor:
+def shares(
+    gradients: Tensor, losses: Tensor, budget: Budget, sharpness: float, rounds: int
+) -> Tensor:
     """How much each draw counts ``(draws, b)``; over the draws, weights add up to 1.
 
-    Maximisation: the common direction is the steepest ascent of the weighted mean. Expectation: a
-    draw weighs ``exp(sharpness * gain)``, where its gain, in [-1, 1], is how much the common
-    direction of all *other* draws raises its loss, to first order, relative to its own best
-    direction. A draw has no say on itself: of 10 draws that have nothing in common, each would
-    agree with a mean that holds a tenth of it.
+    The likelihood to be raised is the share of draws that are won, a draw at the loss ``l`` with
+    probability ``sigmoid(sharpness * l)``. Expectation: a draw weighs this probability at the loss
+    that a whole step of eps in the common direction promises, to first order. Maximisation: the
+    common direction is the steepest ascent of the weighted mean. It starts as the direction of the
+    one draw that promises most.
 
     Args:
-        each: The gradient at each draw, ``(draws, b, c, h, w)``.
-        budget: Whose norm decides which direction is steepest.
+        gradients: At each draw, ``(draws, b, c, h, w)``.
+        losses: At each draw, ``(draws, b)``.
+        budget: Whose norm decides which direction is steepest, and whose eps how far it goes.
         sharpness: 0 weighs all alike.
-        rounds: Of both steps, from equal weights.
+        rounds: Of both steps.
     """
-    draws = len(each)
-    weights = each.new_full(each.shape[:2], 1 / draws)
-    own = torch.stack([_dot(one, budget.ascent(one)) for one in each]).clamp(min=1e-30)
-    for _ in range(rounds if draws > 1 else 0):
-        whole = _mean(weights, each)
-        others = (whole - _per_draw(weight, one) for weight, one in zip(weights, each, strict=True))
-        gains = [_dot(one, budget.ascent(rest)) for one, rest in zip(each, others, strict=True)]
-        weights = torch.softmax(sharpness * torch.stack(gains) / own, dim=0)
+
+    def won(common: Tensor) -> Tensor:
+        """The log-probability ``(draws, b)`` that each draw is won along the ascent of `common`."""
+        ascent = budget.ascent(common)
+        gains = torch.stack([(one * ascent).flatten(1).sum(1) for one in gradients])
+        return F.logsigmoid(sharpness * (losses + budget.eps * gains))
+
+    starts = torch.stack([won(one).logsumexp(0) for one in gradients]).argmax(0)
+    common = gradients[starts, torch.arange(len(starts), device=starts.device)]
+    for _ in range(rounds):
+        weights = won(common).softmax(0)
+        common = _mean(weights, gradients)
     return weights
 
 
-def _mean(weights: Tensor, each: Tensor) -> Tensor:
+def _mean(weights: Tensor, gradients: Tensor) -> Tensor:
     """The weighted mean ``(b, c, h, w)``."""
-    return torch.stack([_per_draw(w, one) for w, one in zip(weights, each, strict=True)]).sum(0)
-
-
-def _per_draw(weight: Tensor, one: Tensor) -> Tensor:
-    return weight.view(-1, 1, 1, 1) * one
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1)
+    return (weights[:, :, None, None, None] * gradients).sum(0)
