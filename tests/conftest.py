@@ -54,6 +54,6 @@ _NEEDS = {
 @pytest.fixture(autouse=True)
 def _extra_is_installed(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("extras"):
-        package = _NEEDS.get(request.module.__name__)
+        package = _NEEDS.get(request.path.stem)
         if package is not None and find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
