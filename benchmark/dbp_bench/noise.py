@@ -114,23 +114,21 @@ class Tape:
         rows = max(1, _CHUNK // blocks) if on_cpu else len(self.ids)
         for start in range(0, len(self.ids), rows):
             ids, draws = self.ids[start : start + rows], self.draws[start : start + rows]
-            xp, zeros, index, ids, draws = _address(ids, draws, blocks, out.device)
-            counter = (zeros + index, zeros + step, zeros + draws[:, None], zeros + ids[:, None])
-            words = xp.stack(philox(counter, key, xp), 2).reshape(len(ids), -1)
+            xp, integers = _library(out.device)
+            block = integers(torch.arange(blocks))
+            counter = (block, integers(torch.tensor([step])), integers(draws[:, None]))
+            words = xp.stack(philox((*counter, integers(ids[:, None])), key, xp), 2)
+            words = words.reshape(len(ids), -1)
             values = transform(words, xp)[:, :size]
             out[start : start + rows] = torch.as_tensor(values)
         return out.view(like.shape)
 
 
-def _address(
-    ids: Tensor, draws: Tensor, blocks: int, device: torch.device
-) -> tuple[ModuleType, Any, Any, Any, Any]:
-    """The array library for `device`, and in it: zeros, block numbers, ids and draws."""
+def _library(device: torch.device) -> tuple[ModuleType, Callable[[Tensor], Any]]:
+    """The array library for `device`, and what turns an int64 tensor into one of its arrays."""
     if device.type == "cpu":
-        zeros, index = np.zeros((len(ids), blocks), np.uint64), np.arange(blocks, dtype=np.uint64)
-        return np, zeros, index, ids.numpy().astype(np.uint64), draws.numpy().astype(np.uint64)
-    zeros_there = torch.zeros(len(ids), blocks, dtype=torch.int64, device=device)
-    return torch, zeros_there, torch.arange(blocks, device=device), ids.to(device), draws.to(device)
+        return np, lambda numbers: numbers.numpy().astype(np.uint64)
+    return torch, lambda numbers: numbers.to(device)
 
 
 def shuffled(items: Sequence[int], seed: int, owner: str) -> list[int]:
@@ -160,7 +158,8 @@ def philox(counter: Sequence[Any], key: tuple[int, int], xp: ModuleType) -> list
     """Four words of 64 random bits for each counter (Salmon et al. 2011, section 4.3).
 
     Args:
-        counter: Four arrays of one shape, uint64 (NumPy) or int64 (torch).
+        counter: Four arrays, uint64 (NumPy) or int64 (torch), which broadcast: while they differ
+            in shape, the first rounds cost less.
         key: Two words, each in [0, 2^64).
         xp: The array library, ``numpy`` or ``torch``.
 
@@ -173,11 +172,9 @@ def philox(counter: Sequence[Any], key: tuple[int, int], xp: ModuleType) -> list
     for _ in range(10):
         high0, low0 = _multiply(c0, _M0, xp)
         high1, low1 = _multiply(c2, _M1, xp)
-        high1 ^= c1
-        high1 ^= _constant(k0, xp)
-        high0 ^= c3
         high0 ^= _constant(k1, xp)
-        c0, c1, c2, c3 = high1, low1, high0, low0
+        high1 ^= _constant(k0, xp)
+        c0, c1, c2, c3 = high1 ^ c1, low1, high0 ^ c3, low0
         k0, k1 = (k0 + _W0) & _WORD, (k1 + _W1) & _WORD
     return [c0, c1, c2, c3]
 
@@ -229,20 +226,27 @@ def _normals(words: Any, xp: ModuleType) -> Any:
     Box and Muller (1958). The lower half of a word gives the radius (at most 6.8); of the upper
     half, 31 bits give an angle in (-pi/2, pi/2) and one bit the half turn that is added to it.
     """
-    radius = xp.sqrt(-2.0 * _log(_unit(words & _LOW, 32, xp), xp))
-    upper = _upper(words, xp)
+    lower, upper = _halves(words, xp)
+    radius = _log(_unit(lower, 32, xp), xp)
+    radius *= -2.0
+    radius = xp.sqrt(radius)
     angle = _unit(upper & 0x7FFFFFFF, 31, xp)
     angle -= 0.5
     angle *= pi
     square = angle * angle
-    cosine = 1.0 - square * _horner(square, _COS)
-    sine = angle - angle * square * _horner(square, _SIN)
+    cosine = _horner(square, _COS)
+    cosine *= square
+    cosine = 1.0 - cosine
+    sine = _horner(square, _SIN)
+    square *= angle
+    sine *= square
+    sine = angle - sine
     # A half turn is a change of sign; bit 31 of a word is the sign bit of a float32.
-    half_turn = upper & 0x80000000
-    signed = (radius.view(xp.int32) ^ _int32(half_turn, xp)).view(xp.float32)
-    out = xp.stack([cosine, sine], 2)
-    out *= signed[:, :, None]
-    return out.reshape(len(words), -1)
+    signed = radius.view(xp.int32)
+    signed ^= _int32(upper & 0x80000000, xp)
+    cosine *= radius
+    sine *= radius
+    return xp.stack([cosine, sine], 2).reshape(len(words), -1)
 
 
 def _uniforms(words: Any, xp: ModuleType) -> Any:
@@ -284,9 +288,17 @@ def _unit(integers: Any, bits: int, xp: ModuleType) -> Any:
     return values
 
 
+def _halves(words: Any, xp: ModuleType) -> tuple[Any, Any]:
+    """Lower and upper 32 bits of each word: int64 in torch, uint32 in NumPy."""
+    if xp is torch:
+        return words & _LOW, _upper(words, xp)
+    pairs = words.astype("<u8", copy=False).view("<u4")
+    return pairs[:, 0::2], pairs[:, 1::2]
+
+
 def _int32(bits: Any, xp: ModuleType) -> Any:
-    """The lower 32 bits of each word."""
-    return bits.to(torch.int32) if xp is torch else bits.astype(np.uint32).view(np.int32)
+    """What :func:`_halves` gave, as int32 with the same bits."""
+    return bits.to(torch.int32) if xp is torch else bits.view(np.int32)
 
 
 def _float(integers: Any, xp: ModuleType) -> Any:
