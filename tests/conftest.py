@@ -1,3 +1,4 @@
+import os
 import signal
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -29,6 +30,7 @@ def command(
 
     def run(*arguments: str | Path) -> Said:
         monkeypatch.setattr("sys.argv", ["dbp-bench", *map(str, arguments)])
+        monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
         monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
         capsys.readouterr()
         code = 0
