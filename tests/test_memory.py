@@ -1,4 +1,4 @@
-"""Checkpointing changes what is kept, never what is computed, drawn or counted."""
+"""Checkpointing and recording change what is kept, never what is computed, drawn or counted."""
 
 from contextlib import suppress
 from itertools import groupby
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dbp_bench import memory
 from dbp_bench.defense import Defense
 from dbp_bench.memory import CallCounter, Policy
-from dbp_bench.noise import GUIDANCE, Noise, Site, Tape
+from dbp_bench.noise import FORWARD, GUIDANCE, Noise, Site, Tape
+from dbp_bench.purifiers.schedule import Schedule
 from toys import SAMPLERS, Recorder, Remembered, Small, SmallDenoiser, sampler, ssim, uniform
 
 N = 3
@@ -228,6 +229,92 @@ def leaves(out: Tensor) -> list[Tensor]:
             found.append(cast(Tensor, node.variable))
         todo += [parent for parent, _ in node.next_functions]
     return [next(same) for _, same in groupby(found, key=id)]
+
+
+# ------------------------------------------------------------------------------- what is recorded
+
+
+def through_states(defense: Defense, noise: Noise | None = None) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of a loss of logits and of all states, and what there was to differentiate."""
+    x = uniform(N, 1, 4, 4).requires_grad_()
+    with memory.recording() as states:
+        logits = defense.logits(x, noise or tape())
+    apart = [(state.reverse - state.forward).square().sum() for state in states]
+    loss = logits.square().sum() + torch.stack(apart).sum()
+    (gradient,) = torch.autograd.grad(loss, x)
+    return gradient, [logits, *(t for s in states for t in (s.forward, s.reverse))]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_a_sampler_shows_of_its_way(name: str) -> None:
+    """The input of every network call but the first, the output, and the forward process."""
+    defense, network = build(name, KEPT)
+    x, noise = uniform(N, 1, 4, 4), tape()
+    with memory.recording() as states:
+        purified = defense.purifier(x, noise)
+    rounds = 2 if name == "gdmp" else 1
+    assert [s.level for s in states] == [45, 30, 15, 0] * rounds
+
+    source = 2 * x - 1
+    for k in range(rounds):
+        own, fresh = states[4 * k : 4 * k + 4], noise.normal(FORWARD, k, x)
+        for state in own:
+            a = Schedule().signal()[state.level]
+            want = a**0.5 * source + (1 - a) ** 0.5 * fresh
+            torch.testing.assert_close(state.forward, want)
+        called = [z for z, _ in network.seen[4 * k + 1 : 4 * k + 4]]
+        assert all(torch.equal(s.reverse, z) for s, z in zip(own, called, strict=False))
+        source = own[-1].reverse
+    torch.testing.assert_close((source + 1) / 2, purified)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("policy", [KEPT, REDONE, "auto"])
+def test_recording_changes_nothing_that_is_computed_drawn_or_counted(
+    name: str, policy: Policy
+) -> None:
+    (quiet, _), (told, _) = build(name, policy), build(name, policy)
+    want, drawn, again = run(quiet, first := Remembered(tape())), first.log, Remembered(tape())
+    with memory.recording() as states:
+        found = run(told, again)
+    assert len(states) == (8 if name == "gdmp" else 4), "none of a measurement, nor of a repetition"
+    assert all(len(s.forward) == len(s.reverse) == N for s in states)
+    assert all(torch.equal(a, b) for a, b in zip(want, found, strict=True))
+    assert [entry[:2] for entry in drawn] == [entry[:2] for entry in again.log]
+    assert quiet.counter.images == told.counter.images
+    run(told)
+    assert len(states) == (8 if name == "gdmp" else 4), "nor of what comes later"
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_gradient_through_recorded_states_is_plain_autograd_bit_for_bit(name: str) -> None:
+    kept, redone = through_states(build(name, KEPT)[0]), through_states(build(name, REDONE)[0])
+    alone = run(build(name, KEPT)[0])[1]
+    assert float((kept[0] - alone).abs().min()) > 0, "the states add to the gradient of the logits"
+    assert torch.equal(kept[0], redone[0])
+    assert all(torch.equal(a, b) for a, b in zip(kept[1], redone[1], strict=True))
+
+
+def test_the_forward_process_is_asked_for_only_while_recording() -> None:
+    asked: list[int] = []
+
+    def forward(level: int) -> Tensor:
+        asked.append(level)
+        return torch.zeros(1)
+
+    one = torch.ones(1)
+    assert torch.equal(memory.step(torch.neg, one, level=3, forward=forward), -one)
+    assert asked == []
+    with memory.recording() as states:
+        memory.step(torch.neg, one, level=3, forward=forward)
+        memory.step(torch.neg, one)
+    assert asked == [3]
+    assert [(s.level, float(s.reverse)) for s in states] == [(3, -1.0)]
+
+
+def test_a_level_and_its_forward_process_go_together() -> None:
+    with pytest.raises(ValueError, match="level and forward go together"):
+        memory.step(torch.neg, torch.ones(1), level=3)
 
 
 def test_free_memory_is_a_positive_number_of_bytes() -> None:

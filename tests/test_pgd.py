@@ -3,20 +3,23 @@
 from collections.abc import Sequence
 from functools import cache
 from statistics import NormalDist
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from pydantic import ValidationError
+from torch import Tensor, nn
 
 from dbp_bench.attacks import build
-from dbp_bench.attacks.objectives import cross_entropy
-from dbp_bench.attacks.pgd import PGD
+from dbp_bench.attacks.objectives import OBJECTIVES, Towards, cross_entropy
+from dbp_bench.attacks.pgd import PGD, SELECTION
 from dbp_bench.defense import Defense, Identity
+from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Group, attack, judge
 from dbp_bench.noise import FORWARD, REVERSE, Site
+from dbp_bench.registry import EFFORTS
 from dbp_bench.threat import L2, AttackerView, Budget, Gradient, Linf, Objective
-from toys import BOTH, SUBSETS, Linear, Noisy, TwoSided, normal, uniform
+from toys import BOTH, SUBSETS, Echo, Linear, Noisy, TwoSided, normal, uniform
 
 PIXELS = 16
 WEIGHT = normal(1, PIXELS, seed=5)[0]
@@ -203,6 +206,187 @@ def test_of_several_restarts_the_best_counts() -> None:
         losses.append(cross_entropy(defense.classifier(found), group.labels))
     assert bool((losses[0] <= losses[1]).all() & (losses[1] <= losses[2]).all())
     assert bool((losses[0] < losses[1]).any() & (losses[1] < losses[2]).any())
+
+
+# ------------------------------------------------------------------------------ targeted losses
+
+FAMILIES = ["ce", "margin", "dlr"]
+
+
+class Notes:
+    """A view of ten classes without a gradient, which remembers what it was asked.
+
+    Logits are those of a table: of the clean image first, then of what each restart found.
+    """
+
+    deterministic = False
+
+    def __init__(self, table: list[Tensor]) -> None:
+        self.table = table
+        self.aims: list[Tensor] = []
+        self.looked: list[list[int]] = []
+        self.asked: list[int] = []
+
+    def logits(self, images: Tensor, draws: Sequence[int]) -> Tensor:
+        self.looked.append(list(draws))
+        return self.table[len(self.looked) - 1][:, None].expand(-1, len(draws), -1)
+
+    def gradient(
+        self, images: Tensor, labels: Tensor, objective: Objective, draws: Sequence[int]
+    ) -> Gradient:
+        assert isinstance(objective, Towards)
+        self.aims.append(objective.targets)
+        self.asked += draws
+        # Moves the whole image towards 1 by an amount that tells the restart.
+        losses = torch.zeros(len(images), len(draws))
+        return Gradient(torch.ones_like(images), losses, losses[:, :, None])
+
+
+def test_each_restart_aims_at_the_next_most_likely_wrong_class() -> None:
+    """Nine restarts on ten classes aim at all nine, whose order the clean image fixes."""
+    logits = normal(2, 10, seed=3)
+    labels = logits.argsort(dim=1)[:, -2]  # the second most likely
+    notes = Notes([logits] * 10)
+    images = 0.5 * torch.ones(2, 1, 4, 4)
+    PGD(2, 0.1, 3, "margin-targeted", restarts=9)(
+        cast(AttackerView, notes), images, labels, Linf(0.1)
+    )
+    wrong = [
+        [c for c in row if c != label]
+        for row, label in zip(logits.argsort(dim=1, descending=True).tolist(), labels, strict=True)
+    ]
+    assert torch.stack(notes.aims[::2], 1).tolist() == wrong
+    assert torch.stack(notes.aims[1::2], 1).tolist() == wrong, "to the end of the restart"
+
+    assert notes.asked == list(range(9 * 2 * 3)), "fresh guesses at every step"
+    order, *compared = notes.looked
+    assert all(looked == list(range(SELECTION, SELECTION + 3)) for looked in compared)
+    assert len(compared) == 9
+    assert not set(order) & {*notes.asked, *compared[0]}
+    assert len(order) == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_restarts_are_compared_by_the_untargeted_loss_of_the_family(family: str) -> None:
+    """Judged by logits for which the three families disagree on which restart is best."""
+    clean = torch.tensor([[9.0, 1.0, 2.0, 3.0, 0.0]])
+    # Margins -4, -4.5, -5; but cross-entropy and dlr prefer other restarts.
+    found = [
+        torch.tensor([[4.0, 0.0, -20.0, -20.0, -20.0]]),
+        torch.tensor([[4.5, 0.0, 0.0, 0.0, 0.0]]),
+        torch.tensor([[5.0, 0.0, 0.0, -90.0, -90.0]]),
+    ]
+    labels = torch.tensor([0])
+    values = torch.cat([OBJECTIVES[family](one, labels) for one in found])
+    assert int(values.argmax()) == {"ce": 1, "margin": 0, "dlr": 0}[family]
+
+    class Moving(Notes):
+        """Whose restarts end at other images each."""
+
+        def gradient(self, *args: Any) -> Gradient:
+            gradient = super().gradient(*args)
+            return gradient._replace(mean=torch.zeros_like(args[0]))
+
+        def random_start(self, images: Tensor, budget: Budget, number: int) -> Tensor:
+            return images + 0.01 * (number + 1)
+
+    notes = Moving([clean, *found])
+    images = torch.zeros(1, 1, 2, 2)
+    method = PGD(1, 0.1, 2, f"{family}-targeted", random_start=True, restarts=3)
+    got = method(cast(AttackerView, notes), images, labels, Linf(0.1))
+    torch.testing.assert_close(got, images + 0.01 * (int(values.argmax()) + 1))
+
+
+class Guarded(nn.Module):
+    """Ten classes at the pixels' values; the nearest wrong one cannot be reached, the next can."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        flat = images.flatten(1)[:, :10]
+        return torch.cat([flat[:, :1], flat[:, 1:2].clamp(max=0.75), flat[:, 2:]], 1)
+
+
+def test_a_class_that_an_untargeted_search_never_tries_is_found() -> None:
+    """The margin's gradient stays at the most likely wrong class, which gives way no further."""
+    images = torch.tensor([0.9, 0.76, 0.7, *[0.1] * 13]).view(1, 1, 4, 4)
+    group = Group(images, torch.tensor([0]), [0])
+    defense = Defense(Identity(), Guarded())
+    wrong = []
+    for method in (
+        PGD(1, 1.0, 1, "margin"),
+        PGD(1, 1.0, 1, "margin-targeted"),
+        PGD(1, 1.0, 1, "margin-targeted", restarts=2),
+    ):
+        found = attack(defense, method, group, Linf(0.13), BOTH, seed=0, victim_draw=0, rows=64)
+        wrong.append(int(defense.classifier(found.images).argmax()) != 0)
+    assert wrong == [False, False, True]
+
+
+@pytest.mark.parametrize("knows", SUBSETS)
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_a_targeted_search_takes_what_its_effort_says(
+    knows: frozenset[Site], restarts: int
+) -> None:
+    images = uniform(3, 1, 4, 4)
+    group = Group(images, torch.tensor([0, 5, 9]), range(3))
+    effort = EFFORT | {"loss": "dlr-targeted", "restarts": restarts}
+    declared = EFFORTS["pgd"].model_validate(effort)
+    found = attack(
+        Defense(Noisy(0.1, 0.1), Echo()),
+        build("pgd", effort),
+        group,
+        Linf(0.1),
+        knows,
+        seed=0,
+        victim_draw=0,
+        rows=64,
+    )
+    eot = 1 if knows == BOTH else 2
+    assert found.gradients.tolist() == [declared.passes * eot] * 3
+    assert found.looks.tolist() == [declared.looks(knows != BOTH)] * 3
+
+
+def test_more_targets_than_wrong_classes_are_refused() -> None:
+    classifier, group = linear()
+    with pytest.raises(
+        AttackFailed, match=r"restarts: 2, .* this classifier has 1; give 1 at most"
+    ):
+        search(
+            Defense(Identity(), classifier), PGD(1, 1.0, 1, "ce-targeted", False, 2), group, L2(0.1)
+        )
+    search(Defense(Identity(), classifier), PGD(1, 1.0, 1, "ce-targeted"), group, L2(0.1))
+
+
+EFFORT: dict[str, Any] = {
+    "steps": 2,
+    "step_size": 0.5,
+    "eot": 2,
+    "loss": "ce",
+    "random_start": False,
+    "restarts": 1,
+    "gradient": "exact",
+    "surrogate_steps": None,
+}
+
+
+@pytest.mark.parametrize("name", ["pgd", "lf", "diffattack"])
+def test_restarts_need_something_that_differs(name: str) -> None:
+    own: dict[str, dict[str, Any]] = {
+        "lf": {"band": 0.5},
+        "diffattack": {"weight": 1, "levels": None},
+    }
+    model, several = EFFORTS[name], EFFORT | own.get(name, {}) | {"restarts": 9}
+    for changes in ({"random_start": True}, {"loss": "dlr-targeted"}):
+        model.model_validate(several | changes)
+    with pytest.raises(ValidationError, match="needs random_start: true or a targeted loss"):
+        model.model_validate(several | {"loss": "dlr"})
+
+
+def test_a_selective_search_has_no_restarts_to_aim_with() -> None:
+    effort = {key: EFFORT[key] for key in EFFORT.keys() - {"random_start", "restarts"}}
+    selective = effort | {"sharpness": 1, "rounds": 3}
+    EFFORTS["selective"].model_validate(selective)
+    with pytest.raises(ValidationError, match="'ce', 'margin' or 'dlr'"):
+        EFFORTS["selective"].model_validate(selective | {"loss": "ce-targeted"})
 
 
 def test_no_step_is_no_attack() -> None:

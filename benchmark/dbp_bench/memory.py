@@ -1,11 +1,11 @@
-"""Gradient checkpointing as a policy: what a purification keeps, never what it computes."""
+"""What a purification keeps for a gradient, and shows of its way; never what it computes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,17 @@ class _Shelf:
         return kept.copy_(state)
 
 
+class State(NamedTuple):
+    """Where a reverse step ended, and where the forward process was at the same noise level."""
+
+    level: int
+    """The integer noise level; 0 is the clean image."""
+    forward: Tensor
+    """``(b, c, h, w)`` in diffusion space."""
+    reverse: Tensor
+    """``(b, c, h, w)`` in diffusion space: what the step returned."""
+
+
 SHELF = 8
 """States in one buffer."""
 
@@ -68,6 +79,7 @@ _shelf: ContextVar[_Shelf | None] = ContextVar("shelf of the running defense", d
 _counter: ContextVar[CallCounter | None] = ContextVar(
     "counter of the running defense", default=None
 )
+_states: ContextVar[list[State] | None] = ContextVar("record of the running defense", default=None)
 
 
 @contextmanager
@@ -81,7 +93,27 @@ def checkpointing(by_step: bool, counter: CallCounter) -> Iterator[None]:
         _counter.reset(tokens[1])
 
 
-def step(function: Callable[..., Tensor], state: Tensor, *others: Tensor) -> Tensor:
+@contextmanager
+def recording() -> Iterator[list[State]]:
+    """The states of the reverse steps that run inside, in order, with their graphs.
+
+    Only steps that say their level are among them. What is computed stays the same.
+    """
+    states: list[State] = []
+    token = _states.set(states)
+    try:
+        yield states
+    finally:
+        _states.reset(token)
+
+
+def step(
+    function: Callable[..., Tensor],
+    state: Tensor,
+    *others: Tensor,
+    level: int | None = None,
+    forward: Callable[[int], Tensor] | None = None,
+) -> Tensor:
     """``function(state, *others)``, of which the policy `step` keeps only the arguments.
 
     `function` must draw its noise from a tape inside: the recomputation then replays it.
@@ -90,10 +122,27 @@ def step(function: Callable[..., Tensor], state: Tensor, *others: Tensor) -> Ten
         function: One step of a sampler.
         state: What the step changes.
         others: Tensors from outside the step through which a gradient may flow.
+        level: The noise level of what the step returns; None where it has none.
+        forward: The forward process that is undone, by level: its state like `state`. Called only
+            while :func:`recording`.
 
     Raises:
-        ValueError: `function` captured a tensor that carries a gradient, which would be lost.
+        ValueError: `function` captured a tensor that carries a gradient, which would be lost; or
+            one of `level` and `forward` is given without the other.
     """
+    if (level is None) != (forward is None):
+        raise ValueError("memory.step: level and forward go together; give both or neither.")
+    out = _step(function, state, *others)
+    states = _states.get()
+    if states is None or level is None or forward is None:
+        return out
+    states.append(State(level, forward(level), out))
+    # An alias: its gradient adds up what comes through later steps before that of the record is
+    # added, whatever the policy, so that policies round alike.
+    return out.view_as(out)
+
+
+def _step(function: Callable[..., Tensor], state: Tensor, *others: Tensor) -> Tensor:
     shelf, counter = _shelf.get(), _counter.get()
     inputs = (state, *others)
     if shelf is None or not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
@@ -160,8 +209,12 @@ def activation_bytes(function: Callable[[], Tensor]) -> int:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = function()
+    unrecorded = _states.set(None)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = function()
+    finally:
+        _states.reset(unrecorded)
     del out
     return sum(seen.values())
 

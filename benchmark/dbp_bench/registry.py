@@ -15,12 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypeVar, get_type_hints
 
-import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -32,6 +29,10 @@ from pydantic import (
 )
 
 from dbp_bench import weights
+from dbp_bench.checkpoints import catalog, store
+from dbp_bench.declaration import Strict
+from dbp_bench.declaration import explain as explain
+from dbp_bench.declaration import read_yaml as read_yaml
 from dbp_bench.errors import BadEntry, UnknownName, did_you_mean
 
 if TYPE_CHECKING:
@@ -95,12 +96,6 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 DottedPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 
-class Strict(BaseModel):
-    """Every key must be there, and no other; no value is taken for another (`no` for 0)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
 class NetworkRef(Strict):
     """A network and the file its weights are in."""
 
@@ -111,13 +106,49 @@ class NetworkRef(Strict):
     sha256: Sha256
 
 
+class CheckpointRef(Strict):
+    """A published network, taken from the cache of checkpoints."""
+
+    checkpoint: str
+    """In the catalog, or ``robustbench:<dataset>/<threat>/<model>``, or ``timm:<model>``."""
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        try:
+            catalog.find(name)
+        except UnknownName as error:
+            raise ValueError(str(error).rstrip(".")) from None
+        return name
+
+    @property
+    def sha256(self) -> str:
+        """Of the weights in the cache.
+
+        Raises:
+            BadWeights: They aren't there; the message gives the command that brings them there.
+        """
+        return store.read(self.checkpoint).sha256
+
+
+def _kind_of_ref(value: Any) -> str:
+    named = "checkpoint" in value if isinstance(value, dict) else hasattr(value, "checkpoint")
+    return "<checkpoint>" if named else "<file>"
+
+
+AnyNetwork = Annotated[
+    Annotated[NetworkRef, Tag("<file>")] | Annotated[CheckpointRef, Tag("<checkpoint>")],
+    Discriminator(_kind_of_ref),
+]
+
+
 class Track(Strict):
     """A data set, its frozen images, the classifier to protect, and the attacker's budget."""
 
     title: str
     data: str
     split: str
-    classifier: NetworkRef
+    classifier: AnyNetwork
     norm: Literal["linf", "l2", "l1"]
     eps: Eps
     """In [0, 1] pixel units: 8/255, not 8."""
@@ -135,21 +166,50 @@ class Track(Strict):
         return self
 
 
+class Surrogate(Strict):
+    """What attacks may differentiate in place of a defense, where its authors say so."""
+
+    options: Options = Field(min_length=1)
+    """Options of the defense that are others here."""
+    votes: int = Field(default=1, ge=1)
+    """Purifications of each image."""
+
+
 class Setting(Strict):
     """How a defense is set up on some tracks."""
 
     tracks: Names = Field(min_length=1)
     options: Options
     """Keyword arguments of the factory."""
-    networks: dict[str, NetworkRef]
+    networks: dict[str, AnyNetwork]
     """The networks that the factory takes, by argument name."""
+    votes: int = Field(default=1, ge=1)
+    """Independent purifications of each image, whose majority decides. May be left out."""
+    resize: int | None = Field(default=None, ge=1)
+    """The side of the square images that the purifier takes; null for the track's own. May be left
+    out."""
+    surrogate: Surrogate | None = None
+    """For attacks whose effort says ``gradient: declared-surrogate``. May be left out."""
 
     @model_validator(mode="after")
     def _one_value_each(self) -> Self:
         for name in self.networks:
             if name in self.options:
                 raise ValueError(f"{name!r} is both an option and a network")
+        for name in ("votes", "resize"):
+            if name in self.options:
+                raise ValueError(f"options: {name}: stands beside options, not among them")
+        for name in self.surrogate.options if self.surrogate else ():
+            if name not in self.options:
+                hint = did_you_mean(name, self.options).rstrip(".")
+                raise ValueError(f"surrogate.options: no option {name!r}.{hint}")
         return self
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a result says of the set-up: options, and votes and resize where there are any."""
+        more = {"votes": self.votes} if self.votes > 1 else {}
+        return {**self.options, **more, **({"resize": self.resize} if self.resize else {})}
 
 
 class DefenseEntry(Strict):
@@ -210,9 +270,10 @@ class Effort(Strict):
 class GradientEffort(Effort):
     """What every attack that follows a gradient takes."""
 
-    gradient: Literal["exact", "bpda", "surrogate"]
+    gradient: Literal["exact", "bpda", "surrogate", "declared-surrogate"]
     """Through the whole purifier; of the classifier at the purified image (Athalye et al. 2018);
-    or through a purifier with fewer steps than the one that is defended."""
+    through a purifier with fewer steps than the one that is defended; or through the surrogate that
+    the defense's entry declares."""
     surrogate_steps: int | None = Field(ge=1)
     """Of the surrogate; null elsewhere."""
 
@@ -233,9 +294,14 @@ class PGDEffort(GradientEffort):
     """Relative to eps."""
     eot: int = Field(ge=1)
     """Gradient draws averaged per step."""
-    loss: Literal["ce", "margin", "dlr"]
+    loss: Literal["ce", "margin", "dlr", "ce-targeted", "margin-targeted", "dlr-targeted"]
+    """With a targeted loss, each restart aims at another wrong class, the most likely first."""
     random_start: bool
     restarts: int = Field(ge=1)
+
+    @property
+    def _targeted(self) -> bool:
+        return self.loss.endswith("-targeted")
 
     @property
     def passes(self) -> int:
@@ -243,13 +309,17 @@ class PGDEffort(GradientEffort):
         return self.steps * self.restarts
 
     def looks(self, hidden: bool) -> int:
-        """What compares the restarts."""
-        return self.restarts * (self.eot if hidden else 1) if self.restarts > 1 else 0
+        """What compares the restarts, and what orders the targets."""
+        compared = self.restarts if self.restarts > 1 else 0
+        return (compared + self._targeted) * (self.eot if hidden else 1)
 
     @model_validator(mode="after")
     def _restarts_differ(self) -> Self:
-        if self.restarts > 1 and not self.random_start:
-            raise ValueError("restarts: more than 1 needs random_start: true, or all are the same")
+        if self.restarts > 1 and not (self.random_start or self._targeted):
+            raise ValueError(
+                "restarts: more than 1 needs random_start: true or a targeted loss, or all are "
+                "the same"
+            )
         return self
 
 
@@ -258,6 +328,24 @@ class LowFrequencyEffort(PGDEffort):
 
     band: Number = Field(gt=0, le=1)
     """Share of the frequencies that is kept, per axis."""
+
+
+class DiffAttackEffort(PGDEffort):
+    """Projected gradient descent on a loss to which a deviated reconstruction is added."""
+
+    weight: Number = Field(ge=0, le=1e6)
+    """Of the deviation; 0 is plain projected gradient descent."""
+    levels: int | None = Field(ge=1)
+    """Reverse steps whose states count, evenly spaced; null for all."""
+
+    @model_validator(mode="after")
+    def _states_have_gradients(self) -> Self:
+        if self.gradient == "bpda":
+            raise ValueError(
+                "gradient: bpda has none inside the purifier, where the deviation is; give exact "
+                "or surrogate"
+            )
+        return self
 
 
 class SelectiveEffort(GradientEffort):
@@ -363,7 +451,8 @@ class TorchattacksEffort(GradientEffort):
 
     name: str
     options: Options
-    """All parameters of the class, but for those that dbp-bench fills in; checked when it runs."""
+    """All parameters of the class, but for those that dbp-bench fills in. Checked when a run is
+    planned: an entry can be read without the package."""
 
     @field_validator("options")
     @classmethod
@@ -482,6 +571,7 @@ EFFORTS: Mapping[str, type[Effort]] = {
     "apgd": APGDEffort,
     "lf": LowFrequencyEffort,
     "selective": SelectiveEffort,
+    "diffattack": DiffAttackEffort,
     "square": SquareEffort,
     "autoattack": AutoAttackEffort,
     "torchattacks": TorchattacksEffort,
@@ -610,66 +700,6 @@ class Entry(Generic[E]):
         return weights.digest(self.path)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, where PyYAML keeps the last.
-
-    It also reads 1e-3 as a number, as YAML 1.2 does; PyYAML wants 1.0e-3.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.YAMLError(f"key {key!r} stands twice")
-        return super().construct_mapping(node, deep)
-
-
-_UniqueKeys.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    [*"-+.0123456789"],
-)
-
-
-def read_yaml(path: Path, model: type[E]) -> E:
-    """The declaration in the file at `path`.
-
-    Raises:
-        BadEntry: The file isn't YAML, or a key is missing, unknown or ill-typed.
-    """
-    try:
-        table = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise BadEntry(f"{path}: not YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(table, dict):
-        raise BadEntry(f"{path}: not a table of keys and values, such as `title: ...`.")
-    try:
-        return model.model_validate(table)
-    except ValidationError as error:
-        raise BadEntry(f"{path}: {explain(error, model)}") from None
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first faults of a validation, each with its key and what would do, on one line."""
-    faults = []
-    for fault in error.errors()[:3]:
-        # Where a value has several forms, pydantic adds the name of the form (see Knows).
-        parts = [str(part) for part in fault["loc"]]
-        key = ".".join(part for part in parts if not part.startswith("<"))
-        message = fault["msg"].removeprefix("Value error, ")
-        if fault["type"] == "missing":
-            message = "is missing"
-        elif fault["type"] == "extra_forbidden":
-            known = [f.alias or name for name, f in model.model_fields.items()]
-            hint = did_you_mean(key, known) if "." not in key else ""
-            message = f"is unknown.{hint}".rstrip(".")
-        elif fault["type"] != "value_error":
-            message = f"{message[0].lower()}{message[1:]}, not {fault['input']!r}"
-        faults.append(f"{key}: {message}" if key else message)
-    more = error.error_count() - 3
-    return "; ".join(faults) + (f"; and {more} more." if more > 0 else ".")
-
-
 def _shipped() -> dict[str, Path]:
     """Where the package's own entries are: inside a wheel, or at the top of a checkout."""
     inside = Path(__file__).parent / "entries"
@@ -689,14 +719,18 @@ class Registry:
     Args:
         folders: Folders with `defenses/`, `attacks/` and `tracks/` of one's own.
         trust_code: Whether code that an entry names outside this package may run.
+        data: Where the user says that data sets are; None for the environment variable or the hub.
 
     Raises:
         BadEntry: A folder isn't there or holds no entries, or a name is taken.
     """
 
-    def __init__(self, folders: Sequence[Path] = (), *, trust_code: bool = False) -> None:
+    def __init__(
+        self, folders: Sequence[Path] = (), *, trust_code: bool = False, data: Path | None = None
+    ) -> None:
         self.folders = [folder.resolve() for folder in folders]
         self.trust_code = trust_code
+        self.data = data
         kinds = ("defenses", "attacks", "tracks")
         for folder in self.folders:
             if not any((folder / kind).is_dir() for kind in kinds):
@@ -755,8 +789,12 @@ class Registry:
                 found[path.stem] = path
         return found
 
-    def build_network(self, ref: NetworkRef, path: Path) -> "nn.Module":
+    def build_network(self, ref: NetworkRef | CheckpointRef, path: Path) -> "nn.Module":
         """The network that `ref`, in the entry at `path`, declares, with its weights verified."""
+        if isinstance(ref, CheckpointRef):
+            from dbp_bench.checkpoints.build import build
+
+            return build(ref.checkpoint)
         file = weights.find(ref.file, [path.parent, path.parent.parent])
         weights.verify(file, ref.sha256)
         network: nn.Module = self._call(ref.network, path, "network")
@@ -772,8 +810,11 @@ class Registry:
         dtype: "torch.dtype | None" = None,
         policy: "Policy" = "auto",
         options: Mapping[str, Any] | None = None,
+        votes: int | None = None,
     ) -> "Defense":
         """The defense on the track, its weights verified and on `device`.
+
+        Some of the entry's `options`, and its `votes`, can be replaced by others.
 
         Raises:
             BadEntry: The factory doesn't take an option or a network of the entry, or needs
@@ -783,6 +824,7 @@ class Registry:
         import torch
 
         from dbp_bench.defense import Defense
+        from dbp_bench.purifiers.resize import Resized
 
         setting = defense.entry.setting(track.name, defense.name, str(defense.path))
         dtype = dtype or torch.float32
@@ -799,7 +841,9 @@ class Registry:
                 f"{sorted(sites) if isinstance(sites, frozenset) else sites}."
             )
         classifier = self.build_network(track.entry.classifier, track.path).to(device, dtype)
-        return Defense(purifier, classifier, networks.values(), policy)
+        if setting.resize is not None:
+            purifier = Resized(purifier, setting.resize)
+        return Defense(purifier, classifier, networks.values(), policy, votes or setting.votes)
 
     def _call(
         self, dotted: str, path: Path, key: str, arguments: Mapping[str, Any] | None = None

@@ -7,20 +7,26 @@ an :class:`AttackerView` and searches.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from dbp_bench import memory
 from dbp_bench.defense import Defense
 from dbp_bench.errors import AttackFailed
+from dbp_bench.memory import State
 from dbp_bench.noise import Noise, Site, Tape
 
 _START, _RADIUS = Site("start"), Site("radius")
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """Losses ``(n,)`` to maximise, for logits ``(n, k)`` and labels ``(n,)``."""
+
+Deviation = Callable[[Sequence[State]], Tensor]
+"""What the states ``(n, c, h, w)`` of a purification's way back add to each loss: ``(n,)``."""
 
 
 Tick = Callable[[int], None]
@@ -272,6 +278,15 @@ class AttackerView:
         """Whether nothing is left to guess: every draw gives the same logits."""
         return self._knows == self._defense.sites
 
+    @property
+    def decided_by_logits(self) -> bool:
+        """Whether logits tell right from wrong.
+
+        Those of a defense that votes don't: an image that they call wrong may have the majority
+        yet, so no image is finished by them.
+        """
+        return self._defense.decided_by_logits
+
     def __getitem__(self, rows: Tensor) -> "AttackerView":
         """The view of some of the images (an index or a mask)."""
         rows = torch.arange(len(self._victim.ids))[rows.cpu()]
@@ -299,28 +314,38 @@ class AttackerView:
         return out.expand(-1, len(draws), -1) if self.deterministic else out
 
     def gradient(
-        self, images: Tensor, labels: Tensor, objective: Objective, draws: Sequence[int]
+        self,
+        images: Tensor,
+        labels: Tensor,
+        objective: Objective,
+        draws: Sequence[int],
+        deviation: Deviation | None = None,
     ) -> "Gradient":
         """The mean gradient over the guesses `draws`, and the losses and logits at each.
 
         Exact through the whole purifier (expectation over transformation, Athalye et al. 2018).
-        Where every draw is known, the copies are equal and only one is computed.
+        Where every draw is known, the copies are equal and only one is computed. The loss is the
+        `objective` of the logits plus the `deviation` of the same pass, where one is given.
 
         Raises:
-            AttackFailed: A loss or a gradient is not finite, or no gradient reaches the images.
+            AttackFailed: A loss or a gradient is not finite, or no gradient reaches the images; or
+                a `deviation` is asked of a defense that shows no states with a gradient.
         """
         total, losses, logits = torch.zeros_like(images), [], []
         parts = self._parts(len(images), draws)
         for part in parts:
             with torch.enable_grad():
                 x = images.detach().requires_grad_()
-                out = self._pass(x, part)
+                with _record(deviation) as states:
+                    out = self._pass(x, part)
                 each = objective(out.flatten(0, 1), labels.repeat_interleave(len(part)))
                 if not each.requires_grad:
                     raise AttackFailed(
                         "the logits carry no gradient: look for no_grad, detach or numpy in the "
                         "defense; `dbp-bench check` tells more."
                     )
+                if deviation is not None:
+                    each = each + deviation(_usable(states, len(each)))
                 (part_gradient,) = torch.autograd.grad(each.sum(), x, materialize_grads=True)
             self._tick(len(images) * len(part))
             total += part_gradient
@@ -380,6 +405,22 @@ class AttackerView:
             draws = draws[:1]
         n = max(1, self._rows // images)
         return [draws[i : i + n] for i in range(0, len(draws), n)]
+
+
+def _record(deviation: Deviation | None) -> AbstractContextManager[list[State]]:
+    """A list that fills with the states of a pass where there is a `deviation` to take of them."""
+    return nullcontext([]) if deviation is None else memory.recording()
+
+
+def _usable(states: Sequence[State], rows: int) -> Sequence[State]:
+    """`states`, of which there is one at least, each with a graph and of as many `rows`."""
+    if not states or not all(s.reverse.requires_grad and len(s.reverse) == rows for s in states):
+        raise AttackFailed(
+            "the purifier shows no states between its noise and its output, one for each image, "
+            "that carry a gradient, so no deviation can be attacked: take attack pgd (as in threat "
+            "eot), or give its calls of memory.step a level and a forward process."
+        )
+    return states
 
 
 def _per_image(values: Tensor, like: Tensor) -> Tensor:

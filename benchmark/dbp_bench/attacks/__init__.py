@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dbp_bench.attacks.apgd import APGD
 from dbp_bench.attacks.autoattack import AutoAttack
+from dbp_bench.attacks.diffattack import DiffAttack
 from dbp_bench.attacks.ensemble import Ensemble
 from dbp_bench.attacks.lowfrequency import LowFrequency
 from dbp_bench.attacks.pgd import PGD
@@ -33,6 +34,7 @@ ATTACKS: Mapping[str, Callable[..., Attack]] = {
     "apgd": APGD,
     "lf": LowFrequency,
     "selective": Selective,
+    "diffattack": DiffAttack,
     "square": Square,
     "autoattack": AutoAttack,
     "torchattacks": Torchattacks,
@@ -64,6 +66,25 @@ def build(name: str, options: Mapping[str, Any], source: Defense | None = None) 
             raise ValueError("a transfer attack needs the defense that it searches in.")
         return Transfer(source, _inner(own["search"]))
     return ATTACKS[name](**own)
+
+
+def check(name: str, options: Mapping[str, Any], budget: Budget) -> None:
+    """Refuse what no attack of another package could run with. Nothing is computed.
+
+    Args:
+        name: Of the attack.
+        options: Its effort.
+        budget: The ball that it would search.
+
+    Raises:
+        BadEntry: The package has no such attack, or it doesn't take these options.
+        BadExtra: The package isn't there.
+        AttackFailed: The attack doesn't search in the norm of `budget`.
+    """
+    attack = _inner(options["search"]) if name == "transfer" else build(name, options)
+    for part in attack.members if isinstance(attack, Ensemble) else [attack]:
+        if isinstance(part, AutoAttack | Torchattacks):
+            part.check(budget)
 
 
 def _inner(table: Mapping[str, Any], eot: int | None = None) -> Attack:

@@ -13,6 +13,7 @@ from dbp_bench.attacks.objectives import (
     OBJECTIVES,
     TARGETED,
     Towards,
+    likely_targets,
     margin,
     mean_over_draws,
     surely_wrong,
@@ -115,11 +116,8 @@ class APGD:
         if self.targets is None:
             return [None]
         draws = range(SELECTION + self.eot, SELECTION + 2 * self.eot)
-        logits = view.logits(images, draws[:1] if view.deterministic else draws).mean(1)
-        logits = logits.scatter(1, labels[:, None], -torch.inf)
-        count = min(self.targets, logits.shape[1] - 1)
-        order = logits.sort(dim=1, descending=True, stable=True).indices
-        return list(order[:, :count].unbind(1))
+        order = likely_targets(view, images, labels, draws)
+        return list(order[:, : self.targets].unbind(1))
 
     def _loss(self, targets: Tensor | None) -> Objective:
         return OBJECTIVES[self.loss] if targets is None else Towards(TARGETED[self.loss], targets)
@@ -271,7 +269,7 @@ def climb(
         retire: Whether to stop an image there.
     """
     sparse = budget if isinstance(budget, L1) else None
-    finish = finish and view.deterministic
+    finish = finish and view.deterministic and view.decided_by_logits
     found = Found(
         start.clone(),
         torch.zeros_like(clean[:, 0, 0, 0]),

@@ -52,6 +52,15 @@ class AutoAttack:
     queries: int
     eot: int
 
+    def check(self, budget: Budget) -> tuple[Mapping[str, Any], str]:
+        """The package's modules by name, and what it calls the norm of `budget`.
+
+        Raises:
+            BadExtra: The package isn't there.
+            AttackFailed: It has no such norm.
+        """
+        return load_extra("autoattack"), norm_of(budget, ("Linf", "L2", "L1"), "AutoAttack")
+
     def __call__(
         self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
     ) -> Tensor:
@@ -67,8 +76,7 @@ class AutoAttack:
                 "AutoAttack's standard version takes the model for deterministic, but draws of "
                 "this defense are hidden: use version rand, or ensemble."
             )
-        modules = load_extra("autoattack")
-        norm = norm_of(budget, ("Linf", "L2", "L1"), "AutoAttack")
+        modules, norm = self.check(budget)
         model = Model(view, images)
         eot = 1 if view.deterministic else self.eot  # copies of one draw are equal
         searches = {

@@ -35,6 +35,10 @@ class Ensemble:
     the best of several is not taken for success. Where every draw is known, one look is exact, and
     an image that it finds misclassified is finished: later members don't get it.
 
+    A member's own verdict (AutoAttack's) is not passed up. It is about the images that this member
+    found, and only those that earlier members left to it; of the ensemble it would be neither the
+    package's verdict nor ours. To see the two beside each other, run the member as an attack.
+
     Args:
         members: The attacks, in order.
         compare: Guesses that compare the candidates.
@@ -51,12 +55,13 @@ class Ensemble:
         accuracy, best = self._value(view, images, labels)
         left = torch.arange(len(images), device=images.device)
         for member in self.members:
-            if view.deterministic:
+            if view.deterministic and view.decided_by_logits:
                 left = left[accuracy[left] > 0]
             if not len(left):
                 break
             part = view if len(left) == len(images) else view[left]
             other = member(part, images[left], labels[left], budget)
+            view.log.verdict = None  # where `part` is the whole
             other = budget.project(other.detach(), images[left])
             right, value = self._value(part, other, labels[left])
             better = right < accuracy[left]

@@ -1,6 +1,6 @@
 """Losses that attacks maximise, ``(n,)``, of logits ``(n, k)`` and labels ``(n,)``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dbp_bench.errors import AttackFailed
-from dbp_bench.threat import Objective
+from dbp_bench.threat import AttackerView, Objective
 
 _ROUNDING = 1e-4
 """A margin below this share of the spread of the logits may be a matter of batch size."""
@@ -94,6 +94,23 @@ class Towards:
         """Losses ``(n,)`` for logits ``(n, k)``, `n` a multiple of the number of targets."""
         copies = len(logits) // len(self.targets)
         return self.loss(logits, labels, self.targets.repeat_interleave(copies))
+
+
+def likely_targets(
+    view: AttackerView, images: Tensor, labels: Tensor, draws: Sequence[int]
+) -> Tensor:
+    """All wrong classes ``(b, k - 1)``, the most likely first, by mean logits over `draws`.
+
+    Args:
+        view: Of a defense that tells `k` classes apart.
+        images: Clean, ``(b, c, h, w)`` in [0, 1].
+        labels: ``(b,)``.
+        draws: Guesses that no gradient is taken on; where every draw is known, one look does.
+    """
+    logits = view.logits(images, draws[:1] if view.deterministic else draws).mean(1)
+    logits = logits.scatter(1, labels[:, None], -torch.inf)
+    order = logits.sort(dim=1, descending=True, stable=True).indices
+    return order[:, :-1]
 
 
 def _others(logits: Tensor, labels: Tensor) -> Tensor:

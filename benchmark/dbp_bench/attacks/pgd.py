@@ -1,12 +1,20 @@
 """Projected gradient descent (Madry et al. 2018) with expectation over transformation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dbp_bench.attacks.objectives import OBJECTIVES
-from dbp_bench.threat import AttackerView, Budget
+from dbp_bench.attacks.objectives import (
+    OBJECTIVES,
+    TARGETED,
+    Towards,
+    likely_targets,
+    mean_over_draws,
+)
+from dbp_bench.errors import AttackFailed
+from dbp_bench.threat import AttackerView, Budget, Gradient, Objective
 
 SELECTION = 1 << 31
 """Guesses from here on compare restarts; no gradient was ever taken on one."""
@@ -19,11 +27,18 @@ class PGD:
     Several restarts are compared by their mean loss over one set of `eot` guesses that is common to
     all of them and that none was optimised on.
 
+    With a targeted loss, each restart aims at a class of its own, the most likely wrong one first
+    (MultiTargeted, Gowal et al. 2019, arXiv 1910.09338): `restarts` is the number of targets. Their
+    order follows from the mean logits of the clean image over another set of `eot` guesses that no
+    gradient is taken on. Losses towards different targets cannot be compared: the untargeted loss
+    of the same family compares the restarts.
+
     Args:
         steps: Gradient steps.
         step_size: Length of a step, relative to eps.
         eot: Gradient draws averaged at each step, fresh at every step.
-        loss: One of :data:`dbp_bench.attacks.objectives.OBJECTIVES`.
+        loss: One of :data:`dbp_bench.attacks.objectives.OBJECTIVES` or
+            :data:`dbp_bench.attacks.objectives.TARGETED`.
         random_start: Whether to start at a random point of the ball, not at the clean image.
         restarts: How often to search.
     """
@@ -38,33 +53,66 @@ class PGD:
     def __call__(
         self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
     ) -> Tensor:
-        """Adversarial images ``(b, c, h, w)`` in the `budget`."""
-        found = self._search(view, images, labels, budget, 0)
+        """Adversarial images ``(b, c, h, w)`` in the `budget`.
+
+        Raises:
+            AttackFailed: The classifier has too few classes for the loss or for so many targets.
+        """
+        return self.search(view, images, labels, budget, view.gradient)
+
+    def search(
+        self,
+        view: AttackerView,
+        images: Tensor,
+        labels: Tensor,
+        budget: Budget,
+        gradient: Callable[[Tensor, Tensor, Objective, range], Gradient],
+    ) -> Tensor:
+        """As when called, but following this `gradient`, which has the signature of the view's."""
+        losses = self._losses(view, images, labels)
+        found = self._ascend(view, images, labels, budget, gradient, losses[0], 0)
         if self.restarts == 1:
             return found
         best = self._value(view, found, labels)
         for restart in range(1, self.restarts):
-            other = self._search(view, images, labels, budget, restart)
+            other = self._ascend(view, images, labels, budget, gradient, losses[restart], restart)
             value = self._value(view, other, labels)
             better = value > best
             found = torch.where(better.view(-1, 1, 1, 1), other, found)
             best = torch.where(better, value, best)
         return found
 
-    def _search(
-        self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget, restart: int
+    def _losses(self, view: AttackerView, images: Tensor, labels: Tensor) -> list[Objective]:
+        """What each restart maximises."""
+        if self.loss not in TARGETED:
+            return [OBJECTIVES[self.loss]] * self.restarts
+        draws = range(SELECTION + self.eot, SELECTION + 2 * self.eot)
+        targets = likely_targets(view, images, labels, draws)
+        if self.restarts > targets.shape[1]:
+            raise AttackFailed(
+                f"restarts: {self.restarts}, but loss {self.loss} aims each restart at another "
+                f"wrong class, of which this classifier has {targets.shape[1]}; give "
+                f"{targets.shape[1]} at most."
+            )
+        return [Towards(TARGETED[self.loss], targets[:, i]) for i in range(self.restarts)]
+
+    def _ascend(
+        self,
+        view: AttackerView,
+        images: Tensor,
+        labels: Tensor,
+        budget: Budget,
+        gradient: Callable[[Tensor, Tensor, Objective, range], Gradient],
+        loss: Objective,
+        restart: int,
     ) -> Tensor:
         found = view.random_start(images, budget, restart) if self.random_start else images
         for step in range(restart * self.steps, (restart + 1) * self.steps):
             draws = range(step * self.eot, (step + 1) * self.eot)
-            gradient = view.gradient(found, labels, OBJECTIVES[self.loss], draws)
-            ascent = budget.ascent(gradient.mean)
+            ascent = budget.ascent(gradient(found, labels, loss, draws).mean)
             found = budget.project(found + self.step_size * budget.eps * ascent, images)
         return found
 
     def _value(self, view: AttackerView, found: Tensor, labels: Tensor) -> Tensor:
         logits = view.logits(found, range(SELECTION, SELECTION + self.eot))
-        losses = OBJECTIVES[self.loss](
-            logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1])
-        )
-        return losses.view(logits.shape[:2]).mean(1)
+        return mean_over_draws(OBJECTIVES[self.loss.removesuffix("-targeted")], logits, labels)

@@ -217,7 +217,7 @@ def _signs(view: AttackerView, site: Site, step: int, like: Tensor) -> Tensor:
 def _exact(view: AttackerView, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The margins ``(b,)``, and which images are wrong for certain."""
     logits = view.logits(images, [0])[:, 0]
-    return margin(logits, labels), surely_wrong(logits, labels)
+    return margin(logits, labels), surely_wrong(logits, labels) & view.decided_by_logits
 
 
 def _mean(view: AttackerView, images: Tensor, labels: Tensor, draws: Sequence[int]) -> Tensor:

@@ -50,12 +50,13 @@ class Torchattacks:
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def check(self) -> tuple[type[Any], Sequence[str]]:
-        """The class, and the names of its parameters.
+    def check(self, budget: Budget) -> tuple[type[Any], Sequence[str], str]:
+        """The class, the names of its parameters, and what it calls the norm of `budget`.
 
         Raises:
             BadEntry: No such attack can be driven, or an option is unknown or missing.
             BadExtra: The package isn't there.
+            AttackFailed: The attack doesn't search in that norm.
         """
         if self.name not in NORMS:
             raise BadEntry(
@@ -75,7 +76,7 @@ class Torchattacks:
         missing = [name for name in options if name not in self.options]
         if missing:
             raise BadEntry(f"{who}: {', '.join(missing)} missing. {takes}")
-        return attack, parameters
+        return attack, parameters, norm_of(budget, NORMS[self.name], f"torchattacks:{self.name}")
 
     def __call__(
         self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
@@ -86,8 +87,7 @@ class Torchattacks:
             BadEntry: See :meth:`check`.
             AttackFailed: It doesn't search in the norm of `budget`, or failed.
         """
-        make, parameters = self.check()
-        norm = norm_of(budget, NORMS[self.name], f"torchattacks:{self.name}")
+        make, parameters, norm = self.check(budget)
         model = Model(view, images)
         filled: dict[str, Any] = {
             "model": model,

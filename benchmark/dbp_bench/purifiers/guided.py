@@ -3,14 +3,21 @@
 At each reverse step the mean moves by ``-Var_t * s_t * grad_z D(z, target)``, where the target is
 the image being purified, noised to the same level with noise of its own, and
 ``s_t = scale * sqrt((1 - signal_t) / signal_t)``. The distance D is a mean over the pixels of one
-image, so an image's purification doesn't depend on its batch (the published code averages over the
-batch, which divides the guidance by the batch size). The guidance is a closed form in z and in the
-target; both paths, z and target, are differentiated.
+image, so an image's purification doesn't depend on its batch. The guidance is a closed form in z
+and in the target; both paths, z and target, are differentiated.
+
+The published code differs, and each difference is an option: it averages the distance over the
+batch too, so that the guidance is divided by the batch size (`batch_mean`, which no rule of this
+benchmark allows: an image's outcome depends on its batch); on CIFAR-10 its forward noise is one
+level above the first reverse step (`noise_ahead`); its last step is guided too (`guide_last`); on
+ImageNet its chain is respaced (`respaced`), its variance learned, and its target the input as it
+is, neither noised nor scaled (`scale_target: false`).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from math import log
 from typing import Literal
 
 import torch
@@ -21,8 +28,17 @@ from dbp_bench import memory
 from dbp_bench.defense import Denoiser
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, GUIDANCE, REVERSE, Noise, Site
-from dbp_bench.purifiers.ddpm import Posterior, Variance, predict_x0
-from dbp_bench.purifiers.schedule import Schedule, to_diffusion, to_images
+from dbp_bench.purifiers.ddpm import Posterior, Variance, denoise
+from dbp_bench.purifiers.schedule import Diffusion, Schedule, to_diffusion, to_images
+
+
+def published_scale(guide_scale: float, ptb: float) -> float:
+    """The `scale` that published settings write as `guide_scale` and `ptb` (in 0 ... 255 units).
+
+    Their ``s_t`` is ``sqrt((1 - signal_t) / signal_t)`` over ``m = (2 ptb / 255) / (3
+    guide_scale)``; of a batch of b, their guidance is that of this scale over b.
+    """
+    return 3 * guide_scale * 255 / (2 * ptb)
 
 
 def mse_gradient(z: Tensor, target: Tensor) -> Tensor:
@@ -83,6 +99,17 @@ class GDMP:
     clip_x0: bool
     clamp_output: bool
     schedule: Schedule = Schedule()
+    batch_mean: bool = False
+    """Whether the distance is a mean over the images of the batch too: the guidance of each then
+    depends on how many there are."""
+    noise_ahead: bool = False
+    """Whether the forward noise is one level above the first reverse step."""
+    guide_last: bool = False
+    """Whether the step to level 0 is guided too."""
+    scale_target: bool = True
+    """Whether a target without noise is scaled as the signal is."""
+    respaced: int | None = None
+    """Levels of the shorter chain that `t_star` and `steps` count in; null for all."""
 
     @property
     def sites(self) -> frozenset[Site]:
@@ -91,33 +118,65 @@ class GDMP:
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
         """Purified images ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1]."""
-        signal = self.schedule.signal()[self.t_star]
         source = to_diffusion(images)
+        levels = self._levels()
+        pairs = [(levels[t], levels[s]) for t, s in self.schedule.grid(self.t_star, self.steps)]
         z = source
         for k in range(self.iterations):
-            z = signal**0.5 * z + (1 - signal) ** 0.5 * noise.normal(FORWARD, k, z)
-            for i, (t, s) in enumerate(self.schedule.grid(self.t_star, self.steps)):
+            forward = Diffusion(self.schedule.signal(), z, noise.normal(FORWARD, k, z))
+            z = forward(levels[self.t_star + self.noise_ahead])
+            for i, (t, s) in enumerate(pairs):
                 law = Posterior.between(self.schedule, t, s, self.variance)
+                guide = law
+                if not s and self.guide_last:
+                    guide = _guide_of_the_last(self.schedule, pairs[i - 1][0], t, self.variance)
                 index = k * self.steps + i
 
                 def reverse(
-                    z: Tensor, source: Tensor, index: int = index, law: Posterior = law
+                    z: Tensor,
+                    source: Tensor,
+                    index: int = index,
+                    law: Posterior = law,
+                    guide: Posterior = guide,
                 ) -> Tensor:
-                    x0 = predict_x0(self.denoiser, z, law.t, law.signal, self.clip_x0)
+                    x0, _, share = denoise(self.denoiser, z, law.t, law.signal, self.clip_x0)
                     mean: Tensor = law.x0_weight * x0 + law.z_weight * z
-                    if not law.sigma:
+                    if not guide.sigma:
                         return mean
                     level = ((1 - law.signal) / law.signal) ** 0.5
-                    target = law.signal**0.5 * source
+                    target = law.signal**0.5 * source if self.scale_target else source
                     if self.noisy_target:
                         fresh = noise.normal(GUIDANCE, index, z)
                         target = target + (1 - law.signal) ** 0.5 * fresh
-                    pull: float = law.sigma**2 * self.scale * level
+                    pull = guide.deviation(share) ** 2 * self.scale * level
+                    if self.batch_mean:
+                        pull = pull / len(z)
                     mean = mean - pull * self.distance_gradient(z, target)
-                    return mean + law.sigma * noise.normal(REVERSE, index, z)
+                    if not law.sigma:
+                        return mean
+                    return mean + law.deviation(share) * noise.normal(REVERSE, index, z)
 
-                z = memory.step(reverse, z, source)
+                z = memory.step(reverse, z, source, level=s, forward=forward)
         return to_images(z, self.clamp_output)
+
+    def _levels(self) -> Sequence[int]:
+        """The level of each of the chain's own levels."""
+        if self.respaced is None:
+            return range(self.schedule.levels + 1)
+        return self.schedule.respaced(self.respaced)
+
+
+def _guide_of_the_last(schedule: Schedule, above: int, t: int, variance: Variance) -> Posterior:
+    """Of the step from level `t` to 0, the variance that scales the guidance.
+
+    The posterior's own is 0 there; in its place stands that of the step before (Nichol and Dhariwal
+    2021, code), from level `above`: for `large`, and as the lower bound where it is learned.
+    """
+    law = Posterior.between(schedule, t, 0, variance)
+    before = Posterior.between(schedule, above, t, "small").sigma
+    beta = 1 - schedule.signal()[t]
+    bounds = (2 * log(before), log(beta)) if variance == "learned" else None
+    return replace(law, sigma=before, bounds=bounds)
 
 
 def gdmp(
@@ -133,13 +192,30 @@ def gdmp(
     variance: Variance,
     clip_x0: bool,
     clamp_output: bool,
+    batch_mean: bool = False,
+    noise_ahead: bool = False,
+    guide_last: bool = False,
+    scale_target: bool = True,
+    respaced: int | None = None,
 ) -> GDMP:
     """Build :class:`GDMP` from an entry's options; `window` counts for SSIM alone.
 
     Raises:
         BadEntry: An option is out of range.
     """
-    Schedule().grid(t_star, steps)
+    chain = Schedule()
+    if respaced is not None:
+        chain = Schedule(levels=len(chain.respaced(respaced)) - 1)
+    chain.grid(t_star, steps)
+    if noise_ahead and t_star == chain.levels:
+        raise BadEntry(f"t_star: {t_star} has no level above it (noise_ahead).")
+    if guide_last and (steps == 1 or variance == "small"):
+        raise BadEntry(
+            "guide_last: makes no difference with variance: small, whose last step has none, and "
+            "needs two steps."
+        )
+    if noisy_target and not scale_target:
+        raise BadEntry("scale_target: false goes with noisy_target: false.")
     if window < 1 or window % 2 == 0:
         raise BadEntry(f"window: {window} is not odd and positive.")
     if iterations < 1:
@@ -159,4 +235,9 @@ def gdmp(
         variance,
         clip_x0,
         clamp_output,
+        batch_mean=batch_mean,
+        noise_ahead=noise_ahead,
+        guide_last=guide_last,
+        scale_target=scale_target,
+        respaced=respaced,
     )

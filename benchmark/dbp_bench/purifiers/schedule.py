@@ -6,10 +6,12 @@ A level t counts noising steps: t = 0 is the clean image, t = T pure noise. Netw
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dbp_bench.defense import Denoiser
 from dbp_bench.errors import BadEntry
 
 
@@ -39,10 +41,91 @@ class Schedule:
         levels = [(t_star * (steps - i) + steps // 2) // steps for i in range(steps + 1)]
         return list(itertools.pairwise(levels))
 
+    def published_grid(self, t_star: int, steps: int) -> list[tuple[int, int]]:
+        """The grid of the scripts published with ADDT: one level higher, and one step longer.
+
+        They take t* for a 0-based step, so they noise to level ``t_star + 1`` and call the network
+        at steps ``t_star, t_star - stride, ..., stride, 0``: ``steps + 1`` times.
+
+        Raises:
+            BadEntry: As of :meth:`grid`; or `steps` does not divide `t_star`; or there is no level
+                above `t_star`.
+        """
+        pairs = self.grid(t_star, steps)
+        if t_star % steps:
+            raise BadEntry(f"steps: {steps} does not divide t_star = {t_star}.")
+        if t_star == self.levels:
+            raise BadEntry(f"t_star: {t_star} has no level above it (published_grid).")
+        return [*((t + 1, s + 1) for t, s in pairs), (1, 0)]
+
+    def respaced(self, count: int) -> tuple[int, ...]:
+        """Levels 0 ... `count` of a chain of fewer levels, as levels of this one.
+
+        The `count` steps are evenly spaced over all 0-based steps, both ends included, and rounded
+        (Nichol and Dhariwal 2021, section 4).
+
+        Raises:
+            BadEntry: `count` is not in 2 ... the number of levels.
+        """
+        if not 2 <= count <= self.levels:
+            raise BadEntry(f"respaced: {count} is not in 2 ... {self.levels} (the model's levels).")
+        stride = (self.levels - 1) / (count - 1)
+        return (0, *(round(i * stride) + 1 for i in range(count)))
+
+
+@dataclass(frozen=True, slots=True)
+class Diffusion:
+    """The forward process of `source` at every level, all with one draw of noise.
+
+    ``z_t = sqrt(signal_t) source + sqrt(1 - signal_t) fresh`` (Ho et al. 2020, equation 4). Each
+    level has its law; the noise that all levels share makes their joint law another than the
+    Markov chain's.
+    """
+
+    signal: tuple[float, ...]
+    source: Tensor
+    """``(b, c, h, w)`` in diffusion space."""
+    fresh: Tensor
+    """Standard normal noise like `source`."""
+
+    def __call__(self, level: int) -> Tensor:
+        """The state ``(b, c, h, w)`` at `level`."""
+        signal = self.signal[level]
+        state: Tensor = signal**0.5 * self.source + (1 - signal) ** 0.5 * self.fresh
+        return state
+
 
 def times(level: int, like: Tensor) -> Tensor:
     """The network's 0-based step ``(b,)`` at `level`."""
     return torch.full((len(like),), float(level - 1), dtype=like.dtype, device=like.device)
+
+
+class Prediction(NamedTuple):
+    """What a network says of a noisy image."""
+
+    noise: Tensor
+    """``(b, c, h, w)``."""
+    share: Tensor | None
+    """``(b, c, h, w)``: where between its bounds the step's log-variance is, from -1 to 1 (Nichol
+    and Dhariwal 2021, equation 15); None of a network that doesn't say."""
+
+
+def predict(denoiser: Denoiser, z: Tensor, t: Tensor) -> Prediction:
+    """What `denoiser` says of `z` ``(b, c, h, w)`` at 0-based steps `t` ``(b,)``.
+
+    Raises:
+        BadEntry: It gives neither as many channels as it is given, nor twice as many.
+    """
+    out = denoiser(z, t)
+    channels = z.shape[1]
+    if out.shape[1] == channels:
+        return Prediction(out, None)
+    if out.shape[1] == 2 * channels:
+        return Prediction(out[:, :channels], out[:, channels:])
+    raise BadEntry(
+        f"the denoiser gives {out.shape[1]} channels for {channels}: it must give the noise, or "
+        "the noise and as many channels of variance."
+    )
 
 
 def to_diffusion(images: Tensor) -> Tensor:
