@@ -2,109 +2,21 @@ import csv
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dbp_bench import tables
+from dbp_bench import rendering
 from dbp_bench.comparable import load
 from dbp_bench.errors import BadResult, NotComparable
 from dbp_bench.leaderboard import Leaderboard, Row, decompose, leaderboard
 from dbp_bench.registry import Registry
 from dbp_bench.report import accuracies, outcomes_csv, write_leaderboards
-from dbp_bench.result import SCHEMA, Outcomes, Result, result_path
+from dbp_bench.result import Result, result_path
 from dbp_bench.statistics import Bootstrap, Estimate
-
-TRACK = "toy-linf"
-IMAGES = 40
-BOTH = ("forward", "reverse")
-KNOWS = {"dw-fwd": {"forward"}, "dwbox": {"forward", "reverse"}, "dw-rev": {"reverse"}}
-DRAWS = {"hidden": 4, "known": 3}
-
-
-def outcomes(right: float, draws: int, images: int = IMAGES) -> Outcomes:
-    """A fraction `right` of images right at every draw: the first ones."""
-    return [[i < round(right * images)] * draws for i in range(images)]
-
-
-def make(
-    defense: str,
-    threat: str,
-    robust: float | Outcomes,
-    *,
-    sites: Sequence[str] = BOTH,
-    clean: float = 1.0,
-    fresh: float = 1.0,
-    effort: Mapping[str, int | float] | None = None,
-    draws: int | None = None,
-    **changes: Any,
-) -> Result:
-    """A result as `run` leaves it, of known outcomes; `changes` replace keys of the record."""
-    knows = sorted(KNOWS.get(threat, set()) & set(sites))
-    draws = draws or DRAWS["known" if knows else "hidden"]
-    images = len(robust) if isinstance(robust, list) else len(changes.get("ids", range(IMAGES)))
-    eot = 1 if threat == "whitebox" else 10
-    table: dict[str, Any] = {
-        "schema": SCHEMA,
-        "track": TRACK,
-        "defense": defense,
-        "threat": threat,
-        "seed": 0,
-        "norm": "linf",
-        "eps": 0 if threat == "null" else 0.15,
-        "sites": list(sites),
-        "knows": knows,
-        "attack": "pgd",
-        "effort": {"steps": 20, "step_size": 0.25, "eot": eot} | dict(effort or {}),
-        "options": {},
-        "overrides": [],
-        "ids": list(range(images)),
-        "labels": [i % 10 for i in range(images)],
-        "draws": list(range(draws)),
-        "clean": outcomes(clean, draws, images),
-        "robust": robust if isinstance(robust, list) else outcomes(robust, draws, images),
-        "fresh": [[row] * draws for row in outcomes(fresh, 4, images)] if knows else None,
-        "zero_gradient": None,
-        "network_calls": {"per_purification": 20, "gradient": 8000, "judging": 100},
-        "arithmetic": {"device": "cpu", "dtype": "float32", "batch_size": 20, "rows": 200},
-        "provenance": {
-            "dbp_bench": "0",
-            "commit": "c0ffee",
-            "dirty": False,
-            "packages": {},
-            "python": "3.11",
-            "device_name": "toy",
-            "threads": 1,
-            "entries": {},
-            "weights": {"classifier": "0" * 64},
-            "data": "1" * 64,
-        },
-    }
-    return Result.model_validate(table | changes)
-
-
-def save(folder: Path, *results: Result) -> Path:
-    for r in results:
-        r.write(result_path(folder, r.track, r.defense, r.threat, r.seed))
-    return folder
-
-
-def matrix() -> list[Result]:
-    """Outcomes that make every number of the table simple."""
-    return [
-        make("none", "eot", 0.05, sites=()),
-        make("both", "eot", 0.65),
-        make("both", "dw-fwd", 0.60),
-        make("both", "dw-rev", 0.50),
-        make("both", "dwbox", 0.25, fresh=0.75),
-        make("both", "whitebox", 0.70),
-        make("both", "null", 1.0),
-        make("ddim-like", "eot", 0.55, sites=["forward"]),
-        make("ddim-like", "dwbox", 0.20, sites=["forward"]),
-    ]
+from records import BOTH, IMAGES, TRACK, apgd, attacks_table, make, matrix, outcomes, save
 
 
 @pytest.fixture
@@ -417,20 +329,8 @@ def test_null_attack_that_changes_votes_only_is_flagged(tmp_path: Path) -> None:
     assert "one draw" not in flag
 
 
-def apgd(defense: str, threat: str, robust: float | Outcomes, **changes: Any) -> Result:
-    calls = {"per_purification": 20, "gradient": 20000, "judging": 0}
-    knows = changes.pop("knows", [])
-    draws = changes.pop("draws", DRAWS["known" if knows else "hidden"])
-    calls["judging"] = 20 * IMAGES * draws * (6 if knows else 2) + changes.pop("looks", 0)
-    if knows:
-        changes["fresh"] = [[[True] * 4] * draws] * IMAGES
-    record = make(defense, threat, robust, draws=draws).model_dump(by_alias=True)
-    changes = {"effort": {"steps": 50, "eot": 10}, "knows": knows} | changes
-    return Result.model_validate(record | {"attack": "apgd", "network_calls": calls} | changes)
-
-
 def test_other_attacks_leave_the_leaderboard_alone(tmp_path: Path) -> None:
-    """Whatever their effort, budget, draws and seeds; and no column is served by them."""
+    """Whatever their effort, budget, draws and seeds; they can raise flags, and serve no column."""
     changed = [r for r in matrix() if (r.defense, r.threat) != ("both", "dw-rev")]
     write_leaderboards(save(tmp_path / "one", *changed), tmp_path / "before")
     others = [
@@ -441,20 +341,23 @@ def test_other_attacks_leave_the_leaderboard_alone(tmp_path: Path) -> None:
         apgd("both", "same", 0.5, knows=["reverse"], attack="pgd", effort=changed[1].effort),
     ]
     write_leaderboards(save(tmp_path / "two", *changed, *others), tmp_path / "after")
-    for end in (".csv", ".md", ".tex", "-draws.csv"):
-        before, after = (tmp_path / at / f"{TRACK}{end}" for at in ("before", "after"))
-        assert before.read_bytes() == after.read_bytes()
+    before, after = (table(tmp_path / at / f"{TRACK}.csv") for at in ("before", "after"))
+    for defense, row in after.items():
+        flags, checks = row.pop("flags"), row.pop("checks")
+        assert (flags != before[defense].pop("flags")) == (defense == "both")
+        assert (checks != before[defense].pop("checks")) == (defense == "both")
+    assert after == before
+    names = [f"{TRACK}{end}" for end in (".md", ".tex", "-draws.csv")]
+    for name, end in zip(names, ("## Flags", r"\begin{minipage}", "no end"), strict=True):
+        texts = [(tmp_path / at / name).read_text() for at in ("before", "after")]
+        texts[0] = texts[0].partition("## Looked for")[0]
+        assert texts[0].partition(end)[0] == texts[1].partition(end)[0]
     assert not (tmp_path / "before" / f"{TRACK}-attacks.csv").exists()
     settings = table(tmp_path / "after" / f"{TRACK}-settings.csv")
     assert settings["both/large"]["robust"] == "0.1"
     attacks = attacks_table(tmp_path / "after")
     assert list(attacks) == [("both", "hidden"), ("ddim-like", "hidden")]
     assert "large" not in attacks["both", "hidden"]
-
-
-def attacks_table(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
-    with (folder / f"{TRACK}-attacks.csv").open(newline="") as file:
-        return {(row["defense"], row["draws_are"]): row for row in csv.DictReader(file)}
 
 
 def test_attacks_side_by_side(tmp_path: Path) -> None:
@@ -495,7 +398,7 @@ def test_attacks_side_by_side(tmp_path: Path) -> None:
     text = (tmp_path / f"{TRACK}-attacks.md").read_text()
     assert "## All draws hidden" in text
     assert "## All draws known" in text
-    assert "apgd | steps 50, eot 10 | 500 | 0 |" in text
+    assert "apgd | 50 steps, EoT-10 | both: 500 + 0 |" in text
     assert "x)" in text.split("## Effort")[0]
     for start in (i for i, line in enumerate(text.splitlines()) if line.startswith("| Defense")):
         block = text.splitlines()[start:]
@@ -753,7 +656,7 @@ def test_outcomes_as_one_table(tmp_path: Path) -> None:
 
 
 def test_reads_eps_as_it_is_written() -> None:
-    assert [tables._eps(eps) for eps in (0.15, 0.2, 8 / 255, 0.5, 1 / 3)] == [
+    assert [rendering.shown_eps(eps) for eps in (0.15, 0.2, 8 / 255, 0.5, 1 / 3)] == [
         "0.15",
         "0.2",
         "8/255",

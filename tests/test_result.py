@@ -141,6 +141,10 @@ def _zero(keys: dict[str, Any]) -> None:
     keys["zero_gradient"].pop()
 
 
+def _package(keys: dict[str, Any]) -> None:
+    keys["package_robust"] = [[True]] * 5 + [[True, False]]
+
+
 def _knows(keys: dict[str, Any]) -> None:
     keys["knows"] = ["reverse"]
 
@@ -158,6 +162,7 @@ def _knows(keys: dict[str, Any]) -> None:
         (_no_images, "ids: empty, or an image stands twice"),
         (_draws, "draws: empty, or a draw stands twice"),
         (_zero, "zero_gradient: 5 for 6 images"),
+        (_package, "package_robust: not the same number of attacks on every image"),
         (_knows, "knows: ['reverse'], but the defense draws at ['forward'] only"),
     ],
 )
@@ -172,6 +177,30 @@ def test_idle_effort() -> None:
     assert searched_effort(effort, [], ["forward"]) == effort
     assert searched_effort(effort, ["forward"], ["forward"]) == {"steps": 2}
     assert searched_effort(effort, [], []) == {"steps": 2}
+
+
+def test_idle_effort_of_the_members_of_an_ensemble() -> None:
+    """Square's own draws are idle too where nothing is hidden, and so are those that compare."""
+
+    def ensemble(eot: int, compare: int = 40) -> dict[str, Any]:
+        square = {"attack": "square", "n_queries": 500, "eot": eot}
+        members = [{"attack": "apgd", "steps": 100}, square]
+        return {"eot": 20, "compare": compare, "members": members, "gradient": "exact"}
+
+    known: tuple[list[str], list[str]] = (["forward"], ["forward"])
+    hidden: tuple[list[str], list[str]] = ([], ["forward"])
+    assert searched_effort(ensemble(5), *known) == searched_effort(ensemble(1, 1), *known)
+    assert searched_effort(ensemble(5), *known) == {
+        "gradient": "exact",
+        "members": [{"attack": "apgd", "steps": 100}, {"attack": "square", "n_queries": 500}],
+    }
+    assert searched_effort(ensemble(5), *hidden) != searched_effort(ensemble(1), *hidden)
+    other = ensemble(5)
+    other["members"][1]["n_queries"] = 1000
+    assert searched_effort(other, *known) != searched_effort(ensemble(5), *known)
+    # A transfer attack's source hides its draws, whatever the victim does.
+    transfer = {"source": "ddpm", "search": {"attack": "pgd", "eot": 10}}
+    assert searched_effort(transfer, *known) == transfer
 
 
 def test_a_failed_write_leaves_the_old_file(

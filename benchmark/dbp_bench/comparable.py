@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from dbp_bench.errors import BadResult, NotComparable, did_you_mean
-from dbp_bench.result import Result, result_path, searched_effort
+from dbp_bench.result import Result, result_path, without_draws
 
 Effort = dict[str, int | float | str | bool]
 
@@ -61,9 +61,20 @@ def load(results: Path, track: str | None = None) -> list[Record]:
     return records
 
 
-def _read(results: Path, path: Path) -> Record:
+def read_record(path: Path, name: str | None = None) -> Record:
+    """The result in the file at `path`, wherever it lies; `name` is how it is called.
+
+    Raises:
+        BadResult: It isn't one.
+    """
     result = Result.read(path)
+    return Record(path, name or path.as_posix(), sha256(path.read_bytes()).hexdigest(), result)
+
+
+def _read(results: Path, path: Path) -> Record:
     name = path.relative_to(results).as_posix()
+    record = read_record(path, name)
+    result = record.result
     belongs = result_path(Path(), result.track, result.defense, result.threat, result.seed)
     if belongs.as_posix() != name:
         raise BadResult(
@@ -73,7 +84,7 @@ def _read(results: Path, path: Path) -> Record:
     counts = {len(draws) for image in result.fresh or [] for draws in image}
     if len(counts) > 1:
         raise BadResult(f"{path}: fresh: not as many fresh draws for every image and known draw.")
-    return Record(path, name, sha256(path.read_bytes()).hexdigest(), result)
+    return record
 
 
 def check_comparable(records: Sequence[Record]) -> None:
@@ -89,7 +100,7 @@ def check_comparable(records: Sequence[Record]) -> None:
     ordered = sorted(
         records, key=lambda record: set(record.result.knows) == set(record.result.sites)
     )
-    _check_alike(ordered, lambda result: result.track, _track_facts)
+    _check_alike(ordered, lambda result: result.track, track_facts)
     _check_alike(ordered, lambda result: result.defense, _defense_facts)
     main = [record for record in ordered if record.result.threat in MAIN]
     searches = [record for record in main if record.result.threat != NULL]
@@ -105,6 +116,7 @@ def check_comparable(records: Sequence[Record]) -> None:
 
 
 _Facts = dict[str, object]
+_EFFORT: Final = "effort."
 
 
 def _check_alike(
@@ -115,27 +127,34 @@ def _check_alike(
     for record in records:
         other = first.setdefault(group(record.result), record)
         mine, theirs = facts(record.result), facts(other.result)
-        # A key that only one has counts as a difference, but for those that are idle in one.
-        idle = _idle(record.result) | _idle(other.result)
-        differing = [
-            f"{key} {_brief(theirs.get(key), mine.get(key))}"
-            for key in sorted({*mine, *theirs} - idle)
-            if mine.get(key) != theirs.get(key)
-        ]
-        if differing:
+        if _nothing_hidden(record.result) or _nothing_hidden(other.result):
+            mine, theirs = _without_draws(mine), _without_draws(theirs)
+        if differing := differences(theirs, mine):
             raise NotComparable(
                 f"{other.path} and {record.path} cannot stand in one leaderboard: "
                 f"{'; '.join(differing)}. Run one of them again like the other, or move it away."
             )
 
 
-def _idle(result: Result) -> set[str]:
-    """Effort that doesn't count in this result, recorded or not."""
-    effort: Effort = {"eot": 1, **result.effort}
-    return {
-        f"effort.{key}"
-        for key in effort.keys() - searched_effort(effort, result.knows, result.sites).keys()
-    }
+def differences(theirs: Mapping[str, object], mine: Mapping[str, object]) -> list[str]:
+    """The facts that differ, each with both values; a key that only one has is one of them."""
+    return [
+        f"{key} {_brief(theirs.get(key), mine.get(key))}"
+        for key in sorted({*mine, *theirs})
+        if mine.get(key) != theirs.get(key)
+    ]
+
+
+def _nothing_hidden(result: Result) -> bool:
+    return set(result.knows) == set(result.sites)
+
+
+def _without_draws(facts: _Facts) -> _Facts:
+    """Without the effort that doesn't count where nothing is hidden."""
+    effort = {key: value for key, value in facts.items() if key.startswith(_EFFORT)}
+    rest = {key: value for key, value in facts.items() if key not in effort}
+    counts = without_draws({key.removeprefix(_EFFORT): value for key, value in effort.items()})
+    return rest | {f"{_EFFORT}{key}": value for key, value in counts.items()}
 
 
 def _brief(theirs: object, mine: object) -> str:
@@ -150,7 +169,8 @@ def _brief(theirs: object, mine: object) -> str:
     return f"{texts[0]} and {texts[1]}"
 
 
-def _track_facts(result: Result) -> _Facts:
+def track_facts(result: Result) -> _Facts:
+    """What must be equal for two results to be of the same track, whatever it is called."""
     return {
         "norm": result.norm,
         "ids": result.ids,
@@ -172,13 +192,13 @@ def _defense_facts(result: Result) -> _Facts:
 
 def _effort_facts(result: Result) -> _Facts:
     return {"attack": result.attack} | {
-        f"effort.{key}": value for key, value in result.effort.items()
+        f"{_EFFORT}{key}": value for key, value in result.effort.items()
     }
 
 
 def _search_facts(result: Result) -> _Facts:
     """All effort but EoT, in which the white-box column differs from the others by its name."""
-    return {key: value for key, value in _effort_facts(result).items() if key != "effort.eot"}
+    return {key: value for key, value in _effort_facts(result).items() if key != f"{_EFFORT}eot"}
 
 
 def _draw_kind(result: Result) -> str:

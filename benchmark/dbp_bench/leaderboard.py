@@ -4,19 +4,11 @@ A setting is what the attacker knew and how hard it searched, not the name of a 
 a defense has no reverse noise, knowing the forward noise is knowing all, and one result serves.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from dbp_bench.accounting import (
-    METRICS,
-    Account,
-    WorstCase,
-    account,
-    gaps,
-    worst_hidden,
-    worst_known,
-)
+from dbp_bench.accounting import Account
 from dbp_bench.comparable import (
     KNOWN,
     MAIN,
@@ -27,17 +19,19 @@ from dbp_bench.comparable import (
     Record,
     check_comparable,
 )
+from dbp_bench.contest import Attacks, Duel, Kind, attacks_on, duels
 from dbp_bench.errors import NotComparable
+from dbp_bench.findings import Findings
+from dbp_bench.flags import FEW_DRAWS, Check, checks
+from dbp_bench.pool import Pool
 from dbp_bench.registry import Registry, Track
-from dbp_bench.result import Outcomes, Result, searched_effort
+from dbp_bench.result import Result
 from dbp_bench.statistics import Bootstrap, Estimate, Replicates, ratio
 
 Sort = Literal["hidden", "known"]
 
 UNDEFENDED: Final = "none"
 """The defense whose robust accuracy is the zero of the scale."""
-FEW_DRAWS: Final = 3
-"""Known draws below which an average over them is flagged."""
 
 QUANTITIES: Final = (
     "clean",
@@ -59,101 +53,13 @@ QUANTITIES: Final = (
 
 
 @dataclass(frozen=True)
-class Pool:
-    """The results of one defense under one threat model: one for each seed."""
-
-    records: Sequence[Record]
-
-    @property
-    def any(self) -> Result:
-        """One of them, for what they have in common."""
-        return self.records[0].result
-
-    @property
-    def sites(self) -> frozenset[str]:
-        """Where the defense draws noise."""
-        return frozenset(self.any.sites)
-
-    @property
-    def knows(self) -> frozenset[str]:
-        """Sites whose draws the attacker was shown."""
-        return frozenset(self.any.knows)
-
-    @property
-    def draws(self) -> int:
-        """Draws of all seeds."""
-        return sum(len(record.result.draws) for record in self.records)
-
-    @property
-    def seeds(self) -> list[int]:
-        """In order."""
-        return [record.result.seed for record in self.records]
-
-    def searched(self, effort: Effort) -> Effort:
-        """What of `effort` counts for this defense and this knowledge."""
-        return searched_effort(effort, self.any.knows, self.any.sites)
-
-    @property
-    def all_known(self) -> bool:
-        """Whether nothing is hidden from the attacker."""
-        return self.knows == self.sites
-
-    @property
-    def gradient_calls(self) -> float:
-        """Network calls with a gradient, of one attack on one image."""
-        return self._per_attack(lambda result: result.network_calls.gradient)
-
-    @property
-    def other_calls(self) -> float:
-        """Network calls of the search without a gradient, of one attack on one image."""
-        return self._per_attack(
-            lambda result: (
-                result.network_calls.judging
-                - result.network_calls.per_purification * _verdicts(result)
-            )
-        )
-
-    def _per_attack(self, calls: Callable[[Result], int]) -> float:
-        attacks = sum(
-            len(record.result.ids) * (len(record.result.draws) if record.result.knows else 1)
-            for record in self.records
-        )
-        return sum(calls(record.result) for record in self.records) / attacks
-
-    def account(self, kind: Literal["clean", "robust"], bootstrap: Bootstrap) -> Account:
-        """What the draws say of `kind`, seed by seed: the mean, votes and worst cases."""
-        tables = [getattr(record.result, kind) for record in self.records]
-        return account(tables, bootstrap, noisy=bool(self.sites))
-
-    def clean(self, bootstrap: Bootstrap) -> Replicates:
-        """Accuracy on clean images."""
-        return _mean(bootstrap, [record.result.clean for record in self.records])
-
-    def robust(self, bootstrap: Bootstrap) -> Replicates:
-        """Accuracy on adversarial images."""
-        return _mean(bootstrap, [record.result.robust for record in self.records])
-
-    def fresh(self, bootstrap: Bootstrap) -> Replicates | None:
-        """Accuracy, on draws that no attacker was shown, on images made for a known one."""
-        outcomes = [
-            [[right for draw in image for right in draw] for image in record.result.fresh or []]
-            for record in self.records
-        ]
-        return _mean(bootstrap, outcomes) if all(rows and rows[0] for rows in outcomes) else None
-
-    def zero_gradients(self) -> int:
-        """Images whose gradient was zero at every step, in the seed that has most of them."""
-        return max(sum(record.result.zero_gradient or []) for record in self.records)
-
-
-@dataclass(frozen=True)
 class Row:
     """A defense on a leaderboard."""
 
     rank: int | None
     """Null for a control, and where the column that ranks was not measured."""
     defense: str
-    kind: Literal["control", "defense"]
+    kind: Kind
     estimates: Mapping[str, Estimate | None]
     """By name, one of :data:`QUANTITIES`; null where something that it needs was not measured."""
     served_by: Mapping[str, str]
@@ -170,27 +76,8 @@ class Row:
     """Network calls of one purification."""
     flags: Sequence[str]
     """What a reader should know before trusting the row."""
-
-
-@dataclass(frozen=True)
-class Attacks:
-    """All attacks on a defense by attackers who know the same."""
-
-    defense: str
-    kind: Literal["control", "defense"]
-    known: bool
-    """Whether all draws are known, or all are hidden."""
-    pools: Mapping[str, Pool]
-    """By threat model; the leaderboard's own first."""
-    robust: Mapping[str, Estimate]
-    """By threat model."""
-    ratios: Mapping[str, float | None]
-    """Network calls of the search, over those of the leaderboard's own threat model; null where
-    either is unknown."""
-    worst: Estimate | None
-    """Of the worst case over all of them; null where they have too few draws in common."""
-    draws: int
-    """Which all attacks were judged on, of each seed."""
+    checks: Sequence[Check]
+    """What was looked for, whether it was found or not."""
 
 
 @dataclass(frozen=True)
@@ -209,9 +96,13 @@ class Leaderboard:
     """Of the columns compared at equal effort; null where none of them was measured."""
     whitebox_eot: int | float | str | bool | None
     rows: Sequence[Row]
-    settings: Sequence[tuple[Pool, Literal["control", "defense"]]]
+    settings: Sequence[tuple[Pool, Kind]]
     attacks: Sequence[Attacks]
     """Where attacks other than the leaderboard's own were run."""
+    duels: Sequence[Duel]
+    """Every attack of a package, against ours."""
+    sweeps: Sequence[Findings]
+    """What was swept over."""
     bootstrap: Bootstrap
 
     @property
@@ -226,7 +117,10 @@ class Leaderboard:
 
 
 def leaderboard(
-    records: Sequence[Record], registry: Registry | None = None, sort: Sort = "hidden"
+    records: Sequence[Record],
+    registry: Registry | None = None,
+    sort: Sort = "hidden",
+    findings: Sequence[Findings] = (),
 ) -> Leaderboard:
     """What the results of one track say of its defenses.
 
@@ -234,6 +128,7 @@ def leaderboard(
         records: Results, all of one track.
         registry: Where titles and kinds come from; the package's own entries if not given.
         sort: The accuracy that ranks: with all draws hidden, or with all of them known.
+        findings: Of sweeps on that track.
 
     Raises:
         NotComparable: Two of the results may not stand in one table.
@@ -265,6 +160,7 @@ def leaderboard(
     zero = columns.get(UNDEFENDED, {}).get("hidden")
     undefended = None if zero is None else zero.robust(bootstrap)
     kinds = {name: _kind(registry, name) for name in names}
+    eps = next((pool.any.eps for pool in main or pools if pool.any.threat != NULL), first.eps)
     unranked = [
         _row(
             name,
@@ -275,12 +171,13 @@ def leaderboard(
                 key=lambda pool: pool.any.threat,
             ),
             columns[name],
+            [pool for pool in pools if pool.any.defense == name and pool.any.eps == eps > 0],
+            [each for each in findings if each.defense == name],
             undefended,
             bootstrap,
         )
         for name in names
     ]
-    eps = next((pool.any.eps for pool in main or pools if pool.any.threat != NULL), first.eps)
     return Leaderboard(
         track=tracks[0],
         entry=registry.track(tracks[0]).entry if tracks[0] in registry.tracks else None,
@@ -301,7 +198,7 @@ def leaderboard(
             for name in names
             for known in (False, True)
             if (
-                row := _attacks(
+                row := attacks_on(
                     [
                         pool
                         for pool in pools
@@ -317,20 +214,15 @@ def leaderboard(
                 )
             )
         ],
+        duels=duels(
+            sorted(pools, key=lambda pool: (pool.any.defense, pool.any.threat)),
+            kinds,
+            eps,
+            bootstrap,
+        ),
+        sweeps=findings,
         bootstrap=bootstrap,
     )
-
-
-def _verdicts(result: Result) -> int:
-    """Purifications that judged, not searched."""
-    fresh = len(result.fresh[0][0]) if result.fresh else 0
-    return len(result.ids) * len(result.draws) * (2 + fresh)
-
-
-def _mean(bootstrap: Bootstrap, tables: Sequence[Outcomes]) -> Replicates:
-    """The accuracy over all columns of all `tables`, whose rows are the same images."""
-    right = [sum(map(sum, rows)) for rows in zip(*tables, strict=True)]
-    return bootstrap.mean(right, sum(len(table[0]) for table in tables))
 
 
 def _columns(
@@ -360,9 +252,11 @@ def _columns(
 
 def _row(
     defense: str,
-    kind: Literal["control", "defense"],
+    kind: Kind,
     pools: Sequence[Pool],
     columns: Mapping[str, Pool],
+    attacks: Sequence[Pool],
+    findings: Sequence[Findings],
     undefended: Replicates | None,
     bootstrap: Bootstrap,
 ) -> Row:
@@ -383,24 +277,10 @@ def _row(
         key: None if (values := found.get(key)) is None else bootstrap.estimate(values)
         for key in QUANTITIES
     }
-    flags = []
     accounts = _accounts(pools, columns, bootstrap)
-    if NULL in columns:
-        wrong = _null_gaps(columns[NULL], accounts[NULL][1], bootstrap)
-        if wrong:
-            flags.append(
-                f"the null attack does not give clean accuracy ({', '.join(wrong)} points): "
-                "something else than the attack is measured"
-            )
-    split = estimates["stochasticity"]
-    if split is not None and split.high < 0:
-        flags.append("knowing the draws did not help the attack: its search has not converged")
-    for key, pool in columns.items():
-        if pool.zero_gradients():
-            flags.append(
-                f"zero gradient at every step on {pool.zero_gradients()} of "
-                f"{bootstrap.images} images ({key.replace('_', ' ')})"
-            )
+    null = accounts[NULL][1] if NULL in accounts else None
+    made = checks(columns, attacks, null, findings, estimates["stochasticity"], bootstrap)
+    flags = [flag for check in made for flag in check.flags]
     known_draws = next((pool.draws for pool in columns.values() if pool.knows), None)
     if known_draws is not None and known_draws < FEW_DRAWS:
         flags.append(f"fewer than {FEW_DRAWS} known draws")
@@ -423,6 +303,7 @@ def _row(
         fresh_draws=len(known.any.fresh[0][0]) if known and known.any.fresh else None,
         calls=pools[0].any.network_calls.per_purification,
         flags=flags,
+        checks=made,
     )
 
 
@@ -440,83 +321,6 @@ def _accounts(
         if (pool := columns.get(key)) is not None:
             found[key] = (pool.any.threat, pool.account("robust", bootstrap))
     return found
-
-
-def describe(metric: str, account: Account) -> str:
-    """A metric of :data:`METRICS` in words, for this many draws."""
-    words = {"mean": "one draw", "majority": "majority", "worst_all": "worst of all"}
-    if account.draws is not None:
-        words |= {
-            "majority": f"majority of {account.votes}",
-            "worst_all": f"worst of {account.draws}",
-        }
-    return words.get(metric, metric.replace("_", " of "))
-
-
-def _null_gaps(pool: Pool, account: Account, bootstrap: Bootstrap) -> list[str]:
-    """Metrics which the null attack changes, and by how much, paired by image and draw."""
-    clean = [record.result.clean for record in pool.records]
-    robust = [record.result.robust for record in pool.records]
-    found = gaps(clean, robust, bootstrap, noisy=bool(pool.sites))
-    return [
-        f"{describe(metric, account)} {gap.percent(sign=True)}"
-        for metric in METRICS
-        if (gap := found[metric]) is not None and not gap.low <= 0 <= gap.high
-    ]
-
-
-def _attacks(
-    others: Sequence[Pool],
-    columns: Mapping[str, Pool],
-    kind: Literal["control", "defense"],
-    bootstrap: Bootstrap,
-    *,
-    known: bool,
-) -> Attacks | None:
-    """The leaderboard's own attacks and `others`, all on one defense; null if there are none."""
-    if not others:
-        return None
-    own = columns.get("all_known" if known else "hidden")
-    pools = [] if own is None else [own]
-    if not known and WHITEBOX in columns and columns[WHITEBOX] is not own:
-        pools.append(columns[WHITEBOX])
-    pools += sorted(others, key=lambda pool: pool.any.threat)
-    calls = [pool.gradient_calls + pool.other_calls for pool in pools]
-    worst, draws = _worst_case(pools, known=known)
-    return Attacks(
-        defense=others[0].any.defense,
-        kind=kind,
-        known=known,
-        pools={pool.any.threat: pool for pool in pools},
-        robust={pool.any.threat: bootstrap.estimate(pool.robust(bootstrap)) for pool in pools},
-        ratios={
-            pool.any.threat: number / calls[0] if own is not None and calls[0] else None
-            for pool, number in zip(pools, calls, strict=True)
-        },
-        worst=None if worst is None else bootstrap.estimate(worst.replicates(bootstrap)),
-        draws=draws,
-    )
-
-
-def _worst_case(pools: Sequence[Pool], *, known: bool) -> tuple[WorstCase | None, int]:
-    """The worst case over attacks, on the seeds and draws they share, and how many draws."""
-    seeds = sorted(set.intersection(*(set(pool.seeds) for pool in pools)))
-    draws = sorted(
-        set.intersection(*(set(record.result.draws) for pool in pools for record in pool.records))
-    )
-    # Where a defense draws no noise, it has one draw, and everything is known.
-    if not seeds or len(draws) < (1 if known else 2):
-        return None, len(draws)
-    cases = []
-    for seed in seeds:
-        tables = []
-        for pool in pools:
-            (result,) = (r.result for r in pool.records if r.result.seed == seed)
-            places = [result.draws.index(draw) for draw in draws]
-            tables.append([[row[place] for place in places] for row in result.robust])
-        cases.append(worst_known(tables) if known else worst_hidden(tables))
-    numerators = [sum(each) for each in zip(*(case.numerators for case in cases), strict=True)]
-    return WorstCase(numerators, cases[0].denominator * len(seeds)), len(draws)
 
 
 def decompose(
@@ -579,5 +383,5 @@ def _ranked(rows: Sequence[Row], sort: Sort) -> list[Row]:
     return ranked
 
 
-def _kind(registry: Registry, defense: str) -> Literal["control", "defense"]:
+def _kind(registry: Registry, defense: str) -> Kind:
     return registry.defense(defense).entry.kind if defense in registry.defenses else "defense"

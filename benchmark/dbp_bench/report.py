@@ -1,24 +1,24 @@
 """Writes what the results say: leaderboards, and the outcomes as one table."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dbp_bench.attacktable import (
+    attacks_to_csv,
+    attacks_to_markdown,
+    packages_to_csv,
+    sweeps_to_csv,
+)
 from dbp_bench.comparable import Record, load
 from dbp_bench.errors import BadResult
-from dbp_bench.leaderboard import Pool, Sort, leaderboard
+from dbp_bench.findings import load_findings
+from dbp_bench.leaderboard import Leaderboard, Sort, leaderboard
+from dbp_bench.pool import Pool
 from dbp_bench.registry import Registry
 from dbp_bench.result import Result, write_atomically
 from dbp_bench.statistics import Bootstrap, Estimate
-from dbp_bench.tables import (
-    attacks_to_csv,
-    attacks_to_markdown,
-    draws_to_csv,
-    settings_to_csv,
-    to_csv,
-    to_latex,
-    to_markdown,
-)
+from dbp_bench.tables import draws_to_csv, settings_to_csv, to_csv, to_latex, to_markdown
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def write_leaderboards(
     """Write ``<track>.csv``, ``.md``, ``.tex``, ``-draws.csv`` and ``-settings.csv`` by track.
 
     Where there are results of attacks other than the leaderboard's own, also
-    ``<track>-attacks.csv`` and ``.md``.
+    ``<track>-attacks.csv`` and ``.md``; of packages' attacks, ``<track>-packages.csv``; findings of
+    sweeps, ``<track>-sweeps.csv`` and ``<track>-attacks.md``.
 
     Nothing is written if any of the results is refused.
 
@@ -65,33 +66,49 @@ def write_leaderboards(
         registry: Where titles and kinds come from; the package's own entries if not given.
 
     Raises:
-        BadResult: There are none, or one can't be read.
+        BadResult: There are no results, or one of them or of the findings can't be read.
         NotComparable: Two of them may not stand in one table.
     """
     records = load(results, track)
+    tracks = sorted({record.result.track for record in records})
+    findings = load_findings(results, tracks)
     boards = [
-        leaderboard([r for r in records if r.result.track == name], registry, sort)
-        for name in sorted({record.result.track for record in records})
+        leaderboard(
+            [record for record in records if record.result.track == name],
+            registry,
+            sort,
+            [each for each in findings if each.track == name],
+        )
+        for name in tracks
     ]
     files = {
         out / f"{board.track}{suffix}": render(board)
         for board in boards
-        for suffix, render in (
-            (".csv", to_csv),
-            (".md", to_markdown),
-            (".tex", to_latex),
-            ("-draws.csv", draws_to_csv),
-            ("-settings.csv", settings_to_csv),
-            *(
-                (("-attacks.csv", attacks_to_csv), ("-attacks.md", attacks_to_markdown))
-                if board.attacks
-                else ()
-            ),
-        )
+        for suffix, render in _tables(board)
     }
     for path, content in files.items():
         write_atomically(path, content)
     return list(files)
+
+
+def _tables(board: Leaderboard) -> list[tuple[str, Callable[[Leaderboard], str]]]:
+    """How the names of a track's files end, and what makes them."""
+    tables: list[tuple[str, Callable[[Leaderboard], str]]] = [
+        (".csv", to_csv),
+        (".md", to_markdown),
+        (".tex", to_latex),
+        ("-draws.csv", draws_to_csv),
+        ("-settings.csv", settings_to_csv),
+    ]
+    if board.duels:
+        tables.append(("-packages.csv", packages_to_csv))
+    if board.sweeps:
+        tables.append(("-sweeps.csv", sweeps_to_csv))
+    if board.attacks:
+        tables.append(("-attacks.csv", attacks_to_csv))
+    if board.attacks or board.duels or board.sweeps:
+        tables.append(("-attacks.md", attacks_to_markdown))
+    return tables
 
 
 def outcomes_csv(results: Sequence[Path], out: Path) -> None:

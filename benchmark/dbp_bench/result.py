@@ -94,7 +94,11 @@ class Result(_Record):
     effort: dict[str, Any]
     """How hard, and how, the attacker searched."""
     options: dict[str, Any]
-    """The defense's options on this track."""
+    """The defense's options on this track; with `votes` where several decide, and with `resize`
+    where the purifier takes images of another size."""
+    surrogate: dict[str, Any] | None = None
+    """What the attack differentiated in place of the defense: the options and votes that its entry
+    declares. Null, and not written, where the effort's gradient isn't declared-surrogate."""
     overrides: list[str]
     """Which fields were set on the command line against the entries."""
     ids: list[int]
@@ -140,6 +144,9 @@ class Result(_Record):
             raise ValueError(
                 f"package_robust: {len(self.package_robust)} for {len(self.ids)} images"
             )
+        lengths = {len(row) for row in self.package_robust or []}
+        if len(lengths) > 1 or 0 in lengths:
+            raise ValueError("package_robust: not the same number of attacks on every image")
         if self.zero_gradient is not None and len(self.zero_gradient) != len(self.ids):
             raise ValueError(f"zero_gradient: {len(self.zero_gradient)} for {len(self.ids)} images")
         if not set(self.knows) <= set(self.sites):
@@ -149,7 +156,7 @@ class Result(_Record):
     def to_json(self) -> str:
         """As written to a file: one line per key, one line per image in the outcomes."""
         table = self.model_dump(by_alias=True, mode="json")
-        for key in ("package_robust", "gradient_check"):
+        for key in ("surrogate", "package_robust", "gradient_check"):
             if table[key] is None:
                 del table[key]
         parts = []
@@ -225,6 +232,15 @@ def result_path(folder: Path, track: str, defense: str, threat: str, seed: int) 
 
 def searched_effort(effort: dict[str, Any], knows: list[str], sites: list[str]) -> dict[str, Any]:
     """The part of `effort` that counts: where nothing is hidden, averaging over draws is idle."""
-    if set(knows) == set(sites):
-        return {key: value for key, value in effort.items() if key != "eot"}
-    return dict(effort)
+    return without_draws(effort) if set(knows) == set(sites) else dict(effort)
+
+
+def without_draws(effort: dict[str, Any]) -> dict[str, Any]:
+    """An `effort` and those of an ensemble's members, but for the draws that they average over."""
+    counts = {key: value for key, value in effort.items() if key not in ("eot", "compare")}
+    members = counts.get("members")
+    if isinstance(members, list):
+        counts["members"] = [
+            without_draws(member) if isinstance(member, dict) else member for member in members
+        ]
+    return counts

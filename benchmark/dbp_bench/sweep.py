@@ -6,18 +6,16 @@ picture doesn't bring it to chance; an attack without gradients does better; gra
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from math import sqrt
+from dataclasses import dataclass, replace
+from math import prod, sqrt
 from pathlib import Path
-from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from dbp_bench.data import load_data
-from dbp_bench.errors import BadRequest, BadResult, ZeroGradient, did_you_mean
-from dbp_bench.job import Job, Overrides, resolve
-from dbp_bench.registry import Registry, explain, number
-from dbp_bench.result import Result, write_atomically
+from dbp_bench.data import facts_of
+from dbp_bench.errors import BadRequest, ZeroGradient, did_you_mean
+from dbp_bench.findings import SCHEMA, Findings, Flag, Interval, Measured, findings_path
+from dbp_bench.job import Job, Overrides, refuse_borrowed, resolve
+from dbp_bench.registry import Registry, number
+from dbp_bench.result import Result
 from dbp_bench.statistics import Bootstrap, Estimate, Replicates
 
 AXES = ("steps", "eot", "eps")
@@ -26,93 +24,8 @@ AXES = ("steps", "eot", "eps")
 BLACK_BOX = "black-box"
 """The axis whose second value is another threat, one that follows no gradient."""
 
-SCHEMA: Literal[1] = 1
-
 Execute = Callable[[Job, Path], Path]
 """Runs a job below a folder and gives the path of its result."""
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Interval(_Record):
-    """A quantity and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, estimate: Estimate) -> Self:
-        """The `estimate`, to be written down."""
-        return cls(**asdict(estimate))
-
-
-class Measured(_Record):
-    """What one value gave."""
-
-    value: float | str
-    """Of the axis: steps, draws per gradient, eps, or the name of a threat."""
-    file: str | None
-    """Its result, below the folder of results; null where the attack found zero gradients only."""
-    accuracy: Interval | None
-    """Under attack, over images and draws."""
-    fall: Interval | None
-    """Accuracy at the standard minus this one, over the same images and draws (paired)."""
-    zero_gradient: float | None
-    """Share of the images whose gradient was zero at every step."""
-
-
-class Flag(_Record):
-    """A reason to doubt that the accuracy is as low as an attack can bring it."""
-
-    name: Literal["not-converged", "masking", "black-box-stronger", "zero-gradient"]
-    message: str
-
-
-class Findings(_Record):
-    """What a sweep over one axis found; the file lies beside its results."""
-
-    schema_version: Literal[1] = Field(alias="schema")
-    track: str
-    defense: str
-    threat: str
-    seed: int
-    axis: Literal["steps", "eot", "eps", "black-box"]
-    standard: float | str
-    """The threat's own value."""
-    images: int
-    draws: int
-    chance: float
-    """The accuracy that a budget without bounds must bring: 0 where every draw is known."""
-    values: list[Measured]
-    flags: list[Flag]
-    notes: list[str]
-    """What could not be decided, and what would do."""
-
-    def write(self, path: Path) -> None:
-        """Write the file, all of it or nothing."""
-        write_atomically(path, self.model_dump_json(by_alias=True, indent=1) + "\n")
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """The findings in the file at `path`.
-
-        Raises:
-            BadResult: It holds none.
-        """
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise BadResult(f"{path}: not findings of a sweep: {explain(error, cls)}") from None
-        except OSError as error:
-            raise BadResult(f"{path}: {error.strerror}.") from None
-
-
-def findings_path(out: Path, track: str, defense: str, threat: str, seed: int, axis: str) -> Path:
-    """Where the findings over an `axis` lie, below the folder of results `out`."""
-    return out / "sweeps" / "findings" / track / defense / threat / f"seed-{seed}-{axis}.json"
 
 
 # ------------------------------------------------------------------------------------ what is run
@@ -188,6 +101,7 @@ def plan(
         return job(replace(overrides, effort={**overrides.effort, axis: int(value)}))
 
     own = job(overrides)
+    refuse_borrowed(own)
     if axis == "eot" and own.knows == own.sites:
         raise BadRequest(
             f"--over eot: nothing is hidden from {threat} in {defense}, so that every gradient "
@@ -225,6 +139,8 @@ def against(
         resolve(registry, track, defense, name, seed=seed, device=device, overrides=overrides)
         for name in (threat, black)
     )
+    for job in (own, other):
+        refuse_borrowed(job)
     if "gradient" in other.effort:
         raise BadRequest(f"--black-box {black}: it follows gradients, so it shows no masking.")
     hidden = sorted(set(other.knows) - set(own.knows))
@@ -384,10 +300,10 @@ def _chance(job: Job) -> float:
     """
     if job.knows == job.sites:
         return 0.0
-    return 1 / (int(load_data(job.track.entry.data).labels.max()) + 1)
+    return 1 / facts_of(job.track.entry.data).classes
 
 
 def _any_picture(job: Job) -> float:
     """The eps at which every image can become plain grey, and no image tells its class."""
-    pixels = load_data(job.track.entry.data).images[0].numel()
+    pixels = prod(facts_of(job.track.entry.data).shape)
     return {"linf": 0.5, "l2": 0.5 * sqrt(pixels), "l1": 0.5 * pixels}[job.track.entry.norm]

@@ -1,15 +1,30 @@
 """From a track's numbers to tables: CSV for programs, Markdown and LaTeX for readers."""
 
-import csv
-import io
-import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from dbp_bench.accounting import FEW, METRICS, Account
-from dbp_bench.comparable import MAIN, NULL, WHITEBOX, Effort
-from dbp_bench.leaderboard import QUANTITIES, UNDEFENDED, Attacks, Leaderboard, Pool, Row
+from dbp_bench.comparable import NULL, WHITEBOX
+from dbp_bench.flags import COSINE, ERROR, EXACT, Check
+from dbp_bench.leaderboard import QUANTITIES, UNDEFENDED, Leaderboard, Row
+from dbp_bench.pool import Pool
+from dbp_bench.rendering import (
+    BOOTSTRAP,
+    fractions,
+    in_words,
+    joined,
+    json_of,
+    listed,
+    md,
+    md_lines,
+    md_name,
+    percent,
+    shown_eps,
+    tex,
+    text_of,
+    to_csv_text,
+)
 from dbp_bench.statistics import LEVEL, RESAMPLES, Estimate
 
 _ACCURACIES: Final = ("clean", "hidden", "forward_known", "reverse_known", "all_known")
@@ -21,18 +36,24 @@ _PARTS: Final = (
     "stochasticity_forward",
     "stochasticity_reverse",
 )
+_LOOKED: Final = (
+    "No flag says as much as what was looked at, which is named. Null attack: changes no metric. "
+    "More knowledge: knowing all draws helps the attack. Zero gradients: no image's gradient is "
+    "zero at every step. Gradient check: on two images, in float64, the exact gradient is that of "
+    f"finite differences (to {ERROR:g}), and the one that the attack followed points its way "
+    f"(cosine {EXACT:g} or more if it is called exact, {COSINE:g} if it is labelled an "
+    "approximation). Black box: an attack without gradients does no better than the strongest "
+    "along gradients that knows the same. More effort: more steps, restarts or draws per gradient "
+    "(PGD and APGD) do no better than the leaderboard's own attack. Better: by a paired interval "
+    "that excludes 0. Sweeps: what `dbp-bench sweep` found over steps, draws, eps, or with a black "
+    "box. Each comparison may flag by chance: about one in forty does where there is nothing."
+)
 _CHECKS: Final = ("fresh", WHITEBOX, NULL)
 
 _BOUNDS: Final = (
     "Every robust accuracy is an upper bound: it is what a finite attack left standing, and a "
     "stronger one may leave less. Stochasticity S is a difference of two upper bounds and no bound "
     "itself."
-)
-_BOOTSTRAP: Final = (
-    f"In brackets: {100 * LEVEL:.0f} % intervals from a paired bootstrap over images ({RESAMPLES} "
-    "resamples, the same ones for every number of the track; percentiles). They say what other "
-    "images of the kind could have given, not what other training runs or stronger attacks could. "
-    "At 0 or 100 % a bootstrap has no width."
 )
 _BLANK: Final = (
     "Blank: not measured, or it needs something that was not measured, or a share of a difference "
@@ -54,8 +75,6 @@ _DRAWS: Final = (
     "being right, given its outcomes, and M outcomes with that chance. The null attack must give "
     "the clean numbers; a gap, paired by image and draw, is flagged where its interval is off zero."
 )
-_CALLS_DIFFER: Final = 0.02
-"""From this share of network calls on, two attacks are marked as of unequal effort."""
 
 
 def to_csv(board: Leaderboard) -> str:
@@ -63,20 +82,33 @@ def to_csv(board: Leaderboard) -> str:
     header = ["rank", "defense", "kind", "track", "norm", "eps", "images", "seeds"]
     header += [f"{key}{end}" for key in QUANTITIES for end in ("", "_lo", "_hi")]
     header += ["attack", "effort", "whitebox_eot", "hidden_draws", "known_draws", "fresh_draws"]
-    header += ["network_calls", "served_by", "flags", "results"]
+    header += ["network_calls", "served_by", "flags", "checks", "results"]
     lines: list[list[object]] = []
     for row in board.rows:
         line: list[object] = [row.rank, row.defense, row.kind, board.track, board.norm, board.eps]
         line += [board.images, " ".join(map(str, row.pools[0].seeds))]
         for key in QUANTITIES:
-            line += _fractions(row.estimates[key])
-        line += [board.attack, _json(board.effort), board.whitebox_eot]
+            line += fractions(row.estimates[key])
+        line += [board.attack, json_of(board.effort), board.whitebox_eot]
         line += [row.hidden_draws, row.known_draws, row.fresh_draws, row.calls]
         line += [" ".join(f"{key}={threat}" for key, threat in row.served_by.items())]
-        line += ["; ".join(row.flags)]
+        line += ["; ".join(row.flags), "; ".join(_checked(row))]
         line += [" ".join(record.name for pool in row.pools for record in pool.records)]
         lines.append(line)
-    return _csv(header, lines)
+    return to_csv_text(header, lines)
+
+
+def _checked(row: Row) -> list[str]:
+    """What was looked for, where, and with what outcome."""
+    return [
+        f"{check.name}: "
+        + (f"{_outcome(check)} ({', '.join(check.looked)})" if check.looked else "not looked for")
+        for check in row.checks
+    ]
+
+
+def _outcome(check: Check) -> str:
+    return "flagged" if check.flags else "no finding"
 
 
 def settings_to_csv(board: Leaderboard) -> str:
@@ -97,20 +129,20 @@ def settings_to_csv(board: Leaderboard) -> str:
         line += [len(any_.fresh[0][0]) if any_.fresh else None]
         fresh = pool.fresh(board.bootstrap)
         for values in (pool.robust(board.bootstrap), pool.clean(board.bootstrap), fresh):
-            line += _fractions(None if values is None else board.bootstrap.estimate(values))
+            line += fractions(None if values is None else board.bootstrap.estimate(values))
         line += _votes(pool, board)
-        line += [any_.attack, _json(any_.effort), " ".join(any_.overrides)]
+        line += [pool.attack, json_of(any_.effort), " ".join(any_.overrides)]
         line += [any_.network_calls.per_purification]
         line += [sum(result.network_calls.gradient for result in results)]
         line += [sum(result.network_calls.judging for result in results)]
         searched = all(result.zero_gradient is not None for result in results)
         line += [pool.zero_gradients() if searched else None]
-        line += [_joined(result.provenance.commit for result in results)]
-        line += [_joined(result.provenance.dirty for result in results)]
+        line += [joined(result.provenance.commit for result in results)]
+        line += [joined(result.provenance.dirty for result in results)]
         line += [" ".join(record.name for record in pool.records)]
         line += [" ".join(record.sha256 for record in pool.records)]
         lines.append(line)
-    return _csv(header, lines)
+    return to_csv_text(header, lines)
 
 
 def _votes(pool: Pool, board: Leaderboard) -> list[object]:
@@ -122,7 +154,7 @@ def _votes(pool: Pool, board: Leaderboard) -> list[object]:
     vote = not pool.knows
     line: list[object] = [found.votes if vote else None, found.draws]
     for key in METRICS[1:]:
-        line += _fractions(found.estimates[key] if vote or key != "majority" else None)
+        line += fractions(found.estimates[key] if vote or key != "majority" else None)
     return line
 
 
@@ -141,138 +173,14 @@ def draws_to_csv(board: Leaderboard) -> str:
             line += [board.eps if key == "hidden" else 0.0, board.images]
             line += [found.draws, found.votes, found.draws]
             for metric in METRICS:
-                line += _fractions(found.estimates[metric])
+                line += fractions(found.estimates[metric])
             lines.append(line)
-    return _csv(header, lines)
-
-
-def attacks_to_csv(board: Leaderboard) -> str:
-    """One line per defense and knowledge: every attack, its effort, and the worst case over all.
-
-    Network calls are of the search for one image, those of a surrogate's search not included.
-    """
-    threats = _threats(board.attacks)
-    header = ["defense", "kind", "draws_are", "track", "norm", "eps", "images", "draws"]
-    header += ["worst_case", "worst_case_lo", "worst_case_hi", "equal_calls"]
-    for name in threats:
-        header += [name, f"{name}_lo", f"{name}_hi", f"{name}_attack", f"{name}_effort"]
-        header += [f"{name}_gradient_calls", f"{name}_other_calls", f"{name}_calls_ratio"]
-        header += [f"{name}_results"]
-    lines: list[list[object]] = []
-    for row in board.attacks:
-        line: list[object] = [row.defense, row.kind, _knowledge(row), board.track, board.norm]
-        line += [board.eps, board.images, row.draws, *_fractions(row.worst)]
-        ratios = list(row.ratios.values())
-        line += [None if None in ratios else not any(map(_unequal, ratios))]
-        for name in threats:
-            pool = row.pools.get(name)
-            line += _fractions(row.robust.get(name))
-            if pool is None:
-                line += [None] * 6
-                continue
-            ratio = row.ratios[name]
-            line += [pool.any.attack, _json(pool.any.effort)]
-            line += [round(pool.gradient_calls, 6), round(pool.other_calls, 6)]
-            line += [None if ratio is None else round(ratio, 6)]
-            line += [" ".join(record.name for record in pool.records)]
-        lines.append(line)
-    return _csv(header, lines)
-
-
-def attacks_to_markdown(board: Leaderboard) -> str:
-    """For reading on a page: attacks side by side, their worst case, and what each one cost."""
-    text = [f"# Attacks on {_md(board.title)}", ""]
-    text += [
-        (
-            "Robust accuracy in percent under each attack, and in the worst case over all of "
-            f"them, with {100 * LEVEL:.0f} % intervals ({board.norm}, eps = {_eps(board.eps)}, "
-            f"{board.images} images). In parentheses: network calls of the search, over those of "
-            "the first attack, where they are not equal; such attacks differ in effort, not only "
-            "in how they search."
-        ),
-        "",
-    ]
-    for known in (False, True):
-        rows = [row for row in board.attacks if row.known == known]
-        if not rows:
-            continue
-        threats = _threats(rows)
-        text += [f"## All draws {_knowledge(rows[0])}", ""]
-        lines = [
-            ["Defense", *(_md(name) for name in threats), "Worst case"],
-            [":--", *("--:" for _ in threats), "--:"],
-        ]
-        for row in rows:
-            worst = "" if row.worst is None else row.worst.percent()
-            cells = [_attack_cell(row, name) for name in threats]
-            lines.append([_md_name(row), *cells, worst])
-        text += [*_md_lines(lines), ""]
-    text += ["## Effort", ""]
-    lines = [
-        ["Defense", "Draws", "Threat", "Attack", "Effort", "Gradient calls", "Other calls"],
-        [":--", ":--", ":--", ":--", ":--", "--:", "--:"],
-    ]
-    for row in board.attacks:
-        for name, pool in row.pools.items():
-            cells = [_md_name(row), _knowledge(row), _md(name), _md(pool.any.attack)]
-            cells += [_md(_words(pool.any.effort))]
-            lines.append([*cells, f"{pool.gradient_calls:.0f}", f"{pool.other_calls:.0f}"])
-    text += [*_md_lines(lines), ""]
-    text += [
-        (
-            "Calls of the denoising networks by one attack on one image, on average: those with a "
-            "gradient, and others of the search; verdicts are not included, nor is what a transfer "
-            "attack spends on its source."
-        ),
-        "",
-        (
-            "Worst case, all draws hidden: the draws that judge are split in halves; for each "
-            "image one half chooses the attack that leaves it right least often (of a tie, the one "
-            "that is strongest over all images in that half), "
-            "and the other half judges that attack, then they swap, so that every draw judges "
-            "once. The smallest of several noisy means would be too low; this never is on average, "
-            "but may be too high where few draws choose. It can thus lie above the accuracy under "
-            "one of the attacks. All draws known: an image falls at a draw if any attack succeeded "
-            "at it, which is exact. "
-            "Blank: the attacks share too few draws."
-        ),
-        "",
-        _BOOTSTRAP,
-    ]
-    return "\n".join(text) + "\n"
-
-
-def _threats(rows: Iterable[Attacks]) -> list[str]:
-    """All threat models of `rows`, the leaderboard's own first."""
-    rows = list(rows)
-    own = [name for row in rows for name in row.pools if name in MAIN]
-    return list(dict.fromkeys([*own, *sorted(name for row in rows for name in row.pools)]))
-
-
-def _knowledge(row: Attacks) -> str:
-    return "known" if row.known else "hidden"
-
-
-def _unequal(ratio: float | None) -> bool:
-    return ratio is not None and abs(ratio - 1) > _CALLS_DIFFER
-
-
-def _attack_cell(row: Attacks, threat: str) -> str:
-    if threat not in row.robust:
-        return ""
-    ratio = row.ratios[threat]
-    mark = f" ({ratio:.2g}x)" if ratio is not None and _unequal(ratio) else ""
-    return row.robust[threat].percent() + mark
-
-
-def _words(effort: Effort) -> str:
-    """An effort as it reads in a sentence, without what isn't set."""
-    return ", ".join(f"{key} {value}" for key, value in effort.items() if value is not None)
+    return to_csv_text(header, lines)
 
 
 def to_markdown(board: Leaderboard) -> str:
     """For reading on a page: four tables, and what they mean."""
-    text = [f"# {_md(board.title)}", ""]
+    text = [f"# {md(board.title)}", ""]
     if board.demonstration:
         text += [
             (
@@ -282,7 +190,7 @@ def to_markdown(board: Leaderboard) -> str:
             "",
         ]
     if board.entry and board.entry.note.strip():
-        text += [_md(board.entry.note), ""]
+        text += [md(board.entry.note), ""]
     text += [f"Accuracies in percent, with {100 * LEVEL:.0f} % intervals. {_ranking(board)}", ""]
     text += ["## Accuracy, by what the attacker knows", ""]
     text += _md_table(
@@ -332,17 +240,16 @@ def to_markdown(board: Leaderboard) -> str:
     ]
     for row in board.rows:
         for key, (_, found) in row.accounts.items():
-            cells = [_text(row.rank), _md_name(row), _KINDS[key], _many(found)]
-            lines.append([*cells, *(_percent(found.estimates[metric]) for metric in METRICS)])
-    text += [*_md_lines(lines), ""]
-    flagged = [
-        f"- **{_md(row.defense)}**: {_md(flag)}." for row in board.rows for flag in row.flags
-    ]
+            cells = [text_of(row.rank), md_name(row.defense, row.kind), _KINDS[key], _many(found)]
+            lines.append([*cells, *(percent(found.estimates[metric]) for metric in METRICS)])
+    text += [*md_lines(lines), ""]
+    flagged = [f"- **{md(row.defense)}**: {md(flag)}." for row in board.rows for flag in row.flags]
     if flagged:
         text += ["## Flags", "", *flagged, ""]
-    text += ["## What it means", "", f"{_BOUNDS} {_md(_protocol(board))}", ""]
+    text += _looked(board)
+    text += ["## What it means", "", f"{_BOUNDS} {md(_protocol(board))}", ""]
     text += [f"- {line}" for line in _meanings(board)]
-    text += [f"- {_DRAWS}", "", f"{_BOOTSTRAP} {_BLANK}"]
+    text += [f"- {_DRAWS}", "", f"{BOOTSTRAP} {_BLANK}"]
     if any(row.served_by for row in board.rows):
         text += ["", _SAME]
     text += [
@@ -355,6 +262,41 @@ def to_markdown(board: Leaderboard) -> str:
     return "\n".join(text) + "\n"
 
 
+def _looked(board: Leaderboard) -> list[str]:
+    """Which signs of weak attacks and masked gradients were looked for."""
+    names = [check.name for check in board.rows[0].checks]
+    lines = [
+        ["Defense", *(name.capitalize() for name in names)],
+        [":--", *(":--" for _ in names)],
+    ]
+    for row in board.rows:
+        cells = [
+            f"{'**flagged**' if check.flags else 'no finding'}: {_places(check)}"
+            if check.looked
+            else "not looked for"
+            for check in row.checks
+        ]
+        lines.append([md_name(row.defense, row.kind), *cells])
+    return [
+        "## Looked for: weak attacks and masked gradients",
+        "",
+        *md_lines(lines),
+        "",
+        _LOOKED,
+        "",
+    ]
+
+
+def _places(check: Check) -> str:
+    """Where a sign was looked for: by name, or how many are in the CSV file by name."""
+    names = check.looked
+    return md(", ".join(names)) if len(names) <= _NAMED else f"{len(names)} attacks"
+
+
+_NAMED: Final = 4
+"""How many names a cell of a table holds."""
+
+
 def to_latex(board: Leaderboard) -> str:
     """For a paper: four booktabs tables in one float, and a note."""
     text = [
@@ -363,7 +305,7 @@ def to_latex(board: Leaderboard) -> str:
         r"\centering",
         r"\small",
         r"\setlength{\tabcolsep}{4pt}",
-        rf"\caption{{{_tex(board.title)}. Accuracy by what the attacker knows, where "
+        rf"\caption{{{tex(board.title)}. Accuracy by what the attacker knows, where "
         rf"the robustness comes from, and checks, in percent with {100 * LEVEL:.0f}\,\% intervals."
         + (r" A demonstration: never compare with CIFAR-10." if board.demonstration else "")
         + "}",
@@ -373,7 +315,7 @@ def to_latex(board: Leaderboard) -> str:
         (
             [
                 "Clean",
-                f"Hidden $R_{{WB}}${_tex(_eot(board))}",
+                f"Hidden $R_{{WB}}${tex(_eot(board))}",
                 "Forward known $R_F$",
                 "Reverse known $R_R$",
                 "All known $R_{DW}$",
@@ -391,17 +333,17 @@ def to_latex(board: Leaderboard) -> str:
             ],
             _PARTS,
         ),
-        (["On fresh draws", _tex(_whitebox(board)), "Null attack"], _CHECKS),
+        (["On fresh draws", tex(_whitebox(board)), "Null attack"], _CHECKS),
     ]
     for headings, keys in tables:
         text += [*_tex_table(headings, board.rows, keys), r"\par\medskip"]
     text += [*_tex_draws(board), r"\par\medskip"]
-    notes = [_BOUNDS, _protocol(board), *_meanings(board), _DRAWS, _BOOTSTRAP, _BLANK]
+    notes = [_BOUNDS, _protocol(board), *_meanings(board), _DRAWS, BOOTSTRAP, _BLANK]
     if any(row.served_by for row in board.rows):
         notes.append(_SAME)
     notes += [f"{row.defense}: {flag}." for row in board.rows for flag in row.flags]
     text += [r"\begin{minipage}{\textwidth}\footnotesize"]
-    text += [_tex(note) for note in notes]
+    text += [tex(note) for note in notes]
     text += [r"\end{minipage}", r"\end{table*}"]
     return "\n".join(text) + "\n"
 
@@ -412,17 +354,9 @@ def _md_table(
     lines = [
         ["", "Defense", *columns],
         ["--:", ":--", *("--:" for _ in columns)],
-        *([_text(row.rank), _md_name(row), *cells(row)] for row in rows),
+        *([text_of(row.rank), md_name(row.defense, row.kind), *cells(row)] for row in rows),
     ]
-    return [*_md_lines(lines), ""]
-
-
-def _md_lines(lines: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def _md_name(row: Row | Attacks) -> str:
-    return f"{_md(row.defense)} *(control)*" if row.kind == "control" else _md(row.defense)
+    return [*md_lines(lines), ""]
 
 
 def _md_cell(row: Row, key: str) -> str:
@@ -442,7 +376,7 @@ def _tex_table(columns: Sequence[str], rows: Sequence[Row], keys: Sequence[str])
     for i, row in enumerate(rows):
         if i and row.kind == "control" != rows[i - 1].kind:
             lines.append(r"\midrule")
-        cells = [_text(row.rank), _tex(row.defense), *(_tex_cell(row, key) for key in keys)]
+        cells = [text_of(row.rank), tex(row.defense), *(_tex_cell(row, key) for key in keys)]
         lines.append(" & ".join(cells) + r" \\")
     return [*lines, r"\bottomrule", r"\end{tabular}"]
 
@@ -462,10 +396,6 @@ def _many(found: Account) -> str:
     return f"{found.draws}" + (f", k = {found.votes}" if found.votes != found.draws else "")
 
 
-def _percent(estimate: Estimate | None) -> str:
-    return "" if estimate is None else estimate.percent()
-
-
 def _tex_draws(board: Leaderboard) -> list[str]:
     headings = ["Images", "Draws $M$", *_draws_headings("${}$")]
     lines = [
@@ -476,8 +406,8 @@ def _tex_draws(board: Leaderboard) -> list[str]:
     for row in board.rows:
         lines.append(r"\midrule")
         for i, (key, (_, found)) in enumerate(row.accounts.items()):
-            cells = ["", ""] if i else [_text(row.rank), _tex(row.defense)]
-            cells += [_tex(_KINDS[key]), _tex(_many(found))]
+            cells = ["", ""] if i else [text_of(row.rank), tex(row.defense)]
+            cells += [tex(_KINDS[key]), tex(_many(found))]
             cells += [_tex_estimate(found.estimates[metric]) for metric in METRICS]
             lines.append(" & ".join(cells) + r" \\")
     return [*lines, r"\bottomrule", r"\end{tabular}"]
@@ -512,19 +442,14 @@ def _ranking(board: Leaderboard) -> str:
 def _protocol(board: Leaderboard) -> str:
     """How everything was measured, in a sentence or two."""
     effort = board.effort or {}
-    words = {"steps": "{} steps", "step_size": "step size {} eps", "eot": "EoT-{}"}
-    search = [
-        words.get(key, f"{key} {{}}").format(value)
-        for key, value in effort.items()
-        if value is not None
-    ]
     noisy = [row for row in board.rows if any(pool.sites for pool in row.pools)]
-    hidden = _listed({row.hidden_draws for row in noisy if row.hidden_draws is not None})
-    known = _listed({row.known_draws for row in noisy if row.known_draws is not None})
-    fresh = _listed({row.fresh_draws for row in noisy if row.fresh_draws is not None})
-    text = f"Protocol: {', '.join([board.attack, *search])}; {board.norm}, eps = {_eps(board.eps)}"
+    hidden = listed({row.hidden_draws for row in noisy if row.hidden_draws is not None})
+    known = listed({row.known_draws for row in noisy if row.known_draws is not None})
+    fresh = listed({row.fresh_draws for row in noisy if row.fresh_draws is not None})
+    search = ", ".join(filter(None, [board.attack, in_words(effort)]))
+    text = f"Protocol: {search}; {board.norm}, eps = {shown_eps(board.eps)}"
     if board.entry and (board.entry.norm, board.entry.eps) != (board.norm, board.eps):
-        text += f" (not the track's own {board.entry.norm}, {_eps(board.entry.eps)})"
+        text += f" (not the track's own {board.entry.norm}, {shown_eps(board.entry.eps)})"
     text += f"; {board.images} images."
     if hidden:
         text += (
@@ -577,62 +502,3 @@ def _whitebox(board: Leaderboard) -> str:
     if board.whitebox_eot is None:
         return "White-box"
     return f"White-box, EoT-{board.whitebox_eot}"
-
-
-def _fractions(estimate: Estimate | None) -> list[object]:
-    if estimate is None:
-        return [None, None, None]
-    return [round(x, 6) + 0.0 for x in (estimate.value, estimate.low, estimate.high)]
-
-
-def _eps(eps: float) -> str:
-    """As a decimal where it is one, else as a fraction of 255."""
-    if float(f"{eps:.6g}") == eps:
-        return f"{eps:.6g}"
-    levels = round(eps * 255)
-    return f"{levels}/255" if abs(eps * 255 - levels) < 1e-6 else f"{eps:.6g}"
-
-
-def _csv(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(lines)
-    return file.getvalue()
-
-
-def _json(effort: Effort | None) -> str:
-    return "" if effort is None else json.dumps(effort)
-
-
-def _joined(values: Iterable[object]) -> str:
-    """The different values, in order; blank for null."""
-    return " ".join(dict.fromkeys(str(value) for value in values if value is not None))
-
-
-def _listed(values: Iterable[int | None]) -> str:
-    return " or ".join(str(value) for value in sorted(v for v in values if v is not None))
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value)
-
-
-def _md(text: str) -> str:
-    """Plain text, as Markdown that shows it as it is."""
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(text.split()))
-
-
-_TEX: Final = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-}
-
-
-def _tex(text: str) -> str:
-    """Plain text, as LaTeX that prints it as it is."""
-    return "".join(_TEX.get(character, character) for character in " ".join(text.split()))

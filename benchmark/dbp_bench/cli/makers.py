@@ -10,6 +10,7 @@ import typer
 
 from dbp_bench.cli.app import (
     AsJson,
+    Data,
     Device,
     Entries,
     Quiet,
@@ -23,9 +24,9 @@ from dbp_bench.errors import BadRequest, UnknownName, did_you_mean
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dbp_bench.findings import Findings as SweepFindings
     from dbp_bench.gradients import Agreement
     from dbp_bench.job import Job
-    from dbp_bench.sweep import Findings as SweepFindings
 
 
 @app.command()
@@ -49,6 +50,7 @@ def sweep(
     draws: Annotated[int | None, typer.Option(help="Draws that judge an image.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images evaluated together.")] = None,
     device: Device = "auto",
+    data: Data = None,
     entries: Entries = None,
     trust_code: Trust = False,
     quiet: Quiet = False,
@@ -61,7 +63,7 @@ def sweep(
     from dbp_bench.job import Overrides
     from dbp_bench.run import execute
 
-    registry = registry_of(entries, trust_code)
+    registry = registry_of(entries, trust_code, data)
     say = console(quiet or as_json)
     overrides = Overrides(examples=examples, draws=draws, batch_size=batch_size)
     common: dict[str, Any] = {"seed": seed, "device": device_of(device), "overrides": overrides}
@@ -120,6 +122,7 @@ def _show_sweeps(say: "Console", found: "Sequence[SweepFindings]") -> None:
 def check(
     defense: Annotated[str, typer.Argument(help="A defense, or all.")],
     track: TrackName = "digits-linf",
+    data: Data = None,
     entries: Entries = None,
     trust_code: Trust = False,
 ) -> None:
@@ -127,7 +130,7 @@ def check(
     from dbp_bench.conformance import check_entry
     from dbp_bench.job import plan
 
-    registry = registry_of(entries, trust_code)
+    registry = registry_of(entries, trust_code, data)
     names = [defense]
     if defense == "all":
         from dbp_bench.job import Overrides
@@ -154,6 +157,7 @@ def check_grad(
         int | None, typer.Option(help="Steps of the surrogate; half of the defense's if not given.")
     ] = None,
     device: Device = "auto",
+    data: Data = None,
     entries: Entries = None,
     trust_code: Trust = False,
     as_json: AsJson = False,
@@ -161,7 +165,7 @@ def check_grad(
     """Compare each kind of gradient with the exact one, and that with finite differences."""
     from dbp_bench import gradients
 
-    registry = registry_of(entries, trust_code)
+    registry = registry_of(entries, trust_code, data)
     asked = gradients.request(
         registry,
         defense,

@@ -1,0 +1,119 @@
+"""What sweeps found, as they write it down and a report reads it. Never imports torch."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dbp_bench.errors import BadResult
+from dbp_bench.registry import explain
+from dbp_bench.result import write_atomically
+from dbp_bench.statistics import Estimate
+
+SCHEMA: Literal[1] = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Interval(_Record):
+    """A quantity and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, estimate: Estimate) -> Self:
+        """The `estimate`, to be written down."""
+        return cls(**asdict(estimate))
+
+
+class Measured(_Record):
+    """What one value gave."""
+
+    value: float | str
+    """Of the axis: steps, draws per gradient, eps, or the name of a threat."""
+    file: str | None
+    """Its result, below the folder of results; null where the attack found zero gradients only."""
+    accuracy: Interval | None
+    """Under attack, over images and draws."""
+    fall: Interval | None
+    """Accuracy at the standard minus this one, over the same images and draws (paired)."""
+    zero_gradient: float | None
+    """Share of the images whose gradient was zero at every step."""
+
+
+class Flag(_Record):
+    """A reason to doubt that the accuracy is as low as an attack can bring it."""
+
+    name: Literal["not-converged", "masking", "black-box-stronger", "zero-gradient"]
+    message: str
+
+
+class Findings(_Record):
+    """What a sweep over one axis found; the file lies beside its results."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    track: str
+    defense: str
+    threat: str
+    seed: int
+    axis: Literal["steps", "eot", "eps", "black-box"]
+    standard: float | str
+    """The threat's own value."""
+    images: int
+    draws: int
+    chance: float
+    """The accuracy that a budget without bounds must bring: 0 where every draw is known."""
+    values: list[Measured]
+    flags: list[Flag]
+    notes: list[str]
+    """What could not be decided, and what would do."""
+
+    def write(self, path: Path) -> None:
+        """Write the file, all of it or nothing."""
+        write_atomically(path, self.model_dump_json(by_alias=True, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The findings in the file at `path`.
+
+        Raises:
+            BadResult: It holds none.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise BadResult(f"{path}: not findings of a sweep: {explain(error, cls)}") from None
+        except OSError as error:
+            raise BadResult(f"{path}: {error.strerror}.") from None
+
+
+def findings_path(out: Path, track: str, defense: str, threat: str, seed: int, axis: str) -> Path:
+    """Where the findings over an `axis` lie, below the folder of results `out`."""
+    return out / "sweeps" / "findings" / track / defense / threat / f"seed-{seed}-{axis}.json"
+
+
+def load_findings(out: Path, tracks: Sequence[str]) -> list[Findings]:
+    """All findings on these `tracks` below the folder of results `out`, in order of their paths.
+
+    Raises:
+        BadResult: A file holds none, or those of another place.
+    """
+    found = []
+    for path in sorted((out / "sweeps" / "findings").glob("*/*/*/seed-*.json")):
+        if path.parts[-4] not in tracks:
+            continue
+        each = Findings.read(path)
+        belongs = findings_path(out, each.track, each.defense, each.threat, each.seed, each.axis)
+        if belongs != path:
+            raise BadResult(
+                f"{path}: not where it belongs: by its track, defense, threat, seed and axis it is "
+                f"{belongs.relative_to(out).as_posix()}. Move it back."
+            )
+        found.append(each)
+    return found
