@@ -1,0 +1,178 @@
+"""Wide residual networks (Zagoruyko and Komodakis 2016), in RobustBench's names."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dbp_bench.errors import BadEntry, BadWeights
+
+Layout = Literal["robustbench", "meliketoy"]
+"""`robustbench`: convolutions without biases; a block that changes its channels takes its shortcut
+after its first activation, and its stride at the first convolution. `meliketoy`: convolutions with
+biases; the shortcut is taken from the block's input, the stride at the second convolution."""
+
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Mean and standard deviation of each channel, of images in [0, 1]."""
+
+CIFAR10: Statistics = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+CIFAR100: Statistics = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+
+
+class WideResNet(nn.Module):
+    """Logits ``(b, classes)`` for images ``(b, 3, h, w)`` in [0, 1], of any size.
+
+    Args:
+        depth: Layers with weights: 6 n + 4 for n blocks at each of the three resolutions.
+        width: Channels, as a multiple of 16, 32 and 64.
+        classes: Number of classes.
+        layout: The variant; see :data:`Layout`.
+        normalise: What images are normalised by inside; None for images as they come.
+        dropout: Between the convolutions of a block, when training.
+
+    Raises:
+        BadEntry: There is no network of this depth.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        classes: int = 10,
+        *,
+        layout: Layout = "robustbench",
+        normalise: Statistics | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        blocks, rest = divmod(depth - 4, 6)
+        if rest or blocks < 1:
+            raise BadEntry(f"depth: {depth} is not 6 n + 4, as are 10, 16, 28, 34 and 70.")
+        mean, std = normalise or ((0.0,) * 3, (1.0,) * 3)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=layout == "meliketoy")
+        self.block1 = _Stage(blocks, 16, 16 * width, 1, layout, dropout)
+        self.block2 = _Stage(blocks, 16 * width, 32 * width, 2, layout, dropout)
+        self.block3 = _Stage(blocks, 32 * width, 64 * width, 2, layout, dropout)
+        self.bn1 = nn.BatchNorm2d(64 * width)
+        self.fc = nn.Linear(64 * width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        h = self.conv1((images - self.mean) / self.std)
+        h = self.block3(self.block2(self.block1(h)))
+        return self.fc(F.relu(self.bn1(h)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class _Stage(nn.Module):
+    """The blocks at one resolution."""
+
+    def __init__(
+        self, blocks: int, inputs: int, width: int, stride: int, layout: Layout, dropout: float
+    ) -> None:
+        super().__init__()
+        rest = [_Block(width, width, 1, layout, dropout) for _ in range(blocks - 1)]
+        self.layer = nn.Sequential(_Block(inputs, width, stride, layout, dropout), *rest)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.layer(h)  # type: ignore[no-any-return]
+
+
+class _Block(nn.Module):
+    def __init__(
+        self, inputs: int, width: int, stride: int, layout: Layout, dropout: float
+    ) -> None:
+        super().__init__()
+        late = bias = self.plain_shortcut = layout == "meliketoy"
+        strides = (1, stride) if late else (stride, 1)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, width, 3, strides[0], padding=1, bias=bias)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(width, width, 3, strides[1], padding=1, bias=bias)
+        if inputs != width or stride != 1:
+            self.convShortcut = nn.Conv2d(inputs, width, 1, stride, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        h = self.conv2(self.dropout(F.relu(self.bn2(self.conv1(active)))))
+        if hasattr(self, "convShortcut"):
+            x = self.convShortcut(x if self.plain_shortcut else active)
+        return x + h  # type: ignore[no-any-return]
+
+
+# ------------------------------------------------------------------------------------- layouts
+
+
+def from_robustbench(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint in RobustBench's layout, in :class:`WideResNet`'s names.
+
+    Taken as they come or from ``state_dict``, with or without ``module.`` or ``model.`` before each
+    name. ``sub_block1``, which some checkpoints hold and no network uses, is left out.
+
+    Raises:
+        BadWeights: The checkpoint holds no weights.
+    """
+    state = _unwrapped(checkpoint)
+    return _with_counts({k: v for k, v in state.items() if not k.startswith("sub_block1.")})
+
+
+def from_meliketoy(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of one of meliketoy's networks, in :class:`WideResNet`'s names.
+
+    Raises:
+        BadWeights: The checkpoint holds no weights.
+    """
+    renamed = {}
+    for name, value in _unwrapped(checkpoint).items():
+        new = re.sub(r"^layer(\d)\.(\d+)\.", r"block\1.layer.\2.", name)
+        new = new.replace(".shortcut.0.", ".convShortcut.")
+        renamed[re.sub(r"^linear\.", "fc.", new)] = value
+    return _with_counts(renamed)
+
+
+def _unwrapped(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict inside, without the prefixes that wrappers add to its names."""
+    state = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise BadWeights("not a state dict: something else than tensors by name is in the file.")
+    return {re.sub(r"^(module\.|model\.)+", "", name): value for name, value in state.items()}
+
+
+def _with_counts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state`, with the batch norms' counts, of training alone, that old files lack."""
+    means = [name for name in state if name.endswith(".running_mean")]
+    counts = {
+        name.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for name in means
+    }
+    return counts | state
+
+
+# -------------------------------------------------------------------------------------- entries
+
+
+def wrn_28_10() -> WideResNet:
+    """RobustBench's "Standard" of CIFAR-10 takes images as they come: 36,479,194 parameters."""
+    return WideResNet(28, 10)
+
+
+def meliketoy_28_10() -> WideResNet:
+    """The classifier of GDMP and ADDT on CIFAR-10, which normalises."""
+    return WideResNet(28, 10, layout="meliketoy", normalise=CIFAR10, dropout=0.3)
+
+
+def meliketoy_28_10_cifar100() -> WideResNet:
+    """The classifier of ADDT on CIFAR-100, which normalises."""
+    return WideResNet(28, 10, 100, layout="meliketoy", normalise=CIFAR100, dropout=0.3)
+
+
+def wrn_16_4() -> WideResNet:
+    """A small one for trials on CIFAR-10, which normalises."""
+    return WideResNet(16, 4, normalise=CIFAR10)
