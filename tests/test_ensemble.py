@@ -19,7 +19,7 @@ from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Group, attack, judge
 from dbp_bench.noise import FORWARD, Noise
 from dbp_bench.registry import EFFORTS
-from dbp_bench.threat import AttackerView, Budget, Linf
+from dbp_bench.threat import AttackerView, AttackLog, Budget, Linf
 from toys import Made, TwoSided, normal, uniform
 
 PIXELS = 16
@@ -132,6 +132,7 @@ class Spy:
 
     def __init__(self) -> None:
         self.draws: list[int] = []
+        self.log = AttackLog(2)
 
     def logits(self, images: Tensor, draws: Sequence[int]) -> Tensor:
         self.draws += list(draws)
@@ -172,6 +173,28 @@ def test_what_a_member_returns_outside_the_ball_is_not_what_is_compared() -> Non
         rows=8,
     )
     assert float((seen[0] - batch.images).abs().max()) < 0.1 + 1e-6
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_members_own_verdict_is_not_the_ensembles(hidden: bool, others: int) -> None:
+    """Whether the member got all images or only those that an earlier one left."""
+
+    def boast(view: AttackerView, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+        view.log.verdict = torch.ones(len(images), dtype=torch.bool)
+        return images - 0.1
+
+    batch = bright(4, [0.55, 0.65])
+    defense = Defense(Made(static) if hidden else Identity(), Brightness())
+
+    def verdict(method: Attack) -> Tensor | None:
+        out = attack(
+            defense, method, batch, Linf(0.2), frozenset(), seed=0, victim_draw=0, rows=256
+        )
+        return out.verdict
+
+    assert verdict(boast) is not None, "the control: on its own its verdict is told"
+    assert verdict(Ensemble([*others * [Shift(constant(-0.08))], boast], 4)) is None
 
 
 def test_a_member_that_returns_nan_is_refused() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dbp_bench import noise
-from dbp_bench.noise import FORWARD, REVERSE, Site, Tape, seeded, shuffled
+from dbp_bench.noise import FORWARD, REVERSE, Remembered, Site, Tape, seeded, shuffled
 
 WORDS = 1 << 64
 COUNTERS = [
@@ -271,3 +271,37 @@ def test_shuffled_is_a_permutation_that_the_seed_decides() -> None:
     assert once != shuffled(items, 0, "other")
     # An item's rank belongs to the item: dropping others keeps the order of the rest.
     assert [i for i in once if i < 200] == shuffled(range(100, 200), 0, "order")
+
+
+def test_remembered_draws_are_the_tapes_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    tape = Tape.make(3, "victim", [7, 1, 4], 2)
+    asked = []
+    draw = Tape.normal
+
+    def counted(self: Tape, site: Site, step: int, like: Tensor) -> Tensor:
+        asked.append((site, step, len(like)))
+        return draw(self, site, step, like)
+
+    monkeypatch.setattr(Tape, "normal", counted)
+    kept = Remembered(tape)
+    rows = torch.tensor([2, 0])
+    like = torch.empty(2, 3, 5)
+    for part, same in (
+        (kept, tape),
+        (kept[rows], tape[rows]),
+        (kept[rows][torch.tensor([False, True])], tape[rows[1:]]),
+        (kept.repeat(2), tape.repeat(2)),
+    ):
+        wanted = draw(same, FORWARD, 4, torch.empty(len(same.ids), 3, 5))
+        for _ in range(2):
+            found = part.normal(FORWARD, 4, torch.empty(len(same.ids), 3, 5))
+            assert torch.equal(found, wanted)
+            found.zero_()  # what a purifier does to it must not be remembered
+        assert torch.equal(part.ids, same.ids)
+    assert asked == [(FORWARD, 4, 3)]
+    with pytest.raises(ValueError, match="has 3 rows, but the batch has 2"):
+        kept.normal(FORWARD, 4, like)
+
+    monkeypatch.setattr("dbp_bench.noise.REMEMBERED_BYTES", 3 * 15 * 4)
+    assert torch.equal(kept[rows].normal(REVERSE, 1, like), draw(tape[rows], REVERSE, 1, like))
+    assert asked[1:] == [(REVERSE, 1, 2)]

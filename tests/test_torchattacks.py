@@ -1,23 +1,30 @@
 """Attacks of torchattacks are driven through the view; what doesn't fit is refused in one line."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dbp_bench.attacks import build, torchattacks
+from dbp_bench.attacks import autoattack, build, torchattacks
 from dbp_bench.attacks.torchattacks import NORMS, Torchattacks
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed, BadEntry
 from dbp_bench.evaluate import Attacked, Group, attack, judge
+from dbp_bench.extras import BadExtra
 from dbp_bench.noise import FORWARD, VICTIM, Noise, Site, Tape
-from dbp_bench.registry import EFFORTS, Threat
+from dbp_bench.registry import EFFORTS, Registry, Threat
 from dbp_bench.threat import L2, Budget, Linf
+from own_entries import folder
 from toys import Linear, Made, normal, uniform
+
+if TYPE_CHECKING:
+    from conftest import Command
 
 ALL, NONE = frozenset({FORWARD}), frozenset[Site]()
 EPS = 0.03
@@ -237,6 +244,112 @@ def test_a_bad_declaration_is_refused(change: dict[str, Any], message: str) -> N
     with pytest.raises(ValidationError) as caught:
         Threat.model_validate({**THREAT, **change})
     assert message in str(caught.value)
+
+
+# ------------------------------------------------------------------------- before anything runs
+
+
+def entries(path: Path, options: Mapping[str, Any], within: str | None = None) -> Path:
+    """A folder with the threat `borrowed`, and the data beyond reach."""
+    effort = {**THREAT["effort"], "options": options}
+    threat: dict[str, Any] = {**THREAT, "effort": effort}
+    part = {"attack": "torchattacks", "name": "PGD", "options": options}
+    if within == "ensemble":
+        shared = {"eot": 1, "compare": 1, "gradient": "exact", "surrogate_steps": None}
+        threat |= {"attack": "ensemble", "effort": {**shared, "members": [part]}}
+    if within == "transfer":
+        threat |= {"attack": "transfer", "effort": {"source": "none", "search": part}}
+    return folder(path, attacks={"fine": FINE, "borrowed": threat})
+
+
+FINE: Mapping[str, Any] = yaml.safe_load(Registry().threats["whitebox"].read_text())
+
+
+@pytest.fixture
+def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise AssertionError("something is built or computed")
+
+    monkeypatch.setattr(Registry, "build_defense", stop)
+    monkeypatch.setattr("dbp_bench.run.load_data", stop)
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize("within", [None, "ensemble", "transfer"])
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_options_that_do_not_exist_are_refused_before_the_first_job(
+    verb: str,
+    within: str | None,
+    tmp_path: Path,
+    command: "Command",
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, PGD=Fake)
+    mine = entries(tmp_path / "mine", {"alpha": 1, "stepz": 2}, within)
+    common = ["--entries", mine, "--defense", "oneshot", "--out", tmp_path / "out"]
+    said = command(verb, *common, "--threat", "fine,borrowed")
+    assert said.code == 2
+    assert "borrowed.yaml: torchattacks:PGD: options: stepz is unknown." in said.err
+    assert "Did you mean 'steps'? Known: alpha, steps." in said.err
+    assert len(said.err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_a_missing_package_is_told_before_the_first_job(
+    tmp_path: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> Mapping[str, ModuleType]:
+        raise BadExtra(f"{name}: not installed. Install: this.")
+
+    monkeypatch.setattr(torchattacks, "load_extra", missing)
+    monkeypatch.setattr(autoattack, "load_extra", missing)
+    mine = entries(tmp_path / "mine", {"alpha": 1, "steps": 2})
+    common = ["--entries", mine, "--defense", "oneshot", "--out", tmp_path / "out"]
+    for threat, package in (("borrowed", "torchattacks"), ("autoattack-rand", "autoattack")):
+        said = command("run", *common, "--threat", f"fine,{threat}")
+        assert (said.code, said.err.count("\n")) == (2, 1)
+        assert f"{package}: not installed. Install: this." in said.err
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize(
+    "how", [["--over", "eps=0.1", "--black-box", "none"], ["--black-box", "square"]]
+)
+def test_sweeps_refuse_as_early(
+    how: list[str], tmp_path: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, PGD=Fake)
+    mine = entries(tmp_path / "mine", {"alpha": 1})
+    said = command("sweep", "oneshot", "--entries", mine, "--threat", "borrowed", *how)
+    assert "steps missing. It takes: alpha, steps." in said.err
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_another_norm_than_the_tracks_is_refused_as_early(
+    tmp_path: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, PGD=Fake)
+    mine = entries(tmp_path / "mine", {"alpha": 1, "steps": 2})
+    common = ["--entries", mine, "--defense", "oneshot", "--track", "digits-l2"]
+    said = command("run", *common, "--threat", "borrowed", "--out", tmp_path / "out")
+    assert "torchattacks:PGD searches in linf, not in l2: choose" in said.err
+
+
+def test_an_entry_is_read_without_the_package(
+    tmp_path: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As are the entries beside it: only a run of it needs the package."""
+
+    def missing(name: str) -> Mapping[str, ModuleType]:
+        raise BadExtra("asked for")
+
+    monkeypatch.setattr(torchattacks, "load_extra", missing)
+    mine = entries(tmp_path / "mine", {"alpha": 1, "stepz": 2})
+    assert command("list", "--entries", mine).code == 0
+    assert command("describe", "borrowed", "--entries", mine).code == 0
+    plan = ["--defense", "oneshot", "--examples", "2", "--threat", "fine"]
+    assert command("plan", "--entries", mine, *plan, "--out", tmp_path / "out").code == 0
 
 
 # -------------------------------------------------------------------------------------- with it

@@ -124,6 +124,59 @@ class Tape:
         return out.view(like.shape)
 
 
+class Remembered:
+    """A tape that is asked for the same draws again and again, and makes each of them once.
+
+    Its draws are the tape's own, bit for bit. An attack that is shown a draw meets it at every
+    step. What doesn't fit into :data:`REMEMBERED_BYTES` is made anew each time.
+
+    Args:
+        tape: What is remembered.
+        rows: Those of the tape that are asked for, int64 ``(b,)``; all of them where not given.
+    """
+
+    def __init__(self, tape: Tape, rows: Tensor | None = None) -> None:
+        self._tape = tape
+        self._rows = torch.arange(len(tape.ids)) if rows is None else rows
+        self._held: dict[tuple[Any, ...], Tensor] = {}
+
+    @property
+    def ids(self) -> Tensor:
+        """Image ids, int64 ``(b,)``."""
+        return self._tape.ids[self._rows]
+
+    def repeat(self, copies: int) -> "Remembered":
+        """Each row `copies` times in a row, with the same draw; shares what is remembered."""
+        return self._of(self._rows.repeat_interleave(copies))
+
+    def __getitem__(self, rows: Tensor) -> "Remembered":
+        """Some of the rows (an index or a mask); shares what is remembered."""
+        return self._of(self._rows[rows])
+
+    def normal(self, site: Site, step: int, like: Tensor) -> Tensor:
+        """Standard normal noise, shaped, typed and placed like `like` ``(b, ...)``."""
+        if len(like) != len(self._rows):
+            raise ValueError(f"the tape has {len(self._rows)} rows, but the batch has {len(like)}.")
+        key = (site, step, like.shape[1:], like.dtype, like.device)
+        if key not in self._held:
+            whole = like.new_empty(len(self._tape.ids), *like.shape[1:])
+            held = sum(value.nbytes for value in self._held.values())
+            if held + whole.nbytes > REMEMBERED_BYTES:
+                return self._tape[self._rows].normal(site, step, like)
+            self._held[key] = self._tape.normal(site, step, whole)
+        # A copy: a purifier may change in place what it was given.
+        return self._held[key][self._rows.to(like.device)]
+
+    def _of(self, rows: Tensor) -> "Remembered":
+        part = Remembered(self._tape, rows)
+        part._held = self._held
+        return part
+
+
+REMEMBERED_BYTES = 256 << 20
+"""Of one attack on a group of images."""
+
+
 def _library(device: torch.device) -> tuple[ModuleType, Callable[[Tensor], Any]]:
     """The array library for `device`, and what turns an int64 tensor into one of its arrays."""
     if device.type == "cpu":

@@ -18,7 +18,7 @@ from dbp_bench import memory
 from dbp_bench.defense import Defense
 from dbp_bench.errors import AttackFailed
 from dbp_bench.memory import State
-from dbp_bench.noise import Noise, Site, Tape
+from dbp_bench.noise import Noise, Remembered, Site, Tape
 
 _START, _RADIUS = Site("start"), Site("radius")
 
@@ -255,14 +255,14 @@ class AttackerView:
         self,
         defense: Defense,
         knows: frozenset[Site],
-        victim: Tape,
+        victim: Tape | Remembered,
         guess: Tape,
         rows: int,
         tick: Tick = ignore,
     ) -> None:
         self._defense = defense
         self._knows = knows & defense.sites
-        self._victim = victim
+        self._victim = victim if isinstance(victim, Remembered) else Remembered(victim)
         self._guess = guess
         self._rows = rows
         self._tick = tick
@@ -306,10 +306,16 @@ class AttackerView:
         return budget.project(images + budget.sample(images, self._guess, number), images)
 
     def logits(self, images: Tensor, draws: Sequence[int]) -> Tensor:
-        """Logits ``(b, len(draws), k)`` of `images` ``(b, c, h, w)`` under the guesses `draws`."""
+        """Logits ``(b, len(draws), k)`` of `images` ``(b, c, h, w)`` under the guesses `draws`.
+
+        Raises:
+            AttackFailed: A logit is not finite.
+        """
         parts = self._parts(len(images), draws)
         with torch.no_grad():
             out = torch.cat([self._pass(images, part) for part in parts], dim=1)
+        if not bool(out.isfinite().all()):
+            raise AttackFailed("the logits are not finite (NaN or infinite).")
         self.log.note(looks=sum(map(len, parts)))
         return out.expand(-1, len(draws), -1) if self.deterministic else out
 

@@ -1,0 +1,198 @@
+"""Every attack, at every knowledge and in every norm: it runs, and its result stays in the ball.
+
+Nothing is expected of one attack here that isn't of every other. What each finds, and the mistakes
+that it could make, are in the tests of its module.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dbp_bench.attacks import ATTACKS, Attack, build
+from dbp_bench.defense import Defense, Identity
+from dbp_bench.errors import AttackFailed
+from dbp_bench.evaluate import Group, attack, judge
+from dbp_bench.noise import FORWARD, VICTIM, Noise, Site, Tape
+from dbp_bench.registry import EFFORTS
+from dbp_bench.threat import L1, L2, AttackerView, Budget, Linf
+from toys import BOTH, Made, SmallDenoiser, normal, sampler, uniform
+
+NONE, SOME = frozenset[Site](), frozenset({FORWARD})
+KNOWLEDGE = {"none known": NONE, "forward known": SOME, "all known": BOTH}
+
+MODE = {"gradient": "exact", "surrogate_steps": None}
+_STEPS = {"steps": 4, "step_size": 0.5, "eot": 2, "loss": "ce"}
+_STARTS = {"random_start": True, "restarts": 2}
+_SQUARE = {"n_queries": 12, "p_init": 0.8, "eot": 2}
+_APGD = {"steps": 8, "loss": "ce", "rho": 0.75, **_STARTS, "targets": None}
+
+EFFORT: Mapping[str, Mapping[str, Any]] = {
+    "pgd": {**_STEPS, **_STARTS, **MODE},
+    "apgd": {**_APGD, "eot": 2, **MODE},
+    "lf": {**_STEPS, **_STARTS, "band": 0.5, **MODE},
+    "selective": {**_STEPS, "sharpness": 1, "rounds": 2, **MODE},
+    "diffattack": {**_STEPS, **_STARTS, "weight": 1, "levels": None, **MODE},
+    "square": _SQUARE,
+    "autoattack": {"version": "rand", "steps": 4, "queries": 12, "eot": 2, **MODE},
+    "torchattacks": {
+        "name": "PGD",
+        "options": {"alpha": 0.02, "steps": 4, "random_start": True},
+        **MODE,
+    },
+    "ensemble": {
+        "eot": 2,
+        "compare": 4,
+        "members": [{"attack": "apgd", **_APGD}, {"attack": "square", **_SQUARE}],
+        **MODE,
+    },
+    "transfer": {"source": "none", "search": {"attack": "pgd", **_STEPS, **_STARTS}},
+}
+"""A small effort of each attack."""
+
+_L1 = {"pgd", "apgd", "lf", "selective", "diffattack", "autoattack"}
+"""Attacks that also search in l1."""
+_FOLLOW = ("pgd", "apgd", "lf", "selective", "autoattack", "torchattacks")
+"""Attacks that follow a gradient of the logits."""
+_PACKAGES = {"autoattack": "pyautoattack", "torchattacks": "torchattacks"}
+
+
+class Scores(nn.Module):
+    """Five linear scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(normal(5, 64, seed=3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - 0.5).flatten(1) @ self.weight.T
+
+
+def tiny() -> Defense:
+    """Two steps of ancestral sampling before the scores."""
+    denoiser = SmallDenoiser()
+    return Defense(sampler("ddpm", denoiser, steps=2, t_star=30), Scores(), [denoiser], "none")
+
+
+def group(n: int = 12) -> Group:
+    """Images with pixels at the edges of the box, all right at draw 0."""
+    images = (1.2 * uniform(n, 1, 8, 8) - 0.1).clamp(0, 1)
+    labels = tiny().logits(images, Tape.make(0, VICTIM, range(n), 0)).argmax(1)
+    return Group(images, labels, range(n))
+
+
+def made(name: str) -> Attack:
+    """The attack at its small effort; skipped where its package isn't there and wasn't promised."""
+    package = _PACKAGES.get(name)
+    promised = os.environ.get("DBP_EXTRA") == name
+    if package is not None and find_spec(package) is None and not promised:
+        pytest.skip(f"{package} is not installed")
+    effort = EFFORTS[name].model_validate(EFFORT[name]).model_dump()
+    source = Defense(Identity(), Scores()) if name == "transfer" else None
+    return build(name, effort, source)
+
+
+def balls(name: str) -> list[Budget]:
+    linf, l2, l1 = Linf(0.1), L2(0.6), L1(3.0)
+    if name == "torchattacks":  # its PGD; there is one of its own for l2
+        return [linf]
+    return [linf, l2, *([l1] if name in _L1 else [])]
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.extras] if name in _PACKAGES else []
+
+
+CASES = [
+    pytest.param(name, ball, id=f"{name}-{type(ball).__name__}", marks=marks(name))
+    for name in sorted(EFFORTS)
+    for ball in balls(name)
+]
+
+
+def test_no_attack_is_left_out() -> None:
+    assert set(EFFORTS) == set(ATTACKS) | {"ensemble", "transfer"}
+    assert set(EFFORTS) <= set(EFFORT), "a new attack needs an effort here"
+
+
+@pytest.mark.parametrize("knows", KNOWLEDGE.values(), ids=KNOWLEDGE)
+@pytest.mark.parametrize(("name", "ball"), CASES)
+def test_every_attack_runs_at_every_knowledge_and_stays_in_the_ball(
+    name: str, ball: Budget, knows: frozenset[Site]
+) -> None:
+    """Its own images, before the harness projects them; and where all is known, it hurts."""
+    batch, method = group(), made(name)
+    returned: list[Tensor] = []
+
+    def search(view: AttackerView, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+        found = method(view, images, labels, budget)
+        returned.append(found.detach().clone())
+        return found
+
+    defense = tiny()
+    out = attack(defense, search, batch, ball, knows, seed=0, victim_draw=0, rows=64)
+    (own,) = returned
+    for images, slack in ((own, 1e-5), (out.images, 1e-6)):
+        assert images.shape == batch.images.shape
+        assert bool(images.isfinite().all())
+        assert float(ball.size(images - batch.images).max()) <= ball.eps + slack
+        assert float(images.min()) >= -slack
+        assert float(images.max()) <= 1 + slack
+    assert bool((out.images != batch.images).flatten(1).any(1).sum() >= 6), "most images moved"
+    if knows == BOTH:
+        right = judge(defense, out.images, batch, seed=0, draw=0)
+        assert not bool(right.all()), "every image was right before"
+
+
+@pytest.mark.parametrize(("name", "ball"), CASES)
+def test_no_ball_no_attack(name: str, ball: Budget) -> None:
+    """At eps = 0 there are the clean images, bit for bit, whatever the attack."""
+    shape: Any = type(ball)
+    batch = group(4)
+    defense = tiny()
+    out = attack(defense, made(name), batch, shape(0.0), NONE, seed=0, victim_draw=0, rows=64)
+    assert torch.equal(out.images, batch.images)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Logits that are NaN at every image but the clean one."""
+
+    clean: Tensor
+
+    def __call__(self, images: Tensor, noise: Noise) -> Tensor:
+        noisy = images + 0.1 * noise.normal(FORWARD, 0, images)
+        moved = (images[:, None] != self.clean).flatten(2).any(2).all(1)
+        return torch.where(moved.view(-1, 1, 1, 1), noisy * torch.nan, noisy)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in _FOLLOW])
+def test_a_defense_that_turns_nan_under_attack_is_refused(name: str) -> None:
+    """Not taken for a robust one: comparisons with NaN are false, so that no image would move."""
+    batch = group(4)
+    defense = Defense(Made(Lost(batch.images)), Scores())
+    with pytest.raises(AttackFailed, match="not finite"):
+        attack(defense, made(name), batch, Linf(0.1), NONE, seed=0, victim_draw=0, rows=64)
+
+
+def test_groups_draw_as_their_images_do_and_not_as_their_places() -> None:
+    """What a worker is given decides nothing: image 9 has one noise, alone or in any company."""
+    batch = group(12)
+    defense = tiny()
+    method = made("pgd")
+
+    def searched(rows: list[int]) -> Tensor:
+        part = Group(batch.images[rows], batch.labels[rows], rows)
+        return attack(defense, method, part, L2(0.6), SOME, seed=0, victim_draw=2, rows=64).images
+
+    whole = searched(list(range(12)))
+    for rows in ([9], [9, 3], [3, 9, 11, 0]):
+        torch.testing.assert_close(searched(rows), whole[rows], atol=1e-5, rtol=0)
+    swapped = Group(batch.images[[9]], batch.labels[[9]], [0])
+    other = attack(defense, method, swapped, L2(0.6), SOME, seed=0, victim_draw=2, rows=64).images
+    assert float((other - whole[[9]]).abs().max()) > 1e-3, "the control: an id that is another's"
