@@ -1,12 +1,16 @@
 """What is attacked: a purifier, which draws noise, followed by a classifier, which does not."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from math import log
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dbp_bench import memory
+from dbp_bench.errors import AttackFailed
 from dbp_bench.memory import CallCounter, Policy
 from dbp_bench.noise import Noise, Site, Tape
 
@@ -15,7 +19,11 @@ class Denoiser(Protocol):
     """A noise-predicting network in diffusion space [-1, 1]."""
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        """Predicted noise, like `z` ``(b, c, h, w)``, at 0-based steps `t` ``(b,)``."""
+        """Predicted noise, like `z` ``(b, c, h, w)``, at 0-based steps `t` ``(b,)``.
+
+        A network of learned variance gives ``(b, 2 c, h, w)``: the noise, then where the variance
+        is between its bounds.
+        """
         ...
 
 
@@ -32,8 +40,39 @@ class Purifier(Protocol):
         ...
 
 
+NO_MAJORITY = -1
+"""The class of an image for which several classes have the most votes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """The noise of one vote: each vote has a range of step numbers of its own.
+
+    The numbers go to whatever noise there is, so that each vote is drawn, revealed and guessed like
+    any other draw. Vote 0 has the numbers of a defense that doesn't vote.
+    """
+
+    noise: Noise
+    vote: int
+
+    def normal(self, site: Site, step: int, like: Tensor) -> Tensor:
+        """Standard normal noise like `like`, of this vote."""
+        return self.noise.normal(site, self.vote * STEPS_PER_VOTE + step, like)
+
+
+STEPS_PER_VOTE = 1 << 32
+"""More steps than a purifier has."""
+
+
 class Defense:
     """A purifier and the classifier that it protects.
+
+    With several `votes` an image is purified and classified that often, each time with noise of its
+    own, and its class is the one that most votes name (a hard majority vote). Where several classes
+    have the most, there is none, and the image counts as wrong; published defenses name the lowest
+    of them. A vote has no gradient. So logits are those of the mean probabilities: their
+    cross-entropy is -log of the mean probability that the votes give to the label. They need not
+    agree with the vote; see :attr:`decided_by_logits`.
 
     Args:
         purifier: Maps images to images.
@@ -41,6 +80,7 @@ class Defense:
         networks: The purifier's denoising networks: their calls are counted. No gradient of any
             weight is ever computed.
         policy: What to keep in memory for the backward pass; see :mod:`dbp_bench.memory`.
+        votes: Independent purifications of each image.
     """
 
     def __init__(
@@ -49,9 +89,13 @@ class Defense:
         classifier: nn.Module,
         networks: Iterable[nn.Module] = (),
         policy: Policy = "auto",
+        votes: int = 1,
     ) -> None:
+        if votes < 1:
+            raise ValueError(f"votes: {votes} is not positive.")
         self.purifier = purifier
         self.classifier = classifier
+        self.votes = votes
         self.counter = CallCounter()
         self.policy = policy
         self._row_bytes: int | None = None
@@ -66,10 +110,49 @@ class Defense:
         """The sites at which the defense draws noise."""
         return self.purifier.sites
 
+    @property
+    def decided_by_logits(self) -> bool:
+        """Whether the class is that of the largest logit, and the logits tell right from wrong."""
+        return self.votes == 1
+
     def logits(self, images: Tensor, noise: Noise) -> Tensor:
-        """Logits ``(b, k)`` for `images` ``(b, c, h, w)`` in [0, 1]."""
+        """Logits ``(b, k)`` for `images` ``(b, c, h, w)`` in [0, 1].
+
+        Of several votes, the logarithms of the mean probabilities.
+        """
         with memory.checkpointing(self._by_step(images), self.counter):
+            return self._logits(images, noise)
+
+    def classes(self, images: Tensor, noise: Noise) -> Tensor:
+        """The class ``(b,)`` of each of `images` ``(b, c, h, w)``, or :data:`NO_MAJORITY`.
+
+        Raises:
+            AttackFailed: A logit is not finite.
+        """
+        if self.votes == 1:
+            ballots = self.logits(images, noise)[:, None]
+        else:
+            with memory.checkpointing(self._by_step(images), self.counter):
+                ballots = self._ballots(images, noise)
+        if not bool(ballots.isfinite().all()):
+            raise AttackFailed("the defense returned logits that are not finite (NaN or infinite).")
+        named = ballots.argmax(2)
+        if self.votes == 1:
+            return named[:, 0]
+        counts = F.one_hot(named, ballots.shape[2]).sum(1)
+        most, winner = counts.max(1)
+        tied = (counts == most[:, None]).sum(1) > 1
+        return winner.masked_fill(tied, NO_MAJORITY)
+
+    def _logits(self, images: Tensor, noise: Noise) -> Tensor:
+        if self.votes == 1:
             return self.classifier(self.purifier(images, noise))  # type: ignore[no-any-return]
+        return self._ballots(images, noise).log_softmax(2).logsumexp(1) - log(self.votes)
+
+    def _ballots(self, images: Tensor, noise: Noise) -> Tensor:
+        """Logits ``(b, votes, k)`` of each vote."""
+        ballots = [Ballot(noise, vote) for vote in range(self.votes)]
+        return torch.stack([self.classifier(self.purifier(images, one)) for one in ballots], 1)
 
     def activation_bytes(self, image: Tensor) -> int:
         """Bytes kept per image for one gradient when nothing is checkpointed."""
@@ -80,7 +163,7 @@ class Defense:
 
             def once() -> Tensor:
                 with memory.checkpointing(False, self.counter):
-                    return self.classifier(self.purifier(x, tape))  # type: ignore[no-any-return]
+                    return self._logits(x, tape)
 
             with torch.enable_grad():
                 self._row_bytes = memory.activation_bytes(once)

@@ -9,7 +9,7 @@ import torch
 
 from dbp_bench import evaluate, memory
 from dbp_bench.attacks.objectives import cross_entropy
-from dbp_bench.data import load_data
+from dbp_bench.data import stand_in
 from dbp_bench.evaluate import Group
 from dbp_bench.job import Job
 from dbp_bench.memory import Policy
@@ -72,10 +72,9 @@ def _probe(job: Job, registry: Registry, policy: Policy) -> _Probe:
     if key in _PROBES:
         return _PROBES[key]
     device = torch.device(job.device)
-    data = load_data(job.track.entry.data)
     defense = registry.build_defense(job.defense, job.track, device=device, policy=policy)
     ids = job.groups[0]
-    images, labels = (part.to(device) for part in data.select(ids))
+    images, labels = (part.to(device) for part in stand_in(job.track.entry.data, len(ids)))
     group = Group(images, labels, ids)
     evaluate.judge(defense, images, group, seed=job.seed, draw=0)
     calls = defense.counter.images // len(ids)

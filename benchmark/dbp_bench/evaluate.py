@@ -87,9 +87,12 @@ def attack(
 
 
 def judge(defense: Defense, images: Tensor, group: Group, *, seed: int, draw: int) -> Tensor:
-    """Whether each of `images` ``(b, c, h, w)`` is classified correctly at victim draw `draw`."""
+    """Whether each of `images` ``(b, c, h, w)`` is classified correctly at victim draw `draw`.
+
+    Of a defense that votes, whether more of its votes name the label than any other class.
+
+    Raises:
+        AttackFailed: The defense returned logits that are not finite.
+    """
     with torch.no_grad():
-        logits = defense.logits(images, Tape.make(seed, VICTIM, group.ids, draw))
-    if not bool(logits.isfinite().all()):
-        raise AttackFailed("the defense returned logits that are not finite (NaN or infinite).")
-    return logits.argmax(1) == group.labels
+        return defense.classes(images, Tape.make(seed, VICTIM, group.ids, draw)) == group.labels

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dbp_bench.attacks.objectives import OBJECTIVES
 from dbp_bench.conformance import DIRECTIONS, TOLERANCE, difference_errors
-from dbp_bench.data import load_data
+from dbp_bench.data import load_data, split_ids
 from dbp_bench.defense import Defense, StraightThrough
 from dbp_bench.errors import BadRequest
 from dbp_bench.evaluate import Group
-from dbp_bench.job import Job
+from dbp_bench.job import Job, declared_surrogate
 from dbp_bench.memory import Policy
 from dbp_bench.noise import Tape
 from dbp_bench.registry import DefenseEntry, Entry, Registry, Track
@@ -51,15 +51,31 @@ def differentiated(
     """What an attack of this `effort` differentiates in place of the `judged` defense.
 
     The same object where the gradient is exact; the purifier with the identity's gradient for BPDA
-    (Athalye et al. 2018); the purifier with fewer steps for a surrogate.
+    (Athalye et al. 2018); the purifier with fewer steps for a surrogate, or as its entry declares.
+
+    Raises:
+        BadRequest: The entry declares no surrogate.
     """
     mode = effort.get("gradient", "exact")
     if mode == "bpda":
-        return Defense(StraightThrough(judged.purifier), judged.classifier, (), policy)
+        return Defense(
+            StraightThrough(judged.purifier), judged.classifier, (), policy, judged.votes
+        )
     if mode == "surrogate":
         shorter = {"steps": effort["surrogate_steps"]}
         return registry.build_defense(
             defense, track, device=device, dtype=dtype, policy=policy, options=shorter
+        )
+    if mode == "declared-surrogate":
+        declared = declared_surrogate(defense, track.name)
+        return registry.build_defense(
+            defense,
+            track,
+            device=device,
+            dtype=dtype,
+            policy=policy,
+            options=declared.options,
+            votes=declared.votes,
         )
     return judged
 
@@ -230,7 +246,7 @@ def request(
     steps = steps if isinstance(steps, int) else None
     if loss not in OBJECTIVES:
         raise BadRequest(f"--loss {loss!r}: one of {', '.join(OBJECTIVES)}.")
-    known = len(load_data(where.entry.data).ids[where.entry.split])
+    known = len(split_ids(where.entry.data, where.entry.split))
     if not 1 <= images <= known:
         raise BadRequest(f"--images {images}: this track has 1 to {known}.")
     if surrogate_steps is not None and steps is None:
@@ -255,6 +271,9 @@ def check(registry: Registry, asked: Request, device: str = "cpu") -> Findings:
     efforts: dict[str, dict[str, Any]] = {"exact": {}, "bpda": {"gradient": "bpda"}}
     if asked.surrogate_steps is not None:
         efforts["surrogate"] = {"gradient": "surrogate", "surrogate_steps": asked.surrogate_steps}
+    name = asked.defense.name
+    if asked.defense.entry.setting(asked.track.name, name, str(asked.defense.path)).surrogate:
+        efforts["declared-surrogate"] = {"gradient": "declared-surrogate"}
     modes = {
         name: differentiated(
             registry, asked.defense, asked.track, exact, effort, device=device, dtype=torch.float64
@@ -262,7 +281,8 @@ def check(registry: Registry, asked: Request, device: str = "cpu") -> Findings:
         for name, effort in efforts.items()
     }
     track = asked.track.entry
-    group = _group(track, load_data(track.data).ids[track.split][: asked.images], device)
+    ids = split_ids(track.data, track.split)[: asked.images]
+    group = _group(registry, track, ids, device)
     return measure(
         exact,
         modes,
@@ -274,8 +294,8 @@ def check(registry: Registry, asked: Request, device: str = "cpu") -> Findings:
     )
 
 
-def _group(track: Track, ids: Sequence[int], device: str) -> Group:
-    images, labels = load_data(track.data).select(ids)
+def _group(registry: Registry, track: Track, ids: Sequence[int], device: str) -> Group:
+    images, labels = load_data(track.data, registry.data).select(ids)
     return Group(images.to(device, torch.float64), labels.to(device), ids)
 
 
@@ -293,7 +313,7 @@ def quick(job: Job, registry: Registry) -> GradientCheck | None:
         return None
     ids = job.track_ids[:_QUICK_IMAGES]
     blank: list[float | None] = [None] * len(ids)
-    group = _group(job.track.entry, ids, job.device)
+    group = _group(registry, job.track.entry, ids, job.device)
     try:
         exact = registry.build_defense(
             job.defense, job.track, device=job.device, dtype=torch.float64

@@ -3,22 +3,24 @@
 Resolving one imports no torch, so that plans and refusals are quick.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from dbp_bench import __version__, data, weights
+from dbp_bench import __version__, data, outside, weights
 from dbp_bench.errors import BadEntry, BadRequest, did_you_mean
 from dbp_bench.registry import (
     EFFORTS,
     KNOWN_DRAWS,
     DefenseEntry,
     Entry,
+    NetworkRef,
     Registry,
     Setting,
+    Surrogate,
     Threat,
     Track,
     check_eps,
@@ -66,6 +68,8 @@ class Job:
     overrides: list[str]
     source: Entry[DefenseEntry] | None = None
     """The defense that a transfer attack searches in."""
+    code: dict[str, str] = field(default_factory=dict)
+    """sha256 of the code outside dbp-bench that the entries name, by top-level module."""
 
     @property
     def sites(self) -> list[str]:
@@ -111,6 +115,18 @@ class Job:
         images = sum(len(group) for group in self.groups)
         return images * self.attacks * self.gradients_per_attack
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """How the defense is set up, as recorded."""
+        return self.setting.recorded
+
+    @property
+    def surrogate(self) -> dict[str, Any] | None:
+        """What is differentiated in place of the defense, where the effort says so."""
+        if self.effort.get("gradient") != "declared-surrogate":
+            return None
+        return declared_surrogate(self.defense, self.track.name).model_dump()
+
     def path(self, out: Path) -> Path:
         """Where the result goes, below the folder `out`."""
         return result_path(out, self.track.name, self.defense.name, self.threat.name, self.seed)
@@ -136,8 +152,10 @@ class Job:
             "knows": self.knows,
             "attack": self.threat.entry.attack,
             "effort": self.effort,
-            "options": self.setting.options,
+            "options": self.options,
+            **({} if self.surrogate is None else {"surrogate": self.surrogate}),
             "weights": {"classifier": self.track.entry.classifier.sha256, **networks},
+            **({"code": self.code} if self.code else {}),
             "device": self.device,
             "batch_size": self.batch_size,
             "rows": self.rows,
@@ -206,15 +224,19 @@ def resolve(
             f"{threat_entry.path}: knows: no defense draws noise at {name!r}."
             f"{did_you_mean(name, registry.sites)}"
         )
+    if effort.get("gradient") == "declared-surrogate":
+        declared_surrogate(defense_entry, track)
     try:
         ids = data.split_ids(track_entry.entry.data, track_entry.entry.split)
     except BadEntry as error:
         raise BadEntry(f"{track_entry.path}: {error}") from None
+    setting = defense_entry.entry.setting(track, defense, str(defense_entry.path))
+    source = _source(registry, effort, track)
     return Job(
         track=track_entry,
         defense=defense_entry,
         threat=threat_entry,
-        setting=defense_entry.entry.setting(track, defense, str(defense_entry.path)),
+        setting=setting,
         seed=seed,
         device=device,
         eps=eps,
@@ -227,8 +249,35 @@ def resolve(
         batch_size=overrides.batch_size or track_entry.entry.batch_size,
         rows=overrides.rows or track_entry.entry.rows,
         overrides=overrides.names(),
-        source=_source(registry, effort, track),
+        source=source,
+        code=outside.code(_dotted(track_entry, track, defense_entry, source), registry.folders),
     )
+
+
+def _dotted(
+    track: Entry[Track], name: str, *defenses: Entry[DefenseEntry] | None
+) -> Iterator[str]:
+    """The code that entries name for the track called `name`."""
+    networks = [track.entry.classifier]
+    for defense in filter(None, defenses):
+        yield defense.entry.factory
+        networks += defense.entry.setting(name, defense.name, str(defense.path)).networks.values()
+    yield from (ref.network for ref in networks if isinstance(ref, NetworkRef))
+
+
+def declared_surrogate(defense: Entry[DefenseEntry], track: str) -> Surrogate:
+    """What attacks on `track` may differentiate in place of `defense`.
+
+    Raises:
+        BadRequest: The entry declares nothing.
+    """
+    surrogate = defense.entry.setting(track, defense.name, str(defense.path)).surrogate
+    if surrogate is None:
+        raise BadRequest(
+            f"gradient: declared-surrogate, but {defense.path} declares none for {track!r}. Take "
+            "exact, or add `surrogate: {options: ...}` to its setting."
+        )
+    return surrogate
 
 
 def _source(registry: Registry, effort: dict[str, Any], track: str) -> Entry[DefenseEntry] | None:
@@ -256,6 +305,30 @@ def _effort(threat: Entry[Threat], overrides: Overrides) -> dict[str, Any]:
     return effort.model_dump()
 
 
+_BORROWED = {"autoattack", "torchattacks"}
+"""Attacks of optional packages."""
+
+
+def refuse_borrowed(job: Job) -> None:
+    """Refuse a job whose attack is another package's and can't run, before anything is computed.
+
+    Raises:
+        BadEntry: The package has no such attack, or it takes other options.
+        BadExtra: The package isn't there.
+        AttackFailed: The attack doesn't search in the norm of the track.
+    """
+    parts = [*job.effort.get("members", []), job.effort.get("search", {})]
+    if not _BORROWED & {job.threat.entry.attack, *(part.get("attack") for part in parts)}:
+        return
+    from dbp_bench import attacks, threat
+
+    try:
+        budget = threat.budget(job.track.entry.norm, job.eps)
+        attacks.check(job.threat.entry.attack, job.effort, budget)
+    except BadEntry as error:
+        raise BadEntry(f"{job.threat.path}: {error}") from None
+
+
 @dataclass(frozen=True, slots=True)
 class Planned:
     """A job, or the job that measures the same thing and runs instead."""
@@ -277,7 +350,7 @@ def plan(
     """All jobs of the product, those that measure one setting only once.
 
     A name "all" stands for every defense that has a setting for the track, or for every threat
-    of the protocol.
+    of the protocol. A job that cannot run is refused here, before any other has begun.
     """
     registry.track(track)
     names = _names("--defense", defenses, registry.defenses)
@@ -295,6 +368,8 @@ def plan(
             resolve(registry, track, defense, threat, seed=seed, device=device, overrides=overrides)
             for threat in attacks
         ]
+        for job in jobs:
+            refuse_borrowed(job)
         done: list[Job] = []
         for job in sorted(jobs, key=_by_generality):
             twin = next((other for other in done if job.same_setting(other)), None)
@@ -337,7 +412,9 @@ def identity_of(result: Result) -> dict[str, Any]:
         "attack": result.attack,
         "effort": result.effort,
         "options": result.options,
+        **({} if result.surrogate is None else {"surrogate": result.surrogate}),
         "weights": result.provenance.weights,
+        **({"code": result.provenance.code} if result.provenance.code else {}),
         "device": result.arithmetic.device,
         "batch_size": result.arithmetic.batch_size,
         "rows": result.arithmetic.rows,

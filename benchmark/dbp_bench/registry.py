@@ -28,7 +28,7 @@ from pydantic import (
     model_validator,
 )
 
-from dbp_bench import weights
+from dbp_bench import outside, weights
 from dbp_bench.checkpoints import catalog, store
 from dbp_bench.declaration import Strict
 from dbp_bench.declaration import explain as explain
@@ -720,14 +720,24 @@ class Registry:
         folders: Folders with `defenses/`, `attacks/` and `tracks/` of one's own.
         trust_code: Whether code that an entry names outside this package may run.
         data: Where the user says that data sets are; None for the environment variable or the hub.
+        instead: Files of defenses, by name, that count in place of any of that name.
+
+    Installed packages add folders of their own (see :mod:`dbp_bench.outside`); to install one is
+    not to trust it: its code runs with `trust_code` only.
 
     Raises:
         BadEntry: A folder isn't there or holds no entries, or a name is taken.
     """
 
     def __init__(
-        self, folders: Sequence[Path] = (), *, trust_code: bool = False, data: Path | None = None
+        self,
+        folders: Sequence[Path] = (),
+        *,
+        trust_code: bool = False,
+        data: Path | None = None,
+        instead: Mapping[str, Path] | None = None,
     ) -> None:
+        self.instead = dict(instead or {})
         self.folders = [folder.resolve() for folder in folders]
         self.trust_code = trust_code
         self.data = data
@@ -739,7 +749,7 @@ class Registry:
     @cached_property
     def defenses(self) -> dict[str, Path]:
         """Name and file of every defense."""
-        return self._files("defenses")
+        return self._files("defenses") | self.instead
 
     @cached_property
     def threats(self) -> dict[str, Path]:
@@ -775,7 +785,8 @@ class Registry:
 
     def _files(self, kind: str) -> dict[str, Path]:
         found: dict[str, Path] = {}
-        for folder in [_shipped()[kind], *(folder / kind for folder in self.folders)]:
+        folders = dict.fromkeys([*outside.entry_folders(), *self.folders])
+        for folder in [_shipped()[kind], *(folder / kind for folder in folders)]:
             for path in _entries(folder):
                 if path.suffix != ".yaml":
                     raise BadEntry(f"{path}: rename it to {path.stem}.yaml.")

@@ -73,6 +73,9 @@ class Provenance(_Record):
     """sha256 of every weights file, by role."""
     data: str
     """sha256 of the data."""
+    code: dict[str, str] | None = None
+    """sha256 of the source outside dbp-bench that the entries name, by top-level module. Null, and
+    not written, where they name none."""
 
 
 class Result(_Record):
@@ -159,6 +162,8 @@ class Result(_Record):
         for key in ("surrogate", "package_robust", "gradient_check"):
             if table[key] is None:
                 del table[key]
+        if table["provenance"]["code"] is None:
+            del table["provenance"]["code"]
         parts = []
         for key, value in table.items():
             if key in ("clean", "robust", "fresh", "package_robust") and value is not None:

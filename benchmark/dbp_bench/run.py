@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -156,6 +156,7 @@ def execute(
     path = job.path(out)
     work = out / ".work" / path.relative_to(out).with_suffix("")
     progress = progress or Progress()
+    job.identity()  # checkpoints that must be fetched first are missed before anything is deleted
     with _locked(work):
         if not resume:
             shutil.rmtree(work, ignore_errors=True)
@@ -172,9 +173,11 @@ def execute(
                 job, examples=len(held.ids), draws=len(held.draws), overrides=held.overrides
             )
         write_atomically(work / "request.json", json.dumps(job.identity(), indent=1))
-        data = load_data(job.track.entry.data)
+        data = load_data(job.track.entry.data, registry.data, job.track.entry.split)
+        # Reads every image once: a damaged one is found before anything is attacked.
+        digest = data.digest(job.track_ids[: job.examples])
         states = _work(job, registry, data, work, policy, progress)
-        result = _assemble(job, data, states, gradients.quick(job, registry))
+        result = _assemble(job, data, digest, states, gradients.quick(job, registry))
         if save_adversarial or saved.is_file():
             write_atomically(saved, _adversarial(job, states))
         write_atomically(runtime_path(path), _runtime(states, policy))
@@ -383,7 +386,9 @@ def _budget(job: Job) -> Budget:
     return budget(job.track.entry.norm, job.eps)
 
 
-def _assemble(job: Job, data: DataSet, states: list[_State], check: GradientCheck | None) -> Result:
+def _assemble(
+    job: Job, data: DataSet, digest: str, states: list[_State], check: GradientCheck | None
+) -> Result:
     draws, attacked = range(job.draws), range(job.attacks)
 
     def columns(kind: str) -> list[Any]:
@@ -414,10 +419,11 @@ def _assemble(job: Job, data: DataSet, states: list[_State], check: GradientChec
         knows=job.knows,
         attack=job.threat.entry.attack,
         effort=job.effort,
-        options=job.setting.options,
+        options=job.options,
+        surrogate=job.surrogate,
         overrides=job.overrides,
         ids=ids,
-        labels=data.select(ids)[1].tolist(),
+        labels=data.labels_of(ids),
         draws=list(draws),
         clean=columns("clean"),
         robust=columns("robust"),
@@ -436,11 +442,11 @@ def _assemble(job: Job, data: DataSet, states: list[_State], check: GradientChec
             batch_size=job.batch_size,
             rows=job.rows,
         ),
-        provenance=_provenance(job, data),
+        provenance=_provenance(job, digest),
     )
 
 
-def _provenance(job: Job, data: DataSet) -> Provenance:
+def _provenance(job: Job, data: str) -> Provenance:
     commit, dirty = _git()
     return Provenance(
         dbp_bench=__version__,
@@ -452,7 +458,8 @@ def _provenance(job: Job, data: DataSet) -> Provenance:
         threads=torch.get_num_threads(),
         entries=entry_digests(job),
         weights=weights_of(job),
-        data=data.sha256,
+        data=data,
+        code=job.code or None,
     )
 
 
@@ -563,6 +570,63 @@ def rejudge(
         BadRequest: The file is of another request, or an image is outside the budget or the pixel
             box, or unknown to the track.
     """
+    saved = read_saved(path, job, registry)
+    images, clean, ids = saved.images, saved.clean, saved.ids
+    ball = _budget(job)
+    outside = 0
+    if eight_bit:
+        rounded = (images * 255).round() / 255
+        outside = sum(
+            int((ball.size(found - clean) > ball.eps + _SLACK).sum()) for found in rounded
+        )
+        images = torch.stack([ball.project(found, clean) for found in rounded])
+    defense = registry.build_defense(job.defense, job.track, device=torch.device(job.device))
+    fresh = [FRESH + i for i in range(draws)]
+    rows = [judge_saved(defense, found, saved, job, fresh) for found in images]
+    return Rejudged(rows, ids, outside)
+
+
+class Saved(NamedTuple):
+    """Saved adversarial images, and what they were made from."""
+
+    images: Tensor
+    """``(attacks, n, c, h, w)``, inside the budget and [0, 1]."""
+    clean: Tensor
+    labels: Tensor
+    ids: list[int]
+
+
+def judge_saved(
+    defense: Defense, images: Tensor, saved: Saved, job: Job, draws: Sequence[int]
+) -> list[list[bool]]:
+    """Whether `defense` is right, image x draw, on `images` ``(n, c, h, w)`` at victim `draws`.
+
+    They are judged in the groups in which `job` judges them.
+    """
+    device = torch.device(job.device)
+    right = []
+    for start in range(0, len(saved.ids), job.batch_size):
+        part = slice(start, start + job.batch_size)
+        group = Group(
+            saved.clean[part].to(device), saved.labels[part].to(device), saved.ids[part]
+        )
+        each = [
+            evaluate.judge(defense, images[part].to(device), group, seed=job.seed, draw=draw).cpu()
+            for draw in draws
+        ]
+        right.append(torch.stack(each, dim=1))
+    rows: list[list[bool]] = torch.cat(right).tolist()
+    return rows
+
+
+def read_saved(path: Path, job: Job, registry: Registry) -> Saved:
+    """The adversarial images in a file that ``--save-adversarial`` wrote for `job`.
+
+    Raises:
+        BadWeights: The file isn't one of adversarial images.
+        BadRequest: The file is of another request, or an image is outside the budget or the pixel
+            box, or unknown to the track.
+    """
     try:
         with safe_open(path, "pt") as file:
             request = json.loads(file.metadata()["request"])
@@ -572,7 +636,7 @@ def rejudge(
     refuse_other_request(job.identity(), {**request, "device": job.device}, path)
     if ids != job.track_ids[: len(ids)] or not ids:
         raise BadRequest(f"{path}: the ids are not the first images of track {job.track.name}.")
-    data = load_data(job.track.entry.data)
+    data = load_data(job.track.entry.data, registry.data, job.track.entry.split)
     clean, labels = data.select(ids)
     if len(images) == 0 or images.shape[1:] != clean.shape or images.dtype != clean.dtype:
         raise BadRequest(
@@ -588,27 +652,4 @@ def rejudge(
                 f"{path}: images outside the budget: {job.track.entry.norm} {size:.6g} against "
                 f"eps {ball.eps:g}, or outside [0, 1]."
             )
-    outside = 0
-    if eight_bit:
-        rounded = (images * 255).round() / 255
-        outside = sum(
-            int((ball.size(found - clean) > ball.eps + _SLACK).sum()) for found in rounded
-        )
-        images = torch.stack([ball.project(found, clean) for found in rounded])
-    device = torch.device(job.device)
-    defense = registry.build_defense(job.defense, job.track, device=device)
-    rows = []
-    for found in images:
-        right = []
-        for start in range(0, len(ids), job.batch_size):
-            part = slice(start, start + job.batch_size)
-            group = Group(clean[part].to(device), labels[part].to(device), ids[part])
-            each = [
-                evaluate.judge(
-                    defense, found[part].to(device), group, seed=job.seed, draw=FRESH + i
-                ).cpu()
-                for i in range(draws)
-            ]
-            right.append(torch.stack(each, dim=1))
-        rows.append(torch.cat(right).tolist())
-    return Rejudged(rows, ids, outside)
+    return Saved(images, clean, labels, ids)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dbp_bench.defense import Denoiser, Identity
 from dbp_bench.noise import FORWARD, Noise, Site
-from dbp_bench.purifiers.schedule import Schedule, times, to_diffusion, to_images
+from dbp_bench.purifiers.schedule import Schedule, predict, times, to_diffusion, to_images
 
 
 def none() -> Identity:
@@ -46,7 +46,7 @@ class OneShot:
         signal = self.schedule.signal()[self.t_star]
         z = to_diffusion(images)
         z = signal**0.5 * z + (1 - signal) ** 0.5 * noise.normal(FORWARD, 0, z)
-        eps = self.denoiser(z, times(self.t_star, z))
+        eps = predict(self.denoiser, z, times(self.t_star, z)).noise
         return to_images((z - (1 - signal) ** 0.5 * eps) / signal**0.5, self.clamp_output)
 
 
