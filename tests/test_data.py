@@ -61,7 +61,7 @@ def test_select() -> None:
 
 
 def test_unknown_names() -> None:
-    assert names() == ["digits"]
+    assert names() == ["cifar10", "cifar10-jpeg", "cifar100", "digits", "imagenet"]
     for read in (load_data, lambda name: split_ids(name, "test")):
         with pytest.raises(BadEntry, match=r"no data set 'digit'\. Did you mean 'digits'\?"):
             read("digit")

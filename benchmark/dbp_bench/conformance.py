@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dbp_bench.data import load_data
+from dbp_bench.data import load_data, split_ids
 from dbp_bench.defense import Defense
 from dbp_bench.errors import DbpError, NotConforming
 from dbp_bench.memory import Policy
@@ -350,8 +350,8 @@ def check_entry(registry: Registry, name: str, track: str) -> Iterator[tuple[str
         DbpError: The entry can't be read or built.
     """
     where, entry = registry.track(track), registry.defense(name)
-    data = load_data(where.entry.data)
-    images, _ = data.select(data.ids[where.entry.split][:IMAGES])
+    data = load_data(where.entry.data, registry.data)
+    images, _ = data.select(split_ids(where.entry.data, where.entry.split)[:IMAGES])
     for checks, dtype in ((AS_RUN, torch.float32), (IN_FLOAT64, torch.float64)):
         defense = registry.build_defense(entry, where, dtype=dtype)
         for title, check in checks.items():

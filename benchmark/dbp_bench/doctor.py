@@ -29,7 +29,7 @@ from dbp_bench.data import load_data
 from dbp_bench.errors import DbpError
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import FORWARD, VICTIM, Tape, philox
-from dbp_bench.registry import DefenseEntry, Entry, Registry, Track
+from dbp_bench.registry import DefenseEntry, Entry, NetworkRef, Registry, Track
 from dbp_bench.result import write_atomically
 from dbp_bench.run import device_name
 from dbp_bench.threat import budget
@@ -212,15 +212,17 @@ def _files(stored: Mapping[str, str]) -> Part:
 
 
 def _declared(registry: Registry) -> Iterable[tuple[Path, str, str]]:
-    """Entry, file and sha256 of every network that an entry names."""
+    """Entry, file and sha256 of every network whose file ships with an entry."""
     for name in registry.tracks:
         track = registry.track(name)
-        yield track.path, track.entry.classifier.file, track.entry.classifier.sha256
+        if isinstance(track.entry.classifier, NetworkRef):
+            yield track.path, track.entry.classifier.file, track.entry.classifier.sha256
     for name in registry.defenses:
         defense = registry.defense(name)
         for setting in defense.entry.settings:
             for ref in setting.networks.values():
-                yield defense.path, ref.file, ref.sha256
+                if isinstance(ref, NetworkRef):
+                    yield defense.path, ref.file, ref.sha256
 
 
 def _attack(device: str, stored: Mapping[str, Any]) -> Part:
@@ -305,7 +307,7 @@ def write_golden(path: Path = GOLDEN) -> None:
         "Made by `python -m dbp_bench.doctor --write`.",
         "made_by": {"torch": torch.__version__, "device": "cpu", "machine": platform.machine()},
         "draws": _draw_digests("cpu"),
-        "data": {f"{track.entry.data}.safetensors": data.sha256},
+        "data": {f"{track.entry.data}.safetensors": data.digest([])},
         "case": _case(defense, track),
         "attack": {kind: values.tolist() for kind, values in found.items()},
     }

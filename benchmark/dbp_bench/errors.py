@@ -24,6 +24,10 @@ class BadWeights(DbpError):
     """A weights or data file is missing, damaged, not the one asked for, or unsafe to read."""
 
 
+class BadData(DbpError):
+    """A data set is missing or damaged, or isn't the one asked for."""
+
+
 class BadResult(DbpError):
     """A result file cannot be read as a result."""
 

@@ -16,9 +16,9 @@ from dbp_bench.cli.app import app
 from dbp_bench.errors import AttackFailed, DbpError
 
 # Each module adds its commands to the app, in the order of the help.
-from dbp_bench.cli import entries, run, results, makers  # isort: skip
+from dbp_bench.cli import entries, run, results, makers, weights  # isort: skip
 
-__all__ = ["app", "entries", "main", "makers", "results", "run"]
+__all__ = ["app", "entries", "main", "makers", "results", "run", "weights"]
 
 
 def main() -> None:

@@ -57,6 +57,15 @@ Checkpointing = Annotated[
     str,
     typer.Option("--checkpointing", help="auto, none or step: memory against time; same results."),
 ]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="Where data sets are: a file, a folder, or a folder with one for each data set. "
+        "Otherwise DBP_BENCH_DATA, or the Hugging Face hub.",
+        show_default=False,
+    ),
+]
 Results = Annotated[Path, typer.Option("--results", help="The folder of results.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts, and nothing else.")]

@@ -1,4 +1,4 @@
-"""Commands on result files: judge, report, export, schema."""
+"""Commands on result files: judge, report, compare, samples, export, schema."""
 
 import json
 from dataclasses import asdict
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dbp_bench.cli.app import AsJson, Device, Entries, Quiet, Results, Trust, app
+from dbp_bench.cli.app import AsJson, Data, Device, Entries, Quiet, Results, Trust, app
 from dbp_bench.cli.shared import console, device_of, percent, registry_of
 from dbp_bench.errors import BadRequest
 
@@ -20,12 +20,13 @@ def judge(
         bool, typer.Option("--8bit", help="As a file of 256 grey levels would hold them.")
     ] = False,
     device: Device = "auto",
+    data: Data = None,
     entries: Entries = None,
     trust_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Check saved adversarial images (inside ball and box) and judge them on fresh draws."""
-    from dbp_bench.job import Overrides, identity_of, refuse_other_request, resolve
+    from dbp_bench.replay import job_of
     from dbp_bench.result import Result
     from dbp_bench.run import adversarial_path, rejudge
     from dbp_bench.statistics import Bootstrap
@@ -36,26 +37,8 @@ def judge(
     result = Result.read(file.with_name(f"{stem}.json"))
     if adversarial_path(file.with_name(f"{stem}.json")) != file:
         raise BadRequest(f"{file}: not a file of adversarial images beside its result.")
-    registry = registry_of(entries, trust_code)
-    asked = Overrides(
-        effort={k: v for k, v in result.effort.items() if k in result.overrides},
-        eps=result.eps,
-        draws=len(result.draws) if result.sites else None,
-        examples=len(result.ids),
-        batch_size=result.arithmetic.batch_size,
-        rows=result.arithmetic.rows,
-    )
-    job = resolve(
-        registry,
-        result.track,
-        result.defense,
-        result.threat,
-        seed=result.seed,
-        device=device_of(device),
-        overrides=asked,
-    )
-    held = {**identity_of(result), "device": job.device}
-    refuse_other_request(job.identity(), held, file)
+    registry = registry_of(entries, trust_code, data)
+    job = job_of(result, file, registry, device_of(device))
     right, ids, outside = rejudge(file, job, registry, draws=draws, eight_bit=eight_bit)
     bootstrap = Bootstrap(len(ids))
     hits = [sum(sum(attack[i]) for attack in right) for i in range(len(ids))]
@@ -86,7 +69,7 @@ def report(
     entries: Entries = None,
     quiet: Quiet = False,
 ) -> None:
-    """Make leaderboards (CSV, Markdown, LaTeX) from results."""
+    """Make leaderboards (CSV, Markdown, LaTeX, an HTML page) from results."""
     from dbp_bench.report import write_leaderboards
 
     if sort not in ("hidden", "known"):
@@ -98,6 +81,51 @@ def report(
     say = console(quiet)
     for path in paths:
         say.print(str(path), highlight=False)
+
+
+@app.command()
+def compare(
+    a: Annotated[
+        str,
+        typer.Argument(help="A result file, a folder, or defense, defense/threat, threat."),
+    ],
+    b: Annotated[str, typer.Argument(help="The same, to compare with.")],
+    results: Results = Path("results"),
+    track: Annotated[str | None, typer.Option(help="Of names; not needed if there is one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare results, defenses or threat models: paired difference, tests, changed images."""
+    from dbp_bench import compare as comparing
+
+    found = comparing.compare(comparing.side(a, results, track), comparing.side(b, results, track))
+    if as_json:
+        print(json.dumps(comparing.to_table(found), indent=1))
+        return
+    print("\n".join(comparing.in_words(found)))
+
+
+@app.command()
+def samples(
+    files: Annotated[list[Path], typer.Argument(help="Result files.")],
+    device: Device = "auto",
+    data: Data = None,
+    entries: Entries = None,
+    trust_code: Trust = False,
+    quiet: Quiet = False,
+) -> None:
+    """Attack the first images of results again: pictures for the report, and a spot check."""
+    from dbp_bench.samples import Samples
+    from dbp_bench.sampling import make_samples
+
+    registry, say = registry_of(entries, trust_code, data), console(quiet)
+    for file in files:
+        path = make_samples(file, registry, device_of(device))
+        made = Samples.read(path)
+        say.print(
+            f"{path}: {made.compared - made.differing} of {made.compared} outcomes as stored",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command()

@@ -12,6 +12,7 @@ from dbp_bench.cli.app import (
     AsJson,
     BatchSize,
     Checkpointing,
+    Data,
     Defenses,
     Device,
     Draws,
@@ -83,6 +84,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="The same as `dbp-bench plan`.")
     ] = False,
+    data: Data = None,
     entries: Entries = None,
     trust_code: Trust = False,
     quiet: Quiet = False,
@@ -91,7 +93,7 @@ def run(
     """Attack defenses and write one result file for each defense and threat model."""
     from dbp_bench.job import Overrides, plan
 
-    registry = registry_of(entries, trust_code)
+    registry = registry_of(entries, trust_code, data)
     given = {
         "steps": steps,
         "eot": eot,
@@ -161,6 +163,7 @@ def plan(
     batch_size: BatchSize = None,
     rows: Rows = None,
     checkpointing: Checkpointing = "auto",
+    data: Data = None,
     entries: Entries = None,
     trust_code: Trust = False,
     as_json: AsJson = False,
@@ -188,6 +191,7 @@ def plan(
         rows=rows,
         checkpointing=checkpointing,
         dry_run=True,
+        data=data,
         entries=entries,
         trust_code=trust_code,
         as_json=as_json,

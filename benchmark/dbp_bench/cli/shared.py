@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from dbp_bench.run import Progress
 
 
-def registry_of(entries: list[Path] | None, trust_code: bool = False) -> "Registry":
+def registry_of(
+    entries: list[Path] | None, trust_code: bool = False, data: Path | None = None
+) -> "Registry":
     from dbp_bench.registry import Registry
 
-    return Registry(entries or [], trust_code=trust_code)
+    return Registry(entries or [], trust_code=trust_code, data=data)
 
 
 def console(quiet: bool) -> "Console":

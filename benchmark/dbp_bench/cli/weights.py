@@ -1,0 +1,212 @@
+"""Commands for published weights: list, fetch, convert, verify."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dbp_bench.cli.app import AsJson, Quiet, app
+from dbp_bench.cli.shared import console
+from dbp_bench.errors import BadRequest, BadWeights
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dbp_bench.checkpoints.catalog import Checkpoint
+    from dbp_bench.checkpoints.fetch import Progress
+    from dbp_bench.checkpoints.store import Record
+
+weights = typer.Typer(
+    help="Published weights: fetch them, or convert files that are at hand.", no_args_is_help=True
+)
+app.add_typer(weights, name="weights")
+
+CheckpointName = Annotated[str, typer.Argument(help="See `dbp-bench weights list`.")]
+
+
+@weights.command("list")
+def list_weights(as_json: AsJson = False) -> None:
+    """List published checkpoints: what they are, their licences, and which are in the cache."""
+    from dbp_bench.checkpoints import catalog, store
+
+    there = {name: store.read(name) for name in store.names()}
+    entries = {**catalog.entries(), **{n: catalog.find(n) for n in there}}
+    if as_json:
+        rows = {
+            name: {
+                **entry.model_dump(mode="json"),
+                "cached": there[name].model_dump() if name in there else None,
+            }
+            for name, entry in entries.items()
+        }
+        print(json.dumps(rows, indent=1))
+        return
+    _show(console(quiet=False), entries, there)
+    print(f"cache: {store.folder()}")
+
+
+def _show(say: "Console", entries: "dict[str, Checkpoint]", there: "dict[str, Record]") -> None:
+    from rich.table import Table
+
+    from dbp_bench.checkpoints import store
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "cached", "what", "licence"):
+        table.add_column(column, overflow="fold")
+    for name, entry in entries.items():
+        file = store.file(name)
+        size = f"{file.stat().st_size / 1e6:,.0f} MB" if file.is_file() else "yes"
+        table.add_row(name, size if name in there else "", entry.title, _terms(entry))
+    say.print(table)
+
+
+def _terms(entry: "Checkpoint") -> str:
+    kind = entry.licence.restriction
+    return entry.licence.name if kind == "none" else f"{entry.licence.name} ({kind})"
+
+
+@weights.command()
+def fetch(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="Of the list; or robustbench:<dataset>/<threat>/<model>, or timm:<model>."
+        ),
+    ],
+    accept_licence: Annotated[
+        bool, typer.Option("--accept-licence", help="Accept the licences without being asked.")
+    ] = False,
+    keep_download: Annotated[
+        bool, typer.Option("--keep-download", help="Keep the file that was converted, too.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even if it is there already.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Download checkpoints and convert them into the cache; a cut download goes on."""
+    from dbp_bench.checkpoints import catalog, store
+
+    say = console(quiet)
+    entries = {name: catalog.find(name) for name in names}
+    for name in list(entries):
+        if store.has(name) and not force and _problem(name) is None:
+            say.print(f"{name}: already in the cache.", highlight=False, soft_wrap=True)
+            del entries[name]
+    for name, entry in entries.items():
+        if not isinstance(entry.source, catalog.ByHand):
+            _accept(say, name, entry, accept_licence)
+    from dbp_bench.checkpoints.fetch import fetch as fetch_one
+
+    for name in entries:
+        with _bar(say, name) as progress:
+            record = fetch_one(name, progress, keep=keep_download)
+        _report(say, record)
+
+
+def _accept(say: "Console", name: str, entry: "Checkpoint", accepted: bool) -> None:
+    """Show the licence, and ask for consent unless it was given.
+
+    Raises:
+        BadRequest: Nobody can be asked, or the answer is no.
+    """
+    say.print(f"{name}: {entry.title}", highlight=False, soft_wrap=True)
+    say.print(f"  from: {entry.source.what}", highlight=False, soft_wrap=True)
+    say.print(f"  licence: {_terms(entry)}", highlight=False, soft_wrap=True)
+    if accepted:
+        return
+    if not sys.stdin.isatty():
+        raise BadRequest(
+            f"{name}: licence {_terms(entry)}: to accept it, add --accept-licence. Nothing was "
+            "downloaded."
+        )
+    if not typer.confirm("Download under this licence?"):
+        raise BadRequest(f"{name}: not downloaded, for its licence wasn't accepted.")
+
+
+@contextmanager
+def _bar(say: "Console", name: str) -> "Iterator[Progress]":
+    """A bar of bytes, on a terminal; a line elsewhere."""
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    if not say.is_terminal or say.quiet:
+        say.print(f"{name}: fetching", highlight=False)
+        yield lambda *_: None
+        return
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=say, transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@weights.command()
+def convert(
+    name: CheckpointName,
+    source: Annotated[
+        Path,
+        typer.Option("--from", help="A file in the published layout, or a folder of diffusers."),
+    ],
+    unpublished: Annotated[
+        bool, typer.Option("--unpublished", help="Of another size or digest than published.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert a file that is at hand into the cache; nothing in it is run."""
+    from dbp_bench.checkpoints.convert import convert as convert_one
+
+    _report(console(quiet), convert_one(name, source, unpublished=unpublished))
+
+
+def _report(say: "Console", record: "Record") -> None:
+    from dbp_bench.checkpoints import store
+
+    where = store.file(record.name) if record.network else store.record_file(record.name)
+    state = {True: ", as published", False: ", NOT the published file", None: ""}[record.published]
+    say.print(
+        f"{record.name}: {where}  sha256 {record.sha256[:16]}...{state}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@weights.command()
+def verify(as_json: AsJson = False) -> None:
+    """Hash everything in the cache again, and say what is damaged."""
+    from dbp_bench.checkpoints import store
+
+    found = {name: _problem(name) for name in store.names()}
+    strangers = [str(path) for path in store.strangers()]
+    if as_json:
+        print(json.dumps({"checkpoints": found, "strangers": strangers}, indent=1))
+    else:
+        for name, problem in found.items():
+            print(problem or f"{name}: sound")
+        for path in strangers:
+            print(f"{path}: belongs to no checkpoint; delete it.")
+        print(f"{len(found)} in {store.folder()}")
+    if any(found.values()):
+        raise typer.Exit(1)
+
+
+def _problem(name: str) -> str | None:
+    """Why the checkpoint `name` in the cache can't be used; None where it can."""
+    from dbp_bench.checkpoints import catalog, store
+
+    try:
+        record = store.read(name)
+        if not isinstance(catalog.find(name).source, catalog.Zoo):
+            store.verified(name)
+        elif not record.sha256:
+            return f"{name}: no digest in its record."
+    except BadWeights as error:
+        return str(error)
+    return None

@@ -1,0 +1,97 @@
+"""The data sets: how many images and classes, what size, and where they are published."""
+
+from dataclasses import dataclass
+
+from dbp_bench.errors import BadEntry, did_you_mean
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """Parquet files of a data set repository on the Hugging Face hub, at one commit."""
+
+    repository: str
+    revision: str
+    test: str
+    train: str
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a data set before any file of it is read.
+
+    Ids count the test images in their published order, then the training images in theirs:
+    training image ``i`` has the id ``test + i``.
+    """
+
+    name: str
+    classes: int
+    shape: tuple[int, int, int]
+    """``(c, h, w)``."""
+    test: int
+    """Number of test images."""
+    train: int
+    """Number of training images; 0 where none is read."""
+    label_columns: tuple[str, ...] = ("label",)
+    """Column of the labels in parquet files, the first that is there."""
+    hub: Hub | None = None
+    binary: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    """Names of the files of the authors' binary version: test, training."""
+    label_bytes: int = 1
+    """Before each image of the binary version; the last one counts."""
+    resize: int | None = None
+    """Shorter side to which an image is resized before its centre is cut out."""
+
+
+_CIFAR10 = (("test_batch.bin",), tuple(f"data_batch_{i}.bin" for i in range(1, 6)))
+
+CATALOG = {
+    facts.name: facts
+    for facts in (
+        Facts("digits", 10, (1, 8, 8), test=360, train=1437),
+        Facts(
+            "cifar10",
+            10,
+            (3, 32, 32),
+            test=10_000,
+            train=50_000,
+            hub=Hub(
+                "uoft-cs/cifar10",
+                "0b2714987fa478483af9968de7c934580d0bb9a2",
+                "plain_text/test-00000-of-00001.parquet",
+                "plain_text/train-00000-of-00001.parquet",
+            ),
+            binary=_CIFAR10,
+        ),
+        Facts(
+            "cifar100",
+            100,
+            (3, 32, 32),
+            test=10_000,
+            train=50_000,
+            label_columns=("fine_label", "label"),
+            hub=Hub(
+                "uoft-cs/cifar100",
+                "aadb3af77e9048adbea6b47c21a81e47dd092ae5",
+                "cifar100/test-00000-of-00001.parquet",
+                "cifar100/train-00000-of-00001.parquet",
+            ),
+            binary=(("test.bin",), ("train.bin",)),
+            label_bytes=2,
+        ),
+        # CIFAR-10 after JPEG: another data set, for trials where the original can't be had.
+        Facts("cifar10-jpeg", 10, (3, 32, 32), test=5_000, train=50_000),
+        # The 50,000 validation images are the test images: the labels of the others aren't public.
+        Facts("imagenet", 1000, (3, 224, 224), test=50_000, train=0, resize=256),
+    )
+}
+
+
+def facts_of(name: str) -> Facts:
+    """What is known of the data set called `name`.
+
+    Raises:
+        BadEntry: There is none.
+    """
+    if name not in CATALOG:
+        raise BadEntry(f"no data set {name!r}.{did_you_mean(name, CATALOG)}")
+    return CATALOG[name]

@@ -1,0 +1,343 @@
+"""Files that hold labelled images: parquet, npz, CIFAR's binary version, folders of classes.
+
+Labels are read at once; pixels only of the rows that are asked for. Nothing read here can run code.
+"""
+
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from io import BytesIO
+from pathlib import Path
+from struct import error as StructError
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dbp_bench.data.catalog import Facts
+from dbp_bench.errors import BadData
+from dbp_bench.extras import BadExtra
+from dbp_bench.weights import ASSETS
+
+Pixels = NDArray[np.uint8]
+"""``(h, w, 3)``, 0 ... 255."""
+
+INSTALL = 'pip install "dbp-bench[data]"'
+ABSENT = -1
+"""Label of a row whose image isn't there."""
+SUFFIXES = {".png", ".jpg", ".jpeg"}
+
+
+class Source(Protocol):
+    """Images and labels, by row."""
+
+    @property
+    def where(self) -> Path:
+        """The file or folder, for messages."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """By row; ABSENT where there is no image."""
+
+    def pixels(self, rows: Sequence[int]) -> Iterator[Pixels]:
+        """The image of each row, in turn."""
+
+
+class Parquet:
+    """Parquet in the layout of the Hugging Face hub: encoded images, and a column of labels.
+
+    Raises:
+        BadData: A file is damaged, or has other columns.
+        BadExtra: pyarrow is missing.
+    """
+
+    def __init__(self, files: Sequence[Path], facts: Facts) -> None:
+        self.where = files[0] if len(files) == 1 else files[0].parent
+        self._facts = facts
+        self._arrow = need("pyarrow", "reading parquet")
+        parquet = need("pyarrow.parquet", "reading parquet")
+        self._groups: list[tuple[Any, Path, int]] = []
+        self._column = ""
+        labels = []
+        for path in files:
+            with _told(path, self._arrow.ArrowException):
+                file = parquet.ParquetFile(path)
+                self._column, label = _columns(file.schema_arrow, facts, path)
+                found = file.read(columns=[label])[label]
+                labels.append(_whole_numbers(found.to_numpy(), path))
+            self._groups += [(file, path, group) for group in range(file.num_row_groups)]
+        sizes = [file.metadata.row_group(group).num_rows for file, _, group in self._groups]
+        self._starts = np.cumsum([0, *sizes])
+        self.labels = np.concatenate(labels)
+        self._last: tuple[int, Any] | None = None
+
+    def pixels(self, rows: Sequence[int]) -> Iterator[Pixels]:
+        for row in rows:
+            group = int(np.searchsorted(self._starts, row, side="right")) - 1
+            cell = self._read(group)[row - int(self._starts[group])].as_py()
+            raw = cell.get("bytes") if isinstance(cell, dict) else cell
+            if not isinstance(raw, bytes):
+                raise BadData(f"{self._groups[group][1]}: row {row}: no image bytes in it.")
+            yield decode(raw, f"{self._groups[group][1]}: row {row}", self._facts)
+
+    def _read(self, group: int) -> Any:
+        """The encoded images of a row group; the last one is kept."""
+        if self._last is None or self._last[0] != group:
+            file, path, number = self._groups[group]
+            with _told(path, self._arrow.ArrowException):
+                column = file.read_row_group(number, columns=[self._column])[self._column]
+            # One array: finding a row among many chunks takes longer than decoding it.
+            self._last = (group, column.combine_chunks())
+        return self._last[1]
+
+
+class Npz:
+    """Arrays ``x_test`` and ``y_test``, or ``images`` and ``labels``; uint8, NHWC or NCHW.
+
+    Raises:
+        BadData: An array is missing or of another type or shape, or the file is damaged.
+    """
+
+    def __init__(self, path: Path, part: str) -> None:
+        self.where = path
+        names = [(f"x_{part}", f"y_{part}"), ("images", "labels")][: 2 if part == "test" else 1]
+        with (
+            _told(path, zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError),
+            path.open("rb") as file,
+            # No pickles: an array of objects could run code.
+            np.load(file, allow_pickle=False) as arrays,
+        ):
+            pair = next((pair for pair in names if {*pair} <= {*arrays.files}), None)
+            if pair is None:
+                want = " or ".join(f"{images} and {labels}" for images, labels in names)
+                raise BadData(f"{path}: it has {', '.join(arrays.files)}, not {want}.")
+            images, labels = arrays[pair[0]], arrays[pair[1]]
+        if images.dtype != np.uint8:
+            raise BadData(f"{path}: {pair[0]} is {images.dtype}: give uint8 in 0 ... 255.")
+        if images.ndim == 4 and images.shape[-1] != 3 and images.shape[1] == 3:
+            images = images.transpose(0, 2, 3, 1)
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise BadData(f"{path}: {pair[0]} is {images.shape}, not (n, h, w, 3) or (n, 3, h, w).")
+        if labels.size != len(images):
+            raise BadData(f"{path}: {labels.size} labels for {len(images)} images.")
+        self._images = images
+        self.labels = _whole_numbers(labels.ravel(), path)
+
+    def pixels(self, rows: Sequence[int]) -> Iterator[Pixels]:
+        for row in rows:
+            yield self._images[row]
+
+
+class Binary:
+    """The binary version of CIFAR: of each image its labels, a byte each, then 3 x 32 x 32 bytes.
+
+    Raises:
+        BadData: A file ends inside an image.
+    """
+
+    def __init__(self, files: Sequence[Path], facts: Facts) -> None:
+        self.where = files[0] if len(files) == 1 else files[0].parent
+        self._facts = facts
+        record = facts.label_bytes + int(np.prod(facts.shape))
+        parts = []
+        for path in files:
+            raw = np.fromfile(path, dtype=np.uint8)
+            if raw.size == 0 or raw.size % record:
+                raise BadData(
+                    f"{path}: {raw.size} bytes are not whole images of {record} bytes: the file is "
+                    f"damaged, or not the binary version of {facts.name}."
+                )
+            parts.append(raw.reshape(-1, record))
+        self._records = np.concatenate(parts)
+        self.labels = self._records[:, facts.label_bytes - 1].astype(np.int64)
+
+    def pixels(self, rows: Sequence[int]) -> Iterator[Pixels]:
+        for row in rows:
+            image = self._records[row, self._facts.label_bytes :].reshape(self._facts.shape)
+            yield image.transpose(1, 2, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """PNG or JPEG files."""
+
+    where: Path
+    labels: NDArray[np.int64]
+    _files: dict[int, Path]
+    _facts: Facts
+
+    def pixels(self, rows: Sequence[int]) -> Iterator[Pixels]:
+        for row in rows:
+            path = self._files[row]
+            yield decode(path.read_bytes(), str(path), self._facts)
+
+
+def class_folders(root: Path, facts: Facts) -> Folder | None:
+    """Images in a folder for each class; None where there are no such folders.
+
+    The images are put in the order of their file names over all classes, and ImageNet's take the
+    number in the name: copies that keep the published names keep the published order.
+
+    Raises:
+        BadData: The folders aren't those of the classes.
+    """
+    folders = sorted(path for path in _visible(root) if path.is_dir())
+    found = {path.name: _images_in(path) for path in folders}
+    found = {name: paths for name, paths in found.items() if paths}
+    if not found:
+        return None
+    classes = wordnet_ids() if facts.name == "imagenet" else sorted(found)
+    unknown = [name for name in found if name not in classes]
+    if unknown or len(classes) != facts.classes:
+        what = f"{unknown[0]!r} is no WordNet id of ImageNet" if unknown else f"{len(found)} found"
+        raise BadData(f"{root}: {facts.name} has {facts.classes} classes, one folder each: {what}.")
+    number = {name: label for label, name in enumerate(classes)}
+    return _folder(root, facts, [(p, number[name]) for name in found for p in found[name]])
+
+
+def flat_imagenet(root: Path, facts: Facts) -> Folder | None:
+    """ImageNet's validation images in one folder, with a file of their WordNet ids beside them.
+
+    Raises:
+        BadData: No such file is there, or it doesn't name the images.
+    """
+    images = _images_in(root)
+    if not images:
+        return None
+    names = _wordnet_ids_by_image(root)
+    number = {name: label for label, name in enumerate(wordnet_ids())}
+    lacking = next((p for p in images if names.get(p.stem) not in number), None)
+    if lacking is not None:
+        raise BadData(f"{lacking}: no WordNet id of ImageNet is given for it.")
+    return _folder(root, facts, [(path, number[names[path.stem]]) for path in images])
+
+
+def wordnet_ids() -> list[str]:
+    """The classes of ImageNet in the order of their labels, which is alphabetical."""
+    return (ASSETS / "ids" / "imagenet-classes.txt").read_text(encoding="ascii").split()
+
+
+def decode(raw: bytes, where: str, facts: Facts) -> Pixels:
+    """The pixels of a PNG or JPEG file, in RGB.
+
+    Where the data set says so, the shorter side is resized (bilinear) and the centre cut out, as
+    torchvision's ``Resize`` and ``CenterCrop`` do, and with them RobustBench.
+
+    Raises:
+        BadData: It isn't one, is damaged, or has more than 8 bits for each channel.
+        BadExtra: Pillow is missing.
+    """
+    pillow = need("PIL.Image", "decoding images")
+    try:
+        with pillow.open(BytesIO(raw), formats=("PNG", "JPEG")) as opened:
+            if opened.mode[:1] in ("I", "F"):
+                raise BadData(f"{where}: {opened.mode} pixels: give 8 bits for each channel.")
+            image = opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, StructError, pillow.DecompressionBombError) as error:
+        cause = "neither PNG nor JPEG" if "cannot identify" in str(error) else str(error)
+        raise BadData(f"{where}: a damaged image ({cause}). Fetch it again.") from None
+    if facts.resize is not None:
+        short, (width, height) = min(image.size), image.size
+        size = (facts.resize * width // short, facts.resize * height // short)
+        image = image.resize(size, pillow.Resampling.BILINEAR)
+        _, h, w = facts.shape
+        left, top = round((image.width - w) / 2), round((image.height - h) / 2)
+        image = image.crop((left, top, left + w, top + h))
+    return np.asarray(image)
+
+
+def need(module: str, what: str) -> Any:
+    """A module of the `data` extra.
+
+    Raises:
+        BadExtra: It is missing.
+    """
+    try:
+        return import_module(module)
+    except ImportError:
+        name = {"PIL": "Pillow"}.get(module.split(".")[0], module.split(".")[0])
+        raise BadExtra(f"{what} needs {name}. Install: {INSTALL}.") from None
+
+
+class _told:
+    """Turns a reader's errors into one line that names the file."""
+
+    def __init__(self, path: Path, *errors: type[Exception]) -> None:
+        self._path, self._errors = path, errors
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, BadData) or not isinstance(error, (*self._errors, OSError)):
+            return
+        cause = str(error).strip().partition("\n")[0]
+        raise BadData(f"{self._path}: cannot be read ({cause}). Fetch it again.") from None
+
+
+def _columns(schema: Any, facts: Facts, path: Path) -> tuple[str, str]:
+    """The columns of images and of labels."""
+    names = list(schema.names)
+    image = next((name for name in ("img", "image") if name in names), None)
+    label = next((name for name in facts.label_columns if name in names), None)
+    if image is None or label is None:
+        want = f"img or image, and {' or '.join(facts.label_columns)}"
+        raise BadData(f"{path}: columns {', '.join(names)}; {facts.name} needs {want}.")
+    return image, label
+
+
+def _whole_numbers(labels: Any, path: Path) -> NDArray[np.int64]:
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise BadData(f"{path}: labels are {labels.dtype}, not whole numbers.")
+    return np.asarray(labels, dtype=np.int64)
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(p for p in _visible(folder) if p.suffix.lower() in SUFFIXES)
+
+
+def _folder(root: Path, facts: Facts, found: list[tuple[Path, int]]) -> Folder:
+    rows: list[int] = []
+    found = sorted(found, key=lambda item: (item[0].name, item[1]))
+    for rank, (path, _) in enumerate(found):
+        number = re.fullmatch(r"ILSVRC2012_val_(\d{8})", path.stem)
+        rows.append(int(number[1]) - 1 if number and facts.name == "imagenet" else rank)
+    if len(set(rows)) < len(rows) or min(rows) < 0 or max(rows) >= max(facts.test, facts.train):
+        raise BadData(f"{root}: an image stands there twice, or has a number out of range.")
+    labels = np.full(max(rows) + 1, ABSENT, dtype=np.int64)
+    labels[rows] = [label for _, label in found]
+    files = {row: path for row, (path, _) in zip(rows, found, strict=True)}
+    return Folder(root, labels, files, facts)
+
+
+_GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+_SYNSETS = "imagenet_2012_validation_synset_labels.txt"
+_SOLUTION = "LOC_val_solution.csv"
+
+
+def _wordnet_ids_by_image(root: Path) -> dict[str, str]:
+    """The WordNet id of each image, by its name without suffix."""
+    for folder in (root, root.parent):
+        if (path := folder / _SOLUTION).is_file():
+            rows = [line.split(",", 1) for line in _lines(path)[1:]]
+            return {row[0]: row[1].split()[0] for row in rows if len(row) == 2 and row[1].strip()}
+        if (path := folder / _SYNSETS).is_file():
+            return {f"ILSVRC2012_val_{i:08d}": name for i, name in enumerate(_lines(path), 1)}
+    why = ""
+    if any((folder / _GROUND_TRUTH).is_file() for folder in (root, root.parent)):
+        why = f" ({_GROUND_TRUTH} counts classes in an order of its own)"
+    raise BadData(
+        f"{root}: images without classes. Put {_SOLUTION} or {_SYNSETS} beside them{why}, or the "
+        "images into one folder for each WordNet id."
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")
