@@ -557,7 +557,8 @@ def test_files_follow_from_results(tmp_path: Path, registry: Registry) -> None:
     save(tmp_path / "results", *matrix())
     out = tmp_path / "out"
     paths = write_leaderboards(tmp_path / "results", out, registry=registry)
-    names = [f"{TRACK}{end}" for end in (".csv", ".md", ".tex", "-draws.csv", "-settings.csv")]
+    ends = (".html", ".csv", ".md", ".tex", "-draws.csv", "-settings.csv")
+    names = [f"{TRACK}{end}" for end in ends]
     assert [path.name for path in paths] == names
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
     before = [path.read_bytes() for path in paths]

@@ -6,6 +6,7 @@ from typing import Final, Literal
 
 from dbp_bench.accounting import Account, account
 from dbp_bench.comparable import Effort, Record
+from dbp_bench.ranking import Score
 from dbp_bench.registry import EFFORTS, GradientEffort
 from dbp_bench.result import Outcomes, Result, searched_effort
 from dbp_bench.statistics import Bootstrap, Replicates
@@ -135,6 +136,11 @@ class Pool:
             for record in self.records
         ]
         return _mean(bootstrap, outcomes) if all(rows and rows[0] for rows in outcomes) else None
+
+    def score(self) -> Score:
+        """How often each adversarial image was right, over the draws of all seeds."""
+        tables = [record.result.robust for record in self.records]
+        return Score([sum(map(sum, rows)) for rows in zip(*tables, strict=True)], self.draws)
 
     def zero_gradients(self) -> int:
         """Images whose gradient was zero at every step, in the seed that has most of them."""

@@ -14,6 +14,7 @@ from dbp_bench.comparable import Record, load
 from dbp_bench.errors import BadResult
 from dbp_bench.findings import load_findings
 from dbp_bench.leaderboard import Leaderboard, Sort, leaderboard
+from dbp_bench.page import Material, load_samples, to_html
 from dbp_bench.pool import Pool
 from dbp_bench.registry import Registry
 from dbp_bench.result import Result, write_atomically
@@ -50,7 +51,9 @@ def write_leaderboards(
     sort: Sort = "hidden",
     registry: Registry | None = None,
 ) -> list[Path]:
-    """Write ``<track>.csv``, ``.md``, ``.tex``, ``-draws.csv`` and ``-settings.csv`` by track.
+    """Write ``<track>.csv``, ``.md``, ``.tex``, ``.html`` and more by track.
+
+    That is also ``<track>-draws.csv`` and ``<track>-settings.csv``.
 
     Where there are results of attacks other than the leaderboard's own, also
     ``<track>-attacks.csv`` and ``.md``; of packages' attacks, ``<track>-packages.csv``; findings of
@@ -82,6 +85,13 @@ def write_leaderboards(
         for name in tracks
     ]
     files = {
+        out / f"{board.track}.html": to_html(
+            board,
+            Material(load_samples(r for r in records if r.result.track == board.track)),
+            registry,
+        )
+        for board in boards
+    } | {
         out / f"{board.track}{suffix}": render(board)
         for board in boards
         for suffix, render in _tables(board)

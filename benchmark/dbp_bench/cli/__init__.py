@@ -16,9 +16,20 @@ from dbp_bench.cli.app import app
 from dbp_bench.errors import AttackFailed, DbpError
 
 # Each module adds its commands to the app, in the order of the help.
-from dbp_bench.cli import entries, run, results, makers, weights  # isort: skip
+from dbp_bench.cli import entries, run, results, analyze, makers, submission, training, weights  # isort: skip
 
-__all__ = ["app", "entries", "main", "makers", "results", "run", "weights"]
+__all__ = [
+    "analyze",
+    "app",
+    "entries",
+    "main",
+    "makers",
+    "results",
+    "run",
+    "submission",
+    "training",
+    "weights",
+]
 
 
 def main() -> None:

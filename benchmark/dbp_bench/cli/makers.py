@@ -19,7 +19,7 @@ from dbp_bench.cli.app import (
     app,
 )
 from dbp_bench.cli.shared import console, device_of, percent, progress_bar, registry_of
-from dbp_bench.errors import BadRequest, UnknownName, did_you_mean
+from dbp_bench.errors import BadRequest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -230,37 +230,6 @@ def _show_agreement(say: "Console", rows: "Sequence[tuple[str, Agreement]]") -> 
             str(row.images),
         )
     say.print(table)
-
-
-@app.command()
-def train(
-    recipe: Annotated[str, typer.Argument(help="classifier, diffusion, addt, or all.")],
-    out: Annotated[Path, typer.Option(help="Where the weights go.")] = Path("weights"),
-    seed: Annotated[int, typer.Option(help="Decides initial weights, batches and noise.")] = 0,
-    track: TrackName = "digits-linf",
-    quiet: Quiet = False,
-) -> None:
-    """Train the weights that ship with the package again, by their committed recipes."""
-    from dbp_bench.training.recipes import RECIPES
-    from dbp_bench.training.recipes import run as train_recipe
-
-    names = list(RECIPES) if recipe == "all" else [recipe]
-    if names[0] not in RECIPES:
-        raise UnknownName(f"no recipe {recipe!r}.{did_you_mean(recipe, [*RECIPES, 'all'])}")
-    if not track.startswith("digits-"):
-        raise BadRequest(f"--track {track}: recipes are there for digits-linf and digits-l2.")
-    say = console(quiet)
-    for name in names:
-
-        def progress(update: int, total: int, loss: float, name: str = name) -> None:
-            if update % max(1, total // 10) == 0:
-                say.print(f"{name}: {update}/{total} updates, loss {loss:.4f}", highlight=False)
-
-        made = train_recipe(name, out, seed, progress)
-        facts = ", ".join(f"{key.replace('_', ' ')} {v:.4f}" for key, v in made.facts.items())
-        say.print(
-            f"{made.path}  sha256 {made.sha256}  {made.seconds:.0f} s  {facts}", highlight=False
-        )
 
 
 @app.command()

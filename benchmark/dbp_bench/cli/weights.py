@@ -33,13 +33,13 @@ def list_weights(as_json: AsJson = False) -> None:
     """List published checkpoints: what they are, their licences, and which are in the cache."""
     from dbp_bench.checkpoints import catalog, store
 
-    there = {name: store.read(name) for name in store.names()}
+    there = {name: _record(name) for name in store.names()}
     entries = {**catalog.entries(), **{n: catalog.find(n) for n in there}}
     if as_json:
         rows = {
             name: {
                 **entry.model_dump(mode="json"),
-                "cached": there[name].model_dump() if name in there else None,
+                "cached": record.model_dump() if (record := there.get(name)) else None,
             }
             for name, entry in entries.items()
         }
@@ -49,7 +49,19 @@ def list_weights(as_json: AsJson = False) -> None:
     print(f"cache: {store.folder()}")
 
 
-def _show(say: "Console", entries: "dict[str, Checkpoint]", there: "dict[str, Record]") -> None:
+def _record(name: str) -> "Record | None":
+    """The record of `name` in the cache; None where it is damaged."""
+    from dbp_bench.checkpoints import store
+
+    try:
+        return store.read(name)
+    except BadWeights:
+        return None
+
+
+def _show(
+    say: "Console", entries: "dict[str, Checkpoint]", there: "dict[str, Record | None]"
+) -> None:
     from rich.table import Table
 
     from dbp_bench.checkpoints import store
@@ -59,8 +71,10 @@ def _show(say: "Console", entries: "dict[str, Checkpoint]", there: "dict[str, Re
         table.add_column(column, overflow="fold")
     for name, entry in entries.items():
         file = store.file(name)
-        size = f"{file.stat().st_size / 1e6:,.0f} MB" if file.is_file() else "yes"
-        table.add_row(name, size if name in there else "", entry.title, _terms(entry))
+        cached = "damaged" if name in there else ""
+        if there.get(name):
+            cached = f"{file.stat().st_size / 1e6:,.0f} MB" if file.is_file() else "yes"
+        table.add_row(name, cached, entry.title, _terms(entry))
     say.print(table)
 
 

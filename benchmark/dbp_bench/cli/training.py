@@ -1,0 +1,183 @@
+"""The command that trains: classifiers, diffusion models, and ADDT with its ablations."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import typer
+
+from dbp_bench.cli.app import Data, Device, Entries, Quiet, TrackName, app
+from dbp_bench.cli.shared import console, device_of, registry_of
+from dbp_bench.errors import BadRequest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dbp_bench.training.run import Given, Progress, Update
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="classifier, diffusion, addt, clean-finetune, mse-guided or addt-linf; for the "
+            "digits also all: the weights that ship with the package."
+        ),
+    ],
+    track: TrackName = "digits-linf",
+    network: Annotated[
+        str | None,
+        typer.Option(help="A name or a size: published, small (trials), tiny (one core)."),
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Weights to start from: a file, or a checkpoint's name.")
+    ] = None,
+    classifier: Annotated[
+        str | None, typer.Option(help="The classifier that guides: a file, or a checkpoint's name.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the weights go.")] = Path("weights"),
+    seed: Annotated[int, typer.Option(help="Decides initial weights, batches and noise.")] = 0,
+    updates: Annotated[int | None, typer.Option(help="In place of the recipe's.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per update, of all processes together.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="In place of the recipe's.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16: autocast.")] = "fp32",
+    compile_: Annotated[bool, typer.Option("--compile", help="By torch.compile.")] = False,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="The memory layout of a GPU's convolutions.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Continue where the same command was stopped, or start anew.")
+    ] = True,
+    checkpoint_every: Annotated[int, typer.Option(help="Updates between two checkpoints.")] = 200,
+    device: Device = "auto",
+    data: Data = None,
+    entries: Entries = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train weights by a seeded recipe; with several GPUs, under torchrun --no-python."""
+    from dbp_bench.data import load_data
+    from dbp_bench.training import recipes
+    from dbp_bench.training.distributed import launched
+    from dbp_bench.training.loop import Precision
+    from dbp_bench.training.run import Options, run
+
+    if precision not in get_args(Precision):
+        raise BadRequest(f"--precision {precision!r}: fp32 or bf16.")
+    name = _data_set(track, entries)
+    names = recipes.SHIPPED if recipe == "all" and name == "digits" else (recipe,)
+    planned = [recipes.recipe(one, name, network) for one in names]
+    starts = _given(init, "init"), _given(classifier, "classifier")
+    images = load_data(name, data, "train")
+    if name == "digits" and device == "auto":
+        device = "cpu"  # where the weights that ship were made
+    with launched(device_of(device)) as (group, place):
+        say = console(quiet or group.rank > 0)
+        for plan in planned:
+            made = recipes.changed(
+                plan,
+                len(images.ids["train"]),
+                iterations=updates,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+            )
+            options = Options(
+                seed=seed,
+                device=place,
+                precision="bf16" if precision == "bf16" else "fp32",
+                compile=compile_,
+                channels_last=channels_last,
+                resume=resume,
+                checkpoint_every=checkpoint_every,
+                group=group,
+            )
+            with _progress(say, plan.name) as progress:
+                trained = run(
+                    made, images, out, options, progress, init=starts[0], classifier=starts[1]
+                )
+            if trained is None:
+                continue
+            facts = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in trained.facts.items())
+            say.print(
+                f"{trained.path}  sha256 {trained.sha256}  {trained.seconds:.0f} s  {facts}",
+                highlight=False,
+            )
+
+
+def _data_set(track: str, entries: list[Path] | None) -> str:
+    """The data set of a track, or the one that is named; tracks can be made of what is trained."""
+    from dbp_bench.data import names
+
+    registry = registry_of(entries)
+    if track in registry.tracks:
+        return registry.track(track).entry.data
+    for name in names():
+        if track in (name, f"{name}-linf", f"{name}-l2"):
+            return name
+    raise BadRequest(
+        f"--track {track}: no such track or data set. "
+        f"Known: {', '.join(sorted({*registry.tracks, *names()}))}."
+    )
+
+
+def _given(text: str | None, option: str) -> "Given | None":
+    """A file of weights, or a checkpoint in the cache."""
+    from dbp_bench.checkpoints import catalog, store
+    from dbp_bench.training.run import Given
+
+    if text is None:
+        return None
+    path = Path(text)
+    if path.suffix or path.exists():
+        return Given.file(path)
+    try:
+        entry = catalog.find(text)
+    except Exception as error:
+        raise BadRequest(f"--{option} {text}: no such file; and {error}") from None
+    from dbp_bench.checkpoints.build import build
+
+    network = build(text)
+    held = {k: v.detach() for k, v in network.state_dict().items()}
+    return Given(text, store.read(text).sha256, held, {"catalog": entry.title}, network)
+
+
+@contextmanager
+def _progress(say: "Console", label: str) -> "Iterator[Progress]":
+    """A bar with loss and speed, on a terminal; ten lines elsewhere."""
+    if not say.is_terminal or say.quiet:
+        yield _lines(say, label)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    text = TextColumn("{task.fields[said]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), text)
+    with Progress(*columns, Remaining(), console=say, transient=True) as bar:
+        task = bar.add_task(label, total=None, said="")
+
+        def tick(update: "Update") -> None:
+            bar.update(task, total=update.total, completed=update.number)
+            if update.images_per_s is not None:
+                said = f"loss {update.loss:.4f}, {update.images_per_s:.0f} images/s"
+                bar.update(task, said=said)
+
+        yield tick
+
+
+def _lines(say: "Console", label: str) -> "Progress":
+    speed: list[float] = []
+
+    def tick(update: "Update") -> None:
+        if update.images_per_s is not None:
+            speed[:] = [update.images_per_s]
+        if update.number % max(1, update.total // 10) == 0:
+            rate = f", {speed[0]:.0f} images/s" if speed else ""
+            say.print(
+                f"{label}: {update.number}/{update.total} updates, loss {update.loss:.4f}{rate}",
+                highlight=False,
+            )
+
+    return tick

@@ -1,0 +1,398 @@
+"""Two results, defenses or threat models side by side, image by image."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import comb
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from dbp_bench.comparable import Record, differences, load, read_record, track_facts
+from dbp_bench.errors import BadRequest, NotComparable, did_you_mean
+from dbp_bench.pool import Pool
+from dbp_bench.ranking import Score, difference, holm
+from dbp_bench.result import Result, without_draws
+from dbp_bench.statistics import Bootstrap, Estimate
+
+FLIPS: Final = 20_000
+"""Random exchanges of the two sides in the permutation test."""
+SEED: Final = 3
+_EXACT: Final = 14
+"""Up to this many images that differ, all exchanges are gone through."""
+_CHUNK: Final = 1_000
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one of the two names stands for."""
+
+    name: str
+    """As given."""
+    pools: Mapping[tuple[str, str], Pool]
+    """By defense and threat model."""
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """The exact test of McNemar (1947) on one verdict for each image."""
+
+    only_a: Sequence[int]
+    """Ids of images on which A is right and B is not; right: in more than half of the draws."""
+    only_b: Sequence[int]
+    p: float
+    """Two-sided: of as uneven a split of these images between A and B, if each were a coin's."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A setting of A against one of B."""
+
+    a: Pool
+    b: Pool
+    robust: tuple[Estimate, Estimate]
+    difference: Estimate
+    """Of robust accuracies, A minus B, over the same images."""
+    clean: Estimate
+    """The same of clean accuracies."""
+    permutation: float
+    """Two-sided p-value of the difference, where A and B are exchanged image by image."""
+    adjusted: float
+    """The same, adjusted by Holm for the number of comparisons."""
+    mcnemar: McNemar
+    notes: Sequence[str]
+    """In what the two differ, beside their names."""
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """All settings that both sides have."""
+
+    a: Side
+    b: Side
+    pairs: Sequence[Comparison]
+    unmatched: Sequence[str]
+    """Settings that one side has and the other hasn't."""
+
+
+def side(name: str, results: Path, track: str | None) -> Side:
+    """What `name` stands for: a result file, a folder, or a name below the folder `results`.
+
+    Args:
+        name: A file or folder, or ``defense``, ``defense/threat`` or ``threat``.
+        results: The folder of results, for names.
+        track: Of the results below it.
+
+    Raises:
+        BadRequest: It is none of these.
+        BadResult: A file isn't a result.
+        NotComparable: A folder holds results of several tracks or budgets under one name.
+    """
+    path = Path(name)
+    if path.is_file():
+        return _side(name, [read_record(path)])
+    if path.is_dir():
+        files = [p for p in sorted(path.rglob("seed-*.json")) if re.fullmatch(_FILE, p.name)]
+        # What sweeps leave is of many budgets; hidden folders hold unfinished work.
+        within = [p.relative_to(path).parts for p in files]
+        kept = [
+            p
+            for p, parts in zip(files, within, strict=True)
+            if parts[0] != "sweeps" and not any(part.startswith(".") for part in parts)
+        ]
+        if not kept:
+            raise BadRequest(f"{name}: no results in this folder. `dbp-bench run` makes some.")
+        records = [read_record(p) for p in kept]
+        return _side(name, [r for r in records if track is None or r.result.track == track])
+    if path.suffix == ".json" or name.count("/") > 1 or path.is_absolute():
+        raise BadRequest(f"{name}: no such file or folder.")
+    records = load(results, track)
+    first, _, second = name.partition("/")
+    defenses = {record.result.defense for record in records}
+    threats = {record.result.threat for record in records}
+    if first not in defenses and (second or first not in threats):
+        known = defenses if second else defenses | threats
+        kind = "defense" if second else "file, folder, defense or threat"
+        raise BadRequest(f"{name}: no {kind} {first!r} in {results}.{did_you_mean(first, known)}")
+    if first not in defenses:
+        return _side(name, [r for r in records if r.result.threat == first])
+    of_defense = [r for r in records if r.result.defense == first]
+    if not second:
+        return _side(name, of_defense)
+    found = [r for r in of_defense if r.result.threat == second]
+    if not found:
+        known = {r.result.threat for r in of_defense}
+        raise BadRequest(
+            f"{name}: {first} has no result under {second!r} in {results}."
+            f"{did_you_mean(second, known)}"
+        )
+    return _side(name, found)
+
+
+_FILE: Final = r"seed--?\d+\.json"
+
+
+def _side(name: str, records: Sequence[Record]) -> Side:
+    if len({record.result.track for record in records}) > 1:
+        tracks = sorted({record.result.track for record in records})
+        raise NotComparable(f"{name}: results of {', '.join(tracks)}; name one with --track.")
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.result.defense, record.result.threat), []).append(record)
+    pools = {}
+    for key, group in groups.items():
+        group.sort(key=lambda record: record.result.seed)
+        for record in group[1:]:
+            if record.result.seed == group[0].result.seed:
+                raise NotComparable(
+                    f"{group[0].path} and {record.path} are both {' under '.join(key)} with one "
+                    "seed; name one of them."
+                )
+            _refuse(group[0], record, draws=True)
+        pools[key] = Pool(group)
+    return Side(name, pools)
+
+
+def compare(a: Side, b: Side) -> Comparisons:
+    """Each setting of `a` against the one of `b` that corresponds.
+
+    Where both sides are of one defense, or both of one threat model, that may differ between them;
+    all else must be the same.
+
+    Raises:
+        NotComparable: They have no setting in common, or two may not be subtracted.
+    """
+    defense, threat = (
+        any(len({key[i] for key in each.pools}) != 1 for each in (a, b)) for i in (0, 1)
+    )
+
+    def key(names: tuple[str, str]) -> tuple[str, ...]:
+        return tuple(n for n, kept in zip(names, (defense, threat), strict=True) if kept)
+
+    mine = {key(names): pool for names, pool in a.pools.items()}
+    theirs = {key(names): pool for names, pool in b.pools.items()}
+    common = [names for names in mine if names in theirs]
+    if not common:
+        raise NotComparable(f"{a.name} and {b.name} have no setting in common: {_listing(a, b)}.")
+    pairs = [_pair(mine[names], theirs[names]) for names in sorted(common)]
+    adjusted = holm([pair.permutation for pair in pairs])
+    return Comparisons(
+        a=a,
+        b=b,
+        pairs=[replace(pair, adjusted=p) for pair, p in zip(pairs, adjusted, strict=True)],
+        unmatched=[
+            f"{'/'.join(names)}, only in {each.name}"
+            for each, of, other in ((a, mine, theirs), (b, theirs, mine))
+            for names in sorted(of)
+            if names not in other
+        ],
+    )
+
+
+def _listing(*sides: Side) -> str:
+    said = []
+    for each in sides:
+        names = [f"{defense}/{threat}" for defense, threat in each.pools]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        said.append(f"{each.name} has {', '.join(names[:3])}{more}")
+    return "; ".join(said)
+
+
+def _pair(a: Pool, b: Pool) -> Comparison:
+    _refuse(a.records[0], b.records[0], draws=False)
+    if a.seeds != b.seeds:
+        raise NotComparable(
+            f"{a.records[0].path} and {b.records[0].path} cannot be compared: seeds {a.seeds} and "
+            f"{b.seeds}. Run the missing ones."
+        )
+    bootstrap = Bootstrap(len(a.any.ids))
+    left, right = a.robust(bootstrap), b.robust(bootstrap)
+    p = permutation(a.score(), b.score())
+    return Comparison(
+        a=a,
+        b=b,
+        robust=(bootstrap.estimate(left), bootstrap.estimate(right)),
+        difference=bootstrap.estimate(left - right),
+        clean=bootstrap.estimate(a.clean(bootstrap) - b.clean(bootstrap)),
+        permutation=p,
+        adjusted=p,
+        mcnemar=mcnemar(a.any.ids, *(_verdicts(pool) for pool in (a, b))),
+        notes=_notes(a, b),
+    )
+
+
+def _refuse(a: Record, b: Record, *, draws: bool) -> None:
+    """Refuse results of other images or budgets, and of other draws of one kind.
+
+    Args:
+        a: One result.
+        b: The other.
+        draws: Whether the draws must be the same in any case.
+
+    Raises:
+        NotComparable: With both files and what differs.
+    """
+    first, second = (
+        {"track": r.track, "eps": r.eps, **track_facts(r)} for r in (a.result, b.result)
+    )
+    # Known draws are judged on the draws that were shown, hidden ones on others; a defense without
+    # noise has one draw, which stands for any number.
+    alike = draws or (
+        bool(a.result.knows) == bool(b.result.knows) and a.result.sites and b.result.sites
+    )
+    if alike:
+        first["draws"], second["draws"] = a.result.draws, b.result.draws
+    if found := differences(first, second):
+        raise NotComparable(
+            f"{a.path} and {b.path} cannot be compared: {'; '.join(found)}. Run one of them again "
+            "like the other."
+        )
+
+
+def _notes(a: Pool, b: Pool) -> list[str]:
+    """In what two settings differ that should be said beside their difference."""
+    notes = []
+    if a.knows != b.knows:
+        notes.append(f"the attacker knows {_known(a.any)} of A, {_known(b.any)} of B")
+    if len(a.any.draws) != len(b.any.draws):
+        notes.append(
+            f"A is judged on {len(a.any.draws)} draws, B on {len(b.any.draws)}: means by image"
+        )
+    mine, theirs = ({"attack": p.attack, **p.searched(p.any.effort)} for p in (a, b))
+    if a.all_known or b.all_known:
+        # Averaging over draws is idle on one side, so it isn't effort that differs.
+        mine, theirs = without_draws(mine), without_draws(theirs)
+    if found := differences(mine, theirs):
+        notes.append(f"unequal effort: {'; '.join(found)} (A and B)")
+    if a.counted and b.counted and abs(a.calls / b.calls - 1 if b.calls else 0.0) > 0.02:
+        notes.append(f"network calls of the search per attack: {a.calls:.0f} and {b.calls:.0f}")
+    return notes
+
+
+def _known(result: Result) -> str:
+    return " and ".join(result.knows) or "no draw"
+
+
+def _verdicts(pool: Pool) -> list[bool]:
+    """Whether each image was right in more than half of its draws, over all seeds."""
+    score = pool.score()
+    return [2 * count > score.trials for count in score.right]
+
+
+def mcnemar(ids: Sequence[int], a: Sequence[bool], b: Sequence[bool]) -> McNemar:
+    """The exact test on one verdict of A and one of B for each of the images `ids`."""
+    only_a = [i for i, x, y in zip(ids, a, b, strict=True) if x and not y]
+    only_b = [i for i, x, y in zip(ids, a, b, strict=True) if y and not x]
+    n, least = len(only_a) + len(only_b), min(len(only_a), len(only_b))
+    tail = sum(comb(n, k) for k in range(least + 1))
+    # Integers divide with correct rounding, however large they are.
+    return McNemar(only_a, only_b, min(1.0, 2 * tail / 2**n))
+
+
+def permutation(a: Score, b: Score) -> float:
+    """The two-sided p-value of the difference of means, by exchanging A and B image by image.
+
+    If the two were the same, each image's difference would be as likely with either sign
+    (Fisher 1935). All exchanges where few images differ, else :data:`FLIPS` random ones and the
+    one that was seen.
+
+    Args:
+        a: How often each image was right.
+        b: The same of the other side, of the same images.
+    """
+    counts = difference(a, b)
+    differing = counts[counts != 0]
+    if not len(differing):
+        return 1.0
+    seen = abs(float(differing.sum()))
+    if len(differing) <= _EXACT:
+        n = len(differing)
+        signs = 1.0 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
+        return float((np.abs(signs @ differing) >= seen).mean())
+    rng, extreme = np.random.default_rng(SEED), 0
+    for _ in range(0, FLIPS, _CHUNK):
+        flips = 1.0 - 2.0 * rng.integers(0, 2, (_CHUNK, len(differing)))
+        extreme += int((np.abs(flips @ differing) >= seen).sum())
+    return (1 + extreme) / (1 + FLIPS)
+
+
+def to_table(found: Comparisons) -> dict[str, object]:
+    """For scripts."""
+    return {
+        "a": found.a.name,
+        "b": found.b.name,
+        "unmatched": list(found.unmatched),
+        "comparisons": [
+            {
+                "a": _of(pair.a, pair.robust[0]),
+                "b": _of(pair.b, pair.robust[1]),
+                "images": len(pair.a.any.ids),
+                "difference": _interval(pair.difference),
+                "clean_difference": _interval(pair.clean),
+                "permutation_p": pair.permutation,
+                "permutation_p_holm": pair.adjusted,
+                "mcnemar_p": pair.mcnemar.p,
+                "only_a_right": list(pair.mcnemar.only_a),
+                "only_b_right": list(pair.mcnemar.only_b),
+                "notes": list(pair.notes),
+            }
+            for pair in found.pairs
+        ],
+    }
+
+
+def _of(pool: Pool, robust: Estimate) -> dict[str, object]:
+    result = pool.any
+    return {
+        "track": result.track,
+        "defense": result.defense,
+        "threat": result.threat,
+        "seeds": pool.seeds,
+        "draws": len(result.draws),
+        "results": [str(record.path) for record in pool.records],
+        "robust": _interval(robust),
+    }
+
+
+def _interval(estimate: Estimate) -> dict[str, float]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def in_words(found: Comparisons, ids: int = 12) -> list[str]:
+    """For reading, in lines; no more than `ids` images of each kind are named."""
+    lines = [
+        f"A = {found.a.name}, B = {found.b.name}; accuracies in percent, differences in points"
+    ]
+    many = len(found.pairs) > 1
+    for pair in found.pairs:
+        a, b = (f"{pool.any.defense}/{pool.any.threat}" for pool in (pair.a, pair.b))
+        left, right = (estimate.percent() for estimate in pair.robust)
+        adjusted = f" (Holm, of {len(found.pairs)}: {_p(pair.adjusted)})" if many else ""
+        test = pair.mcnemar
+        lines += [
+            "",
+            f"A {a}: {left}",
+            f"B {b}: {right}",
+            (
+                f"A - B: {pair.difference.percent(sign=True)}, paired over "
+                f"{len(pair.a.any.ids)} images; permutation test {_p(pair.permutation)}{adjusted}"
+            ),
+            f"clean, A - B: {pair.clean.percent(sign=True)}",
+            (
+                f"McNemar, exact, on the majority of draws: {len(test.only_a)} images only A, "
+                f"{len(test.only_b)} only B, {_p(test.p)}"
+            ),
+        ]
+        for who, changed in (("A", test.only_a), ("B", test.only_b)):
+            if changed:
+                more = f" and {len(changed) - ids} more" if len(changed) > ids else ""
+                lines.append(f"only {who} right: {', '.join(map(str, changed[:ids]))}{more}")
+        lines += [f"note: {note}" for note in pair.notes]
+    if found.unmatched:
+        lines += ["", *(f"not compared: {each}" for each in found.unmatched)]
+    return lines
+
+
+def _p(p: float) -> str:
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"

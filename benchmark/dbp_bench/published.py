@@ -1,0 +1,110 @@
+"""What others published: numbers with their source, and how to cite the papers. Data, no code."""
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from dbp_bench.errors import BadEntry
+from dbp_bench.registry import explain, number
+from dbp_bench.rendering import tex
+
+_FILE = Path(__file__).with_name("published.yaml")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Strict):
+    """Where a number was read."""
+
+    cite: str
+    url: str
+
+
+class Number(_Strict):
+    """A defense under one attack."""
+
+    defense: str
+    clean: float | None = Field(ge=0, le=100)
+    """In percent; null where the source doesn't say."""
+    robust: float = Field(ge=0, le=100)
+    attack: str
+    knows: str
+    source: str
+    """One of the file's sources."""
+    where: str
+    """In the source."""
+
+
+class NumberSet(_Strict):
+    """Numbers that may stand in one table."""
+
+    title: str
+    data: str
+    norm: str
+    eps: Annotated[float, BeforeValidator(lambda value: number(str(value)))]
+    rows: list[Number]
+
+
+class Paper(_Strict):
+    """How to cite a paper that entries name by its address."""
+
+    url: str
+    type: Literal["inproceedings", "article", "misc"]
+    key: str
+    title: str
+    author: str
+    booktitle: str | None
+    year: int
+
+    def bibtex(self) -> str:
+        """An entry for a BibTeX file."""
+        fields: dict[str, Any] = {"title": f"{{{tex(self.title)}}}", "author": tex(self.author)}
+        if self.booktitle is not None:
+            fields["booktitle"] = tex(self.booktitle)
+        fields |= {"year": self.year, "url": self.url}
+        lines = ",\n".join(f"  {key} = {{{value}}}" for key, value in fields.items())
+        return f"@{self.type}{{{self.key},\n{lines}\n}}"
+
+
+class Published(_Strict):
+    """All of it."""
+
+    sources: dict[str, Source]
+    sets: list[NumberSet]
+    papers: list[Paper]
+
+    @model_validator(mode="after")
+    def _sourced(self) -> Self:
+        for row in (row for each in self.sets for row in each.rows):
+            if row.source not in self.sources:
+                raise ValueError(f"{row.defense}: no source {row.source!r}")
+        return self
+
+    def paper(self, url: str | None) -> Paper | None:
+        """The paper at `url`, if it is known."""
+        return next((paper for paper in self.papers if paper.url == url), None)
+
+
+def read_published(path: Path) -> Published:
+    """What the file at `path` says.
+
+    Raises:
+        BadEntry: It doesn't say what it must.
+    """
+    try:
+        return Published.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise BadEntry(f"{path}: {explain(error, Published)}") from None
+    except (OSError, yaml.YAMLError) as error:
+        raise BadEntry(f"{path}: not a YAML file ({' '.join(str(error).split())}).") from None
+
+
+@cache
+def published() -> Published:
+    """The package's own file."""
+    return read_published(_FILE)

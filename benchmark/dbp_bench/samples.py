@@ -1,0 +1,135 @@
+"""Pictures beside a result: a few images, their attack and what the defense makes of both.
+
+They are 8-bit pictures for looking at, not data: no number comes from them. Never imports torch.
+"""
+
+import base64
+import binascii
+import struct
+import zlib
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from dbp_bench.errors import BadResult
+from dbp_bench.registry import explain
+from dbp_bench.result import write_atomically
+
+SCHEMA: Literal[1] = 1
+NOTE: Final = "8-bit pictures for looking at, not data: no number comes from them"
+_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
+_LARGEST: Final = 1 << 20
+"""Bytes of a picture that a page may carry."""
+
+
+def _png(text: str) -> str:
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("not base64") from None
+    if not raw.startswith(_SIGNATURE) or len(raw) > _LARGEST:
+        raise ValueError("not a PNG picture of at most a megabyte")
+    return text
+
+
+Png = Annotated[str, AfterValidator(_png)]
+"""A PNG file in base64."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Sample(_Record):
+    """One image, at one draw of the defense's noise."""
+
+    id: int
+    label: int
+    clean: Png
+    adversarial: Png
+    noised: Png | None
+    """The adversarial image as the first network of the purifier sees it, from diffusion space
+    [-1, 1]; null where no network is called."""
+    purified: Png
+    """What the purifier makes of the adversarial image."""
+    said_clean: int
+    """The class of the clean image, after the defense."""
+    said_adversarial: int
+
+
+class Samples(_Record):
+    """The pictures of one result; the file lies beside it."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    note: str
+    track: str
+    defense: str
+    threat: str
+    seed: int
+    draw: int
+    """Of the defense's noise in all pictures; where draws are known, the one that was shown."""
+    result_sha256: str
+    """Of the result file that they belong to."""
+    compared: int
+    """Outcomes that were computed again when the pictures were made."""
+    differing: int
+    """Of these, how many differed from the result's."""
+    images: list[Sample]
+
+    def write(self, path: Path) -> None:
+        """Write the file, all of it or nothing."""
+        write_atomically(path, self.model_dump_json(by_alias=True, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The samples in the file at `path`.
+
+        Raises:
+            BadResult: It holds none.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise BadResult(f"{path}: not samples of a result: {explain(error, cls)}") from None
+        except OSError as error:
+            raise BadResult(f"{path}: {error.strerror}.") from None
+
+
+def samples_path(result: Path) -> Path:
+    """Where the samples of a result lie."""
+    return result.with_name(f"samples-{result.name}")
+
+
+def png(rows: list[bytes], channels: int, *, stored: bool = False) -> bytes:
+    """A PNG file of 8-bit pixels, grey (one channel) or RGB (three).
+
+    Args:
+        rows: Of pixels, top to bottom, each with its channels together.
+        channels: 1 or 3.
+        stored: Without compression, so that the bytes are the same whatever the zlib.
+
+    Raises:
+        ValueError: There are no pixels, or not the same number in every row.
+    """
+    if channels not in (1, 3) or not rows or len({len(row) for row in rows}) != 1 or not rows[0]:
+        raise ValueError(f"{len(rows)} rows of pixels with {channels} channels: not a picture.")
+    width = len(rows[0]) // channels
+    raw = b"".join(b"\0" + row for row in rows)
+    body = _stored(raw) if stored else zlib.compress(raw, 9)
+    header = struct.pack(">IIBBBBB", width, len(rows), 8, 0 if channels == 1 else 2, 0, 0, 0)
+    return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    check = struct.pack(">I", zlib.crc32(kind + body))
+    return struct.pack(">I", len(body)) + kind + body + check
+
+
+def _stored(raw: bytes) -> bytes:
+    """A zlib stream (RFC 1950) of stored blocks (RFC 1951, section 3.2.4)."""
+    blocks = [raw[i : i + 65535] for i in range(0, len(raw), 65535)]
+    out = b"\x78\x01"
+    for i, block in enumerate(blocks):
+        out += struct.pack("<BHH", i + 1 == len(blocks), len(block), len(block) ^ 0xFFFF) + block
+    return out + struct.pack(">I", zlib.adler32(raw))

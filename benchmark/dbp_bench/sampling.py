@@ -1,0 +1,119 @@
+"""Makes the pictures of a stored result, and checks the result on the way."""
+
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from dbp_bench.data import load_data
+from dbp_bench.defense import Defense
+from dbp_bench.errors import BadResult
+from dbp_bench.noise import VICTIM, Tape
+from dbp_bench.registry import Registry
+from dbp_bench.replay import again
+from dbp_bench.result import Result
+from dbp_bench.samples import NOTE, SCHEMA, Sample, Samples, png, samples_path
+
+IMAGES: Final = 4
+"""Of the track's first, that are shown."""
+TOLERATED: Final = 0.02
+"""The share of outcomes that rounding on another kind of machine may change."""
+
+
+def make_samples(path: Path, registry: Registry, device: str) -> Path:
+    """Write the samples of the result at `path` beside it.
+
+    Its first group of images is attacked again with its own seeds, and the outcomes are compared
+    with the stored ones: a spot check of the result.
+
+    Raises:
+        BadResult: It isn't a result, or too many outcomes are others than it says.
+        BadRequest: The entries say something else today than they did for the result.
+    """
+    result = Result.read(path)
+    with TemporaryDirectory() as scratch:
+        found = again(result, path, registry, device, Path(scratch))
+    if found.differing > TOLERATED * found.compared:
+        raise BadResult(
+            f"{path}: attacked again with its own seeds, {found.differing} of {found.compared} "
+            f"outcomes of the first {len(found.result.ids)} images are others than it says: it was "
+            "made with other code, or edited. Nothing was written; `dbp-bench run --no-resume` "
+            "makes it anew."
+        )
+    track, defense = registry.track(result.track), registry.defense(result.defense)
+    built = registry.build_defense(defense, track, device=device)
+    ids, draw = result.ids[:IMAGES], result.draws[0]
+    clean, labels = load_data(track.entry.data, registry.data).select(ids)
+    adversarial = found.adversarial[0, : len(ids)]
+    tape = Tape.make(result.seed, VICTIM, ids, draw)
+    with torch.no_grad():
+        with first_input() as seen:
+            purified = built.purifier(adversarial.to(device), tape)
+        noised = _to_images(seen[0]) if seen and seen[0].shape == adversarial.shape else None
+        said = [_classes(built, images.to(device), tape) for images in (clean, adversarial)]
+    samples = Samples(
+        schema=SCHEMA,
+        note=NOTE,
+        track=result.track,
+        defense=result.defense,
+        threat=result.threat,
+        seed=result.seed,
+        draw=draw,
+        result_sha256=sha256(path.read_bytes()).hexdigest(),
+        compared=found.compared,
+        differing=found.differing,
+        images=[
+            Sample(
+                id=ids[i],
+                label=int(labels[i]),
+                clean=picture(clean[i]),
+                adversarial=picture(adversarial[i]),
+                noised=None if noised is None else picture(noised[i]),
+                purified=picture(purified[i]),
+                said_clean=said[0][i],
+                said_adversarial=said[1][i],
+            )
+            for i in range(len(ids))
+        ],
+    )
+    out = samples_path(path)
+    samples.write(out)
+    return out
+
+
+def picture(image: Tensor) -> str:
+    """An image ``(c, h, w)`` in [0, 1], one channel or three, as a PNG file in base64."""
+    channels, height, _ = image.shape
+    pixels = (image.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    rows = [bytes(pixels[y].flatten().tolist()) for y in range(height)]
+    return b64encode(png(rows, channels)).decode()
+
+
+@contextmanager
+def first_input() -> Iterator[list[Tensor]]:
+    """A list that fills with what the first network that runs inside is given."""
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if not seen and arguments and isinstance(arguments[0], Tensor):
+            seen.append(arguments[0].detach().clone())
+
+    handle = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _to_images(z: Tensor) -> Tensor:
+    return (z + 1) / 2
+
+
+def _classes(defense: Defense, images: Tensor, tape: Tape) -> list[int]:
+    return [int(k) for k in defense.logits(images, tape).argmax(1)]
