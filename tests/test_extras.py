@@ -48,11 +48,13 @@ def of(name: str) -> Status:
 
 
 def test_missing_extras_are_reported_with_the_command_that_installs_them(install: Install) -> None:
-    assert [found.state for found in status()] == ["missing"] * 3
+    assert [found.state for found in status()] == ["missing"] * 5
     for name, command in {
         "autoattack": 'pip install "dbp-bench[autoattack]"',
         "torchattacks": "pip install --no-deps torchattacks==3.5.1",
         "robustbench": 'pip install "dbp-bench[robustbench]"',
+        "timm": 'pip install "dbp-bench[timm]"',
+        "figures": 'pip install "dbp-bench[figures]"',
     }.items():
         with pytest.raises(DbpError) as caught:
             load_extra(name)
@@ -153,7 +155,8 @@ def test_stubs_last_as_long_as_the_import(
 
 def test_status_imports_no_torch() -> None:
     code = (
-        "import sys; from dbp_bench.extras import status; assert len(status()) == 3; "
+        "import sys; from dbp_bench.extras import EXTRAS, status; "
+        "assert len(status()) == len(EXTRAS); "
         "assert not {'torch', 'pyautoattack', 'torchattacks', 'robustbench'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -400,7 +400,7 @@ def test_no_resume_does_everything_again(tmp_path: Path, attacked: list[int]) ->
 def test_second_process_on_the_same_job(tmp_path: Path, once: Callable[..., bytes]) -> None:
     asked = job()
     work = tmp_path / ".work/digits-linf/ddim/dwbox/seed-0"
-    with runner._locked(work):
+    with runner.locked(work):
         for resume in (True, False):
             with pytest.raises(BadRequest, match="another run of this job is at work there"):
                 execute(asked, SHIPPED, tmp_path, resume=resume)

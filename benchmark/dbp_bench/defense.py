@@ -99,10 +99,11 @@ class Defense:
         self.counter = CallCounter()
         self.policy = policy
         self._row_bytes: int | None = None
-        networks = list(networks)
-        for network in [classifier, *networks]:
+        self._row_limit: int | None = None
+        self.networks = list(networks)
+        for network in [classifier, *self.networks]:
             network.eval().requires_grad_(False)
-        for network in networks:
+        for network in self.networks:
             network.register_forward_pre_hook(self._count)
 
     @property
@@ -154,9 +155,13 @@ class Defense:
         ballots = [Ballot(noise, vote) for vote in range(self.votes)]
         return torch.stack([self.classifier(self.purifier(images, one)) for one in ballots], 1)
 
-    def activation_bytes(self, image: Tensor) -> int:
-        """Bytes kept per image for one gradient when nothing is checkpointed."""
-        if self._row_bytes is None:
+    def activation_bytes(self, image: Tensor, limit: int | None = None) -> int:
+        """Bytes kept per image for one gradient when nothing is checkpointed.
+
+        Where they are more than `limit`, some number above; see :func:`memory.activation_bytes`.
+        """
+        known = self._row_bytes
+        if known is None or (self._row_limit is not None and (limit is None or known <= limit)):
             before = self.counter.images
             tape = Tape.make(0, "memory", [0])
             x = image[:1].detach().requires_grad_()
@@ -166,15 +171,17 @@ class Defense:
                     return self._logits(x, tape)
 
             with torch.enable_grad():
-                self._row_bytes = memory.activation_bytes(once)
+                known = memory.activation_bytes(once, limit)
             self.counter.images = before
-        return self._row_bytes
+            self._row_bytes = known
+            self._row_limit = limit if limit is not None and known > limit else None
+        return known
 
     def _by_step(self, images: Tensor) -> bool:
         if self.policy != "auto" or not (torch.is_grad_enabled() and images.requires_grad):
             return self.policy == "step"
-        needed = self.activation_bytes(images) * len(images)
-        return needed > memory.free_bytes(images.device) // 2
+        limit = memory.free_bytes(images.device) // 2 // len(images)
+        return self.activation_bytes(images, limit) > limit
 
     def _count(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self.counter.add(len(args[0]))

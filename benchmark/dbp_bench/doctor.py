@@ -220,7 +220,7 @@ def _declared(registry: Registry) -> Iterable[tuple[Path, str, str]]:
     for name in registry.defenses:
         defense = registry.defense(name)
         for setting in defense.entry.settings:
-            for ref in setting.networks.values():
+            for ref in setting.refs.values():
                 if isinstance(ref, NetworkRef):
                     yield defense.path, ref.file, ref.sha256
 

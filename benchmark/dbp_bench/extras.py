@@ -99,6 +99,22 @@ _EXTRAS: Mapping[str, _Extra] = MappingProxyType(
                 "its wheel also installs a top-level package called tests"
             ),
         ),
+        "figures": _Extra(
+            packages=(
+                _Package("matplotlib", "matplotlib", ("__init__.py", "figure.py")),
+            ),
+            modules=("",),
+            install='pip install "dbp-bench[figures]"',
+            repair="pip install --force-reinstall --no-deps matplotlib",
+            note="its t-SNE view also needs scikit-learn, which the extra brings",
+        ),
+        "timm": _Extra(
+            packages=(_Package("timm", "timm", ("__init__.py", "models/__init__.py")),),
+            modules=("",),
+            install='pip install "dbp-bench[timm]"',
+            repair="pip install --force-reinstall --no-deps timm",
+            note="it keeps its weights in the cache of huggingface_hub",
+        ),
     }
 )
 
@@ -116,7 +132,8 @@ def load_extra(name: str) -> Mapping[str, ModuleType]:
 
     ``autoattack`` gives ``autopgd_base``, ``fab_pt`` and ``square``, whose classes are the same
     in `autoattack` and `pyautoattack`; ``torchattacks`` gives ``torchattacks``; ``robustbench``
-    gives ``robustbench``, ``model_zoo`` and ``utils``, for the model zoo only.
+    gives ``robustbench``, ``model_zoo`` and ``utils``, for the model zoo only; ``figures`` gives
+    ``figures``, which is matplotlib; ``timm`` gives ``timm``.
 
     Raises:
         BadExtra: It is missing, another package shadows it, or it fails to import.

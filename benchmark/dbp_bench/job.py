@@ -11,10 +11,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from dbp_bench import __version__, data, outside, weights
+from dbp_bench.checkpoints import store
 from dbp_bench.errors import BadEntry, BadRequest, did_you_mean
 from dbp_bench.registry import (
     EFFORTS,
     KNOWN_DRAWS,
+    CheckpointRef,
     DefenseEntry,
     Entry,
     NetworkRef,
@@ -131,15 +133,22 @@ class Job:
         """Where the result goes, below the folder `out`."""
         return result_path(out, self.track.name, self.defense.name, self.threat.name, self.seed)
 
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for results to be continued; images and draws can be added."""
-        networks = {k: ref.sha256 for k, ref in sorted(self.setting.networks.items())}
+    def identity(self, *, planned: bool = False) -> dict[str, Any]:
+        """What must be equal for results to be continued; images and draws can be added.
+
+        Where it is only `planned`, the sha256 of a checkpoint that isn't in the cache is None.
+
+        Raises:
+            BadWeights: A checkpoint isn't in the cache, and it isn't only planned.
+        """
+        sha256 = _sha256_if_there if planned else _sha256
+        networks = {k: sha256(ref) for k, ref in sorted(self.setting.refs.items())}
         if self.source is not None:
             setting = self.source.entry.setting(
                 self.track.name, self.source.name, str(self.source.path)
             )
-            for key, ref in sorted(setting.networks.items()):
-                networks[f"source.{key}"] = ref.sha256
+            for key, ref in sorted(setting.refs.items()):
+                networks[f"source.{key}"] = sha256(ref)
         return {
             "dbp_bench": __version__,
             "track": self.track.name,
@@ -154,7 +163,7 @@ class Job:
             "effort": self.effort,
             "options": self.options,
             **({} if self.surrogate is None else {"surrogate": self.surrogate}),
-            "weights": {"classifier": self.track.entry.classifier.sha256, **networks},
+            "weights": {"classifier": sha256(self.track.entry.classifier), **networks},
             **({"code": self.code} if self.code else {}),
             "device": self.device,
             "batch_size": self.batch_size,
@@ -165,13 +174,22 @@ class Job:
         """Whether `other` measures all of this, under another threat's name."""
         mine, its = (
             {
-                **job.identity(),
+                **job.identity(planned=True),
                 "threat": "",
                 "effort": searched_effort(job.effort, job.knows, job.sites),
             }
             for job in (self, other)
         )
         return mine == its and other.draws >= self.draws and other.examples >= self.examples
+
+
+def _sha256(ref: NetworkRef | CheckpointRef) -> str | None:
+    return ref.sha256
+
+
+def _sha256_if_there(ref: NetworkRef | CheckpointRef) -> str | None:
+    there = isinstance(ref, NetworkRef) or store.has(ref.checkpoint)
+    return ref.sha256 if there else None
 
 
 def resolve(
@@ -254,14 +272,12 @@ def resolve(
     )
 
 
-def _dotted(
-    track: Entry[Track], name: str, *defenses: Entry[DefenseEntry] | None
-) -> Iterator[str]:
+def _dotted(track: Entry[Track], name: str, *defenses: Entry[DefenseEntry] | None) -> Iterator[str]:
     """The code that entries name for the track called `name`."""
     networks = [track.entry.classifier]
     for defense in filter(None, defenses):
         yield defense.entry.factory
-        networks += defense.entry.setting(name, defense.name, str(defense.path)).networks.values()
+        networks += defense.entry.setting(name, defense.name, str(defense.path)).refs.values()
     yield from (ref.network for ref in networks if isinstance(ref, NetworkRef))
 
 

@@ -24,6 +24,7 @@ from dbp_bench.errors import NotComparable
 from dbp_bench.findings import Findings
 from dbp_bench.flags import FEW_DRAWS, Check, checks
 from dbp_bench.pool import Pool
+from dbp_bench.ranking import Standing, ranks_with_ties
 from dbp_bench.registry import Registry, Track
 from dbp_bench.result import Result
 from dbp_bench.statistics import Bootstrap, Estimate, Replicates, ratio
@@ -56,8 +57,8 @@ QUANTITIES: Final = (
 class Row:
     """A defense on a leaderboard."""
 
-    rank: int | None
-    """Null for a control, and where the column that ranks was not measured."""
+    rank: Standing | None
+    """Among the defenses; null for a control, and where the column that ranks was not measured."""
     defense: str
     kind: Kind
     estimates: Mapping[str, Estimate | None]
@@ -188,7 +189,7 @@ def leaderboard(
         attack=first.attack,
         effort=protocol.effort if protocol else None,
         whitebox_eot=whitebox.effort.get("eot") if whitebox else None,
-        rows=_ranked(unranked, sort),
+        rows=_ranked(unranked, columns, sort),
         settings=[
             (pool, kinds[pool.any.defense])
             for pool in sorted(pools, key=lambda pool: (pool.any.defense, pool.any.threat))
@@ -363,7 +364,9 @@ def decompose(
     return parts
 
 
-def _ranked(rows: Sequence[Row], sort: Sort) -> list[Row]:
+def _ranked(
+    rows: Sequence[Row], columns: Mapping[str, Mapping[str, Pool]], sort: Sort
+) -> list[Row]:
     """Best first; what was not measured after it, controls last."""
     column = "hidden" if sort == "hidden" else "all_known"
 
@@ -376,11 +379,14 @@ def _ranked(rows: Sequence[Row], sort: Sort) -> list[Row]:
             row.defense,
         )
 
-    ranked = []
-    for place, row in enumerate(sorted(rows, key=order), start=1):
-        counts = row.kind == "defense" and row.estimates[column] is not None
-        ranked.append(replace(row, rank=place if counts else None))
-    return ranked
+    standings = ranks_with_ties(
+        {
+            row.defense: columns[row.defense][column].score()
+            for row in rows
+            if row.kind == "defense" and row.estimates[column] is not None
+        }
+    )
+    return [replace(row, rank=standings.get(row.defense)) for row in sorted(rows, key=order)]
 
 
 def _kind(registry: Registry, defense: str) -> Kind:

@@ -65,7 +65,7 @@ class State(NamedTuple):
     """Where a reverse step ended, and where the forward process was at the same noise level."""
 
     level: int
-    """The integer noise level; 0 is the clean image."""
+    """The integer noise level; 0 is the clean image. Where levels aren't integers, steps left."""
     forward: Tensor
     """``(b, c, h, w)`` in diffusion space."""
     reverse: Tensor
@@ -199,24 +199,40 @@ def _captured(function: Callable[..., Tensor]) -> Iterator[tuple[str, object]]:
         yield from zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=True)
 
 
-def activation_bytes(function: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of ``function()``."""
+class _Enough(Exception):
+    """More is kept than was asked about."""
+
+
+def activation_bytes(function: Callable[[], Tensor], limit: int | None = None) -> int:
+    """Bytes that autograd keeps for the backward pass of ``function()``.
+
+    Of one that keeps more than `limit`, some number above: it is left when it gets there, for all
+    of a large network's steps fit in no memory.
+    """
     seen: dict[int, int] = {}
+    total = 0
 
     def keep(tensor: Tensor) -> Tensor:
+        nonlocal total
         storage = tensor.untyped_storage()
         if not isinstance(tensor if tensor._base is None else tensor._base, torch.nn.Parameter):
+            total += storage.nbytes() - seen.get(storage.data_ptr(), 0)
             seen[storage.data_ptr()] = storage.nbytes()
+        if limit is not None and total > limit:
+            raise _Enough
         return tensor
 
     unrecorded = _states.set(None)
+    out = None
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = function()
+    except _Enough:
+        pass
     finally:
         _states.reset(unrecorded)
     del out
-    return sum(seen.values())
+    return total
 
 
 def free_bytes(device: torch.device) -> int:

@@ -95,6 +95,15 @@ class Tape:
         """Uniform noise in (0, 1), shaped, typed and placed like `like` ``(b, ...)``."""
         return self._rows(site, step, like, _uniforms, per_word=1)
 
+    def kept(self, site: Site, step: int, like: Tensor, probability: float) -> Tensor:
+        """1 with this probability, in steps of 2^-16, else 0; shaped, typed, placed like `like`."""
+        least = round((1 - probability) * 65536)
+
+        def transform(words: Any, xp: ModuleType) -> Any:
+            return _quarters(words, xp) >= least
+
+        return self._rows(site, step, like, transform, per_word=4)
+
     def _rows(
         self,
         site: Site,
@@ -347,6 +356,14 @@ def _halves(words: Any, xp: ModuleType) -> tuple[Any, Any]:
         return words & _LOW, _upper(words, xp)
     pairs = words.astype("<u8", copy=False).view("<u4")
     return pairs[:, 0::2], pairs[:, 1::2]
+
+
+def _quarters(words: Any, xp: ModuleType) -> Any:
+    """The four lots of 16 bits of each word ``(b, n)``, lowest first: ``(b, 4 n)``, 0 ... 65535."""
+    if xp is torch:
+        shifted = [(words >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]
+        return torch.stack(shifted, 2).flatten(1)
+    return words.astype("<u8", copy=False).view("<u2")
 
 
 def _int32(bits: Any, xp: ModuleType) -> Any:

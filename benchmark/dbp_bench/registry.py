@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -166,6 +167,10 @@ class Track(Strict):
         return self
 
 
+OWN_CLASSIFIER = "defense.classifier"
+"""Beside "classifier", which is the track's: its results are compared by that."""
+
+
 class Surrogate(Strict):
     """What attacks may differentiate in place of a defense, where its authors say so."""
 
@@ -190,6 +195,14 @@ class Setting(Strict):
     out."""
     surrogate: Surrogate | None = None
     """For attacks whose effort says ``gradient: declared-surrogate``. May be left out."""
+    classifier: AnyNetwork | None = None
+    """In place of the track's, for models that are robust by their training. May be left out."""
+
+    @property
+    def refs(self) -> "dict[str, NetworkRef | CheckpointRef]":
+        """Every network of the set-up, by the name under which a result records its weights."""
+        own = {} if self.classifier is None else {OWN_CLASSIFIER: self.classifier}
+        return {**self.networks, **own}
 
     @model_validator(mode="after")
     def _one_value_each(self) -> Self:
@@ -741,10 +754,18 @@ class Registry:
         self.folders = [folder.resolve() for folder in folders]
         self.trust_code = trust_code
         self.data = data
+        self.made_up: list[str] | None = None
+        """Checkpoints whose weights were made up; None where that isn't allowed."""
         kinds = ("defenses", "attacks", "tracks")
         for folder in self.folders:
             if not any((folder / kind).is_dir() for kind in kinds):
                 raise BadEntry(f"{folder}: no folder defenses/, attacks/ or tracks/ in it.")
+
+    def for_plans(self) -> "Registry":
+        """These entries, with weights made up where the cache has none; `made_up` says which."""
+        other = copy(self)
+        other.made_up = []
+        return other
 
     @cached_property
     def defenses(self) -> dict[str, Path]:
@@ -805,6 +826,11 @@ class Registry:
         if isinstance(ref, CheckpointRef):
             from dbp_bench.checkpoints.build import build
 
+            if self.made_up is not None and not store.has(ref.checkpoint):
+                from dbp_bench.checkpoints.blank import blank
+
+                self.made_up.append(ref.checkpoint)
+                return blank(ref.checkpoint)
             return build(ref.checkpoint)
         file = weights.find(ref.file, [path.parent, path.parent.parent])
         weights.verify(file, ref.sha256)
@@ -851,7 +877,10 @@ class Registry:
                 f"{defense.path}: sites: {sorted(defense.entry.sites)}, but the purifier declares "
                 f"{sorted(sites) if isinstance(sites, frozenset) else sites}."
             )
-        classifier = self.build_network(track.entry.classifier, track.path).to(device, dtype)
+        ref, where = track.entry.classifier, track.path
+        if setting.classifier is not None:
+            ref, where = setting.classifier, defense.path
+        classifier = self.build_network(ref, where).to(device, dtype)
         if setting.resize is not None:
             purifier = Resized(purifier, setting.resize)
         return Defense(purifier, classifier, networks.values(), policy, votes or setting.votes)

@@ -157,7 +157,7 @@ def execute(
     work = out / ".work" / path.relative_to(out).with_suffix("")
     progress = progress or Progress()
     job.identity()  # checkpoints that must be fetched first are missed before anything is deleted
-    with _locked(work):
+    with locked(work):
         if not resume:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
@@ -442,11 +442,11 @@ def _assemble(
             batch_size=job.batch_size,
             rows=job.rows,
         ),
-        provenance=_provenance(job, digest),
+        provenance=provenance(job, digest),
     )
 
 
-def _provenance(job: Job, data: str) -> Provenance:
+def provenance(job: Job, data: str) -> Provenance:
     commit, dirty = _git()
     return Provenance(
         dbp_bench=__version__,
@@ -522,7 +522,7 @@ def _runtime(states: list[_State], policy: Policy) -> str:
 
 
 @contextmanager
-def _locked(work: Path) -> Iterator[None]:
+def locked(work: Path) -> Iterator[None]:
     """Keep a second run of the same job away.
 
     Raises:
@@ -607,9 +607,7 @@ def judge_saved(
     right = []
     for start in range(0, len(saved.ids), job.batch_size):
         part = slice(start, start + job.batch_size)
-        group = Group(
-            saved.clean[part].to(device), saved.labels[part].to(device), saved.ids[part]
-        )
+        group = Group(saved.clean[part].to(device), saved.labels[part].to(device), saved.ids[part])
         each = [
             evaluate.judge(defense, images[part].to(device), group, seed=job.seed, draw=draw).cpu()
             for draw in draws

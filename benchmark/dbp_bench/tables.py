@@ -9,6 +9,7 @@ from dbp_bench.comparable import NULL, WHITEBOX
 from dbp_bench.flags import COSINE, ERROR, EXACT, Check
 from dbp_bench.leaderboard import QUANTITIES, UNDEFENDED, Leaderboard, Row
 from dbp_bench.pool import Pool
+from dbp_bench.ranking import ALPHA
 from dbp_bench.rendering import (
     BOOTSTRAP,
     fractions,
@@ -85,7 +86,14 @@ def to_csv(board: Leaderboard) -> str:
     header += ["network_calls", "served_by", "flags", "checks", "results"]
     lines: list[list[object]] = []
     for row in board.rows:
-        line: list[object] = [row.rank, row.defense, row.kind, board.track, board.norm, board.eps]
+        line: list[object] = [
+            text_of(row.rank),
+            row.defense,
+            row.kind,
+            board.track,
+            board.norm,
+            board.eps,
+        ]
         line += [board.images, " ".join(map(str, row.pools[0].seeds))]
         for key in QUANTITIES:
             line += fractions(row.estimates[key])
@@ -191,7 +199,7 @@ def to_markdown(board: Leaderboard) -> str:
         ]
     if board.entry and board.entry.note.strip():
         text += [md(board.entry.note), ""]
-    text += [f"Accuracies in percent, with {100 * LEVEL:.0f} % intervals. {_ranking(board)}", ""]
+    text += [f"Accuracies in percent, with {100 * LEVEL:.0f} % intervals. {ranking(board)}", ""]
     text += ["## Accuracy, by what the attacker knows", ""]
     text += _md_table(
         [
@@ -434,9 +442,16 @@ def _tex_estimate(estimate: Estimate | None, same: str = "") -> str:
     return rf"{value}{same} {{\scriptsize {interval}}}"
 
 
-def _ranking(board: Leaderboard) -> str:
+def ranking(board: Leaderboard) -> str:
+    """How the ranks came about, in a few sentences."""
     which = "hidden" if board.sort == "hidden" else "known"
-    return f"Ranked by the accuracy with all draws {which}; controls stand last, without a rank."
+    return (
+        f"Ranked by the accuracy with all draws {which}, with ties: two defenses differ only where "
+        "a paired bootstrap over images of their difference says so, adjusted by Holm for all "
+        f"pairs (at most {100 * ALPHA:.0f} % chance of any false order). A rank such as 2-4: one defense "
+        "is shown to be better, and from there to place 4 nothing tells them apart. Not to be told "
+        "apart isn't transitive. Controls stand last, without a rank."
+    )
 
 
 def _protocol(board: Leaderboard) -> str:

@@ -1,9 +1,10 @@
 """Weights and data files: find, verify by sha256, and read as safetensors; never run a pickle."""
 
+import os
 from collections.abc import Mapping, Sequence
 from hashlib import file_digest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dbp_bench.errors import BadWeights
 
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parent / "assets"
 """Files that ship with the package."""
+
+
+def cache() -> Path:
+    """The folder of what was downloaded or converted: DBP_BENCH_CACHE, or ~/.cache/dbp-bench."""
+    named = os.environ.get("DBP_BENCH_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "dbp-bench"
 
 
 def find(name: str, folders: Sequence[Path]) -> Path:
@@ -30,10 +37,10 @@ def find(name: str, folders: Sequence[Path]) -> Path:
     raise BadWeights(f"no weights file {name!r}. Looked in: {looked}.")
 
 
-def digest(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+def digest(path: Path, algorithm: Literal["sha256", "md5"] = "sha256") -> str:
+    """The sha256 of a file, or another digest, in hexadecimal."""
     with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
+        return file_digest(file, algorithm).hexdigest()
 
 
 def verify(path: Path, expected: str) -> None:
@@ -76,6 +83,16 @@ def fill(network: "nn.Module", tensors: "Mapping[str, Tensor]", path: Path) -> N
     Raises:
         BadWeights: A name or a shape doesn't fit; the message names the first few.
     """
+    check_fit(network, tensors, path)
+    network.load_state_dict(dict(tensors))
+
+
+def check_fit(network: "nn.Module", tensors: "Mapping[str, Tensor]", path: Path) -> None:
+    """Refuse `tensors`, of the file at `path`, that aren't a state of `network`.
+
+    Raises:
+        BadWeights: A name or a shape doesn't fit; the message names the first few.
+    """
     want = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     have = {name: tuple(value.shape) for name, value in tensors.items()}
     wrong = [f"{n} is missing" for n in want if n not in have]
@@ -87,7 +104,6 @@ def fill(network: "nn.Module", tensors: "Mapping[str, Tensor]", path: Path) -> N
             f"{path}: made for another architecture than {type(network).__name__}: "
             f"{'; '.join(wrong[:3])}{more}."
         )
-    network.load_state_dict(dict(tensors))
 
 
 def _refuse_foreign_formats(path: Path) -> None:

@@ -16,16 +16,17 @@ from dbp_bench.comparable import KNOWN, NULL, Record
 from dbp_bench.errors import BadResult
 from dbp_bench.flags import describe
 from dbp_bench.leaderboard import UNDEFENDED, Leaderboard, Row
-from dbp_bench.page.columns import ranks, serving
+from dbp_bench.page.columns import serving
 from dbp_bench.page.drawn import figures
 from dbp_bench.pool import Pool
 from dbp_bench.published import Paper, Published, published
-from dbp_bench.ranking import ALPHA, Standing
+from dbp_bench.ranking import ALPHA
 from dbp_bench.registry import Registry
 from dbp_bench.rendering import BOOTSTRAP, in_words, shown_eps
 from dbp_bench.result import Result
 from dbp_bench.samples import Samples, samples_path
 from dbp_bench.statistics import LEVEL, Estimate
+from dbp_bench.tables import ranking
 
 FOLDER: Final = Path(__file__).parent
 
@@ -188,7 +189,6 @@ def to_html(
     )
     style, script = (_text(name) for name in ("style.css", "script.js"))
     anchors = _anchors(board)
-    standings = ranks(board)
     return environment.get_template("template.html").render(
         board=board,
         eps=shown_eps(board.eps),
@@ -197,9 +197,9 @@ def to_html(
         style=Markup(style),  # our own file
         script=Markup(script),
         protocol=_protocol(board),
-        ranking=_ranking(board),
+        ranking=ranking(board),
         groups=_groups(board),
-        lines=[_line(row, board, anchors, standings) for row in board.rows],
+        lines=[_line(row, board, anchors) for row in board.rows],
         sites=sorted({site for row in board.rows for site in row.pools[0].sites}),
         figures=figures(board),
         others=_others(board, anchors),
@@ -289,10 +289,8 @@ def _groups(board: Leaderboard) -> list[tuple[str, list[str]]]:
     ]
 
 
-def _line(
-    row: Row, board: Leaderboard, anchors: Mapping[str, str], standings: Mapping[str, Standing]
-) -> Line:
-    standing = standings.get(row.defense)
+def _line(row: Row, board: Leaderboard, anchors: Mapping[str, str]) -> Line:
+    standing = row.rank
     anchor = _anchor_of(row, board)
     cells = []
     for key in (*ACCURACIES, *PARTS, *CHECKS):
@@ -318,17 +316,6 @@ def _cell(estimate: Estimate | None, href: str, *, same: bool = False) -> Cell:
         return Cell()
     value, interval = estimate.percent().split(" ", 1)
     return Cell(value, interval, f"{estimate.value:.6f}", href, same)
-
-
-def _ranking(board: Leaderboard) -> str:
-    which = "nothing known" if board.sort == "hidden" else "all noise known"
-    return (
-        f"Ranked by the accuracy with {which}, with ties: two defenses differ only where a paired "
-        "bootstrap over images of their difference says so, adjusted by Holm for all pairs "
-        f"(at most {100 * ALPHA:.0f} % chance of any false order). A rank such as 2-4: one defense "
-        "is shown to be better, and from there to place 4 nothing tells them apart. Not to be told "
-        "apart isn't transitive. Controls have no rank."
-    )
 
 
 def _protocol(board: Leaderboard) -> str:

@@ -77,9 +77,15 @@ class EDM:
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
         """Purified images ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1]."""
-        z = to_diffusion(images)
-        z = z + self.sigma_max * noise.normal(FORWARD, 0, z)
-        for i, (sigma, to) in enumerate(self.grid()):
+        source = to_diffusion(images)
+        fresh, pairs = noise.normal(FORWARD, 0, source), self.grid()
+
+        def forward(left: int) -> Tensor:
+            """The forward process at the noise level from which `left` steps lead to 0."""
+            return source + (pairs[-left][0] if left else 0.0) * fresh
+
+        z = forward(self.steps)
+        for i, (sigma, to) in enumerate(pairs):
 
             def reverse(z: Tensor, i: int = i, sigma: float = sigma, to: float = to) -> Tensor:
                 growth = self.churn.growth(sigma, self.steps)
@@ -93,7 +99,7 @@ class EDM:
                     return ahead
                 return z + (to - sigma) * (0.5 * slope + 0.5 * self._slope(ahead, to))
 
-            z = memory.step(reverse, z)
+            z = memory.step(reverse, z, level=self.steps - 1 - i, forward=forward)
         return to_images(z, self.clamp_output)
 
     def _slope(self, z: Tensor, sigma: float) -> Tensor:

@@ -1,0 +1,1 @@
+"""Published checkpoints: catalog, download, conversion without running code, and the cache."""

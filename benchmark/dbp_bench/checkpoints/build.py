@@ -1,0 +1,48 @@
+"""The network of a checkpoint in the cache, with its weights."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from dbp_bench import weights
+from dbp_bench.checkpoints import catalog, store
+from dbp_bench.checkpoints.convert import network_of
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """While it lasts, layers don't draw weights, which a file replaces: it takes seconds."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Leave the tensor as it is where `func` initialises it."""
+        given = dict(kwargs or {})
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return given["tensor"] if "tensor" in given else args[0]
+        return func(*args, **given)
+
+
+def build(name: str) -> nn.Module:
+    """The network of the checkpoint `name`, filled with what is in the cache.
+
+    Raises:
+        BadExtra: The package that loads it is missing.
+        BadWeights: It isn't in the cache, or is damaged there.
+        UnknownName: There is no such checkpoint.
+    """
+    entry = catalog.find(name)
+    if isinstance(entry.source, catalog.Zoo):
+        from dbp_bench.checkpoints import zoo
+
+        return zoo.build(name)
+    path = store.verified(name)
+    with _NoInitialisation():
+        network = network_of(entry)
+    weights.fill(network, weights.load(path), path)
+    return network

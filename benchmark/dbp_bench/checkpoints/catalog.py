@@ -1,0 +1,152 @@
+"""The catalog: which published checkpoints there are, where, in which layout, on what terms."""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dbp_bench.declaration import Strict, read_yaml
+from dbp_bench.errors import UnknownName, did_you_mean
+
+PATH = Path(__file__).with_name("catalog.yaml")
+
+ZOOS = {
+    "robustbench": r"robustbench:[a-z0-9]+/[A-Za-z0-9]+/[A-Za-z0-9_-]+",
+    "timm": r"timm:[a-z0-9_]+(\.[a-z0-9_]+)?",
+}
+"""Packages that load a model by its name, and how the name is written."""
+
+Layout = Literal["plain", "diffusers", "pesser", "score-sde", "edm", "robustbench", "meliketoy"]
+"""Whose names the file uses; `plain` ones are the network's own. See :mod:`convert`."""
+
+Restriction = Literal["none", "research", "non-commercial", "not stated"]
+
+
+class Hub(Strict):
+    """A file of a model on the Hugging Face Hub."""
+
+    kind: Literal["hub"]
+    repo: str
+    revision: str
+    files: list[str] = Field(min_length=1)
+    """Of the weights: the first one that is there."""
+    config: str | None
+    """The file that describes the network; null where there is none."""
+
+    @property
+    def what(self) -> str:
+        return f"{self.files[0]} of huggingface.co/{self.repo}"
+
+
+class Url(Strict):
+    kind: Literal["url"]
+    url: str = Field(pattern=r"^https://")
+
+    @property
+    def what(self) -> str:
+        return self.url
+
+
+class Drive(Strict):
+    """A file on Google Drive."""
+
+    kind: Literal["drive"]
+    id: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+
+    @property
+    def what(self) -> str:
+        return f"https://drive.google.com/file/d/{self.id}/view"
+
+
+class ByHand(Strict):
+    """A file that no link leads to, or that the user makes."""
+
+    kind: Literal["by-hand"]
+    what: str
+    """What to get or make, and where; completes "get ..."."""
+
+
+class Zoo(Strict):
+    """A model that a package loads by its name."""
+
+    kind: Literal["zoo"]
+    model: str
+
+    @property
+    def what(self) -> str:
+        return self.model
+
+
+Source = Annotated[Hub | Url | Drive | ByHand | Zoo, Field(discriminator="kind")]
+
+
+class Licence(Strict):
+    """What a file may be used for, as far as its publisher says it."""
+
+    name: str
+    restriction: Restriction
+
+
+class Checkpoint(Strict):
+    """A published file of weights, and the network here that takes them."""
+
+    title: str
+    network: str | None = Field(pattern=r"^dbp_bench\.networks\.\w+:\w+$")
+    """``module:callable``; null for a model of a zoo, which brings its own."""
+    layout: Layout | None
+    source: Source
+    size: int | None = Field(ge=1)
+    """Of the published file, in bytes; null where it isn't known, as for the digests."""
+    md5: str | None = Field(pattern=r"^[0-9a-f]{32}$")
+    sha256: str | None = Field(pattern=r"^[0-9a-f]{64}$")
+    licence: Licence
+    paper: str | None
+    note: str
+
+    @model_validator(mode="after")
+    def _network_unless_zoo(self) -> Self:
+        zoo = isinstance(self.source, Zoo)
+        if zoo != (self.network is None) or zoo != (self.layout is None):
+            raise ValueError("network and layout are null for a model of a zoo, and only there")
+        return self
+
+
+class Catalog(Strict):
+    checkpoints: dict[str, Checkpoint]
+
+
+@cache
+def entries() -> dict[str, Checkpoint]:
+    """Name and entry of every checkpoint in the catalog."""
+    return read_yaml(PATH, Catalog).checkpoints
+
+
+def find(name: str) -> Checkpoint:
+    """The checkpoint called `name`: in the catalog, ``robustbench:...`` or ``timm:...``.
+
+    Raises:
+        UnknownName: There is none.
+    """
+    package = name.partition(":")[0]
+    if package in ZOOS:
+        if not re.fullmatch(ZOOS[package], name):
+            forms = {"robustbench": "robustbench:cifar10/Linf/Standard", "timm": "timm:resnet50"}
+            raise UnknownName(f"{name!r}: write it as {forms[package]}.")
+        return Checkpoint(
+            title=f"{name.partition(':')[2]}, loaded by {package}",
+            network=None,
+            layout=None,
+            source=Zoo(kind="zoo", model=name),
+            size=None,
+            md5=None,
+            sha256=None,
+            licence=Licence(name=f"the model's own; see {package}", restriction="not stated"),
+            paper=None,
+            note="",
+        )
+    if name not in entries():
+        known = [*entries(), "robustbench:<dataset>/<threat>/<model>", "timm:<model>"]
+        raise UnknownName(f"no checkpoint {name!r}.{did_you_mean(name, known)}")
+    return entries()[name]

@@ -1,0 +1,217 @@
+"""From a published file to one in the cache: renamed, checked against its network, hashed."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dbp_bench import __version__, weights
+from dbp_bench.checkpoints import catalog, formats, store
+from dbp_bench.checkpoints.catalog import Checkpoint
+from dbp_bench.errors import BadRequest, BadWeights
+from dbp_bench.networks import ho, songunet, wrn
+
+Converter = Callable[[Mapping[str, Any], nn.Module], Mapping[str, Any]]
+"""What a file holds, and the network on no device, to the network's state."""
+
+
+def _score_sde(held: Mapping[str, Any], network: nn.Module) -> Mapping[str, Any]:
+    inner = network.model
+    assert isinstance(inner, songunet.SongUNet)
+    return songunet.from_score_sde(held, inner)
+
+
+_CONVERTERS: Mapping[catalog.Layout, Converter] = {
+    "plain": lambda held, _: held,
+    "diffusers": lambda held, _: ho.from_diffusers(held),
+    "pesser": lambda held, _: ho.from_pesser(held),
+    "score-sde": _score_sde,
+    "edm": lambda held, _: songunet.from_edm(held),
+    "robustbench": lambda held, _: wrn.from_robustbench(held),
+    "meliketoy": lambda held, _: wrn.from_meliketoy(held),
+}
+
+_CONFIG = {
+    "act_fn": ("silu", "swish"),
+    "attention_head_dim": (None,),
+    "downsample_padding": (0,),
+    "flip_sin_to_cos": (False,),
+    "freq_shift": (1,),
+    "mid_block_scale_factor": (1,),
+    "norm_eps": (1e-6,),
+    "norm_num_groups": (32,),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_type": ("positional",),
+}
+"""What a U-Net of diffusers must be to be a :class:`ho.HoUNet`; names and shapes don't tell."""
+
+
+def network_of(entry: Checkpoint) -> nn.Module:
+    """The network of a `entry` of the catalog, with the weights that it was initialised with."""
+    assert entry.network is not None
+    module, _, factory = entry.network.partition(":")
+    network: nn.Module = getattr(import_module(module), factory)()
+    return network
+
+
+def convert(name: str, path: Path, *, unpublished: bool = False) -> store.Record:
+    """Convert the file or folder at `path` to the checkpoint `name` of the cache.
+
+    Args:
+        name: Of an entry of the catalog.
+        path: A file in the published layout, or in the network's own names.
+        unpublished: Take a file of another size or digest than the published one has.
+
+    Raises:
+        BadRequest: The checkpoint is a model of a zoo.
+        BadWeights: The file isn't the published one, can't be read without running code, or is of
+            another architecture.
+    """
+    entry = catalog.find(name)
+    if entry.network is None or entry.layout is None:
+        raise BadRequest(
+            f"{name} is loaded by another package. Run: dbp-bench weights fetch {name}"
+        )
+    if not path.exists():
+        raise BadWeights(f"{path}: there is no such file.")
+    published = check_published(entry, path, unpublished=unpublished)
+    held = formats.read(path)
+    if entry.layout == "diffusers" and held.config is not None:
+        _check_config(held.config, path)
+    with torch.device("meta"):
+        network = network_of(entry)
+    try:
+        state = renamed(entry.layout, held.values, network)
+    except BadWeights as error:
+        raise BadWeights(f"{path}: {error}") from None
+    weights.check_fit(network, state, path)
+    state = {key: _own(value) for key, value in state.items()}
+    _check_finite(state, path)
+    _check_space(state)
+    sha256 = store.put(name, state)
+    record = store.Record(
+        name=name,
+        network=entry.network,
+        layout=entry.layout,
+        source_sha256=weights.digest(held.weights),
+        source_size=held.weights.stat().st_size,
+        published=published,
+        sha256=sha256,
+        licence=entry.licence.name,
+        dbp_bench=__version__,
+    )
+    store.write(record)
+    return record
+
+
+def check_published(entry: Checkpoint, path: Path, *, unpublished: bool = False) -> bool | None:
+    """Whether the file at `path` is the published one; None where that can't be told.
+
+    Raises:
+        BadWeights: It isn't, and that wasn't `unpublished`, said by the user.
+    """
+    if path.is_dir() or not (entry.size or entry.md5 or entry.sha256):
+        return None
+    if path.suffix == ".safetensors" and not isinstance(entry.source, catalog.Hub):
+        return None  # saved anew by the user
+    size, problem = path.stat().st_size, None
+    if entry.size is not None and size != entry.size:
+        problem = f"{size} bytes, published are {entry.size}"
+    for algorithm, want in (("md5", entry.md5), ("sha256", entry.sha256)):
+        if problem is None and want is not None:
+            actual = weights.digest(path, "md5" if algorithm == "md5" else "sha256")
+            if actual != want:
+                problem = f"{algorithm} is {actual}, published is {want}"
+    if problem is None:
+        return True if entry.md5 or entry.sha256 else None
+    if unpublished:
+        return False
+    with path.open("rb") as file:
+        if file.read(512).lstrip()[:1] == b"<":
+            raise BadWeights(f"{path}: a web page, not weights: the download failed.")
+    raise BadWeights(
+        f"{path}: {problem}: a half download, or another file. If it is the one that you mean, add "
+        "--unpublished."
+    )
+
+
+def renamed(
+    layout: catalog.Layout, held: Mapping[str, Any], network: nn.Module
+) -> dict[str, Tensor]:
+    """The state of `network`, from what a file of `layout` holds.
+
+    Raises:
+        BadWeights: Something in the file isn't a tensor, or isn't where it must be.
+    """
+    if set(held) != set(network.state_dict()):  # else saved in the network's own names
+        if layout != "score-sde":
+            held = _inner(held)
+        try:
+            held = _CONVERTERS[layout](held, network)
+        except BadWeights:
+            raise
+        # A file of any other content must end in one line, whatever it makes a converter do.
+        except Exception as error:
+            cause = str(error).partition("\n")[0][:120]
+            raise BadWeights(f"not in the layout {layout!r} ({cause}).") from None
+    state = {}
+    for name, value in held.items():
+        if not isinstance(value, Tensor):
+            raise BadWeights(f"{name} is {type(value).__name__}, not a tensor: not a state dict.")
+        state[name] = value.detach()
+    return state
+
+
+def _inner(held: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict itself, where a file wraps it as the training code of these networks does."""
+    for key in ("ema", "state_dict"):
+        inner = held.get(key)
+        if isinstance(inner, Mapping):
+            return inner
+    return held
+
+
+def _own(value: Tensor) -> Tensor:
+    """`value` in memory of its own, as safetensors wants it."""
+    value = value.contiguous()
+    if value.untyped_storage().nbytes() != value.numel() * value.element_size():
+        return value.clone()
+    return value
+
+
+def _check_config(config: Mapping[str, Any], path: Path) -> None:
+    for key, wanted in _CONFIG.items():
+        if key in config and config[key] not in wanted:
+            raise BadWeights(
+                f"{path}: config.json: {key} is {config[key]!r}, not {wanted[0]!r}: made for "
+                "another architecture than HoUNet."
+            )
+
+
+def _check_finite(state: Mapping[str, Tensor], path: Path) -> None:
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise BadWeights(f"{path}: {name} holds NaN or infinity: damaged. Fetch it again.")
+
+
+def _check_space(state: Mapping[str, Tensor]) -> None:
+    need_space(sum(value.numel() * value.element_size() for value in state.values()))
+
+
+def need_space(size: int) -> None:
+    """Refuse to write `size` bytes to the cache where they don't fit.
+
+    Raises:
+        BadRequest: They don't.
+    """
+    store.folder().mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(store.folder()).free
+    if size > free:
+        raise BadRequest(
+            f"{store.folder()}: {size / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free. "
+            "Make room, or set DBP_BENCH_CACHE to a folder on another disk."
+        )

@@ -1,0 +1,167 @@
+"""The cache of converted checkpoints: a safetensors file and a record beside it, by name."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from dbp_bench import weights
+from dbp_bench.checkpoints import catalog
+from dbp_bench.declaration import Strict, explain
+from dbp_bench.errors import BadWeights
+from dbp_bench.result import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Record(Strict):
+    """Where a checkpoint in the cache comes from, and what it must hash to."""
+
+    name: str
+    network: str | None
+    layout: str | None
+    source_sha256: str | None
+    """Of the file that was converted; null for a model of a zoo."""
+    source_size: int | None
+    published: bool | None
+    """Whether that file has the published digest; null where none is known."""
+    sha256: str
+    """Of the safetensors file; for a model of a zoo, of the one that its state would make."""
+    licence: str
+    dbp_bench: str
+
+
+def folder() -> Path:
+    """Where converted checkpoints are."""
+    return weights.cache() / "weights"
+
+
+def downloads() -> Path:
+    """Where unfinished downloads are, and those that are waiting for their conversion."""
+    return folder() / "downloads"
+
+
+def file(name: str) -> Path:
+    """Where the weights of `name` are; not of a model of a zoo, which keeps its own."""
+    return folder() / f"{_stem(name)}.safetensors"
+
+
+def record_file(name: str) -> Path:
+    return folder() / f"{_stem(name)}.json"
+
+
+def has(name: str) -> bool:
+    """Whether `name` is there, sound or not."""
+    return record_file(name).is_file()
+
+
+def read(name: str) -> Record:
+    """The record of `name`.
+
+    Raises:
+        BadWeights: It isn't in the cache; the message gives the command that brings it there.
+        UnknownName: There is no such checkpoint.
+    """
+    path = record_file(name)
+    if not path.is_file():
+        raise BadWeights(f"{name} is not in the cache ({folder()}). {how_to_get(name)}.")
+    try:
+        record = Record.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        cause = explain(error, Record) if isinstance(error, ValidationError) else "not UTF-8."
+        raise BadWeights(f"{path}: not a record: {cause} {how_to_get(name)}.") from None
+    if record.name != name:
+        raise BadWeights(f"{path}: the record of {record.name}, not of {name}. {how_to_get(name)}.")
+    return record
+
+
+def how_to_get(name: str) -> str:
+    """The command that brings `name` into the cache."""
+    source = catalog.find(name).source
+    if isinstance(source, catalog.ByHand):
+        return f"Get {source.what}; then: {convert_command(name)}"
+    if isinstance(source, catalog.Zoo):
+        return f"Run: dbp-bench weights fetch {name}"
+    return (
+        f"Run: dbp-bench weights fetch {name}; or, with the file at hand: {convert_command(name)}"
+    )
+
+
+def convert_command(name: str) -> str:
+    return f"dbp-bench weights convert {name} --from FILE"
+
+
+def verified(name: str) -> Path:
+    """The weights of `name`, whose sha256 is the recorded one.
+
+    Raises:
+        BadWeights: They are missing or damaged.
+    """
+    record, path = read(name), file(name)
+    if not path.is_file():
+        raise BadWeights(f"{path} is missing, but not its record. {how_to_get(name)}.")
+    actual = weights.digest(path)
+    if actual != record.sha256:
+        raise BadWeights(
+            f"{path}: damaged: sha256 is {actual[:16]}..., recorded is {record.sha256[:16]}.... "
+            f"{how_to_get(name)}."
+        )
+    return path
+
+
+def put(name: str, tensors: "Mapping[str, Tensor]") -> str:
+    """Write the weights of `name`, equal bytes for equal tensors, and drop its record; the sha256.
+
+    Raises:
+        OSError: The disk is full, or the folder can't be written.
+    """
+    from safetensors.torch import save_file
+
+    path = file(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(dict(tensors), temporary)
+        temporary.chmod(0o644)  # safetensors writes for its owner alone; a cache may be shared
+        sha256 = weights.digest(temporary)
+        # First the record: without it the weights count as missing, whatever happens between.
+        record_file(name).unlink(missing_ok=True)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return sha256
+
+
+def write(record: Record) -> None:
+    """Write a record, by which its checkpoint becomes usable."""
+    content = json.dumps(record.model_dump(), indent=1) + "\n"
+    write_atomically(record_file(record.name), content)
+
+
+def names() -> list[str]:
+    """What is in the cache: of the catalog in its order, then models of zoos."""
+    known = [name for name in catalog.entries() if has(name)]
+    return known + sorted(_zoo_names())
+
+
+def _zoo_names() -> Iterator[str]:
+    for path in folder().glob("zoo-*.json"):
+        try:
+            yield str(json.loads(path.read_text(encoding="utf-8"))["name"])
+        except (ValueError, KeyError, TypeError):
+            continue
+
+
+def strangers() -> list[Path]:
+    """Files in the cache that no name leads to: unreadable records, left-over weights."""
+    known = {path for name in names() for path in (file(name), record_file(name))}
+    return sorted(p for p in folder().glob("*") if p.is_file() and p not in known)
+
+
+def _stem(name: str) -> str:
+    return name if ":" not in name else "zoo-" + re.sub(r"[:/]", "-", name)

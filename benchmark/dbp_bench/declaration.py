@@ -1,0 +1,78 @@
+"""Declarations: YAML files read strictly, whose faults are one line that names the key."""
+
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dbp_bench.errors import BadEntry, did_you_mean
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Every key must be there, and no other; no value is taken for another (`no` for 0)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, where PyYAML keeps the last.
+
+    It also reads 1e-3 as a number, as YAML 1.2 does; PyYAML wants 1.0e-3.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.YAMLError(f"key {key!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    [*"-+.0123456789"],
+)
+
+
+def read_yaml(path: Path, model: type[M]) -> M:
+    """The declaration in the file at `path`.
+
+    Raises:
+        BadEntry: The file isn't YAML, or a key is missing, unknown or ill-typed.
+    """
+    try:
+        table = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BadEntry(f"{path}: not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(table, dict):
+        raise BadEntry(f"{path}: not a table of keys and values, such as `title: ...`.")
+    try:
+        return model.model_validate(table)
+    except ValidationError as error:
+        raise BadEntry(f"{path}: {explain(error, model)}") from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first faults of a validation, each with its key and what would do, on one line."""
+    faults = []
+    for fault in error.errors()[:3]:
+        # Where a value has several forms, pydantic adds the name of the form (see Knows).
+        parts = [str(part) for part in fault["loc"]]
+        key = ".".join(part for part in parts if not part.startswith("<"))
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "missing":
+            message = "is missing"
+        elif fault["type"] == "extra_forbidden":
+            known = [f.alias or name for name, f in model.model_fields.items()]
+            hint = did_you_mean(key, known) if "." not in key else ""
+            message = f"is unknown.{hint}".rstrip(".")
+        elif fault["type"] != "value_error":
+            message = f"{message[0].lower()}{message[1:]}, not {fault['input']!r}"
+        faults.append(f"{key}: {message}" if key else message)
+    more = error.error_count() - 3
+    return "; ".join(faults) + (f"; and {more} more." if more > 0 else ".")
