@@ -1,0 +1,168 @@
+"""What lies outside this package, found without running it: folders of entries, and source code.
+
+Nothing here imports what it names: a module is looked up where the import system would find it, and
+its source is read as text.
+"""
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.machinery import PathFinder
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+
+from dbp_bench.errors import BadEntry
+
+GROUP = "dbp_bench.entries"
+"""Entry points of installed packages: ``package:folder``, a folder of entries in the package."""
+
+OWN = "dbp_bench"
+_LARGEST = 4 << 20
+"""Bytes of a source file."""
+
+
+# ---------------------------------------------------------------------------- folders of entries
+
+
+def entry_folders() -> list[Path]:
+    """The folders of entries that installed packages expose; none of their code runs.
+
+    Raises:
+        BadEntry: A package names a folder that isn't there.
+    """
+    points = sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value))
+    return list(dict.fromkeys(_folder(point) for point in points))
+
+
+def _folder(point: EntryPoint) -> Path:
+    package, _, folder = point.value.partition(":")
+    parts = [part.strip() for part in (*package.split(".")[1:], *folder.split("."))]
+    for place in _places(package.split(".")[0].strip()):
+        path = place.joinpath(*(part for part in parts if part)).resolve()
+        if path.is_dir() and path.is_relative_to(place.resolve()):
+            return path
+    owner = point.dist.name if point.dist else point.name
+    raise BadEntry(
+        f"{owner}: its entry point {point.name} = {point.value} ({GROUP}) leads to no folder. "
+        f"Install {owner} again, or uninstall it."
+    )
+
+
+def _places(top: str) -> list[Path]:
+    """The folders of the top-level package called `top`, if it is installed."""
+    try:
+        spec = find_spec(top)
+    except (ImportError, ValueError):
+        return []
+    return [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+
+
+# ----------------------------------------------------------------------------------- source code
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The source files that a top-level module, or package, is made of."""
+
+    top: str
+    files: Mapping[str, Path]
+    """By path as it would be imported from, such as ``package/module.py``."""
+
+    @property
+    def sha256(self) -> str:
+        """Of all files and their names."""
+        total = sha256()
+        for name, path in sorted(self.files.items()):
+            total.update(f"{name}\n{sha256(path.read_bytes()).hexdigest()}\n".encode())
+        return total.hexdigest()
+
+
+def code(dotted: Iterable[str], folders: Sequence[Path]) -> dict[str, str]:
+    """By top-level module, the sha256 of the code outside this package that `dotted` paths name.
+
+    Modules that can't be found are left out: importing them fails with a message of its own.
+    """
+    found = (source(top, folders) for top in tops(dotted))
+    return {each.top: each.sha256 for each in found if each}
+
+
+def tops(dotted: Iterable[str]) -> list[str]:
+    """The top-level modules outside this package, of paths such as ``package.module:name``."""
+    return sorted({path.partition(":")[0].split(".")[0] for path in dotted} - {OWN})
+
+
+def source(top: str, folders: Sequence[Path], *, installed: bool = True) -> Source | None:
+    """The source of the module or package called `top`; None where there is none.
+
+    Args:
+        top: Without dots.
+        folders: Where modules may lie beside a user's entries, besides those that are installed. A
+            module there is taken with those beside it that it imports.
+        installed: Whether those that are installed count, as they do, first, when code is run.
+    """
+    if installed and (found := _installed(top)) is not None:
+        name, path = found
+        beside = next((f for f in folders if path.parent.resolve() == f.resolve()), None)
+        return Source(top, _with_imports(top, beside) if beside else dict(_files(path, name)))
+    for folder in folders:
+        if files := _with_imports(top, folder):
+            return Source(top, files)
+    return None
+
+
+def _installed(top: str) -> tuple[str, Path] | None:
+    """Name and path of the file or folder that would be imported as `top`."""
+    try:
+        spec = find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        return top, Path(place)
+    if spec and spec.origin and Path(spec.origin).suffix == ".py":
+        return f"{top}.py", Path(spec.origin)
+    return None
+
+
+def _with_imports(top: str, folder: Path) -> dict[str, Path]:
+    """The files of `top` in `folder`, and of all modules there that these import."""
+    files: dict[str, Path] = {}
+    open_tops, seen = [top], set[str]()
+    while open_tops:
+        name = open_tops.pop()
+        if name in seen or PathFinder.find_spec(name, [str(folder)]) is None:
+            continue
+        seen.add(name)
+        path = folder / name
+        found = dict(_files(path, name) if path.is_dir() else _files(folder / f"{name}.py", name))
+        files |= found
+        for file in found.values():
+            open_tops += _imported(file)
+    return files
+
+
+def _files(path: Path, name: str) -> Iterator[tuple[str, Path]]:
+    """The Python files below `path`, or `path` itself, by the path they are imported from."""
+    if path.is_file():
+        yield path.name, path
+        return
+    for file in sorted(path.rglob("*.py")):
+        inside = file.relative_to(path)
+        if not any(part.startswith(".") for part in inside.parts) and file.is_file():
+            yield f"{name}/{inside.as_posix()}", file
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """The top-level modules that a file imports, as far as its text says so."""
+    if path.stat().st_size > _LARGEST:
+        raise BadEntry(f"{path}: more than {_LARGEST >> 20} MiB of source code.")
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return  # importing it says so
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
