@@ -449,8 +449,8 @@ def ranking(board: Leaderboard) -> str:
         f"Ranked by the accuracy with all draws {which}, with ties: two defenses differ only where "
         "a paired bootstrap over images of their difference says so, adjusted by Holm for all "
         f"pairs (at most {100 * ALPHA:.0f} % chance of any false order). A rank such as 2-4: one "
-        "defense is shown to be better, and from there to place 4 nothing tells them apart. Not to be told "
-        "apart isn't transitive. Controls stand last, without a rank."
+        "defense is shown to be better, and from there to place 4 nothing tells them apart. Not "
+        "to be told apart isn't transitive. Controls stand last, without a rank."
     )
 
 
