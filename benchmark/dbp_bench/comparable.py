@@ -186,6 +186,9 @@ def _defense_facts(result: Result) -> _Facts:
         "sites": sorted(result.sites),
         **{f"options.{key}": value for key, value in result.options.items()},
         **{f"provenance.weights.{key}": value for key, value in result.provenance.weights.items()},
+        **{
+            f"provenance.code.{key}": value for key, value in (result.provenance.code or {}).items()
+        },
         "network_calls.per_purification": result.network_calls.per_purification,
     }
 

@@ -1,0 +1,107 @@
+"""The badge of a defense's results: what somebody else verified of them, and how closely.
+
+The record of a verification lies beside the results and holds their hashes: results that were
+changed since, or added, are not covered by it. Never imports torch.
+"""
+
+import json
+from pathlib import Path
+from typing import Final, Literal, Self
+
+from pydantic import Field, ValidationError
+
+from dbp_bench.declaration import Strict, explain
+from dbp_bench.errors import BadResult
+from dbp_bench.result import write_atomically
+from dbp_bench.weights import digest
+
+Level = Literal["checked", "replayed", "re-attacked"]
+Badge = Literal["self-reported", "checked", "replayed", "re-attacked"]
+
+BADGES: Final[tuple[Badge, ...]] = ("self-reported", "checked", "replayed", "re-attacked")
+"""From the least to the most that stands behind a number."""
+FILE: Final = "verification.json"
+
+
+class Compared(Strict):
+    """Outcomes that were computed again, and how many of them are others than stated."""
+
+    outcomes: int = Field(ge=0)
+    differing: int = Field(ge=0)
+    allowed: int = Field(ge=0)
+    """Of those, how many may differ: 0 on the machine's own kind, else what rounding may change."""
+
+
+class Verification(Strict):
+    """What was verified of a bundle, by which version, and which result files that covers."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    level: Level
+    dbp_bench: str
+    """The version that verified."""
+    bundle: str
+    """sha256 of the bundle."""
+    track: str
+    defense: str
+    checks: list[str]
+    """What was looked at, in words."""
+    replay: Compared | None
+    attack: Compared | None
+    share: float | None
+    """Of the groups of images that were attacked again."""
+    device_name: str | None
+    """Of the machine that replayed or attacked."""
+    files: dict[str, str]
+    """sha256 of every result file, by its path below the defense's folder."""
+
+    def write(self, folder: Path) -> Path:
+        """Write the record into the defense's `folder` of results."""
+        path = folder / FILE
+        table = self.model_dump(mode="json", by_alias=True)
+        write_atomically(path, json.dumps(table, indent=1) + "\n")
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The record in the file at `path`.
+
+        Raises:
+            BadResult: It holds none.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise BadResult(f"{path}: not a verification: {explain(error, cls)}") from None
+        except OSError as error:
+            raise BadResult(f"{path}: {error.strerror}.") from None
+
+    def covers(self, folder: Path) -> bool:
+        """Whether the results it names are still those in the defense's `folder`, of all seeds."""
+        threats = {Path(name).parent.name for name in self.files}
+        there = {
+            path.relative_to(folder).as_posix()
+            for threat in threats
+            for path in (folder / threat).glob("seed-*.json")
+        }
+        return there == set(self.files) and all(
+            digest(folder / name) == sha256 for name, sha256 in self.files.items()
+        )
+
+
+def badge_of(folder: Path) -> Badge:
+    """The badge of the results in `folder` (``results/<track>/<defense>``).
+
+    Self-reported where there is no verification, or where a file that it covers was changed since.
+
+    Raises:
+        BadResult: The record of the verification can't be read, or is of another defense or track.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return "self-reported"
+    record = Verification.read(path)
+    if (record.track, record.defense) != (folder.absolute().parent.name, folder.absolute().name):
+        raise BadResult(
+            f"{path}: the verification of {record.defense} on {record.track}. Move it back."
+        )
+    return record.level if record.covers(folder) else "self-reported"

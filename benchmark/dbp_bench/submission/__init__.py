@@ -1,0 +1,1 @@
+"""How a defense gets onto a leaderboard: made, bundled, verified, moved."""

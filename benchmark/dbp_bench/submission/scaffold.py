@@ -1,0 +1,72 @@
+"""Starts a defense of one's own: an entry, a module and a README that already pass the checks."""
+
+import keyword
+import os
+import re
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from string import Template
+from tempfile import TemporaryDirectory
+from typing import Final
+
+from dbp_bench.errors import BadRequest
+from dbp_bench.registry import Registry
+
+TEMPLATE: Final = Path(__file__).parent / "template"
+_FILES: Final = {
+    "entry.yaml": "defenses/{entry}.yaml",
+    "module.py": "{module}.py",
+    "README.md": "README.md",
+}
+
+
+def names(name: str, registry: Registry) -> tuple[str, str]:
+    """The entry's name and the module's, of a defense called `name`: my-defense and my_defense.
+
+    Raises:
+        BadRequest: It can't be both, or is taken.
+    """
+    entry, module = name.replace("_", "-"), name.replace("-", "_")
+    if not re.fullmatch(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*", name) or len(name) > 60:
+        raise BadRequest(
+            f"{name[:80]!r}: give lower-case letters, digits and single underscores or dashes, "
+            "starting with a letter, such as my_defense."
+        )
+    if entry == "all" or entry in registry.defenses:
+        raise BadRequest(f"{name!r}: there is a defense of that name. Choose another one.")
+    if keyword.iskeyword(module) or module in sys.stdlib_module_names:
+        raise BadRequest(f"{name!r}: a word of Python, or a module of its library. Choose another.")
+    if find_spec(module) is not None:
+        raise BadRequest(f"{name!r}: an installed package is called {module}. Choose another name.")
+    return entry, module
+
+
+def new_defense(name: str, out: Path | None, registry: Registry) -> list[Path]:
+    """Write the folder of a new defense; all of it or nothing.
+
+    Returns:
+        The files.
+
+    Raises:
+        BadRequest: The name can't be taken, or the folder is there.
+    """
+    entry, module = names(name, registry)
+    out = out or Path(name)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadRequest(f"{out} exists. Choose another --out, or move it away.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    words = {"entry": entry, "module": module, "folder": out.as_posix()}
+    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        made = Path(scratch) / "new"
+        for source, target in _FILES.items():
+            text = (TEMPLATE / source).read_text(encoding="utf-8")
+            path = made / target.format(**words)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(Template(text).substitute(words), encoding="utf-8")
+        if out.is_dir():
+            out.rmdir()
+        os.replace(made, out)  # noqa: PTH105
+        shutil.rmtree(made, ignore_errors=True)
+    return sorted(path for path in out.rglob("*") if path.is_file())

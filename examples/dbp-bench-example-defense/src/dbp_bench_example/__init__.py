@@ -1,0 +1,1 @@
+"""An example of a defense outside dbp-bench."""

@@ -1,0 +1,952 @@
+"""A defense from its first line to its badge, and every bundle that must not get one."""
+
+import io
+import json
+import shutil
+import stat
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import dbp_bench.data
+from dbp_bench import __version__
+from dbp_bench import run as runner
+from dbp_bench.badge import FILE, Verification, badge_of
+from dbp_bench.comparable import read_record
+from dbp_bench.errors import BadEntry, BadRequest, BadResult, DbpError
+from dbp_bench.job import Overrides, plan
+from dbp_bench.registry import Registry
+from dbp_bench.submission import archive, bundle, scaffold, verify
+from dbp_bench.submission.archive import Manifest, Refused
+
+if TYPE_CHECKING:
+    from conftest import Command
+
+TRACK, NAME = "digits-linf", "my-defense"
+OWN = f"results/{TRACK}/{NAME}"
+NULL, EOT, DWBOX = (f"{OWN}/{threat}/seed-0.json" for threat in ("null", "eot", "dwbox"))
+IDS = dbp_bench.data.split_ids("digits", "test")[:12]
+Edit = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an author has."""
+
+    folder: Path
+    results: Path
+    bundle: Path
+
+    @property
+    def registry(self) -> Registry:
+        return Registry([self.folder], trust_code=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_and_clean() -> Iterator[None]:
+    """A track of 12 images, and code that counts as released."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dbp_bench.data, "split_ids", lambda *_: list(IDS))
+        patch.setattr(runner, "_git", lambda: (None, None))
+        patch.setattr(sys, "path", list(sys.path))
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The defense of ``new``, run under the protocol in groups of 4, and its bundle."""
+    top = tmp_path_factory.mktemp("author")
+    scaffold.new_defense("my_defense", top / "mine", Registry())
+    registry = Registry([top / "mine"], trust_code=True)
+    overrides = Overrides(batch_size=4)
+    for item in plan(registry, TRACK, [NAME], ["all"], seed=0, device="cpu", overrides=overrides):
+        if item.instead is None:
+            runner.execute(item.job, registry, top / "results", save_adversarial=True)
+    bundle.submit(registry, NAME, TRACK, top / "results", top / "bundle.zip")
+    return Made(top / "mine", top / "results", top / "bundle.zip")
+
+
+def forged(made: Made, out: Path, edit: Edit, *, remake: bool = True) -> Path:
+    """The bundle after `edit` of its files; `remake` makes its manifest anew, as a forger would."""
+    folder = out / "files"
+    with zipfile.ZipFile(made.bundle) as held:
+        held.extractall(folder)
+    edit(folder)
+    table = json.loads((folder / archive.MANIFEST).read_text())
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != archive.MANIFEST
+    }
+    if remake:
+        table["files"] = {name: archive.facts(path).model_dump() for name, path in files.items()}
+        results = [path for name, path in files.items() if Path(name).name.startswith("seed-")]
+        try:
+            records = [read_record(path) for path in results]
+            table["summary"] = {k: v.model_dump() for k, v in verify.summarise(records).items()}
+        except BadResult:
+            pass
+    archive.write(out / "forged.zip", Manifest.model_validate(table), files)
+    return out / "forged.zip"
+
+
+def rewrite(name: str, change: Callable[[dict[str, Any]], object]) -> Edit:
+    """Change a JSON file."""
+
+    def edit(folder: Path) -> None:
+        table = json.loads((folder / name).read_text())
+        change(table)
+        (folder / name).write_text(json.dumps(table))
+
+    return edit
+
+
+def every(change: Callable[[dict[str, Any]], object]) -> Edit:
+    """Change every result."""
+
+    def edit(folder: Path) -> None:
+        for path in folder.glob("results/*/*/*/seed-*.json"):
+            rewrite(str(path.relative_to(folder)), change)(folder)
+
+    return edit
+
+
+def flip(kind: str, image: int = 0, draw: int = 0) -> Callable[[dict[str, Any]], None]:
+    def change(table: dict[str, Any]) -> None:
+        table[kind][image][draw] = not table[kind][image][draw]
+
+    return change
+
+
+def verdict(path: Path, **more: Any) -> str:
+    """Why the bundle is refused; "" if it isn't."""
+    try:
+        with archive.opened(path) as held:
+            verify.check(held, **more)
+    except Refused as error:
+        return str(error)
+    return ""
+
+
+# ----------------------------------------------------------------------------------- round trip
+
+
+def test_the_new_defense_passes_its_checks(made: Made, command: "Command") -> None:
+    trusted = ["--entries", made.folder, "--trust-code"]
+    said = command("check", NAME, *trusted)
+    assert (said.code, said.err) == (0, "")
+    assert said.out.count("pass ") == 9
+    assert "FAIL" not in said.out
+    assert command("check-grad", NAME, "--images", "2", *trusted).code == 0
+
+
+MISTAKES = {
+    "noise of its own": (
+        "noise.normal(FORWARD, 0, images)",
+        "torch.randn_like(images)",
+        "Draw every number with noise.normal(site, step, like)",
+    ),
+    "undeclared site": (
+        "noise.normal(FORWARD, 0, images)",
+        '(noise.normal(FORWARD, 0, images) + noise.normal(Site("mine"), 0, images))',
+        "Declare sites: [forward, mine]",
+    ),
+    "cut gradient": ("self._blurred(noisy)", "self._blurred(noisy).detach()", "Look for no_grad"),
+    "shape": (".clamp(0, 1)", ".clamp(0, 1)[:, :, 1:]", "Return the shape and type that came in"),
+    "range": (".clamp(0, 1)", " * 2 - 1", "Map back from [-1, 1]"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_check_names_the_remedy(
+    mistake: str, tmp_path: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, remedy = MISTAKES[mistake]
+    module = f"mistaken_{mistake.replace(' ', '_')}"
+    scaffold.new_defense(module, tmp_path / "mine", Registry())
+    path = tmp_path / "mine" / f"{module}.py"
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    said = command(
+        "check", module.replace("_", "-"), "--entries", tmp_path / "mine", "--trust-code"
+    )
+    assert said.code == 1
+    assert remedy in "".join(line for line in said.out.splitlines() if line.startswith("FAIL"))
+
+
+def test_sites_that_entry_and_purifier_tell_differently(made: Made, tmp_path: Path) -> None:
+    entry = yaml.safe_load((made.folder / f"defenses/{NAME}.yaml").read_text())
+    (tmp_path / "defenses").mkdir()
+    (tmp_path / "defenses/two.yaml").write_text(
+        yaml.safe_dump({**entry, "sites": ["forward", "reverse"]})
+    )
+    registry = Registry([made.folder, tmp_path], trust_code=True)
+    with pytest.raises(BadEntry, match=r"sites: \['forward', 'reverse'\], but the purifier decl"):
+        registry.build_defense(registry.defense("two"), registry.track(TRACK))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "My",
+        "a b",
+        "../x",
+        "1st",
+        "addt",
+        "all",
+        "json",
+        "class",
+        "torch",
+        "a__b",
+        "-a",
+        "a" * 61,
+    ],
+)
+def test_names_that_no_defense_can_have(name: str, tmp_path: Path) -> None:
+    with pytest.raises(BadRequest) as refusal:
+        scaffold.new_defense(name, tmp_path / "out", Registry())
+    assert "\n" not in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_new_overwrites_nothing(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    with pytest.raises(BadRequest, match=r"exists\. Choose another --out"):
+        scaffold.new_defense("other", tmp_path / "out", Registry())
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["mine.txt"]
+
+
+def test_an_equal_bundle_has_equal_bytes(made: Made, tmp_path: Path) -> None:
+    bundle.submit(made.registry, NAME, TRACK, made.results, tmp_path / "again.zip")
+    assert (tmp_path / "again.zip").read_bytes() == made.bundle.read_bytes()
+
+
+def test_a_bundle_holds_all_that_the_results_come_from(made: Made) -> None:
+    with archive.opened(made.bundle) as held:
+        assert [name for name in held.files if name.startswith("entries/")] == [
+            f"entries/defenses/{NAME}.yaml",
+            "entries/my_defense.py",
+        ]
+        # With one site, forward known is everything known, and reverse known is nothing known.
+        results = [n for n in held.files if Path(n).name == "seed-0.json"]
+        assert [Path(n).parent.name for n in results] == ["dwbox", "eot", "null", "whitebox"]
+        for name in results:
+            assert f"{Path(name).parent}/adversarial-seed-0.safetensors" in held.files
+        robust = json.loads((held.folder / EOT).read_text())["robust"]
+        assert held.manifest.summary["eot"].robust == round(sum(map(sum, robust)) / (12 * 9), 6)
+
+
+def test_from_bundle_to_badge(made: Made, tmp_path: Path, command: "Command") -> None:
+    """Checked, replayed, attacked again: each record replaces the one that says less."""
+    results, own = tmp_path / "results", tmp_path / f"results/{TRACK}/{NAME}"
+    rerun = {
+        "checked": [],
+        "replayed": ["--replay", "--trust-code"],
+        "re-attacked": ["--attack", "0.1", "--trust-code"],
+    }
+    for badge, options in rerun.items():
+        sys.modules.pop("my_defense", None)
+        said = command("verify", made.bundle, "--into", results, "--device", "cpu", *options)
+        assert (said.code, said.err) == (0, "")
+        assert badge_of(own) == badge
+        assert "my_defense" not in sys.modules
+    assert f"{made.bundle}: re-attacked" in said.out
+    # A closer look at the same bundle stands.
+    assert command("verify", made.bundle, "--into", results).code == 0
+    assert badge_of(own) == "re-attacked"
+    record = Verification.read(own / FILE)
+    assert record.dbp_bench == __version__
+    assert record.attack is not None
+    # One group of 4: null, whitebox and eot each judge clean and adversarial images at 9 draws;
+    # dwbox at 3, and at 3 fresh ones.
+    assert record.attack.outcomes == 4 * (3 * 18 + 6 + 9)
+    assert (record.attack.differing, record.attack.allowed) == (0, 0)
+    assert set(record.files) == {f"{t}/seed-0.json" for t in ("dwbox", "eot", "null", "whitebox")}
+    assert {p.name for p in own.rglob("*") if p.is_file()} == {
+        *(FILE, "seed-0.json", "runtime-seed-0.json"),
+    }
+
+
+def test_a_replay_compares_every_outcome(made: Made) -> None:
+    with archive.opened(made.bundle) as held:
+        found = verify.check(held, trust_code=True)
+        seen = verify.replay(found, held, "cpu")
+    assert (seen.outcomes, seen.differing, seen.allowed) == (12 * (3 * 18 + 6 + 9), 0, 0)
+
+
+def test_code_runs_only_when_it_is_trusted(made: Made, command: "Command") -> None:
+    sys.modules.pop("my_defense", None)
+    assert command("verify", made.bundle).code == 0
+    for option in (["--replay"], ["--attack", "0.5"]):
+        said = command("verify", made.bundle, *option)
+        assert (said.code, said.out) == (2, "")
+        assert "runs the bundle's own code (my_defense). Read it; add --trust-code" in said.err
+    assert "my_defense" not in sys.modules
+
+
+def test_a_replay_runs_the_code_of_the_bundle(made: Made, tmp_path: Path) -> None:
+    """Not that of a module of the same name which is imported already, or installed."""
+    (tmp_path / "my_defense.py").write_text("def build(*, level, blur): raise ValueError('other')")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        import my_defense as other  # type: ignore[import-not-found]
+
+        with archive.opened(made.bundle) as held:
+            found = verify.check(held, trust_code=True)
+            assert verify.replay(found, held, "cpu").differing == 0
+        assert sys.modules["my_defense"] is other
+    sys.modules.pop("my_defense")
+
+
+def test_shares_of_groups() -> None:
+    assert verify.chosen_groups(6, 0.1, "a") == verify.chosen_groups(6, 0.1, "a")
+    assert [len(verify.chosen_groups(20, s, "a")) for s in (0.01, 0.1, 0.5, 1)] == [1, 2, 10, 20]
+    chosen = {tuple(verify.chosen_groups(6, 0.1, str(i))) for i in range(50)}
+    assert chosen == {(i,) for i in range(6)}
+
+
+@pytest.mark.parametrize("share", ["0", "-1", "1.1", "nan"])
+def test_no_share(share: str, made: Made, command: "Command") -> None:
+    said = command("verify", made.bundle, f"--attack={share}", "--trust-code")
+    assert said.code == 2
+    assert "a share of the images" in said.err
+
+
+# -------------------------------------------------------------------------------- what is missing
+
+
+def test_submit_says_what_is_missing(made: Made, tmp_path: Path, command: "Command") -> None:
+    def said(results: Path) -> str:
+        found = command(
+            *("submit", NAME, "--entries", made.folder, "--results", results),
+            *("--out", tmp_path / "out.zip"),
+        )
+        assert (found.code, found.out) == (2, "")
+        assert found.err.count("\n") == 1
+        assert [p.name for p in tmp_path.iterdir() if p.name != "results"] == []
+        return found.err
+
+    empty = said(tmp_path / "results")
+    assert "no result for dwbox, eot, null, whitebox (the null attack), seed 0" in empty
+    assert f"dbp-bench run --defense {NAME} --threat dwbox,eot,null,whitebox --track" in empty
+    assert "--save-adversarial" in empty
+    assert "--trust-code" in empty
+    held = tmp_path / "results"
+    shutil.copytree(made.results, held)
+    (held / TRACK / NAME / "eot/adversarial-seed-0.safetensors").unlink()
+    lacking = said(held)
+    assert "its adversarial images were not saved" in lacking
+    assert "--threat eot --track digits-linf --seed 0 --save-adversarial" in lacking
+    assert "--batch-size 4" in lacking
+    shutil.rmtree(held / TRACK / NAME / "null")
+    assert "no result for null (the null attack)" in said(held)
+
+
+def test_submit_refuses_results_of_other_code(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(made.folder)])
+    monkeypatch.delitem(sys.modules, "my_defense", raising=False)
+    shutil.copytree(made.folder, tmp_path / "mine")
+    with (tmp_path / "mine/my_defense.py").open("a") as file:
+        file.write("\n# changed since\n")
+    with pytest.raises(BadRequest, match="holds another request: code is"):
+        bundle.submit(
+            Registry([tmp_path / "mine"]), NAME, TRACK, made.results, tmp_path / "out.zip"
+        )
+    assert not (tmp_path / "out.zip").exists()
+
+
+def test_submit_refuses_what_a_verifier_would(made: Made, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    shutil.copytree(made.results, results)
+    name = NULL.removeprefix("results/")
+    rewrite(name, flip("robust"))(results)
+    with pytest.raises(Refused, match="doesn't reproduce the clean accuracy"):
+        bundle.submit(made.registry, NAME, TRACK, results, tmp_path / "out.zip")
+    assert [p.name for p in tmp_path.iterdir()] == ["results"]
+
+
+def test_submit_overwrites_only_if_asked(made: Made, tmp_path: Path) -> None:
+    out = tmp_path / "out.zip"
+    out.write_text("mine")
+    with pytest.raises(BadRequest, match="exists"):
+        bundle.submit(made.registry, NAME, TRACK, made.results, out)
+    assert out.read_text() == "mine"
+    bundle.submit(made.registry, NAME, TRACK, made.results, out, force=True)
+    assert out.read_bytes() == made.bundle.read_bytes()
+
+
+def test_submit_prints_a_pull_request(made: Made, tmp_path: Path, command: "Command") -> None:
+    out = tmp_path / "out.zip"
+    said = command(
+        "submit", NAME, "--entries", made.folder, "--results", made.results, "--out", out
+    )
+    assert (said.code, said.err) == (0, "")
+    assert f"Title: Submit {NAME} on {TRACK}" in said.out
+    assert archive.facts(out).sha256 in said.out
+    assert "| dwbox |" in said.out
+    assert command("submit", NAME, "--out", tmp_path / "x.tar").code == 2
+
+
+def test_the_protocol_of_a_defense_with_two_sites_has_six_threat_models() -> None:
+    planned = verify.required(Registry(), TRACK, "ddpm", 0)
+    threats = {"null", "whitebox", "eot", "dw-fwd", "dw-rev", "dwbox"}
+    assert set(verify.missing(planned, set())) == threats
+    assert verify.missing(planned, threats - {"dw-rev"}) == ["dw-rev"]
+    # DDIM draws forward noise only: forward known is everything known, under either name.
+    planned = verify.required(Registry(), TRACK, "ddim", 0)
+    assert set(verify.missing(planned, set())) == {"null", "whitebox", "eot", "dwbox"}
+    assert verify.missing(planned, {"null", "whitebox", "dw-rev", "dw-fwd"}) == []
+
+
+# -------------------------------------------------------------------------------- forged bundles
+
+
+def _drop(*names: str) -> Edit:
+    def edit(folder: Path) -> None:
+        for name in names:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return edit
+
+
+def _then(*edits: Edit) -> Edit:
+    def edit(folder: Path) -> None:
+        for each in edits:
+            each(folder)
+
+    return edit
+
+
+def _entry(change: Callable[[dict[str, Any]], object]) -> Edit:
+    def edit(folder: Path) -> None:
+        path = folder / f"entries/defenses/{NAME}.yaml"
+        table = yaml.safe_load(path.read_text())
+        change(table)
+        path.write_text(yaml.safe_dump(table))
+
+    return edit
+
+
+def _append(name: str, text: str) -> Edit:
+    def edit(folder: Path) -> None:
+        with (folder / name).open("a") as file:
+            file.write(text)
+
+    return edit
+
+
+def _images(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Edit:
+    def edit(folder: Path) -> None:
+        path = runner.adversarial_path(folder / name)
+        with safe_open(path, "pt") as held:
+            metadata = held.metadata()
+        tensors = load_file(path)
+        save_file({**tensors, "images": change(tensors["images"])}, path, metadata)
+
+    return edit
+
+
+def _copy(source: str, target: str) -> Edit:
+    def edit(folder: Path) -> None:
+        (folder / target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / source, folder / target)
+
+    return edit
+
+
+def _move_seed(folder: Path) -> None:
+    for path in folder.glob("results/*/*/*/*seed-0*"):
+        path.rename(path.with_name(path.name.replace("seed-0", "seed-7")))
+    for path in folder.glob("results/*/*/*/seed-7.json"):
+        rewrite(str(path.relative_to(folder)), lambda t: t.update(seed=7))(folder)
+
+
+def _outside_ball(images: torch.Tensor) -> torch.Tensor:
+    images = images.clone()
+    images[0, 3, 0, 2, 2] = (images[0, 3, 0, 2, 2] + 0.5) % 1
+    return images
+
+
+FORGERIES: dict[str, tuple[Edit, str]] = {
+    "null attack left out": (_drop(f"{OWN}/null"), "the null attack (threat 'null') is missing"),
+    "threat left out": (_drop(f"{OWN}/eot"), "threat models missing for seed 0: eot"),
+    "no results": (_drop("results"), "no results in it"),
+    "no entry": (_drop(f"entries/defenses/{NAME}.yaml"), "the entry is missing"),
+    "no source": (_drop("entries/my_defense.py"), "the source of my_defense"),
+    "no images": (
+        _drop(f"{OWN}/eot/adversarial-seed-0.safetensors"),
+        "its adversarial images are missing",
+    ),
+    "chosen seed": (_move_seed, "seeds 7: must be 0"),
+    "another threat": (
+        _then(
+            _copy(EOT, f"{OWN}/lf/seed-0.json"),
+            _copy(
+                f"{OWN}/eot/adversarial-seed-0.safetensors",
+                f"{OWN}/lf/adversarial-seed-0.safetensors",
+            ),
+            rewrite(f"{OWN}/lf/seed-0.json", lambda t: t.update(threat="lf")),
+        ),
+        "not a threat model of the protocol",
+    ),
+    "result of another defense": (
+        rewrite(EOT, lambda t: t.update(defense="ddpm")),
+        "says that it is results/digits-linf/ddpm",
+    ),
+    "other schema": (rewrite(EOT, lambda t: t.update(schema=0)), "schema 0, this version reads 1"),
+    "missing key": (rewrite(EOT, lambda t: t.pop("draws")), "eot/seed-0.json: draws"),
+    "weaker attack, said": (
+        rewrite(EOT, lambda t: (t["effort"].update(steps=1), t.update(overrides=["steps"]))),
+        "set against the protocol: steps",
+    ),
+    "weaker attack, not said": (
+        rewrite(EOT, lambda t: t["effort"].update(steps=1)),
+        "not as the protocol says: effort",
+    ),
+    "knows less": (
+        rewrite(DWBOX, lambda t: t.update(knows=[], fresh=None)),
+        "not as the protocol says: knows",
+    ),
+    "smaller ball": (rewrite(EOT, lambda t: t.update(eps=0.1)), "not as the protocol says: eps"),
+    "other sites": (
+        every(lambda t: t.update(sites=["forward", "reverse"])),
+        "attacked another process than it defended: its sites",
+    ),
+    "other options": (
+        rewrite(EOT, lambda t: t["options"].update(level=0.1)),
+        "attacked another process than it defended: its options",
+    ),
+    "other classifier": (
+        rewrite(EOT, lambda t: t["provenance"]["weights"].update(classifier="0" * 64)),
+        "attacked another process than it defended: its weights",
+    ),
+    "entry changed": (
+        _entry(lambda t: t.update(title="Better")),
+        "made with another defense entry",
+    ),
+    "entry with other sites": (
+        _entry(lambda t: t.update(sites=["forward", "mine"])),
+        "attacked another process than it defended: its sites",
+    ),
+    "another track entry": (
+        rewrite(EOT, lambda t: t["provenance"]["entries"].update(track="0" * 64)),
+        "made with another track entry",
+    ),
+    "code changed": (
+        _append("entries/my_defense.py", "\n# better\n"),
+        "made with other code than the source of my_defense",
+    ),
+    "code not recorded": (
+        every(lambda t: t["provenance"].pop("code")),
+        "made with other code than the source of my_defense",
+    ),
+    "uncommitted changes": (
+        rewrite(EOT, lambda t: t["provenance"].update(dirty=True, commit="c0ffee")),
+        "changes that were not committed",
+    ),
+    "another version": (
+        rewrite(EOT, lambda t: t["provenance"].update(dbp_bench="0.0.9")),
+        "made with dbp-bench 0.0.9; this one can verify",
+    ),
+    "mixed commits": (
+        rewrite(EOT, lambda t: t["provenance"].update(commit="c0ffee", dirty=False)),
+        "different versions or commits",
+    ),
+    "other data": (
+        rewrite(EOT, lambda t: t["provenance"].update(data="0" * 64)),
+        "cannot stand in one leaderboard: provenance.data",
+    ),
+    "other data everywhere": (
+        every(lambda t: t["provenance"].update(data="0" * 64)),
+        "its data, or its labels, are not those of the track",
+    ),
+    "other labels everywhere": (
+        every(lambda t: t["labels"].reverse()),
+        "its data, or its labels, are not those of the track",
+    ),
+    "other images": (
+        every(lambda t: t["ids"].reverse()),
+        "not exactly the 12 of track digits-linf, in order",
+    ),
+    "fewer images": (
+        every(
+            lambda t: t.update(
+                {k: t[k] and t[k][:8] for k in ("ids", "labels", "clean", "robust", "fresh")},
+                zero_gradient=t["zero_gradient"] and t["zero_gradient"][:8],
+            )
+        ),
+        "8 images, not exactly the 12",
+    ),
+    "fewer draws": (
+        rewrite(
+            EOT,
+            lambda t: t.update(
+                draws=t["draws"][:8],
+                clean=[row[:8] for row in t["clean"]],
+                robust=[row[:8] for row in t["robust"]],
+            ),
+        ),
+        "draws [0, 1, 2, 3, 4, 5, 6, 7], not 0 ... 8",
+    ),
+    "null outcome flipped": (
+        rewrite(NULL, flip("robust")),
+        "the null attack doesn't reproduce the clean accuracy",
+    ),
+    "clean outcome flipped": (rewrite(DWBOX, flip("clean")), "other clean outcomes at the same"),
+    "image outside the ball": (_images(EOT, _outside_ball), "images outside the budget"),
+    "image outside the box": (_images(EOT, lambda x: x + 1e-3), "images outside the budget"),
+    "an image left out": (_images(EOT, lambda x: x[:, :8]), "images of shape"),
+    "a known draw left out": (
+        _images(DWBOX, lambda x: x[:2]),
+        "2 x 12 adversarial images, not 3 x 12",
+    ),
+    "images of another request": (
+        _copy(
+            f"{OWN}/whitebox/adversarial-seed-0.safetensors",
+            f"{OWN}/eot/adversarial-seed-0.safetensors",
+        ),
+        "holds another request: threat is",
+    ),
+    "entry that is no YAML": (_append(f"entries/defenses/{NAME}.yaml", "\n]["), "not YAML"),
+    "entry that is too large": (
+        _append(f"entries/defenses/{NAME}.yaml", "#" * (1 << 18)),
+        "larger than an entry is",
+    ),
+    "entry that expands": (
+        _append(f"entries/defenses/{NAME}.yaml", "\na: &a [x]\nb: *a\n"),
+        "uses aliases",
+    ),
+    "stray file": (_append("entries/notes.txt", "x"), "entries/notes.txt: not a file of a bundle"),
+    "stray code": (_append("entries/other.py", "x = 1"), "neither names nor imports"),
+    "stray weights": (_append("entries/w.safetensors", "x"), "not weights that the entry names"),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_forged_bundle_is_refused(forgery: str, made: Made, tmp_path: Path) -> None:
+    edit, reason = FORGERIES[forgery]
+    found = verdict(forged(made, tmp_path, edit))
+    assert reason in found
+    assert "\n" not in found
+    assert str(tmp_path.parent) not in found
+    assert "dbp-bundle-" not in found
+
+
+def test_a_bundle_that_is_only_packed_anew_passes(made: Made, tmp_path: Path) -> None:
+    again = forged(made, tmp_path, lambda _: None)
+    assert again.read_bytes() == made.bundle.read_bytes()
+    assert verdict(again) == ""
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (rewrite(EOT, flip("robust")), "edited by hand after the bundle was made"),
+        (_append("entries/my_defense.py", "#"), "edited by hand after the bundle was made"),
+        (_drop(EOT), "listed but not there"),
+        (_append("entries/more.py", "#"), "there but not listed"),
+    ],
+)
+def test_a_hand_is_seen_by_the_manifest(
+    edit: Edit, reason: str, made: Made, tmp_path: Path
+) -> None:
+    assert reason in verdict(forged(made, tmp_path, edit, remake=False))
+
+
+def test_stated_accuracies_are_computed_again(made: Made, tmp_path: Path) -> None:
+    def better(table: dict[str, Any]) -> None:
+        table["summary"]["eot"]["robust"] = 0.99
+
+    found = forged(made, tmp_path, rewrite(archive.MANIFEST, better), remake=False)
+    assert "states other accuracies for 'eot'" in verdict(found)
+
+    def more(table: dict[str, Any]) -> None:
+        table["summary"]["lf"] = table["summary"]["eot"]
+
+    found = forged(made, tmp_path / "more", rewrite(archive.MANIFEST, more), remake=False)
+    assert "states accuracies of results that aren't there" in verdict(found)
+
+
+def refused(path: Path, how: Callable[[verify.Verified, archive.Bundle], object]) -> str:
+    """Why a bundle that passes the checks is refused by `how`; "" if it isn't."""
+    with archive.opened(path) as held:
+        found = verify.check(held, trust_code=True)
+        try:
+            how(found, held)
+        except Refused as error:
+            return str(error)
+    return ""
+
+
+def replayed(found: verify.Verified, held: archive.Bundle) -> object:
+    return verify.replay(found, held, "cpu")
+
+
+def attacked(found: verify.Verified, held: archive.Bundle) -> object:
+    return verify.attack(found, held, 1.0, "cpu")
+
+
+def test_one_flipped_outcome_is_found_by_replaying(made: Made, tmp_path: Path) -> None:
+    """With the manifest made anew, nothing else contradicts it: `checked` doesn't see it."""
+    path = forged(made, tmp_path, rewrite(EOT, flip("robust", 5, 3)))
+    reason = "eot/seed-0.json: computed again, 1 of 216 outcomes are others than it says (0 may be"
+    assert reason in refused(path, replayed)
+    reason = "eot/seed-0.json: computed again, 1 of 216 outcomes"
+    assert reason in refused(path, attacked)
+
+
+def test_one_flipped_fresh_outcome_is_found_by_replaying(made: Made, tmp_path: Path) -> None:
+    def edit(table: dict[str, Any]) -> None:
+        table["fresh"][2][1][0] = not table["fresh"][2][1][0]
+
+    path = forged(made, tmp_path, rewrite(DWBOX, edit))
+    assert "dwbox/seed-0.json: computed again, 1 of 180 outcomes" in refused(path, replayed)
+
+
+def test_a_weak_attack_is_found_only_by_attacking(made: Made, tmp_path: Path) -> None:
+    """Clean images called adversarial, with their own outcomes: nothing else can tell."""
+
+    def edit(folder: Path) -> None:
+        clean = load_file(runner.adversarial_path(folder / NULL))["images"]
+        _images(EOT, lambda _: clean)(folder)
+        rewrite(EOT, lambda t: t.update(robust=t["clean"]))(folder)
+
+    path = forged(made, tmp_path, edit)
+    assert refused(path, replayed) == ""
+    assert "eot/seed-0.json: computed again" in refused(path, attacked)
+
+
+def test_other_images_of_equal_outcomes_are_found_by_attacking(made: Made, tmp_path: Path) -> None:
+    def edit(folder: Path) -> None:
+        clean = load_file(runner.adversarial_path(folder / NULL))["images"]
+        _images(EOT, lambda images: images + 1e-5 * (clean - images))(folder)
+
+    path = forged(made, tmp_path, edit)
+    assert "it finds other images" in refused(path, attacked)
+
+
+def test_on_another_machine_rounding_is_allowed_for(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "device_name", lambda _: "another")
+    one = forged(made, tmp_path / "one", rewrite(EOT, flip("robust", 5, 3)))
+    assert refused(one, replayed) == ""
+
+    def edit(table: dict[str, Any]) -> None:
+        for draw in range(6):
+            flip("robust", 5, draw)(table)
+
+    six = forged(made, tmp_path / "six", rewrite(EOT, edit))
+    # 2 % of 216, rounded up.
+    assert "6 of 216 outcomes are others than it says (5 may be" in refused(six, replayed)
+
+
+def test_an_accuracy_that_fresh_draws_deny(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where each outcome is allowed for: wrong everywhere by more than four errors."""
+    monkeypatch.setattr(verify, "device_name", lambda _: "another")
+    monkeypatch.setattr(verify, "TOLERATED", 1.0)
+    path = forged(
+        made, tmp_path, rewrite(EOT, lambda t: t.update(robust=[[not c for c in [False] * 9]] * 12))
+    )
+    assert "further apart than 4 standard errors" in refused(path, replayed)
+
+
+def test_a_defense_that_ships_keeps_its_name(made: Made, tmp_path: Path) -> None:
+    entries = tmp_path / "entries/defenses"
+    entries.mkdir(parents=True)
+    entry = (made.folder / f"defenses/{NAME}.yaml").read_text()
+    (entries / f"{NAME}.yaml").write_text(entry)
+    assert verdict(made.bundle, entries=[entries.parent]) == ""
+    (entries / f"{NAME}.yaml").write_text(entry + "\n# of someone else\n")
+    assert "there is another defense called" in verdict(made.bundle, entries=[entries.parent])
+
+
+def test_versions_that_can_be_verified() -> None:
+    assert __version__ in verify.ACCEPTED
+
+
+# ----------------------------------------------------------------------------- hostile archives
+
+
+def _zip(out: Path, write: Callable[[zipfile.ZipFile], object]) -> Path:
+    with zipfile.ZipFile(out / "hostile.zip", "w") as held:
+        write(held)
+    return out / "hostile.zip"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../out.txt",
+        "/out.txt",
+        "a/../../out.txt",
+        "a\\..\\out.txt",
+        "C:out",
+        "a//b",
+        ".hidden",
+        "a/",
+    ],
+)
+def test_a_path_that_leaves_its_folder(
+    name: str, tmp_path: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    path = _zip(tmp_path, lambda z: z.writestr(name, "x"))
+    said = command("verify", path)
+    assert (said.code, said.err) == (1, "")
+    assert "a path that leaves the bundle's folder, or isn't plain" in said.out
+    assert said.out.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["hostile.zip", "scratch"]
+
+
+def test_a_link(tmp_path: Path) -> None:
+    info = zipfile.ZipInfo("link")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    assert "a link or a special file" in verdict(_zip(tmp_path, lambda z: z.writestr(info, "/etc")))
+
+
+def test_a_compressed_file_is_no_bomb(tmp_path: Path) -> None:
+    path = _zip(tmp_path, lambda z: z.writestr("bomb", b"\0" * (1 << 20), zipfile.ZIP_DEFLATED))
+    assert path.stat().st_size < 4096
+    assert "bomb: compressed; a bundle stores its files" in verdict(path)
+
+
+def test_files_that_overlap(tmp_path: Path) -> None:
+    """Two names for one run of bytes: larger inside than out."""
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as held:
+        held.writestr("a" * 8, b"x" * 5000)
+        held.writestr("b" * 8, b"y")
+    raw = bytearray(whole.getvalue())
+    # The central directory's second record: sizes, and where the file begins.
+    first = raw.index(b"PK\x01\x02")
+    second = raw.index(b"PK\x01\x02", first + 4)
+    raw[second + 16 : second + 28] = raw[first + 16 : first + 28]
+    raw[second + 42 : second + 46] = raw[first + 42 : first + 46]
+    (tmp_path / "overlap.zip").write_bytes(raw)
+    assert "its files overlap" in verdict(tmp_path / "overlap.zip")
+
+
+def test_a_name_that_stands_twice(tmp_path: Path) -> None:
+    def write(held: zipfile.ZipFile) -> None:
+        held.writestr("A", "1")
+        held.writestr("a", "2")
+
+    assert "stands twice" in verdict(_zip(tmp_path, write))
+
+
+def test_a_file_that_is_also_a_folder(tmp_path: Path) -> None:
+    def write(held: zipfile.ZipFile) -> None:
+        held.writestr("a", "1")
+        held.writestr("a/b", "2")
+
+    assert "both a file and a folder" in verdict(_zip(tmp_path, write))
+
+
+def test_archives_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "no.zip"
+    path.write_text("no")
+    assert "not a sound zip archive" in verdict(path)
+    assert "no manifest.json" in verdict(_zip(tmp_path, lambda z: z.writestr("a", "")))
+    for text in ("[", "[]", '{"schema": 2}', "[" * 100_000):
+        with zipfile.ZipFile(tmp_path / "manifest.zip", "w") as held:
+            held.writestr("manifest.json", text)
+        assert "manifest.json: " in verdict(tmp_path / "manifest.zip")
+    with pytest.raises(BadRequest, match="no such file"):
+        verdict(tmp_path / "nowhere.zip")
+    monkeypatch.setattr(archive, "MOST_FILES", 0)
+    assert "1 files, more than 0" in verdict(_zip(tmp_path, lambda z: z.writestr("a", "")))
+    monkeypatch.setattr(archive, "LARGEST", 1)
+    assert "more than the" in verdict(path)
+
+
+def test_a_damaged_bundle(made: Made, tmp_path: Path) -> None:
+    raw = bytearray(made.bundle.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (tmp_path / "damaged.zip").write_bytes(raw)
+    assert "not a sound zip archive" in verdict(tmp_path / "damaged.zip")
+    (tmp_path / "cut.zip").write_bytes(made.bundle.read_bytes()[:-1000])
+    assert "not a sound zip archive" in verdict(tmp_path / "cut.zip")
+
+
+# -------------------------------------------------------------------------------------- the badge
+
+
+@pytest.fixture
+def placed(made: Made, tmp_path: Path) -> Path:
+    """A folder of results with a verification."""
+    with archive.opened(made.bundle) as held:
+        record = verify.record_of(verify.check(held), held)
+        verify.place(held, record, tmp_path / "results")
+    return tmp_path / f"results/{TRACK}/{NAME}"
+
+
+def test_a_badge_is_lost_with_the_results_it_was_given_to(placed: Path) -> None:
+    assert badge_of(placed) == "checked"
+    path = placed / "eot/seed-0.json"
+    held = path.read_bytes()
+    path.write_bytes(held + b"\n")
+    assert badge_of(placed) == "self-reported"
+    path.write_bytes(held)
+    assert badge_of(placed) == "checked"
+    (placed / "eot/seed-1.json").write_bytes(held)
+    assert badge_of(placed) == "self-reported"
+    (placed / "eot/seed-1.json").unlink()
+    path.unlink()
+    assert badge_of(placed) == "self-reported"
+
+
+def test_a_badge_of_another_defense_or_none(placed: Path) -> None:
+    moved = placed.with_name("other")
+    placed.rename(moved)
+    with pytest.raises(BadResult, match="the verification of my-defense"):
+        badge_of(moved)
+    (moved / FILE).write_text('{"level": "checked"}')
+    with pytest.raises(BadResult, match="not a verification"):
+        badge_of(moved)
+    (moved / FILE).unlink()
+    assert badge_of(moved) == "self-reported"
+
+
+def test_results_are_not_replaced_unless_asked(made: Made, placed: Path) -> None:
+    path = placed / "eot/seed-0.json"
+    path.write_text("mine")
+    results = placed.parents[1]
+    with archive.opened(made.bundle) as held:
+        record = verify.record_of(verify.check(held), held)
+        with pytest.raises(BadRequest, match="holds another result"):
+            verify.place(held, record, results)
+        assert path.read_text() == "mine"
+        verify.place(held, record, results, force=True)
+    assert badge_of(placed) == "checked"
+
+
+def test_a_refused_bundle_places_nothing(made: Made, tmp_path: Path, command: "Command") -> None:
+    path = forged(made, tmp_path / "x", _drop(f"{OWN}/null"))
+    said = command("verify", path, "--into", tmp_path / "results", "--json")
+    assert said.code == 1
+    assert "the null attack" in json.loads(said.out)["refused"]
+    assert not (tmp_path / "results").exists()
+
+
+def test_refusals_are_errors_of_ours() -> None:
+    assert issubclass(Refused, DbpError)
