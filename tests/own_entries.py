@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from dbp_bench.registry import Registry
+
 
 def folder(
     path: Path,
@@ -22,6 +24,12 @@ def folder(
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(yaml.safe_dump(table))
     return path
+
+
+def on_digits(registry: Registry) -> list[str]:
+    """The defenses with a setting for digits-linf, whose weights ship with the package."""
+    entries = {name: registry.defense(name).entry for name in sorted(registry.defenses)}
+    return [n for n, e in entries.items() if any("digits-linf" in s.tracks for s in e.settings)]
 
 
 def toy_defense(factory: str, sites: list[str], **options: Any) -> dict[str, Any]:

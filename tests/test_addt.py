@@ -6,14 +6,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dbp_bench.noise import Site, Tape
-from dbp_bench.purifiers.schedule import Schedule
 from dbp_bench.training import diffusion
-from dbp_bench.training.diffusion import ADDT, classification, noise_prediction
+from dbp_bench.training.diffusion import ADDT, classification, denoising, fooling
 from dbp_bench.training.diffusion import rank_based_gaussian as rbgm
 from dbp_bench.training.loop import Batch
+from dbp_bench.training.processes import DDPM, Level
 from toys import MixtureDenoiser, Small, SmallDenoiser, discrete_signal, normal, uniform
 
-PAPER = ADDT(lambda_unit=0.03, lambda_max=0.3, rounds=5, levels=1000)
+PAPER = ADDT(lambda_unit=0.03, lambda_max=0.3, rounds=5, process=DDPM())
 NOISE, START = Site("noise"), Site("start")
 
 
@@ -25,6 +25,10 @@ def batch(n: int = 6, iteration: int = 0) -> Batch:
 def signal_at(*steps: int) -> Tensor:
     """Signal ``(b, 1, 1, 1)`` of 0-based steps."""
     return torch.tensor([discrete_signal(t + 1) for t in steps]).view(-1, 1, 1, 1)
+
+
+def level_at(*steps: int) -> Level:
+    return DDPM().at(torch.tensor(steps, dtype=torch.float32))
 
 
 # ------------------------------------------------------------------------------------- RBGM
@@ -60,9 +64,9 @@ def test_rbgm_knows_the_ranks_alone() -> None:
 
 def test_the_share_of_the_adversarial_part() -> None:
     """lambda_t = clip(0.03 sqrt(a / (1 - a)), 0, 0.3): .170, .088, .042, .009 and the cap."""
-    share = PAPER.share(signal_at(50, 100, 200, 500)).flatten().tolist()
+    share = PAPER.share(level_at(50, 100, 200, 500).ratio).flatten().tolist()
     assert share == pytest.approx([0.170, 0.088, 0.042, 0.009], abs=6e-4)
-    all_shares = PAPER.share(signal_at(*range(1000))).flatten()
+    all_shares = PAPER.share(level_at(*range(1000)).ratio).flatten()
     capped = (all_shares == torch.tensor(0.3)).nonzero().flatten().tolist()
     assert capped == list(range(27)), "the cap is active for t <= 26"
     assert bool((all_shares.diff() <= 0).all())
@@ -71,8 +75,9 @@ def test_the_share_of_the_adversarial_part() -> None:
 
 def test_below_the_cap_the_perturbation_has_one_size_in_image_space() -> None:
     """0.03 in [-1, 1] units, 3.8 / 255 in [0, 1]; less where the cap is active."""
-    signal = signal_at(0, 10, 27, 100, 500, 999)
-    size = (PAPER.share(signal) * ((1 - signal) / signal).sqrt()).flatten()
+    steps = (0, 10, 27, 100, 500, 999)
+    signal = signal_at(*steps)
+    size = (PAPER.share(level_at(*steps).ratio) * ((1 - signal) / signal).sqrt()).flatten()
     torch.testing.assert_close(size[2:], torch.full((4,), 0.03))
     assert (size[:2] / 2 * 255).tolist() == pytest.approx([0.4, 1.8], abs=0.05)
     assert float(size[2]) / 2 * 255 == pytest.approx(3.8, abs=0.03)
@@ -116,7 +121,7 @@ def test_cgpo_sums_the_raw_gradients_of_its_rounds(monkeypatch: pytest.MonkeyPat
     denoiser, classifier, given = SmallDenoiser(), Small(), batch()
     steps = (5, 20, 50, 100, 200, 400)
     signal, t = signal_at(*steps), torch.tensor(steps, dtype=torch.float32)
-    found = PAPER.perturb(denoiser, classifier, given, t, signal)
+    found = PAPER.perturb(denoiser, fooling(classifier), given, level_at(*steps))
     assert len(traced.out) == 5
     assert torch.equal(found, traced.out[-1]), "the last round's perturbation, not drawn again"
 
@@ -143,8 +148,7 @@ def test_cgpo_sums_the_raw_gradients_of_its_rounds(monkeypatch: pytest.MonkeyPat
 def test_cgpo_leaves_no_gradient_anywhere() -> None:
     denoiser, classifier, given = SmallDenoiser(), Small(), batch()
     steps = (5, 20, 50, 100, 200, 400)
-    t = torch.tensor(steps, dtype=torch.float32)
-    found = PAPER.perturb(denoiser, classifier, given, t, signal_at(*steps))
+    found = PAPER.perturb(denoiser, fooling(classifier), given, level_at(*steps))
     weights = [*denoiser.parameters(), *classifier.parameters()]
     assert all(w.requires_grad for w in weights), "nothing is frozen for good"
     assert all(w.grad is None for w in weights)
@@ -156,18 +160,18 @@ def gain(rounds: int, n: int = 200) -> tuple[float, float]:
     means = torch.stack([torch.full((1, 4, 4), value) for value in (-0.4, 0.4)])
     denoiser, classifier, given = MixtureDenoiser(means, 0.3), Small(), batch(n)
     signal, t = signal_at(*[20] * n), torch.full((n,), 20.0)
-    addt = ADDT(lambda_unit=0.03, lambda_max=0.3, rounds=rounds, levels=1000)
+    addt = ADDT(lambda_unit=0.03, lambda_max=0.3, rounds=rounds, process=DDPM())
     x = 2 * given.images - 1
     noise = given.tape.normal(Site("fresh"), 0, x)
 
     @torch.no_grad()
     def loss(perturbation: Tensor) -> Tensor:
-        mixed = addt.mix(noise, perturbation, addt.share(signal))
+        mixed = addt.mix(noise, perturbation, addt.share(level_at(20).ratio))
         z = signal.sqrt() * x + (1 - signal).sqrt() * mixed
         x0 = (z - (1 - signal).sqrt() * denoiser(z, t)) / signal.sqrt()
         return F.cross_entropy(classifier((x0 + 1) / 2), given.labels, reduction="none")
 
-    found = addt.perturb(denoiser, classifier, given, t, signal)
+    found = addt.perturb(denoiser, fooling(classifier), given, level_at(*[20] * n))
     gains = loss(found) - loss(given.tape.normal(Site("random"), 0, x))
     return float(gains.mean()), float(gains.std()) / n**0.5
 
@@ -203,16 +207,17 @@ def noise_shown(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
 def test_addt_predicts_the_whole_mixed_noise() -> None:
     """The target of equation 8 is what the network was shown, adversarial part and all."""
     zero, given = Zero(), batch()
-    loss = PAPER.loss(zero, Small())(given)
+    loss = PAPER.loss(zero, fooling(Small()))(given)
     assert len(zero.seen) == 5 + 1
     z, t = zero.seen[-1]
     mixed = noise_shown(given.images, z, t)
     torch.testing.assert_close(loss, mixed.square().mean(), rtol=1e-4, atol=0)
     fresh = given.tape.normal(NOISE, 0, mixed)
     assert not torch.allclose(mixed, fresh, atol=1e-3)
-    share = PAPER.share(signal_at(*(int(step) for step in t)))
+    level = level_at(*(int(step) for step in t))
+    share = PAPER.share(level.ratio)
     rest = (mixed - (1 - share**2).sqrt() * fresh) / share
-    ranks = PAPER.perturb(Zero(), Small(), given, t, signal_at(*(int(step) for step in t)))
+    ranks = PAPER.perturb(Zero(), fooling(Small()), given, level)
     torch.testing.assert_close(rest, ranks, rtol=0, atol=0.05)
     # One level for all six calls: the rounds are at the level that is trained.
     assert all(torch.equal(other, t) for _, other in zero.seen)
@@ -220,7 +225,7 @@ def test_addt_predicts_the_whole_mixed_noise() -> None:
 
 def test_noise_prediction_predicts_the_noise() -> None:
     zero, given = Zero(), batch()
-    loss = noise_prediction(zero, Schedule())(given)
+    loss = denoising(zero, DDPM())(given)
     ((z, t),) = zero.seen
     noise = noise_shown(given.images, z, t)
     torch.testing.assert_close(noise, given.tape.normal(NOISE, 0, noise), rtol=0, atol=1e-3)
@@ -247,7 +252,7 @@ def test_levels_are_uniform_over_all_steps(count: int) -> None:
 @pytest.mark.parametrize("adversarial", [True, False])
 def test_losses_reach_the_denoiser_alone(adversarial: bool) -> None:
     denoiser, classifier = SmallDenoiser(), Small()
-    plain, addt = noise_prediction(denoiser, Schedule()), PAPER.loss(denoiser, classifier)
+    plain, addt = denoising(denoiser, DDPM()), PAPER.loss(denoiser, fooling(classifier))
     loss = (addt if adversarial else plain)(batch())
     torch.autograd.backward(loss)
     for weight in denoiser.parameters():

@@ -1,4 +1,4 @@
-"""The losses of the recipes: classification, noise prediction, and ADDT (CGPO + RBGM).
+"""The losses of the recipes: classification, denoising, and ADDT (CGPO + RBGM) with its ablations.
 
 ADDT is "Adversarial Denoising Diffusion Training", arXiv 2404.14309, equations 6 to 9 and
 algorithm 1, with the constants of its released code where the two differ.
@@ -6,33 +6,36 @@ algorithm 1, with the constants of its released code where the two differ.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dbp_bench.noise import Site
-from dbp_bench.purifiers.schedule import Schedule, to_diffusion
+from dbp_bench.purifiers.schedule import to_diffusion
 from dbp_bench.training.loop import Batch
+from dbp_bench.training.processes import Level, Prediction, Process
 
 _NOISE, _START = Site("noise"), Site("start")
 
+Loss = Callable[[Batch], Tensor]
 
-def classification(classifier: nn.Module) -> Callable[[Batch], Tensor]:
+
+def classification(classifier: nn.Module) -> Loss:
     """Cross-entropy of a classifier of images in [0, 1]."""
     return lambda batch: F.cross_entropy(classifier(batch.images), batch.labels)
 
 
-def noise_prediction(denoiser: nn.Module, schedule: Schedule) -> Callable[[Batch], Tensor]:
-    """Mean squared error of the predicted noise (Ho et al. 2020, equation 14)."""
-    table = torch.tensor(schedule.signal()[1:])
+def denoising(denoiser: nn.Module, process: Process) -> Loss:
+    """The ordinary loss of a diffusion model."""
 
     def loss(batch: Batch) -> Tensor:
-        t = batch.levels(schedule.levels)
-        signal = _per_image(table[t.long()])
+        level = process.draw(batch)
         z = to_diffusion(batch.images)
         noise = batch.tape.normal(_NOISE, 0, z)
-        return F.mse_loss(denoiser(signal.sqrt() * z + (1 - signal).sqrt() * noise, t), noise)
+        said = process.predict(denoiser, level.diffuse(z, noise), level)
+        return process.loss(said, level, z, noise)
 
     return loss
 
@@ -48,73 +51,152 @@ def rank_based_gaussian(gradient: Tensor, gaussian: Tensor) -> Tensor:
     return gaussian.flatten(2).sort(dim=2).values.gather(2, ranks).view_as(gradient)
 
 
+class Guide(Protocol):
+    """What a perturbation is to raise."""
+
+    def __call__(self, said: Prediction, noise: Tensor, labels: Tensor) -> Tensor:
+        """A sum over images, so that an image's gradient doesn't depend on the others."""
+
+
+def fooling(classifier: nn.Module) -> Guide:
+    """Cross-entropy of `classifier` on the one-step denoised images (CGPO)."""
+
+    def guide(said: Prediction, noise: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG001
+        return F.cross_entropy(classifier((said.x0 + 1) / 2), labels, reduction="sum")
+
+    return guide
+
+
+def misleading(said: Prediction, noise: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG001
+    """Squared error of the predicted noise against the round's fresh noise, as published."""
+    return F.mse_loss(said.noise, noise, reduction="sum")
+
+
+def _gradient(
+    delta: Tensor, shown: Callable[[Tensor], Tensor], guide: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Of `guide` of what is `shown`, in `delta` alone: no gradient is left on any weight."""
+    with torch.enable_grad():
+        leaf = delta.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(guide(shown(leaf)), leaf)
+    return gradient
+
+
 @dataclass(frozen=True, slots=True)
 class ADDT:
-    """The ADDT objective: predict noise that was pushed where it fools the guiding classifier.
+    """The ADDT objective: denoise noise that was pushed where it fools the guiding classifier.
 
     Args:
         lambda_unit: Size of the adversarial part in image space, [-1, 1] units (paper: 0.03).
         lambda_max: Its largest share of the noise (paper: 0.3).
         rounds: Rounds of CGPO (paper: 5).
-        levels: Training steps are uniform in 0 ... levels - 1 (paper: all 1000).
-        schedule: Of the diffusion.
+        process: The diffusion.
     """
 
     lambda_unit: float
     lambda_max: float
     rounds: int
-    levels: int
-    schedule: Schedule = Schedule()
+    process: Process
 
-    def share(self, signal: Tensor) -> Tensor:
-        """lambda_t = clip(lambda_unit * sqrt(signal / (1 - signal)), 0, lambda_max)."""
-        return (self.lambda_unit * (signal / (1 - signal)).sqrt()).clamp(0, self.lambda_max)
+    def share(self, ratio: Tensor) -> Tensor:
+        """The share lambda, clip(lambda_unit * ratio, 0, lambda_max), for :attr:`Level.ratio`."""
+        return (self.lambda_unit * ratio).clamp(0, self.lambda_max)
 
     def mix(self, noise: Tensor, perturbation: Tensor, share: Tensor) -> Tensor:
         """sqrt(1 - lambda^2) * noise + lambda * perturbation: unit variance (equation 7)."""
         return (1 - share**2).sqrt() * noise + share * perturbation
 
-    def perturb(
-        self, denoiser: nn.Module, classifier: nn.Module, batch: Batch, t: Tensor, signal: Tensor
-    ) -> Tensor:
-        """CGPO: a Gaussian-shaped perturbation ``(b, c, h, w)`` that raises the classifier's loss.
+    def perturb(self, denoiser: nn.Module, guide: Guide, batch: Batch, level: Level) -> Tensor:
+        """CGPO: a Gaussian-shaped perturbation ``(b, c, h, w)`` that raises what the guide says.
 
-        Each round draws fresh noise, takes the gradient of the cross-entropy of the one-step
-        denoised image in the perturbation, adds it to the sum of all rounds, and maps that sum
-        back to Gaussian values (RBGM). No gradient is left on any weight.
+        Each round draws fresh noise, takes the gradient of the guide at the one-step denoised
+        image in the perturbation, adds it to the sum of all rounds, and maps that sum back to
+        Gaussian values (RBGM). No gradient is left on any weight.
         """
         z = to_diffusion(batch.images)
-        share = self.share(signal)
+        share = self.share(level.ratio)
         perturbation = batch.tape.normal(_START, 0, z)
         total = torch.zeros_like(z)
         for k in range(self.rounds):
             noise = batch.tape.normal(_NOISE, 1 + k, z)
-            with torch.enable_grad():
-                delta = perturbation.detach().requires_grad_()
-                z_t = signal.sqrt() * z + (1 - signal).sqrt() * self.mix(noise, delta, share)
-                x0 = (z_t - (1 - signal).sqrt() * denoiser(z_t, t)) / signal.sqrt()
-                loss = F.cross_entropy(classifier((x0 + 1) / 2), batch.labels, reduction="sum")
-                (gradient,) = torch.autograd.grad(loss, delta)
-            total += gradient
+
+            def shown(delta: Tensor, noise: Tensor = noise) -> Tensor:
+                return level.diffuse(z, self.mix(noise, delta, share))
+
+            def raised(z_t: Tensor, noise: Tensor = noise) -> Tensor:
+                return guide(self.process.predict(denoiser, z_t, level), noise, batch.labels)
+
+            total += _gradient(perturbation, shown, raised)
             perturbation = rank_based_gaussian(total, batch.tape.normal(_START, 1 + k, z))
         return perturbation
 
-    def loss(self, denoiser: nn.Module, classifier: nn.Module) -> Callable[[Batch], Tensor]:
-        """Mean squared error against the whole mixed noise (equation 8)."""
-        table = torch.tensor(self.schedule.signal()[1:])
+    def loss(self, denoiser: nn.Module, guide: Guide) -> Loss:
+        """The diffusion's loss, where the noise is the whole mixed noise (equation 8)."""
 
         def loss(batch: Batch) -> Tensor:
-            t = batch.levels(self.levels)
-            signal = _per_image(table[t.long()])
-            perturbation = self.perturb(denoiser, classifier, batch, t, signal)
+            level = self.process.draw(batch)
+            perturbation = self.perturb(denoiser, guide, batch, level)
             z = to_diffusion(batch.images)
             noise = batch.tape.normal(_NOISE, 0, z)
-            mixed = self.mix(noise, perturbation, self.share(signal))
-            z_t = signal.sqrt() * z + (1 - signal).sqrt() * mixed
-            return F.mse_loss(denoiser(z_t, t), mixed)
+            mixed = self.mix(noise, perturbation, self.share(level.ratio))
+            said = self.process.predict(denoiser, level.diffuse(z, mixed), level)
+            return self.process.loss(said, level, z, mixed)
 
         return loss
 
 
-def _per_image(values: Tensor) -> Tensor:
-    return values.float().view(-1, 1, 1, 1)
+@dataclass(frozen=True, slots=True)
+class LinfADDT:
+    """The ablation without RBGM: an l-infinity perturbation of the image, by signs.
+
+    The network is to predict ``noise + min(ratio, ratio_max) * delta``, so that it sees the
+    diffused ``z + delta`` where the limit doesn't bind.
+
+    Args:
+        eps: Budget, [0, 1] units (paper: 8/255).
+        step: Of one round, [0, 1] units (paper: 4/255).
+        rounds: Rounds of signed ascent, from 0 (paper: 5).
+        ratio_max: The limit (paper: 10).
+        process: The diffusion.
+    """
+
+    eps: float
+    step: float
+    rounds: int
+    ratio_max: float
+    process: Process
+
+    def perturb(self, denoiser: nn.Module, guide: Guide, batch: Batch, level: Level) -> Tensor:
+        """A perturbation ``(b, c, h, w)`` in [-1, 1] units, of at most `eps`, inside the box."""
+        z = to_diffusion(batch.images)
+        delta = torch.zeros_like(z)
+        for k in range(self.rounds):
+            noise = batch.tape.normal(_NOISE, 1 + k, z)
+
+            def shown(delta: Tensor, noise: Tensor = noise) -> Tensor:
+                return level.diffuse(z, self.push(noise, delta, level))
+
+            def raised(z_t: Tensor, noise: Tensor = noise) -> Tensor:
+                return guide(self.process.predict(denoiser, z_t, level), noise, batch.labels)
+
+            delta = delta + 2 * self.step * _gradient(delta, shown, raised).sign()
+            delta = delta.clamp(-2 * self.eps, 2 * self.eps)
+            delta = delta.clamp(-1 - z, 1 - z)
+        return delta
+
+    def push(self, noise: Tensor, delta: Tensor, level: Level) -> Tensor:
+        """The noise that stands for `noise` and `delta` together."""
+        return noise + level.ratio.clamp(max=self.ratio_max) * delta
+
+    def loss(self, denoiser: nn.Module, guide: Guide) -> Loss:
+        """The diffusion's loss, where the noise is all that was added."""
+
+        def loss(batch: Batch) -> Tensor:
+            level = self.process.draw(batch)
+            delta = self.perturb(denoiser, guide, batch, level)
+            z = to_diffusion(batch.images)
+            pushed = self.push(batch.tape.normal(_NOISE, 0, z), delta, level)
+            said = self.process.predict(denoiser, level.diffuse(z, pushed), level)
+            return self.process.loss(said, level, z, pushed)
+
+        return loss

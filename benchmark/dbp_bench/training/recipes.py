@@ -1,188 +1,295 @@
-"""The committed, seeded recipes behind the weights that ship with the package."""
+"""The seeded recipes: of the weights that ship with the package, and of data sets of CIFAR's size.
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+A recipe says which network is trained on which data, from what, how long, and by which loss.
+"""
+
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from safetensors.torch import save
-from torch import Tensor, nn
+from dbp_bench.data.catalog import facts_of
+from dbp_bench.errors import UnknownName, did_you_mean
+from dbp_bench.training.diffusion import ADDT, LinfADDT
+from dbp_bench.training.processes import DDPM, EDM, VPSDE, Process
+from dbp_bench.training.variants import Size, Variant, find
 
-from dbp_bench.data import DataSet, digits
-from dbp_bench.errors import AttackFailed
-from dbp_bench.networks.digits import DigitsCNN, ResidualMLP
-from dbp_bench.noise import seeded
-from dbp_bench.purifiers.schedule import Schedule
-from dbp_bench.result import write_atomically
-from dbp_bench.training import diffusion
-from dbp_bench.training.loop import train
-from dbp_bench.weights import ASSETS, digest, fill, load
-
-Progress = Callable[[int, int, float], None]
-"""Called with the update, the number of updates and the loss."""
+TITLES = {
+    "classifier": "Classifier",
+    "diffusion": "Diffusion model",
+    "addt": "ADDT fine-tuning",
+    "clean-finetune": "Fine-tuning by the ordinary loss (ablation of ADDT)",
+    "mse-guided": "ADDT guided by the error of the predicted noise (ablation)",
+    "addt-linf": "ADDT with signed steps in place of RBGM (ablation)",
+}
+NAMES = tuple(TITLES)
+GUIDED = ("addt", "addt-linf")
+"""Recipes that need a classifier."""
+FINETUNED = ("addt", "clean-finetune", "mse-guided", "addt-linf")
+"""Recipes that start from trained weights."""
+SHIPPED = ("classifier", "diffusion", "addt")
+"""Of the digits: what `all` makes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How one weights file is made."""
 
+    name: str
+    data: str
+    variant: Variant
     title: str
     file: str
-    needs: tuple[str, ...]
-    """Files of earlier recipes."""
     settings: dict[str, Any]
-    """Of the optimiser; see :func:`dbp_bench.training.loop.train`."""
-    objective: dict[str, Any]
-    """Of ADDT; see :class:`dbp_bench.training.diffusion.ADDT`."""
+    """Of the optimiser; see :class:`dbp_bench.training.loop.Settings`."""
+    epochs: int | None = None
+    """In place of a number of iterations."""
+    objective: dict[str, Any] = field(default_factory=dict)
+    """Of ADDT and of the levels."""
+    init: str | None = None
+    """File of an earlier recipe whose weights this one starts from."""
+    classifier: str | None = None
+    """File of an earlier recipe, of the classifier that guides."""
+    classifier_variant: Variant | None = None
+    half: bool = False
+    """Weights are stored in half precision."""
+
+    def process(self) -> Process:
+        """The diffusion that is trained."""
+        kind = self.variant.kind
+        if kind == "ddpm":
+            return DDPM(self.objective.get("levels", 1000))
+        if kind == "vpsde":
+            return VPSDE()
+        return EDM()
+
+    def schedule(self) -> str:
+        """The diffusion in words, for the header of the weights; empty for a classifier."""
+        return _SCHEDULES[self.variant.kind]
+
+    def adversarial(self) -> ADDT | LinfADDT:
+        """The objective of ADDT or its ablation."""
+        of = {k: v for k, v in self.objective.items() if k != "levels"}
+        kind = LinfADDT if self.name == "addt-linf" else ADDT
+        return kind(**of, process=self.process())
 
 
+_SCHEDULES = {
+    "classifier": "",
+    "ddpm": "DDPM, 1000 steps, betas linear from 0.0001 to 0.02",
+    "vpsde": "VP-SDE, continuous times, beta linear from 0.1 to 20",
+    "edm": "EDM, variance exploding",
+}
+
+
+def recipe(name: str, data: str, network: str | None = None) -> Recipe:
+    """The recipe called `name` for a data set.
+
+    Args:
+        name: One of :data:`NAMES`.
+        data: Name of the data set.
+        network: Name or size of a network; None for the published one.
+
+    Raises:
+        BadRequest: Nothing is trained on this data set, or the network isn't for this recipe.
+        UnknownName: There is no such recipe.
+    """
+    if name not in NAMES:
+        raise UnknownName(f"no recipe {name!r}.{did_you_mean(name, [*NAMES, 'all'])}")
+    variant = find(data, network, classifies=name == "classifier")
+    return _of_digits(name, variant) if data == "digits" else _of_cifar(name, data, variant)
+
+
+def changed(made: Recipe, images: int, **settings: Any) -> Recipe:
+    """`made` with its epochs counted for so many `images`, and with other settings (not None)."""
+    of = {**made.settings, **{k: v for k, v in settings.items() if v is not None}}
+    if made.epochs is not None and "iterations" not in of:
+        of = {"iterations": -(-made.epochs * images // of["batch_size"]), **of}
+    return replace(made, settings=of, epochs=None)
+
+
+# ------------------------------------------------------------------------------------------ digits
+#
 # ADDT's constants, scaled to this track: lambda_unit is the paper's 0.03 times 0.2 / (8/255), the
 # ratio of the two tracks' eps; lambda_max is raised with it, for else the cap would hold at every
 # level that the purifiers use; levels above 200 are never visited by a purifier with t* = 100.
 # This setting was taken over (0.1, 0.5) after both were attacked on the first 180 test images; both
 # were above the DDPM they started from.
-RECIPES = {
-    "classifier": Recipe(
-        "Classifier of the digits (CNN, 17,362 parameters)",
-        "digits-classifier.safetensors",
-        (),
-        {
-            "iterations": 800,
-            "batch_size": 128,
-            "learning_rate": 2e-3,
-            "weight_decay": 1e-4,
-            "betas": (0.9, 0.999),
-            "average": 0.99,
-            "anneal": True,
-        },
-        {},
-    ),
-    "diffusion": Recipe(
-        "DDPM of the digits (residual MLP, 446,016 parameters)",
-        "digits-ddpm.safetensors",
-        (),
-        {
-            "iterations": 10_000,
-            "batch_size": 256,
-            "learning_rate": 1e-3,
-            "weight_decay": 0.0,
-            "betas": (0.9, 0.999),
-            "average": 0.999,
-            "anneal": True,
-        },
-        {},
-    ),
-    "addt": Recipe(
-        "ADDT fine-tuning of the DDPM of the digits",
-        "digits-addt.safetensors",
-        ("digits-classifier.safetensors", "digits-ddpm.safetensors"),
-        {
-            "iterations": 1200,
-            "batch_size": 256,
-            "learning_rate": 2e-4,
-            "weight_decay": 1e-6,
-            "betas": (0.95, 0.999),
-            "average": 0.999,
-            "anneal": False,
-        },
-        {"lambda_unit": 0.19, "lambda_max": 0.7, "rounds": 5, "levels": 200},
-    ),
+
+_DIGITS_FILES = {"classifier": "digits-classifier", "diffusion": "digits-ddpm"}
+_DIGITS_TITLES = {
+    "classifier": "Classifier of the digits (CNN, 17,362 parameters)",
+    "diffusion": "DDPM of the digits (residual MLP, 446,016 parameters)",
+    "addt": "ADDT fine-tuning of the DDPM of the digits",
+}
+_DIGITS_FINETUNING = {
+    "iterations": 1200,
+    "batch_size": 256,
+    "learning_rate": 2e-4,
+    "weight_decay": 1e-6,
+    "betas": (0.95, 0.999),
+    "average": 0.999,
+    "anneal": False,
+}
+_DIGITS_SETTINGS = {
+    "classifier": {
+        "iterations": 800,
+        "batch_size": 128,
+        "learning_rate": 2e-3,
+        "weight_decay": 1e-4,
+        "betas": (0.9, 0.999),
+        "average": 0.99,
+        "anneal": True,
+    },
+    "diffusion": {
+        "iterations": 10_000,
+        "batch_size": 256,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+        "betas": (0.9, 0.999),
+        "average": 0.999,
+        "anneal": True,
+    },
+}
+_DIGITS_ADDT = {"lambda_unit": 0.19, "lambda_max": 0.7, "rounds": 5, "levels": 200}
+_DIGITS_OBJECTIVES: dict[str, dict[str, Any]] = {
+    "addt": _DIGITS_ADDT,
+    "mse-guided": _DIGITS_ADDT,
+    "clean-finetune": {"levels": 200},
+    "addt-linf": {"eps": 0.2, "step": 0.1, "rounds": 5, "ratio_max": 10.0, "levels": 200},
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """What a recipe made."""
+def _of_digits(name: str, variant: Variant) -> Recipe:
+    guide = find("digits", None, classifies=True)
+    return Recipe(
+        name,
+        "digits",
+        variant,
+        _DIGITS_TITLES.get(name, f"{TITLES[name]} of the DDPM of the digits"),
+        f"{_DIGITS_FILES.get(name, f'digits-{name}')}.safetensors",
+        _DIGITS_SETTINGS.get(name, _DIGITS_FINETUNING),
+        objective=_DIGITS_OBJECTIVES.get(name, {}),
+        init="digits-ddpm.safetensors" if name in FINETUNED else None,
+        classifier="digits-classifier.safetensors" if name in GUIDED else None,
+        classifier_variant=guide if name in GUIDED else None,
+        half=True,
+    )
 
-    path: Path
-    sha256: str
-    seconds: float
-    facts: dict[str, float]
-    """Measured on the test images."""
+
+# -------------------------------------------------------------------- data sets of CIFAR's size
+
+_ADAM = {"weight_decay": 0.0, "betas": (0.9, 0.999), "anneal": False, "flip": True}
+_FINETUNING: dict[str, Any] = {
+    "batch_size": 256,
+    "learning_rate": 2e-4,
+    "weight_decay": 1e-6,
+    "betas": (0.95, 0.999),
+    "average": 0.9999,
+    "anneal": False,
+    "flip": True,
+}
+# EDM's half-life of 0.5 million images is a decay of 0.99969 at 224 images.
+_EDM_FINETUNING = {
+    **_ADAM,
+    "iterations": 44_643,
+    "batch_size": 224,
+    "learning_rate": 1e-3,
+    "average": 0.99969,
+    "ramp": 44_643,
+}
+_TRAINING: dict[str, dict[str, Any]] = {
+    "ddpm": {
+        **_ADAM,
+        "iterations": 800_000,
+        "batch_size": 128,
+        "learning_rate": 2e-4,
+        "average": 0.9999,
+        "ramp": 5000,
+    },
+    "edm": {
+        **_ADAM,
+        "iterations": 390_625,
+        "batch_size": 512,
+        "learning_rate": 1e-3,
+        "average": 0.99929,
+        "ramp": 19_531,
+    },
+}
+_TRAINING["vpsde"] = {**_TRAINING["ddpm"], "iterations": 950_000}
+_CLASSIFIER: dict[str, Any] = {
+    "batch_size": 128,
+    "learning_rate": 0.1,
+    "weight_decay": 5e-4,
+    "betas": (0.9, 0.999),
+    "average": 0.0,
+    "anneal": True,
+    "momentum": 0.9,
+    "flip": True,
+    "crop": 4,
+}
+# Chosen for their time, not tuned: half an hour or so on one GPU, or 20 minutes on one core.
+_TRIALS: dict[tuple[str, Size], dict[str, Any]] = {
+    ("diffusion", "small"): {
+        "iterations": 40_000,
+        "batch_size": 128,
+        "learning_rate": 5e-4,
+        "average": 0.999,
+        "anneal": True,
+    },
+    ("diffusion", "tiny"): {
+        "iterations": 6000,
+        "batch_size": 32,
+        "learning_rate": 2e-3,
+        "average": 0.99,
+        "anneal": True,
+    },
+    ("addt", "small"): {"iterations": 4000, "average": 0.999, "batch_size": 128},
+    ("addt", "tiny"): {"iterations": 600, "average": 0.98, "batch_size": 32},
+}
+_EPOCHS: dict[Size, int] = {"published": 200, "small": 30, "tiny": 6}
+_PAPER = {"lambda_unit": 0.03, "lambda_max": 0.3, "rounds": 5}
+_OBJECTIVES: dict[str, dict[str, Any]] = {
+    "addt": _PAPER,
+    "mse-guided": _PAPER,
+    "addt-linf": {"eps": 8 / 255, "step": 4 / 255, "rounds": 5, "ratio_max": 10.0},
+}
+_TINY_LEVELS = 250
+"""Of a tiny network, which has no time to learn levels that purifiers with t* = 100 never visit."""
 
 
-def run(name: str, out: Path, seed: int, progress: Progress) -> Trained:
-    """Train recipe `name` and write its weights, in half precision, and a model card to `out`.
+def _of_cifar(name: str, data: str, variant: Variant) -> Recipe:
+    stem = f"{data}-{variant.name}"
+    guide = find(data, variant.size, classifies=True)
+    objective = dict(_OBJECTIVES.get(name, {}))
+    if variant.size == "tiny" and variant.kind == "ddpm":
+        objective["levels"] = _TINY_LEVELS
+    settings, epochs = _settings(name, variant)
+    return Recipe(
+        name,
+        data,
+        variant,
+        f"{TITLES[name]} of {data} ({variant.name}, {facts_of(data).classes} classes)",
+        f"{stem}-{name}.safetensors" if name in FINETUNED else f"{stem}.safetensors",
+        settings,
+        epochs=epochs,
+        objective=objective,
+        init=f"{stem}.safetensors" if name in FINETUNED else None,
+        classifier=f"{data}-{guide.name}.safetensors" if name in GUIDED else None,
+        classifier_variant=guide if name in GUIDED else None,
+    )
 
-    Files of earlier recipes are taken from `out` if they are there, else from the package.
 
-    Raises:
-        AttackFailed: The loss became NaN.
-    """
-    recipe = RECIPES[name]
-    data = digits()
-    images, labels = data.select(data.ids["train"])
-    with seeded(seed):
-        network: nn.Module = DigitsCNN() if name == "classifier" else ResidualMLP()
+def _settings(name: str, variant: Variant) -> tuple[dict[str, Any], int | None]:
     if name == "classifier":
-        loss = diffusion.classification(network)
-    elif name == "diffusion":
-        loss = diffusion.noise_prediction(network, Schedule())
+        batch = 64 if variant.size == "tiny" else 128
+        return {**_CLASSIFIER, "batch_size": batch}, _EPOCHS[variant.size]
+    base: dict[str, Any]
+    if name == "diffusion":
+        base, epochs = _TRAINING[variant.kind], None
+    elif variant.kind == "edm":
+        base, epochs = _EDM_FINETUNING, None
     else:
-        classifier = _filled(DigitsCNN(), out, recipe.needs[0]).eval().requires_grad_(False)
-        _filled(network, out, recipe.needs[1])
-        loss = diffusion.ADDT(**recipe.objective).loss(network, classifier)
-    total = recipe.settings["iterations"]
-
-    def report(update: int, value: float) -> None:
-        if value != value:
-            raise AttackFailed(f"the loss of {name} became NaN at update {update}.")
-        progress(update, total, value)
-
-    start = time.perf_counter()
-    values = train(
-        network, loss, images, labels, **recipe.settings, seed=seed, owner=name, report=report
-    )
-    seconds = time.perf_counter() - start
-    path = out / recipe.file
-    write_atomically(path, save({k: v.half() for k, v in values.items()}))
-    fill(network, load(path), path)
-    facts = _measure(network.eval(), data)
-    trained = Trained(path, digest(path), seconds, facts)
-    write_atomically(path.with_suffix(".md"), _card(name, recipe, trained, seed))
-    return trained
-
-
-def _filled(network: nn.Module, out: Path, file: str) -> nn.Module:
-    path = out / file if (out / file).is_file() else ASSETS / file
-    fill(network, load(path), path)
-    return network
-
-
-@torch.no_grad()
-def _measure(network: nn.Module, data: DataSet) -> dict[str, float]:
-    """Test accuracy of a classifier, or noise-prediction error of a denoiser on test images."""
-    images, labels = data.select(data.ids["test"])
-    if isinstance(network, DigitsCNN):
-        return {"accuracy": float((network(images).argmax(1) == labels).float().mean())}
-    from dbp_bench.noise import Tape
-    from dbp_bench.training.loop import Batch
-
-    batch = Batch(images, labels, Tape.make(0, "test", data.ids["test"]))
-    error: Tensor = diffusion.noise_prediction(network, Schedule())(batch)
-    return {"noise_prediction_error": float(error)}
-
-
-def _card(name: str, recipe: Recipe, trained: Trained, seed: int) -> str:
-    rows = {**recipe.settings, **recipe.objective, "seed": seed}
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    facts = "\n".join(
-        f"- {key.replace('_', ' ')} on the 360 test images: {value:.4f}"
-        for key, value in trained.facts.items()
-    )
-    return f"""# {recipe.title}
-
-`{recipe.file}`, sha256 `{trained.sha256}`, half precision (widened to float32 when loaded).
-
-- made by: `dbp-bench train {name} --seed {seed}`
-- trained on: the 1,437 training images of the embedded digits (`digits.md`)
-{facts}
-- licence: MIT, as the code; the data are CC BY 4.0
-- for: the `digits-*` tracks, which demonstrate the method. Not a model of anything else.
-
-| setting | value |
-|---|---|
-{table}
-"""
+        base, epochs = _FINETUNING, 100
+    trial = _TRIALS.get(("diffusion" if name == "diffusion" else "addt", variant.size))
+    if trial is None:
+        return base, epochs
+    return {**base, **trial, "ramp": 0}, None

@@ -1,0 +1,153 @@
+"""The diffusions that are trained: which levels, and what the network says there.
+
+A network is told a level, and sees ``mean * z + std * noise`` for images z in [-1, 1].
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dbp_bench.noise import Site
+from dbp_bench.purifiers.schedule import Schedule
+from dbp_bench.purifiers.vpsde import BETA_MAX, BETA_MIN
+from dbp_bench.training.loop import Batch
+
+_LEVEL = Site("level")
+
+
+class Level(NamedTuple):
+    """One noise level for each image of a batch."""
+
+    told: Tensor
+    """``(b,)``: what the network is told."""
+    mean: Tensor
+    """``(b, 1, 1, 1)``: the factor of the image."""
+    std: Tensor
+    """``(b, 1, 1, 1)``: the factor of the noise."""
+    ratio: Tensor
+    """``(b, 1, 1, 1)``: of the image's factor to the noise's."""
+
+    def diffuse(self, z: Tensor, noise: Tensor) -> Tensor:
+        """The noisy images ``(b, c, h, w)``."""
+        return self.mean * z + self.std * noise
+
+
+class Prediction(NamedTuple):
+    """What a network says of noisy images, both ways; ``(b, c, h, w)`` each."""
+
+    x0: Tensor
+    noise: Tensor
+
+
+class Process(Protocol):
+    """A diffusion, as its network is trained."""
+
+    def draw(self, batch: Batch) -> Level:
+        """A level for each image, from the batch's tape."""
+
+    def predict(self, network: nn.Module, z_t: Tensor, level: Level) -> Prediction:
+        """What `network` says of noisy images."""
+
+    def loss(self, said: Prediction, level: Level, z: Tensor, noise: Tensor) -> Tensor:
+        """The mean loss, where the images are `z` and their noise is `noise`."""
+
+
+class _NoisePrediction:
+    """Networks that predict the noise (Ho et al. 2020, equations 14 and 15)."""
+
+    __slots__ = ()
+
+    def predict(self, network: nn.Module, z_t: Tensor, level: Level) -> Prediction:
+        noise = network(z_t, level.told)
+        return Prediction((z_t - level.std * noise) / level.mean, noise)
+
+    def loss(self, said: Prediction, level: Level, z: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
+        return F.mse_loss(said.noise, noise)
+
+
+@dataclass(frozen=True, slots=True)
+class DDPM(_NoisePrediction):
+    """Integer steps, uniform in 0 ... levels - 1.
+
+    Args:
+        levels: Fewer than the schedule's for networks that see low levels alone.
+        schedule: Of the noise.
+    """
+
+    levels: int = 1000
+    schedule: Schedule = Schedule()
+
+    def draw(self, batch: Batch) -> Level:
+        """See :class:`Process`."""
+        return self.at(batch.levels(self.levels))
+
+    def at(self, t: Tensor) -> Level:
+        """The level of 0-based steps `t` ``(b,)``."""
+        table = _signals(self.schedule).to(t.device, t.dtype)
+        signal = table[t.long()].view(-1, 1, 1, 1)
+        return Level(t, signal.sqrt(), (1 - signal).sqrt(), (signal / (1 - signal)).sqrt())
+
+
+@lru_cache(maxsize=4)
+def _signals(schedule: Schedule) -> Tensor:
+    return torch.tensor(schedule.signal()[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class VPSDE(_NoisePrediction):
+    """Continuous times, uniform in `first` ... `last` of [0, 1] (Song et al. 2021, appendix C).
+
+    The network is told ``1000 t - 1``, the 0-based step whose level is t, of which
+    :class:`~dbp_bench.networks.songunet.DDPMpp` makes the label 999 t.
+    """
+
+    first: float = 1e-3
+    last: float = 1.0
+
+    def draw(self, batch: Batch) -> Level:
+        """See :class:`Process`."""
+        return self.at(self.first + (self.last - self.first) * batch.uniform(_LEVEL))
+
+    def at(self, t: Tensor) -> Level:
+        """The level of times `t` ``(b,)``."""
+        exponent = (-0.5 * (BETA_MAX - BETA_MIN) * t * t - BETA_MIN * t).view(-1, 1, 1, 1)
+        mean, std = (exponent / 2).exp(), (-exponent.expm1()).sqrt()
+        return Level(1000 * t - 1, mean, std, mean / std)
+
+
+@dataclass(frozen=True, slots=True)
+class EDM:
+    """Log-normal noise levels, and networks that predict the image (Karras et al. 2022, table 1).
+
+    Args:
+        log_mean: Of the logarithm of sigma.
+        log_std: Of the same.
+        sigma_data: Standard deviation of the images.
+    """
+
+    log_mean: float = -1.2
+    log_std: float = 1.2
+    sigma_data: float = 0.5
+
+    def draw(self, batch: Batch) -> Level:
+        """See :class:`Process`."""
+        return self.at((self.log_mean + self.log_std * batch.normal(_LEVEL)).exp())
+
+    def at(self, sigma: Tensor) -> Level:
+        """The level of noise levels `sigma` ``(b,)``."""
+        std = sigma.view(-1, 1, 1, 1)
+        return Level(sigma, torch.ones_like(std), std, 1 / std)
+
+    def predict(self, network: nn.Module, z_t: Tensor, level: Level) -> Prediction:
+        """See :class:`Process`."""
+        x0 = network(z_t, level.told)
+        return Prediction(x0, (z_t - x0) / level.std)
+
+    def loss(self, said: Prediction, level: Level, z: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
+        """Squared error of the image, weighted to one size at all levels."""
+        weight = (level.std**2 + self.sigma_data**2) / (level.std * self.sigma_data) ** 2
+        return (weight * (said.x0 - z) ** 2).mean()
