@@ -260,7 +260,7 @@ DDIM = ["run", "--defense", "ddim", "--threat", "dwbox", "--examples", "4"]
         ([*DDIM, "--eot", "-3"], "eot: input should be"),
         ([*DDIM, "--step-size", "nan"], "step_size: input should be"),
         ([*DDIM, "--step-size", "inf"], "step_size: input should be"),
-        ([*DDIM, "--loss", "cee"], "loss: input should be 'ce', 'margin' or 'dlr'"),
+        ([*DDIM, "--loss", "cee"], "loss: input should be 'ce', 'margin', 'dlr', 'ce-targeted'"),
         ([*DDIM, "--restarts", "3"], "restarts: more than 1 needs random_start"),
         ([*DDIM, "--eps", "8"], "Did you mean 8/255?"),
         ([*DDIM, "--eps=-0.1"], "a radius cannot be negative"),

@@ -26,8 +26,8 @@ def blank(name: str) -> nn.Module:
         network = network_of(entry)
     network = network.to_empty(device="cpu")
     with torch.no_grad():
-        for value in network.parameters():
-            value.fill_(0)
+        for weight in network.parameters():
+            weight.fill_(0)
         for value in network.buffers():
             value.fill_(1)
     return network

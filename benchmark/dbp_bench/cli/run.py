@@ -50,6 +50,7 @@ from dbp_bench.errors import BadRequest
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dbp_bench.estimate import Cost
     from dbp_bench.job import Job, Planned
     from dbp_bench.registry import Registry
     from dbp_bench.result import Result
@@ -221,6 +222,8 @@ def _run_all(
     from dbp_bench.result import Result
     from dbp_bench.run import adversarial_path, execute, is_complete
 
+    for item in planned:
+        item.job.identity()  # weights that must be fetched are missed before anything has begun
     done: list[tuple[Path, Result]] = []
     for item in planned:
         job = item.job
@@ -314,7 +317,7 @@ def _plan(
 ) -> None:
     from rich.table import Table
 
-    from dbp_bench.estimate import Cost, estimate
+    from dbp_bench.estimate import estimate
 
     costs: list[tuple[Job, Job | None, Cost | None]] = []
     for item in planned:
@@ -324,7 +327,7 @@ def _plan(
     if as_json:
         rows = [
             {
-                **job.identity(),
+                **job.identity(planned=True),
                 "examples": job.examples,
                 "draws": job.draws,
                 "same_setting_as": twin.threat.name if twin else None,
@@ -365,8 +368,30 @@ def _plan(
             f"{job.batch_size} images, at most {job.rows} rows in one pass.",
             highlight=False,
         )
+    _show_limits(say, [(job, cost) for job, _, cost in costs if cost is not None])
     say.print(
         f"about {duration(total)} in all on this device. Network calls: images x calls, forward; "
         "those of the attack are followed by as many backward.",
         highlight=False,
     )
+
+
+def _show_limits(say: "Console", costs: "Sequence[tuple[Job, Cost]]") -> None:
+    """What stands between the plan and the run."""
+    for job, cost in costs:
+        if not cost.fits:
+            rows = max(1, job.rows * cost.free_bytes // max(1, cost.bytes))
+            say.print(
+                f"{job.label}: does not fit: {cost.free_bytes / 2**20:,.0f} MiB are free on "
+                f"{job.device}. Try --rows {rows}.",
+                highlight=False,
+                soft_wrap=True,
+            )
+    missing = list(dict.fromkeys(name for _, cost in costs for name in cost.made_up))
+    if missing:
+        say.print(
+            f"timed with made-up weights: {', '.join(missing)} not in the cache. "
+            "`dbp-bench weights list` says where they are from.",
+            highlight=False,
+            soft_wrap=True,
+        )
