@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from dbp_bench import rendering
+from dbp_bench.badge import Compared, Verification
 from dbp_bench.comparable import load
 from dbp_bench.errors import BadResult, NotComparable
 from dbp_bench.leaderboard import Leaderboard, Row, decompose, leaderboard
@@ -16,6 +18,8 @@ from dbp_bench.registry import Registry
 from dbp_bench.report import accuracies, outcomes_csv, write_leaderboards
 from dbp_bench.result import Result, result_path
 from dbp_bench.statistics import Bootstrap, Estimate
+from dbp_bench.tables import to_csv, to_markdown
+from dbp_bench.weights import digest
 from records import BOTH, IMAGES, TRACK, apgd, attacks_table, make, matrix, outcomes, save
 
 
@@ -670,3 +674,36 @@ def test_needs_neither_torch_nor_pandas() -> None:
     code = "import sys, dbp_bench.report; print({'torch', 'pandas'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+# --- What others verified ------------------------------------------------------------------------
+
+
+def test_a_row_carries_its_badge(tmp_path: Path) -> None:
+    save(tmp_path, *matrix(), make("none", "eot", 0.0, sites=()))
+    folder = tmp_path / TRACK / "both"
+    files = sorted(folder.glob("*/seed-*.json"))
+    verification = Verification(
+        schema=1,
+        level="replayed",
+        dbp_bench="0.1.0",
+        bundle="0" * 64,
+        track=TRACK,
+        defense="both",
+        checks=["hashes"],
+        replay=Compared(outcomes=9, differing=0, allowed=0),
+        attack=None,
+        share=None,
+        device_name="a machine",
+        files={f.relative_to(folder).as_posix(): digest(f) for f in files},
+    )
+    verification.write(folder)
+    board = leaderboard(load(tmp_path))
+    badges = {row.defense: row.badge for row in board.rows}
+    assert badges["both"] == "replayed"
+    assert badges["none"] == "self-reported"
+    table = list(csv.DictReader(io.StringIO(to_csv(board))))
+    assert {row["defense"]: row["badge"] for row in table} == badges
+    assert "- replayed: both.\n" in to_markdown(board)
+    files[0].write_text(files[0].read_text() + "\n")
+    assert {row.badge for row in leaderboard(load(tmp_path)).rows} == {"self-reported"}

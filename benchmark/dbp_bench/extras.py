@@ -100,9 +100,7 @@ _EXTRAS: Mapping[str, _Extra] = MappingProxyType(
             ),
         ),
         "figures": _Extra(
-            packages=(
-                _Package("matplotlib", "matplotlib", ("__init__.py", "figure.py")),
-            ),
+            packages=(_Package("matplotlib", "matplotlib", ("__init__.py", "figure.py")),),
             modules=("",),
             install='pip install "dbp-bench[figures]"',
             repair="pip install --force-reinstall --no-deps matplotlib",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from dbp_bench.accounting import Account
+from dbp_bench.badge import Badge, badge_of
 from dbp_bench.comparable import (
     KNOWN,
     MAIN,
@@ -79,6 +80,8 @@ class Row:
     """What a reader should know before trusting the row."""
     checks: Sequence[Check]
     """What was looked for, whether it was found or not."""
+    badge: Badge
+    """What somebody else verified of its results."""
 
 
 @dataclass(frozen=True)
@@ -305,6 +308,7 @@ def _row(
         calls=pools[0].any.network_calls.per_purification,
         flags=flags,
         checks=made,
+        badge=badge_of(pools[0].records[0].path.parent.parent),
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from dbp_bench.accounting import FEW, METRICS, Account
+from dbp_bench.badge import BADGES
 from dbp_bench.comparable import NULL, WHITEBOX
 from dbp_bench.flags import COSINE, ERROR, EXACT, Check
 from dbp_bench.leaderboard import QUANTITIES, UNDEFENDED, Leaderboard, Row
@@ -83,7 +84,7 @@ def to_csv(board: Leaderboard) -> str:
     header = ["rank", "defense", "kind", "track", "norm", "eps", "images", "seeds"]
     header += [f"{key}{end}" for key in QUANTITIES for end in ("", "_lo", "_hi")]
     header += ["attack", "effort", "whitebox_eot", "hidden_draws", "known_draws", "fresh_draws"]
-    header += ["network_calls", "served_by", "flags", "checks", "results"]
+    header += ["network_calls", "served_by", "flags", "checks", "badge", "results"]
     lines: list[list[object]] = []
     for row in board.rows:
         line: list[object] = [
@@ -100,10 +101,20 @@ def to_csv(board: Leaderboard) -> str:
         line += [board.attack, json_of(board.effort), board.whitebox_eot]
         line += [row.hidden_draws, row.known_draws, row.fresh_draws, row.calls]
         line += [" ".join(f"{key}={threat}" for key, threat in row.served_by.items())]
-        line += ["; ".join(row.flags), "; ".join(_checked(row))]
+        line += ["; ".join(row.flags), "; ".join(_checked(row)), row.badge]
         line += [" ".join(record.name for pool in row.pools for record in pool.records)]
         lines.append(line)
     return to_csv_text(header, lines)
+
+
+def _badges(board: Leaderboard) -> list[str]:
+    """Which defenses have each badge, that of the closest look first."""
+    found = []
+    for badge in reversed(BADGES):
+        names = [md(row.defense) for row in board.rows if row.badge == badge]
+        if names:
+            found.append(f"{badge}: {', '.join(names)}.")
+    return found
 
 
 def _checked(row: Row) -> list[str]:
@@ -255,6 +266,7 @@ def to_markdown(board: Leaderboard) -> str:
     if flagged:
         text += ["## Flags", "", *flagged, ""]
     text += _looked(board)
+    text += ["## Verified by others", "", *(f"- {line}" for line in _badges(board)), ""]
     text += ["## What it means", "", f"{_BOUNDS} {md(_protocol(board))}", ""]
     text += [f"- {line}" for line in _meanings(board)]
     text += [f"- {_DRAWS}", "", f"{BOOTSTRAP} {_BLANK}"]

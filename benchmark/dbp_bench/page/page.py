@@ -138,6 +138,7 @@ class Details:
     paper: Link | None
     bibtex: str
     flags: Sequence[str]
+    badge: str
     checks: Sequence[tuple[str, str, str]]
     numbers: Sequence[Derived]
     galleries: Sequence[Gallery]
@@ -407,6 +408,7 @@ def _details(
         paper=_paper(url, paper),
         bibtex=paper.bibtex() if paper else "",
         flags=row.flags,
+        badge=row.badge,
         checks=[
             (
                 check.name,
