@@ -95,7 +95,7 @@ def collect(
         if source is None:
             raise Refused(f"{entry.path}: the source of {top} isn't found. Name its --entries.")
         files |= {f"entries/{name}": path for name, path in source.files.items()}
-    for ref in setting.networks.values() if with_weights else ():
+    for ref in setting.refs.values() if with_weights else ():
         if not isinstance(ref, NetworkRef):
             continue
         path = weights.find(ref.file, [entry.path.parent, entry.path.parent.parent])

@@ -304,7 +304,7 @@ def sources_in(folder: Path, entry: DefenseEntry, track: str) -> list[outside.So
 
 def tops(entry: DefenseEntry, track: str) -> list[str]:
     """The top-level modules outside dbp-bench that `entry` names for `track`."""
-    refs = entry.setting(track, "of the bundle", "entry").networks.values()
+    refs = entry.setting(track, "of the bundle", "entry").refs.values()
     networks = [ref.network for ref in refs if isinstance(ref, NetworkRef)]
     return outside.tops([entry.factory, *networks])
 
@@ -404,7 +404,7 @@ def _check_weights(bundle: Bundle, registry: Registry) -> None:
     setting = entry.setting(bundle.manifest.track, bundle.manifest.defense, "entry")
     meant = {
         f"entries/{ref.file}": ref.sha256
-        for ref in setting.networks.values()
+        for ref in setting.refs.values()
         if isinstance(ref, NetworkRef)
     }
     for name in bundle.files:

@@ -1,0 +1,663 @@
+"""Published defenses on the tracks of papers, offline: generated weights in the exact layouts."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dbp_bench import memory, weights
+from dbp_bench import run as runner
+from dbp_bench.checkpoints import catalog, store, zoo
+from dbp_bench.checkpoints.convert import convert, network_of, renamed
+from dbp_bench.data import catalog as data_catalog
+from dbp_bench.data import places, splits
+from dbp_bench.data.catalog import Facts
+from dbp_bench.defense import Defense, Identity
+from dbp_bench.errors import BadWeights
+from dbp_bench.estimate import _PROBES, estimate
+from dbp_bench.job import Job, Overrides, resolve
+from dbp_bench.networks import adm, ho, songunet, wrn
+from dbp_bench.noise import Tape
+from dbp_bench.purifiers.edm import edm_ode
+from dbp_bench.purifiers.gradual import gradual
+from dbp_bench.purifiers.guided import published_scale
+from dbp_bench.purifiers.resize import Resized
+from dbp_bench.purifiers.schedule import Schedule
+from dbp_bench.registry import OWN_CLASSIFIER, CheckpointRef, Registry, Setting
+from dbp_bench.report import write_leaderboards
+from dbp_bench.result import Result
+from layouts import drawn, filled, hollow, on_meta, published
+from layouts import shapes as shapes_of
+from test_checkpoints import edm_pickle
+from test_checkpoints_entries import ROBUSTBENCH, TIMM
+from toys import uniform
+
+if TYPE_CHECKING:
+    from conftest import Command
+
+SHIPPED = Registry()
+TRACKS = ("cifar10-linf", "cifar10-l2", "cifar100-linf", "cifar100-l2", "imagenet-linf")
+PAIRS = [
+    (name, track)
+    for name in sorted(SHIPPED.defenses)
+    for setting in SHIPPED.defense(name).entry.settings
+    for track in setting.tracks
+    if track in TRACKS
+]
+CALLS = {
+    "none": 0,
+    "ddpm": 101,
+    "ddim": 11,
+    "addt": 101,
+    "addt-ddim": 11,
+    "diffpure": {"cifar10-linf": 100, "cifar10-l2": 75, "imagenet-linf": 150},
+    "addt-diffpure": {"cifar10-linf": 100, "cifar10-l2": 75},
+    "diffpure-ode": {"cifar10-linf": 100, "cifar10-l2": 75},
+    "edm": 99,
+    "edm-ode": 99,
+    "addt-edm": 99,
+    "gdmp": 4 * 36,
+    "gdmp-ssim": 2 * 60,
+    "gdmp-imagenet": 45,
+    "gradual": {"cifar10-linf": 4700, "cifar10-l2": 4700, "imagenet-linf": 6200},
+    "at-gowal2021": 0,
+    "at-rebuffi2021": 0,
+    "at-salman2020": 0,
+    "at-wang2023": 0,
+}
+"""Network calls of one purification, as published; of all votes."""
+
+
+def setting_of(registry: Registry, name: str, track: str) -> Setting:
+    entry = registry.defense(name)
+    return entry.entry.setting(track, name, str(entry.path))
+
+
+def checkpoints(registry: Registry = SHIPPED) -> list[str]:
+    """Every checkpoint that an entry of these tracks names."""
+    refs: list[Any] = [registry.track(track).entry.classifier for track in TRACKS]
+    for name, track in PAIRS:
+        refs += setting_of(registry, name, track).refs.values()
+    return list(dict.fromkeys(ref.checkpoint for ref in refs if isinstance(ref, CheckpointRef)))
+
+
+# --------------------------------------------------------------------- full size, without numbers
+
+
+@lru_cache
+def full_size(name: str) -> nn.Module:
+    entry = catalog.find(name)
+    return nn.Identity() if entry.network is None else on_meta(lambda: network_of(entry))
+
+
+class Counting(nn.Module):
+    """Answers 0, and counts."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels, self.count = channels, 0
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        self.count += 1
+        return z[:, :1].expand(-1, self.channels, -1, -1) * 0.1
+
+
+@pytest.mark.parametrize(("name", "track"), PAIRS)
+def test_the_entry_builds_with_the_full_networks(
+    name: str, track: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dbp_bench.checkpoints.build.build", full_size)
+    monkeypatch.setattr(nn.Module, "to", lambda self, *_: self)  # nothing on meta can be moved
+    built = SHIPPED.build_defense(SHIPPED.defense(name), SHIPPED.track(track))
+    setting = setting_of(SHIPPED, name, track)
+    assert built.sites == frozenset(SHIPPED.defense(name).entry.sites)
+    assert built.votes == setting.votes
+    own = setting.classifier or SHIPPED.track(track).entry.classifier
+    assert isinstance(own, CheckpointRef)
+    assert built.classifier is full_size(own.checkpoint)
+    if setting.resize:
+        assert isinstance(built.purifier, Resized)
+        assert built.purifier.size == 256
+    if setting.surrogate:
+        SHIPPED.build_defense(
+            SHIPPED.defense(name), SHIPPED.track(track), options=setting.surrogate.options
+        )
+
+
+@pytest.mark.parametrize(("name", "track"), PAIRS)
+def test_the_entry_makes_as_many_calls_as_published(
+    name: str, track: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Counting(6 if track == "imagenet-linf" else 3)
+    monkeypatch.setattr("dbp_bench.checkpoints.build.build", lambda _: network)
+    built = SHIPPED.build_defense(SHIPPED.defense(name), SHIPPED.track(track))
+    inner = built.purifier.purifier if isinstance(built.purifier, Resized) else built.purifier
+    small = uniform(1, 3, 16, 16, seed=1).float()
+    purified = inner(small, Tape.make(0, "test", [0]))
+    assert purified.shape == small.shape
+    assert bool(purified.isfinite().all())
+    want: Any = CALLS[name]
+    assert network.count * built.votes == (want[track] if isinstance(want, dict) else want)
+
+
+def test_gradual_noise_scheduling_on_svhn_takes_380_calls() -> None:
+    stages = [(30, 30, 4), (50, 50, 2), (80, 80, 2)]
+    tables = [{"t_star": t, "steps": n, "times": k} for t, n, k in stages]
+    assert gradual(Counting(3), stages=tables, eta=1.0, clamp_output=False).calls == 380
+
+
+@pytest.mark.parametrize(
+    ("t", "signal", "sigma"),
+    [
+        (30, 0.98840, 0.1083),
+        (36, 0.98398, 0.1276),
+        (50, 0.97102, 0.1728),
+        (60, 0.95956, 0.2053),
+        (75, 0.93912, 0.2546),
+        (100, 0.89702, 0.3388),
+        (125, 0.84618, 0.4264),
+        (150, 0.78832, 0.5182),
+        (200, 0.65904, 0.7193),
+    ],
+)
+def test_noise_levels_of_the_entries(t: int, signal: float, sigma: float) -> None:
+    found = Schedule().signal()[t]
+    assert found == pytest.approx(signal, abs=5e-6)
+    assert ((1 - found) / found) ** 0.5 == pytest.approx(sigma, abs=5e-5)
+
+
+def test_the_levels_of_the_entries_are_among_them() -> None:
+    def levels(options: Mapping[str, Any]) -> set[int]:
+        return {options["t_star"]} if "t_star" in options else set()
+
+    found: set[int] = set()
+    for name, track in PAIRS:
+        setting = setting_of(SHIPPED, name, track)
+        if "respaced" not in setting.options:
+            found |= levels(setting.options)
+        for stage in setting.options.get("stages", []):
+            found |= levels(stage)
+    assert found == {30, 36, 50, 60, 75, 100, 125, 150, 200}
+
+
+def test_the_guidance_of_gdmp_is_that_of_a_shipped_batch() -> None:
+    scales = {"gdmp": (60000, 8, 100), "gdmp-ssim": (1000, 8, 100), "gdmp-imagenet": (1000, 4, 60)}
+    for name, (guide, ptb, batch) in scales.items():
+        track = "imagenet-linf" if name == "gdmp-imagenet" else "cifar10-linf"
+        options = setting_of(SHIPPED, name, track).options
+        assert options["scale"] == published_scale(guide, ptb) / batch
+        assert "batch_mean" not in options
+
+
+_LISTS = {
+    ("dbp_bench.networks.ho:cifar10", "diffusers"): "ddpm_cifar10_32_diffusers",
+    ("dbp_bench.networks.ho:cifar10", "pesser"): "ddpm_cifar10_pesser",
+    (
+        "dbp_bench.networks.songunet:ddpmpp_deep_cifar10",
+        "score-sde",
+    ): "score_sde_cifar10_ddpmpp_deep",
+    ("dbp_bench.networks.songunet:edm_cifar10", "edm"): "edm_cifar10_uncond_vp_songunet",
+    ("dbp_bench.networks.adm:imagenet256", "plain"): "adm_256x256_uncond",
+}
+DENOISERS = [
+    name
+    for name in checkpoints()
+    if (catalog.find(name).network or "wrn").partition(":")[0].rpartition(".")[2] != "wrn"
+    and catalog.find(name).network
+]
+
+
+def key_list(name: str) -> dict[str, tuple[int, ...]]:
+    entry = catalog.find(name)
+    return published(_LISTS[entry.network or "", entry.layout or ""])
+
+
+def as_published(name: str, held: dict[str, Any]) -> dict[str, Any]:
+    """`held` as the published file of the checkpoint has it."""
+    if catalog.find(name).layout != "score-sde":
+        return held
+    averages = [value for key, value in held.items() if key != "module.sigmas"]
+    return {"model": OrderedDict(held), "ema": {"shadow_params": averages}, "step": 1}
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_the_published_keys_fit_every_denoiser(name: str) -> None:
+    entry = catalog.find(name)
+    assert entry.layout is not None
+    held = as_published(name, hollow(key_list(name), 0.25))
+    network = full_size(name)
+    weights.check_fit(network, renamed(entry.layout, held, network), Path("f"))
+
+
+# ------------------------------------------------- narrow networks, through the whole pipeline
+
+NARROW = 16
+"""By how much the published widths are divided, ADM's by half of it; names and depths stay."""
+
+ZOO = {
+    "cifar10/Linf": [
+        "Gowal2021Improving_28_10_ddpm_100m",
+        "Rebuffi2021Fixing_70_16_cutmix_extra",
+        "Wang2023Better_WRN-28-10",
+    ],
+    "cifar10/L2": ["Rebuffi2021Fixing_70_16_cutmix_extra", "Wang2023Better_WRN-28-10"],
+    "cifar100/Linf": ["Rebuffi2021Fixing_28_10_cutmix_ddpm", "Wang2023Better_WRN-28-10"],
+    "imagenet/Linf": ["Salman2020Do_R50"],
+}
+"""Names that RobustBench 1.1.1 has."""
+
+_LINEAR = """
+import torch
+class Linear(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        weight = torch.sin(torch.arange(10 * 3072.0)).view(10, 3072)
+        self.weight = torch.nn.Parameter(weight)
+    def forward(self, images):
+        x = (images - 0.5).flatten(1)
+        return x @ self.weight[:, : x.shape[1]].T
+"""
+_ROBUSTBENCH = {
+    **ROBUSTBENCH,
+    "model_zoo/__init__.py": f"{_LINEAR}model_dicts = {{}}\nfor place, names in {ZOO!r}.items():\n"
+    "    data, norm = place.split('/')\n"
+    "    models = model_dicts.setdefault(data, {}).setdefault(norm, {})\n"
+    "    models.update({name: {'model': Linear} for name in names})\n",
+    "utils.py": "from robustbench.model_zoo import model_dicts\n"
+    "def load_model(model_name, model_dir, dataset, threat_model):\n"
+    "    return model_dicts[dataset][threat_model][model_name]['model']()\n",
+}
+_TIMM = {
+    **TIMM,
+    "__init__.py": f"{_LINEAR}from timm import data\ncreate_model = lambda n, **_: Linear()\n",
+}
+
+
+def narrow_shape(shape: tuple[int, ...], by: int) -> tuple[int, ...]:
+    return tuple(n // by if n >= 64 else n for n in shape)
+
+
+def narrow_networks(patch: pytest.MonkeyPatch) -> None:
+    """The factories of the catalog build networks of the same depth, much narrower."""
+    song, small = songunet.SongUNet, wrn.WideResNet
+    patch.setattr(ho, "cifar10", lambda: ho.HoUNet(channels=8, groups=8))
+    patch.setattr(
+        songunet,
+        "ddpmpp_deep_cifar10",
+        lambda: songunet.DDPMpp(song(channels=8, multipliers=(1, 2, 2, 2), blocks=8)),
+    )
+    patch.setattr(
+        songunet,
+        "edm_cifar10",
+        lambda: songunet.EDMPrecond(song(channels=8, dropout=0.13, augmentations=9)),
+    )
+    patch.setattr(
+        adm,
+        "imagenet256",
+        lambda: adm.ADM(32, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32), residual_resampling=True),
+    )
+    patch.setattr(wrn, "wrn_28_10", lambda: small(10, 1))
+    patch.setattr(
+        wrn,
+        "meliketoy_28_10_cifar100",
+        lambda: small(10, 1, 100, layout="meliketoy", normalise=wrn.CIFAR100, dropout=0.3),
+    )
+
+
+def write_checkpoint(name: str, folder: Path) -> Path:
+    """A file or folder in the published layout, with drawn weights."""
+    entry = catalog.find(name)
+    path = folder / f"{name}.pt"
+    if entry.layout in ("robustbench", "meliketoy"):
+        held = drawn(shapes_of(network_of(entry).state_dict()))
+        if entry.layout == "robustbench":
+            torch.save({"state_dict": {f"module.{k}": v for k, v in held.items()}}, path)
+            return path
+        theirs = {
+            re.sub(r"^block(\d)\.layer\.", r"layer\1.", key)
+            .replace(".convShortcut.", ".shortcut.0.")
+            .replace("fc.", "linear."): value
+            for key, value in held.items()
+        }
+        torch.save(theirs, path)
+        return path
+    by = NARROW // 2 if "adm" in name else NARROW
+    held = drawn({key: narrow_shape(shape, by) for key, shape in key_list(name).items()})
+    held = {k: torch.full_like(v, 0.25) if "resample" in k else v for k, v in held.items()}
+    if entry.layout == "diffusers":
+        top = folder / name
+        top.mkdir()
+        (top / "config.json").write_text('{"flip_sin_to_cos": false, "freq_shift": 1}')
+        save_file(held, top / "diffusion_pytorch_model.safetensors")
+        return top
+    if entry.layout == "edm":
+        path = folder / f"{name}.pkl"
+        edm_pickle(held, "raise SystemError", path)
+        return path
+    torch.save(as_published(name, held), path)
+    return path
+
+
+def generated_data(patch: pytest.MonkeyPatch, folder: Path) -> Path:
+    """Images and labels under the names of the real data sets, and their lists."""
+    rng = np.random.default_rng(0)
+    patch.delenv(places.VARIABLE, raising=False)
+    lists = folder / "lists"
+    lists.mkdir()
+    patch.setattr(splits, "LISTS", lists)
+    patch.setattr(splits, "FIRST", 20)
+    patch.setattr(splits, "STRATIFIED", 10)
+    (folder / "data").mkdir()
+    for name in ("cifar10", "cifar100", "imagenet"):
+        size = 24 if name == "imagenet" else 32
+        patch.setitem(data_catalog.CATALOG, name, Facts(name, 10, (3, size, size), 30, 40))
+        labels = rng.permutation(np.arange(70) % 10)
+        images = rng.integers(0, 256, (70, size, size, 3), dtype=np.uint8)
+        splits.write_lists(name, labels.tolist(), lists)
+        np.savez(
+            folder / "data" / f"{name}.npz",
+            x_test=images[:30],
+            y_test=labels[:30],
+            x_train=images[30:],
+            y_train=labels[30:],
+        )
+    return folder / "data"
+
+
+def shortened(options: dict[str, Any]) -> dict[str, Any]:
+    """The same sampler in a few steps."""
+    short = dict(options)
+    if "steps" in short:
+        short["steps"] = 3 if "sigma_max" in short or short["t_star"] % 2 else 2
+    if "iterations" in short:
+        short["iterations"] = min(2, short["iterations"])
+    if "stages" in short:
+        short["stages"] = [
+            {**stage, "steps": 2 if stage["t_star"] == 30 else 1, "times": 1}
+            for stage in short["stages"]
+        ]
+    return short
+
+
+def short_entry(path: Path, folder: Path) -> Path:
+    table = yaml.safe_load(path.read_text())
+    table["settings"] = [s for s in table["settings"] if set(s["tracks"]) & set(TRACKS)]
+    for setting in table["settings"]:
+        setting["options"] = shortened(setting["options"])
+        if "surrogate" in setting:
+            surrogate = setting["surrogate"]["options"]
+            stages = [
+                {**stage, "steps": 2 if stage["t_star"] == 30 else 1}
+                for stage in surrogate["stages"]
+            ]
+            setting["surrogate"]["options"] = {"stages": stages}
+        if "votes" in setting:
+            setting["votes"] = 2
+        if "resize" in setting:
+            setting["resize"] = 32
+    made = folder / path.name
+    made.write_text(yaml.safe_dump(table))
+    return made
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """The shipped entries in few steps, all weights converted and cached, and generated images."""
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DBP_BENCH_CACHE", str(folder / "cache"))
+        patch.setattr(runner, "_git", lambda: (None, None))
+        for package, files in (("robustbench", _ROBUSTBENCH), ("timm", _TIMM), ("torchvision", {})):
+            for name, text in {"__init__.py": "", **files}.items():
+                path = folder / "site" / package / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+        forget_stubs()
+        patch.syspath_prepend(str(folder / "site"))
+        narrow_networks(patch)
+        data = generated_data(patch, folder)
+        (folder / "files").mkdir()
+        for name in checkpoints():
+            if catalog.find(name).network is None:
+                zoo.fetch(name)
+            else:
+                convert(name, write_checkpoint(name, folder / "files"), unpublished=True)
+        (folder / "short").mkdir()
+        paths = {name: SHIPPED.defenses[name] for name, _ in PAIRS}
+        short = {name: short_entry(path, folder / "short") for name, path in paths.items()}
+        yield Registry(data=data, instead=short)
+        forget_stubs()
+    _PROBES.clear()
+
+
+def forget_stubs() -> None:
+    import sys
+
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("robustbench", "timm", "torchvision"):
+            del sys.modules[name]
+
+
+def job_of(registry: Registry, name: str, track: str, threat: str = "eot", **effort: Any) -> Job:
+    overrides = Overrides({"steps": 1, "eot": 1, **effort}, examples=4, batch_size=4, draws=1)
+    return resolve(registry, track, name, threat, seed=0, device="cpu", overrides=overrides)
+
+
+FIRST_TRACKS = [
+    (name, track, "eot")
+    for (name, _), track in {
+        (name, track if name.startswith("at-") else track.partition("-")[0]): track
+        for name, track in PAIRS
+    }.items()
+]
+"""For every entry, one track of each data set."""
+
+
+@pytest.mark.parametrize(
+    ("name", "track", "threat"),
+    [
+        *FIRST_TRACKS,
+        ("gradual", "cifar10-linf", "surrogate-eot"),
+        ("gradual", "imagenet-linf", "gradual-published"),
+        ("edm", "cifar10-l2", "diffattack"),
+    ],
+)
+def test_from_the_published_file_to_a_result(
+    name: str,
+    track: str,
+    threat: str,
+    world: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # In double precision, many passes: other tests look at gradients.
+    monkeypatch.setattr("dbp_bench.run.gradients.quick", lambda *_: None)
+    job = job_of(world, name, track, threat)
+    result = Result.read(runner.execute(job, world, tmp_path))
+    setting = setting_of(world, name, track)
+    want = {
+        key: store.read(ref.checkpoint).sha256
+        for key, ref in {**setting.refs, "classifier": job.track.entry.classifier}.items()
+        if isinstance(ref, CheckpointRef)
+    }
+    assert result.provenance.weights == want
+    assert (OWN_CLASSIFIER in want) == name.startswith("at-")
+    assert result.options == setting.recorded
+    assert result.sites == sorted(SHIPPED.defense(name).entry.sites)
+    assert [len(row) for row in result.robust] == [1] * 4
+    if threat in ("surrogate-eot", "gradual-published"):
+        assert result.surrogate is not None
+        assert result.network_calls.gradient == 4 * (2 + 1 + 1)  # one gradient of each image
+
+
+def test_a_defense_with_a_classifier_of_its_own(world: Registry) -> None:
+    built = world.build_defense(world.defense("at-wang2023"), world.track("cifar10-linf"))
+    assert isinstance(built.purifier, Identity)
+    assert type(built.classifier).__module__ == "robustbench.model_zoo"
+    assert isinstance(
+        world.build_defense(world.defense("none"), world.track("cifar10-linf")).classifier,
+        wrn.WideResNet,
+    )
+
+
+def test_the_rows_stand_in_one_leaderboard(
+    world: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dbp_bench.run.gradients.quick", lambda *_: None)
+    for name in ("none", "ddim", "at-wang2023"):
+        runner.execute(job_of(world, name, "cifar10-linf"), world, tmp_path / "r")
+    written = write_leaderboards(tmp_path / "r", tmp_path / "boards")
+    (board,) = (p for p in written if p.name == "cifar10-linf.md")
+    rows = [line for line in board.read_text().splitlines() if "| at-wang2023 |" in line]
+    assert rows
+
+
+# ------------------------------------------------------------------------------------------ plans
+
+
+@pytest.mark.parametrize(
+    ("name", "threat"),
+    [("ddim", "eot"), ("edm", "eot"), ("gradual", "surrogate-eot")],
+)
+def test_a_plan_counts_the_calls_of_the_run(
+    name: str, threat: str, world: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dbp_bench.run.gradients.quick", lambda *_: None)
+    monkeypatch.setattr("dbp_bench.estimate.MOMENT", 0.0)
+    job = job_of(world, name, "cifar10-linf", threat, steps=2)
+    cost = estimate(job, world, tmp_path, "auto")
+    assert cost.made_up == ()
+    result = Result.read(runner.execute(job, world, tmp_path))
+    assert cost.calls == result.network_calls.gradient + result.network_calls.judging
+
+
+def test_a_plan_tells_the_time_of_the_run(
+    world: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one and the same machine, a moment later."""
+    ratios = []
+    for attempt in range(3):
+        _PROBES.clear()
+        job = job_of(world, "ddpm", "cifar10-linf", steps=4 + attempt)
+        monkeypatch.setattr("dbp_bench.run.gradients.quick", lambda *_: None)
+        cost = estimate(job, world, tmp_path, "none")
+        path = runner.execute(job, world, tmp_path / str(attempt), policy="none")
+        told = yaml.safe_load(runner.runtime_path(path).read_text())["seconds"]
+        ratios.append(cost.seconds / told)
+        if 0.5 < ratios[-1] < 2:
+            return
+    raise AssertionError(ratios)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [("ddim", "none"), ("edm", "none"), ("gradual", "none"), ("ddim", "step"), ("edm", "step")],
+)
+def test_a_plan_tells_the_memory_of_a_pass(
+    name: str,
+    policy: memory.Policy,
+    world: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dbp_bench.estimate.MOMENT", 0.0)
+    job = job_of(world, name, "cifar10-linf")
+    cost = estimate(job, world, tmp_path, policy)
+    assert cost.by_step == (policy == "step")
+    built = world.build_defense(job.defense, job.track, policy=policy)
+    x = uniform(4, 3, 32, 32, seed=2).float().requires_grad_()
+    tape = Tape.make(0, "test", range(4))
+    kept = memory.activation_bytes(lambda: built.logits(x, tape))
+    if policy == "step":
+        z, t = torch.zeros(4, 3, 32, 32, requires_grad=True), torch.ones(4)
+        kept += memory.activation_bytes(lambda: built.networks[0](z, t))
+    assert 0.8 < cost.bytes / kept < 1.25
+
+
+def test_a_plan_without_weights_says_so(
+    world: Registry, tmp_path: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DBP_BENCH_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("dbp_bench.estimate.MOMENT", 0.0)
+    _PROBES.clear()
+    registry = Registry(instead=world.instead)
+    job = job_of(registry, "ddim", "cifar10-linf", steps=2)
+    cost = estimate(job, registry, tmp_path, "none")
+    assert cost.made_up == ("cifar10-ddpm-ema", "cifar10-wrn-28-10")
+    assert cost.calls == 3 * 4 * (2 + 2)
+    assert cost.seconds > 0
+    with pytest.raises(BadWeights, match="Run: dbp-bench weights fetch cifar10-ddpm-ema"):
+        runner.execute(job, registry, tmp_path / "out")
+    said = command(
+        *("plan", "--track", "cifar10-linf", "--defense", "none,at-wang2023"),
+        *("--threat", "eot,dwbox", "--device", "cpu", "--json"),
+    )
+    assert (said.code, said.err) == (0, "")
+    said = command(
+        *("plan", "--track", "cifar10-linf", "--defense", "none,at-wang2023"),
+        *("--threat", "eot", "--device", "cpu", "--examples", "4", "--batch-size", "4"),
+    )
+    assert (
+        "timed with made-up weights: cifar10-wrn-28-10, "
+        "robustbench:cifar10/Linf/Wang2023Better_WRN-28-10 not in the cache"
+        in " ".join(said.out.split())
+    )
+    assert not (tmp_path / "empty").exists()
+    said = command("run", "--track", "cifar10-linf", "--defense", "none", "--threat", "eot")
+    assert said.code == 2
+    assert "weights fetch cifar10-wrn-28-10" in said.err
+
+
+def test_the_automatic_policy_needs_no_room_for_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops measuring where it is clear that not everything fits."""
+    network = filled(ho.small32())
+    purifier = SHIPPED.build_defense(SHIPPED.defense("none"), SHIPPED.track("digits-linf")).purifier
+    assert isinstance(purifier, Identity)
+    calls = []
+
+    class Deep:
+        sites = frozenset[Any]()
+
+        def __call__(self, images: Tensor, noise: Any) -> Tensor:
+            for _ in range(50):
+                calls.append(len(images))
+                images = memory.step(lambda z: network(z, torch.ones(len(z))), images)
+            return images
+
+    defense = Defense(Deep(), nn.Flatten(), [network])
+    x = uniform(2, 3, 32, 32, seed=1).float()
+    per_call = memory.activation_bytes(lambda: network(x[:1].requires_grad_(), torch.ones(1)))
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 2 * 2 * 3 * per_call)
+    with torch.enable_grad():
+        assert defense._by_step(x.detach().requires_grad_())
+    assert calls == [1] * 4
+    assert defense.activation_bytes(x) > 45 * per_call
+
+
+def test_the_states_of_edm_are_those_of_its_levels() -> None:
+    """With a network that knows the image, the reverse process is the forward process."""
+    images = uniform(1, 3, 8, 8, seed=3).double()
+    purifier = edm_ode(
+        lambda z, sigma: 2 * images - 1,
+        sigma_max=0.5,
+        sigma_min=0.002,
+        rho=7.0,
+        steps=4,
+        solver="heun",
+        clamp_output=True,
+    )
+    with memory.recording() as states:
+        purifier(images, Tape.make(0, "test", [0]))
+    assert [state.level for state in states] == [3, 2, 1, 0]
+    for state in states:
+        torch.testing.assert_close(state.forward, state.reverse, atol=1e-12, rtol=0)
+    assert float((states[0].forward - states[-1].forward).std()) > 0.1
