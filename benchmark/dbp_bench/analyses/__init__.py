@@ -1,0 +1,1 @@
+"""Analyses of where robustness comes from, after the figures of the papers on purification."""

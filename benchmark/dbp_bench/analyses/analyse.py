@@ -1,0 +1,164 @@
+"""Do an analysis: refuse what can't be right, compute what is missing, write the numbers."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dbp_bench import __version__
+from dbp_bench.analyses.catalog import ANALYSES, Analysis
+from dbp_bench.analyses.options import Options, parse
+from dbp_bench.analyses.record import SCHEMA, Record
+from dbp_bench.analyses.store import Pieces, record_path
+from dbp_bench.analyses.target import Target
+from dbp_bench.data import load_data
+from dbp_bench.errors import BadRequest, UnknownName, did_you_mean
+from dbp_bench.evaluate import Group
+from dbp_bench.job import Job, Overrides, refuse_other_request, resolve
+from dbp_bench.registry import Registry
+from dbp_bench.run import locked, provenance
+from dbp_bench.threat import budget
+
+_BASE = "eot"
+"""The threat whose budget, track and defense settings an analysis takes; its effort is its own."""
+
+
+def analyse(
+    name: str,
+    registry: Registry,
+    track: str,
+    defenses: Sequence[str],
+    *,
+    seed: int,
+    device: str,
+    out: Path,
+    examples: int | None = None,
+    options: dict[str, Any] | None = None,
+    resume: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """Write the numbers of the analysis called `name`, or find them written.
+
+    Args:
+        name: One of :data:`dbp_bench.analyses.catalog.ANALYSES`.
+        registry: Where the entries come from.
+        track: The track's name.
+        defenses: Names of the defenses, which share one record and one figure.
+        seed: Decides every draw.
+        device: Where to compute.
+        out: The folder of results.
+        examples: The first images of the track; the analysis has a number of its own.
+        options: Given options of the analysis, by name.
+        resume: Continue what is there. Otherwise it is thrown away first.
+        say: Told what is computed.
+
+    Returns:
+        The path of the JSON file.
+
+    Raises:
+        UnknownName: No analysis or entry has that name.
+        BadRequest: An option can't be right, or `out` holds another request under this name.
+        AttackFailed: An attack or a defense gave numbers that can't be used.
+    """
+    if name not in ANALYSES:
+        raise UnknownName(f"no analysis {name!r}.{did_you_mean(name, ANALYSES)}")
+    analysis = ANALYSES[name]
+    asked = parse(analysis.options, name, options or {})
+    names = list(dict.fromkeys(defenses))
+    if not names:
+        raise BadRequest(f"--defense: names nothing.{did_you_mean('', registry.defenses)}")
+    number = analysis.examples if examples is None else examples
+    overrides = Overrides(examples=number)
+    jobs = [
+        resolve(registry, track, each, _BASE, seed=seed, device=device, overrides=overrides)
+        for each in names
+    ]
+    for job in jobs:
+        if not job.sites:
+            raise BadRequest(
+                f"--defense {job.defense.name}: it draws no noise, so that nothing is hidden or "
+                "known."
+            )
+    request = _request(analysis, asked, jobs)
+    path = record_path(out, track, name, names)
+    work = out / ".work" / path.relative_to(out).with_suffix("")
+    with locked(work):
+        if not resume:
+            shutil.rmtree(work, ignore_errors=True)
+            for suffix in (".json", ".csv", ".svg", ".png"):
+                path.with_suffix(suffix).unlink(missing_ok=True)
+        if path.is_file():
+            refuse_other_request(request, Record.read(path).request, path)
+            return path
+        pieces = Pieces(work, say)
+        pieces.open(request)
+        _compute(analysis, asked, jobs, registry, request, pieces).write(path)
+    return path
+
+
+def _request(analysis: Analysis, options: Options, jobs: Sequence[Job]) -> dict[str, Any]:
+    """What must be equal for pieces to be continued, as JSON gives it back."""
+    first = jobs[0]
+    kept = ("options", "weights", "sites", "code")
+    request = {
+        "dbp_bench": __version__,
+        "analysis": analysis.name,
+        "track": first.track.name,
+        "norm": first.track.entry.norm,
+        "eps": first.eps,
+        "seed": first.seed,
+        "device": torch.device(first.device).type,
+        "batch_size": first.batch_size,
+        "rows": first.rows,
+        "images": first.examples,
+        "options": options.model_dump(),
+        "defenses": {
+            job.defense.name: {k: v for k, v in job.identity().items() if k in kept} for job in jobs
+        },
+    }
+    loaded: dict[str, Any] = json.loads(json.dumps(request))
+    return loaded
+
+
+def _compute(
+    analysis: Analysis,
+    options: Options,
+    jobs: Sequence[Job],
+    registry: Registry,
+    request: dict[str, Any],
+    pieces: Pieces,
+) -> Record:
+    first = jobs[0]
+    track = first.track.entry
+    ids = first.track_ids[: first.examples]
+    device = torch.device(first.device)
+    data = load_data(track.data, registry.data, track.split)
+    digest = data.digest(ids)
+    groups = []
+    for start in range(0, len(ids), first.batch_size):
+        part = ids[start : start + first.batch_size]
+        images, labels = data.select(part)
+        groups.append(Group(images.to(device), labels.to(device), part))
+    # float32 means float32: no shortened products in convolutions.
+    torch.backends.cudnn.allow_tf32 = False
+    rows = []
+    for job in jobs:
+        defense = registry.build_defense(job.defense, job.track, device=device)
+        ball = budget(track.norm, job.eps)
+        target = Target(job.defense.name, defense, groups, ball, job.seed, job.rows)
+        rows += analysis.measure(target, options, pieces.within(job.defense.name))
+    return Record(
+        schema=SCHEMA,
+        analysis=analysis.name,
+        track=first.track.name,
+        defenses=[job.defense.name for job in jobs],
+        images=list(ids),
+        statement=list(analysis.statement),
+        request=request,
+        provenance={job.defense.name: provenance(job, digest) for job in jobs},
+        axes=list(analysis.axes),
+        rows=rows,
+    )

@@ -1,0 +1,152 @@
+"""Paths of PGD from one image: stochastic white-box, EoT and DW-box, in the plane of the two."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dbp_bench.analyses.options import Count, Known, Searched
+from dbp_bench.analyses.record import Row, row
+from dbp_bench.analyses.store import Pieces, Tensors
+from dbp_bench.analyses.target import Effort, Target, estimate, fresh, guesses_of, losses
+from dbp_bench.attacks.pgd import PGD
+from dbp_bench.evaluate import Group
+from dbp_bench.noise import VICTIM, Site, Tape
+from dbp_bench.threat import AttackerView, Gradient, Objective
+
+AXES = ("image", "step")
+
+STATEMENT = (
+    (
+        "Iterates of PGD on cross-entropy from the clean image: white-box takes one gradient "
+        "draw a step, eot several, and dwbox is shown victim draw 0, or another one (dwbox 1, "
+        "2, ...)."
+    ),
+    (
+        "x: along the last perturbation of dwbox 0. y: along the mean of the last perturbations "
+        "of the eot runs, less its part along x. Both are Euclidean lengths in [0, 1] pixel "
+        "units."
+    ),
+    (
+        "loss-known: cross-entropy at victim draw 0, which dwbox 0 was shown. loss-fresh: its "
+        "mean over draws that no attack was shown, with an interval over these draws."
+    ),
+    (
+        "tsne-x, tsne-y: t-SNE of all perturbations of an image, from its principal plane; "
+        "missing where scikit-learn is. The projection on the plane is linear and the primary "
+        "view."
+    ),
+)
+
+
+class Options(Searched):
+    """Runs of each hidden-draw attack, known draws, and fresh draws that judge."""
+
+    runs: Count = 3
+    known: Known = 3
+    fresh: Count = 32
+
+
+def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
+    """The rows of one defense."""
+    effort = Effort(options.steps, options.step_size, options.eot)
+    rows: list[Row] = []
+    for number, group in enumerate(target.groups):
+        paths = _paths(target, group, options, effort, pieces.within(f"group {number}"))
+        for index, image in enumerate(group.ids):
+            own = {
+                name: {key: value[index] for key, value in path.items()}
+                for name, path in paths.items()
+            }
+            rows += _rows(target, image, group.images[index].cpu(), own)
+    return rows
+
+
+def _paths(
+    target: Target, group: Group, options: Options, effort: Effort, pieces: Pieces
+) -> dict[str, Tensors]:
+    """Of each run, images ``(b, steps + 1, c, h, w)`` and losses on them."""
+    hidden = [("white-box", 1), ("eot", options.eot)]
+    runs = [(name, r, frozenset[Site](), n) for name, n in hidden for r in range(options.runs)]
+    runs += [("dwbox", d, target.sites, 1) for d in range(options.known)]
+
+    def path(number: int, knows: frozenset[Site], eot: int) -> Tensors:
+        images = iterates(target, group, effort.pgd(eot), knows, number)
+        flat = [images[:, step] for step in range(images.shape[1])]
+        known = torch.cat([losses(target, x, group, [0]) for x in flat], 1)
+        others = [losses(target, x, group, fresh(options.fresh)) for x in flat]
+        return {"images": images, "known": known, "fresh": torch.stack(others, 1)}
+
+    return {
+        f"{name} {number}": pieces(f"{name} {number}", partial(path, number, knows, eot))
+        for name, number, knows, eot in runs
+    }
+
+
+def iterates(
+    target: Target, group: Group, method: PGD, knows: frozenset[Site], draw: int
+) -> Tensor:
+    """All iterates ``(b, steps + 1, c, h, w)`` of `method`, the clean images first."""
+    victim = Tape.make(target.seed, VICTIM, group.ids, draw)
+    guess = Tape.make(target.seed, guesses_of(draw), group.ids)
+    view = AttackerView(target.defense, knows, victim, guess, target.rows)
+    seen: list[Tensor] = []
+
+    def watched(images: Tensor, labels: Tensor, objective: Objective, draws: range) -> Gradient:
+        seen.append(images)
+        return view.gradient(images, labels, objective, draws)
+
+    last = method.search(view, group.images, group.labels, target.budget, watched)
+    return torch.stack([*seen, last], 1)
+
+
+def plane(dw: Tensor, eot: Tensor) -> tuple[Tensor, Tensor]:
+    """Two orthonormal directions ``(d,)``: of `dw`, and of what `eot` has beside it.
+
+    The second is zero where `eot` is parallel to `dw`, up to rounding in float32.
+    """
+    first = _unit(dw)
+    rest = eot - (eot @ first) * first
+    parallel = bool(torch.linalg.vector_norm(rest) < 1e-5 * torch.linalg.vector_norm(eot))
+    return first, torch.zeros_like(rest) if parallel else _unit(rest)
+
+
+def _unit(x: Tensor) -> Tensor:
+    unit: Tensor = x / torch.linalg.vector_norm(x).clamp(min=1e-12)
+    return unit
+
+
+def _rows(target: Target, image: int, clean: Tensor, paths: dict[str, Tensors]) -> list[Row]:
+    moved = {name: (p["images"] - clean).flatten(1).double() for name, p in paths.items()}
+    ends = [path[-1] for name, path in moved.items() if name.startswith("eot")]
+    first, second = plane(moved["dwbox 0"][-1], torch.stack(ends).mean(0))
+    embedded = _tsne(torch.cat(list(moved.values())), target.seed)
+    rows, start = [], 0
+    for name, path in moved.items():
+        x, y = (path @ first).tolist(), (path @ second).tolist()
+        for step in range(len(path)):
+            at = (image, step)
+            found = {
+                "x": x[step],
+                "y": y[step],
+                "loss-known": float(paths[name]["known"][step]),
+                "loss-fresh": estimate(paths[name]["fresh"][step]),
+            }
+            if embedded is not None:
+                found["tsne-x"], found["tsne-y"] = embedded[start + step]
+            rows += [row(target.name, name, at, q, value) for q, value in found.items()]
+        start += len(path)
+    return rows
+
+
+def _tsne(points: Tensor, seed: int) -> list[list[float]] | None:
+    """Places of `points` ``(n, d)`` in two dimensions; None where scikit-learn is missing."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        return None
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    made = TSNE(2, perplexity=perplexity, init="pca", random_state=seed % 2**32)
+    # In thousandths: the last digits differ between machines.
+    places: list[list[float]] = made.fit_transform(points.numpy()).round(3).tolist()
+    return places

@@ -1,0 +1,418 @@
+"""Analyses on toys whose answers are known in closed form, and against the runs they generalise."""
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dbp_bench import evaluate
+from dbp_bench.analyses import efficacy, eotcurve, immobilise, landscape, stochasticity, trajectory
+from dbp_bench.analyses.mixing import Mixed, PartlyKnown, partly_known
+from dbp_bench.analyses.record import Row
+from dbp_bench.analyses.store import Pieces, Tensors
+from dbp_bench.analyses.target import Effort, Target, attacked, fresh, gradients, losses
+from dbp_bench.attacks.objectives import cross_entropy
+from dbp_bench.defense import Defense, Purifier
+from dbp_bench.evaluate import Group
+from dbp_bench.gradients import cosines
+from dbp_bench.noise import ATTACKER, FORWARD, REVERSE, VICTIM, Noise, Site, Tape
+from dbp_bench.threat import Linf
+from toys import BOTH, Linear, Made, Noisy, TwoSided, group, normal, uniform
+
+EFFORT = Effort(steps=4, step_size=0.5, eot=3)
+SEED = 5
+TWO_SIDED = TwoSided(normal(1, 16, seed=3)[0], 0.8)
+
+
+class Once(Pieces):
+    """Pieces that nobody stores."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), lambda _: None)
+
+    def within(self, prefix: str) -> "Once":
+        return self
+
+    def __call__(self, name: str, make: Callable[[], Tensors]) -> Tensors:
+        return make()
+
+
+def target(purifier: Purifier, classifier: nn.Module, images: Group, votes: int = 1) -> Target:
+    defense = Defense(purifier, classifier, votes=votes)
+    return Target("toy", defense, [images], Linf(0.1), SEED, rows=64)
+
+
+def stochastic(votes: int = 1) -> Target:
+    """A defense that draws at two sites, where which way to push depends on the draw."""
+    return target(Noisy(0.3, 0.2), TWO_SIDED, group(12), votes)
+
+
+WEIGHT = torch.tensor([1.0, -2.0, 0.5, 1.5])
+SHIFT = 0.1 * float(WEIGHT.abs().sum())
+"""By how much a step of eps moves the score of the linear toy, whatever the noise."""
+
+
+def linear(n: int) -> Target:
+    images = Group(0.4 + 0.2 * uniform(n, 1, 2, 2), torch.arange(n) % 2, range(n))
+    return target(Noisy(0.2, 0.1), Linear(WEIGHT, -0.2), images)
+
+
+def margins(whole: Target, noises: Sequence[Noise]) -> Tensor:
+    """The label's lead ``(noises, n)`` at the clean images: the loss is softplus(-lead)."""
+    images = whole.groups[0]
+    with torch.no_grad():
+        score = torch.stack(
+            [Linear(WEIGHT, -0.2).score(Noisy(0.2, 0.1)(images.images, n)) for n in noises]
+        )
+    return torch.where(images.labels == 1, score, -score).double()
+
+
+def victim(whole: Target, draw: int) -> Tape:
+    return Tape.make(SEED, VICTIM, whole.groups[0].ids, draw)
+
+
+def value(rows: Sequence[Row], quantity: str, series: str, *at: float) -> float:
+    (found,) = [r for r in rows if (r.quantity, r.series, r.at) == (quantity, series, at)]
+    return found.value
+
+
+# ------------------------------------------------------------------------------- stochasticity
+
+
+def test_mixed_noise_is_standard_normal_and_has_the_stated_correlation() -> None:
+    like = torch.zeros(200, 1, 10, 10)
+    known, new = (Tape.make(0, owner, range(200)) for owner in ("a", "b"))
+    for k in (0.3, 0.6, 0.9):
+        found = Mixed(known, new, k).normal(FORWARD, 0, like).flatten()
+        assert abs(float(found.mean())) < 0.03
+        assert abs(float(found.var()) - 1) < 0.03
+        part = float((found * known.normal(FORWARD, 0, like).flatten()).mean())
+        assert abs(part - sqrt(1 - k * k)) < 0.03
+
+
+@pytest.mark.parametrize("votes", [1, 3])
+@pytest.mark.parametrize("draw", [0, 2])
+def test_without_fresh_noise_it_is_the_dw_box(draw: int, votes: int) -> None:
+    """Bit for bit: the images, and the outcomes at the known draw."""
+    whole = stochastic(votes)
+    images = whole.groups[0]
+    found = stochasticity.mixed_run(whole, images, EFFORT, 0.0, draw, 2)
+    want = attacked(whole, images, EFFORT.pgd(), BOTH, draw)
+    assert torch.equal(found["images"], want)
+    judged = evaluate.judge(whole.defense, want, images, seed=SEED, draw=draw)
+    assert torch.equal(found["right"], judged[:, None].expand(-1, 2).double())
+    clean = evaluate.judge(whole.defense, images.images, images, seed=SEED, draw=draw)
+    assert torch.equal(found["clean-right"], clean[:, None].expand(-1, 2).double())
+
+
+@pytest.mark.parametrize("votes", [1, 3])
+def test_without_known_noise_it_is_eot(votes: int) -> None:
+    whole = stochastic(votes)
+    images = whole.groups[0]
+    found = stochasticity.mixed_run(whole, images, EFFORT, 1.0, 0, 4)
+    want = attacked(whole, images, EFFORT.pgd(), frozenset(), 0)
+    assert torch.equal(found["images"], want)
+    judged = [evaluate.judge(whole.defense, want, images, seed=SEED, draw=d) for d in fresh(4)]
+    assert torch.equal(found["right"], torch.stack(judged, 1).double())
+
+
+def test_the_judge_of_a_mixture_draws_its_fresh_part_anew() -> None:
+    whole = stochastic()
+    images = whole.groups[0]
+    found = stochasticity.mixed_run(whole, images, EFFORT, 0.7, 0, 3)
+    assert len({tuple(c) for c in found["loss"].T.tolist()}) == 3
+    tape = Tape.make(SEED, VICTIM, images.ids)
+    first = Tape.make(SEED, VICTIM, images.ids, fresh(1)[0])
+    logits = whole.defense.logits(found["images"], Mixed(tape, first, 0.7))
+    want = cross_entropy(logits, images.labels)
+    assert torch.allclose(found["loss"][:, 0], want.double(), atol=1e-6)
+
+
+def test_no_attack_on_a_mixture_depends_on_the_fresh_part_of_the_victim() -> None:
+    """It guesses from its own tape: an owner that is not the victim's."""
+    asked: list[Tensor] = []
+
+    def run(images: Tensor, noise: Noise) -> Tensor:
+        drawn = noise.normal(FORWARD, 0, images)
+        asked.append(drawn.detach())
+        return images + 0.3 * drawn
+
+    whole = target(Made(run), TWO_SIDED, group(3))
+    images = whole.groups[0]
+    known = Tape.make(SEED, VICTIM, images.ids)
+    attacked(whole, images, EFFORT.pgd(), frozenset(), 0, partly_known(whole.defense, known, 0.6))
+    fixed = known.normal(FORWARD, 0, images.images)
+    guess = Tape.make(SEED, f"{ATTACKER}/0", images.ids).copies([0, 1, 2])
+    copies = images.images.repeat_interleave(3, 0)
+    want = 0.8 * fixed.repeat_interleave(3, 0) + 0.6 * guess.normal(FORWARD, 0, copies)
+    first = next(noise for noise in asked if len(noise) == 9)
+    assert torch.allclose(first, want, atol=1e-6)
+
+
+def test_nothing_is_left_to_guess_where_all_noise_is_known() -> None:
+    tape = Tape.make(0, VICTIM, range(4))
+    assert PartlyKnown(Noisy(0.3, 0.2), tape, 0.0).sites == frozenset()
+    assert PartlyKnown(Noisy(0.3, 0.2), tape, 0.1).sites == BOTH
+
+
+def test_a_partly_known_purifier_refuses_images_it_has_no_draw_for() -> None:
+    purifier = PartlyKnown(Noisy(0.3, 0.2), Tape.make(0, VICTIM, range(4)), 0.5)
+    with pytest.raises(ValueError, match="6 images for 4 known draws"):
+        purifier(uniform(6, 1, 2, 2), Tape.make(0, VICTIM, range(6)))
+
+
+def test_robustness_loss_of_a_linear_defense() -> None:
+    """The score is weight . x + noise: PGD moves it by eps |weight|_1, whatever the noise."""
+    whole = linear(8)
+    options = stochasticity.Options(steps=4, eot=2, levels=(0, 0.5, 1))
+    rows = stochasticity.measure(whole, options, Once())
+    for k in options.levels:
+        noises = [
+            Mixed(victim(whole, draw), victim(whole, j), k)
+            for draw in range(options.known)
+            for j in fresh(options.fresh)
+        ]
+        margin = margins(whole, noises)
+        clean, moved = F.softplus(-margin).mean(), F.softplus(SHIFT - margin).mean()
+        assert value(rows, "clean-loss", "", k) == pytest.approx(float(clean), abs=2e-5)
+        want = float(moved - clean)
+        assert value(rows, "robustness-loss", "", k) == pytest.approx(want, abs=2e-5)
+
+
+# ---------------------------------------------------------------------------------- immobilise
+
+
+def test_the_subsets_form_a_lattice() -> None:
+    three = frozenset({FORWARD, REVERSE, Site("vote")})
+    found = immobilise.subsets(three)
+    assert len(found) == len(set(found)) == 8
+    assert found[0] == frozenset()
+    assert found[-1] == three
+    assert [len(s) for s in found] == [0, 1, 1, 1, 2, 2, 2, 3]
+    assert immobilise.called(found[-1]) == "forward+reverse+vote"
+
+
+def test_each_subset_has_the_outcomes_of_a_run() -> None:
+    """As run.py judges: attack d at victim draw d; one attack where nothing is known."""
+    whole = stochastic()
+    images = whole.groups[0]
+    options = immobilise.Options(steps=4, step_size=0.5, eot=3, draws=5)
+    effort = Effort(4, 0.5, 3)
+    for known in immobilise.subsets(BOTH):
+        found = immobilise.outcomes(whole, images, effort, known, options)
+        judged = []
+        for draw in range(options.known if known else options.draws):
+            adversarial = evaluate.attack(
+                whole.defense,
+                effort.pgd(),
+                images,
+                whole.budget,
+                known,
+                seed=SEED,
+                victim_draw=draw if known else 0,
+                rows=whole.rows,
+            ).images
+            judged.append(evaluate.judge(whole.defense, adversarial, images, seed=SEED, draw=draw))
+        assert torch.equal(found["robust"], torch.stack(judged, 1).double()), known
+
+
+def test_only_the_site_that_matters_matters() -> None:
+    """Noise at the reverse site is drawn but not used: knowing it changes no outcome."""
+    whole = target(Noisy(0.4, 0.0), TWO_SIDED, group(16))
+    options = immobilise.Options(steps=4, step_size=0.5, eot=3, draws=3)
+    rows = immobilise.measure(whole, options, Once())
+    known = {
+        name: value(rows, "accuracy", name, n)
+        for name, n in (("forward", 1), ("forward+reverse", 2))
+    }
+    assert known["forward"] == known["forward+reverse"]
+    assert value(rows, "accuracy", "nothing", 0) > known["forward"]
+    fall = value(rows, "fall", "forward", 1)
+    want = value(rows, "accuracy", "nothing", 0) - known["forward"]
+    assert fall == pytest.approx(want, abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------- eot-curve
+
+
+class Scattered(nn.Module):
+    """Class scores whose gradient is a fixed direction: the purifier adds the scatter."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        score = images.flatten(1).sum(1)
+        return torch.stack([torch.zeros_like(score), score], 1)
+
+
+def scattered(spread: float, n: int, size: int) -> Target:
+    """Gradients proportional to 1 + spread x noise at every pixel.
+
+    By cross-entropy, the gradient is a positive number times the weights that were drawn; the mean
+    over draws is over weights that scatter about one direction.
+    """
+
+    def run(images: Tensor, noise: Noise) -> Tensor:
+        weights = 1 + spread * noise.normal(FORWARD, 0, images)
+        return images * weights / 1e4
+
+    images = Group(uniform(n, 1, size, size), torch.zeros(n, dtype=torch.int64), range(n))
+    whole = target(Made(run), Scattered(), images)
+    return Target(whole.name, whole.defense, whole.groups, whole.budget, SEED, rows=512)
+
+
+def test_cosines_follow_the_formula_where_gradients_scatter_about_a_mean() -> None:
+    """Mu of length sqrt(d), noise of variance spread^2 a pixel: rho = 1 / (1 + spread^2)."""
+    spread = 2.0
+    options = eotcurve.Options(steps=1, counts=(1, 2, 4, 16, 64), fresh=1)
+    rows = eotcurve.measure(scattered(spread, 3, 40), options, Once())
+    rho = 1 / (1 + spread**2)
+    for scale in eotcurve.SCALES:
+        for n in options.counts:
+            want = rho / sqrt(rho + (1 - rho) / n)
+            assert value(rows, "cosine", scale, n) == pytest.approx(want, abs=0.02), (scale, n)
+        assert value(rows, "rho", scale) == pytest.approx(rho, abs=0.01)
+
+
+def test_the_fit_finds_the_rho_it_was_made_from() -> None:
+    counts = np.array([1.0, 2, 8, 64, 512])
+    rho = np.array([0.03, 0.106, 0.5, 0.97])
+    curves = eotcurve.similarity(rho[:, None], counts[None])
+    assert eotcurve.fit(curves, counts) == pytest.approx(rho, abs=1e-4)
+    # The published curve, read off its figure, against the stated numbers of the formula.
+    assert eotcurve.similarity(0.106, np.array([10.0, 100.0])) == pytest.approx(
+        [0.240, 0.313], abs=1e-3
+    )
+
+
+def test_gradients_of_single_draws_average_to_what_an_attack_takes() -> None:
+    whole = stochastic()
+    images = whole.groups[0]
+    from dbp_bench.threat import AttackerView
+
+    each = gradients(whole, images, f"{ATTACKER}/0", range(7))
+    victim = Tape.make(SEED, VICTIM, images.ids)
+    guess = Tape.make(SEED, f"{ATTACKER}/0", images.ids)
+    view = AttackerView(whole.defense, frozenset(), victim, guess, 64)
+    want = view.gradient(images.images, images.labels, cross_entropy, range(7)).mean
+    assert torch.allclose(each.mean(1), want, atol=1e-6)
+    alone = AttackerView(whole.defense, BOTH, guess, guess, 64)
+    first = alone.gradient(images.images, images.labels, cross_entropy, [0]).mean
+    assert torch.allclose(each[:, 0], first, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------ efficacy
+
+
+def test_loss_along_a_step_of_a_linear_defense() -> None:
+    """Steps of eps / 16 move the score by k eps |weight|_1 / 16, at every draw alike."""
+    whole = linear(8)
+    rows = efficacy.measure(whole, efficacy.Options(sets=4, fresh=2), Once())
+    for judged, draws in (("known", range(3)), ("fresh", fresh(2))):
+        margin = margins(whole, [victim(whole, d) for d in draws])
+        for k in (-16, -3, 0, 5, 16):
+            want = F.softplus(k * SHIFT / 16 - margin).mean()
+            for series in efficacy.DIRECTIONS[:2]:
+                found = value(rows, f"loss-{judged}", series, k)
+                assert found == pytest.approx(float(want), abs=2e-5), (judged, series, k)
+
+
+def test_the_known_draw_is_the_steepest_at_that_draw_only() -> None:
+    """Where the gradient has the draw's signs, it beats the mean at its draw, not elsewhere."""
+
+    def run(images: Tensor, noise: Noise) -> Tensor:
+        return images * noise.normal(FORWARD, 0, images)
+
+    images = Group(0.3 + 0.4 * uniform(40, 1, 5, 5), torch.zeros(40, dtype=torch.int64), range(40))
+    whole = target(Made(run), Scattered(), images)
+    rows = efficacy.measure(whole, efficacy.Options(sets=64, fresh=4), Once())
+    known = {s: value(rows, "loss-known", s, 16) for s in efficacy.DIRECTIONS}
+    assert known["known draw"] > known["mean over known draws"] + 0.5
+    assert known["known draw"] > known["random"] + 0.5
+    others = {s: value(rows, "loss-fresh", s, 16) for s in efficacy.DIRECTIONS}
+    start = value(rows, "loss-fresh", "random", 0)
+    assert abs(others["known draw"] - start) < 0.5
+
+
+def test_random_steps_have_the_size_of_the_others() -> None:
+    whole = stochastic()
+    steps = efficacy._directions(whole, whole.groups[0], efficacy.Options(sets=4))
+    for name, step in steps.items():
+        assert bool((step.abs() == 1).all()), name
+    assert steps["single"].shape[1] == 3
+
+
+# ------------------------------------------------------------------- landscape and trajectories
+
+
+def test_what_lies_beside_is_at_a_right_angle_and_adds_up() -> None:
+    eot, dw = normal(5, 1, 3, 3, seed=1), normal(5, 1, 3, 3, seed=2)
+    rest, along = landscape.beside(eot, dw)
+    assert torch.allclose((rest * dw).flatten(1).sum(1), torch.zeros(5), atol=1e-5)
+    assert torch.allclose(rest + along.view(-1, 1, 1, 1) * dw, eot, atol=1e-6)
+    still, none = landscape.beside(eot, torch.zeros_like(dw))
+    assert torch.equal(still, eot)
+    assert torch.equal(none, torch.zeros(5))
+
+
+def test_the_surface_of_a_linear_defense() -> None:
+    """EoT finds what DW finds: nothing lies beside it, and loss is the softplus of a line."""
+    whole = linear(6)
+    options = landscape.Options(points=6, steps=4, known=3, fresh=1)
+    rows = landscape.measure(whole, options, Once())
+    margin = margins(whole, [victim(whole, d) for d in range(options.known)])
+    for a in landscape.grid(6):
+        want = F.softplus(a * SHIFT - margin)
+        for b in (0.0, 2.0):
+            found = value(rows, "loss-known", "mean", a, b)
+            assert found == pytest.approx(float(want.mean()), abs=2e-5)
+        one = value(rows, "loss-known", "draw 2", a, 0.0)
+        assert one == pytest.approx(float(want[2].mean()), abs=2e-5)
+    assert value(rows, "cosine", "eot") == pytest.approx(1, abs=1e-5)
+    assert value(rows, "along", "eot") == pytest.approx(1, abs=1e-5)
+
+
+def test_the_iterates_are_those_of_the_attack() -> None:
+    whole = stochastic()
+    images = whole.groups[0]
+    for knows, draw, eot in ((frozenset[Site](), 2, 3), (BOTH, 1, 1)):
+        path = trajectory.iterates(whole, images, EFFORT.pgd(eot), knows, draw)
+        assert path.shape[1] == EFFORT.steps + 1
+        assert torch.equal(path[:, 0], images.images)
+        assert torch.equal(path[:, -1], attacked(whole, images, EFFORT.pgd(eot), knows, draw))
+        assert not torch.equal(path[:, 1], path[:, 0])
+
+
+def test_paths_end_where_the_plane_says() -> None:
+    """Dwbox 0 ends on the x axis, at its own length; the mean of the eot ends has no third part."""
+    whole = target(Noisy(0.3, 0.2), TWO_SIDED, group(2))
+    options = trajectory.Options(steps=4, step_size=0.5, eot=2, runs=2, fresh=3)
+    rows = trajectory.measure(whole, options, Once())
+    images = whole.groups[0]
+    for index, image in enumerate(images.ids):
+        last = attacked(whole, images, Effort(4, 0.5, 2).pgd(1), BOTH, 0)[index]
+        length = float((last - images.images[index]).norm())
+        assert value(rows, "x", "dwbox 0", image, 4) == pytest.approx(length, abs=1e-5)
+        assert value(rows, "y", "dwbox 0", image, 4) == pytest.approx(0, abs=1e-5)
+        ends = torch.stack(
+            [attacked(whole, images, Effort(4, 0.5, 2).pgd(), frozenset(), r) for r in range(2)]
+        )
+        moved = (ends.mean(0) - images.images)[index]
+        placed = [
+            sum(value(rows, axis, f"eot {r}", image, 4) for r in range(2)) / 2 for axis in "xy"
+        ]
+        assert np.hypot(placed[0], placed[1]) == pytest.approx(float(moved.norm()), abs=1e-5)
+        want = losses(whole, images.images, images, [0])[index]
+        assert value(rows, "loss-known", "eot 1", image, 0) == pytest.approx(float(want), abs=1e-5)
+    assert (
+        cosines(
+            *[
+                torch.stack(trajectory.plane(normal(1, 9)[0], normal(1, 9, seed=1)[0]))[[i]]
+                for i in (0, 1)
+            ]
+        ).abs()
+        < 1e-5
+    )
