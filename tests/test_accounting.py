@@ -8,7 +8,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from dbp_bench.accounting import (
+from dbp_bench.defense import Defense
+from dbp_bench.evaluate import Group, judge
+from dbp_bench.noise import FORWARD
+from dbp_bench.reporting.accounting import (
     METRICS,
     Tally,
     account,
@@ -21,11 +24,8 @@ from dbp_bench.accounting import (
     worst_hidden,
     worst_known,
 )
-from dbp_bench.defense import Defense
-from dbp_bench.evaluate import Group, judge
-from dbp_bench.noise import FORWARD
+from dbp_bench.reporting.statistics import Bootstrap
 from dbp_bench.result import Outcomes
-from dbp_bench.statistics import Bootstrap
 from toys import Linear, Noisy, uniform
 
 Chances = NDArray[np.float64]

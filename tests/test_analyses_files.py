@@ -14,11 +14,11 @@ from dbp_bench.analyses.figures import draw
 from dbp_bench.analyses.options import Searched, parse
 from dbp_bench.analyses.record import Record, row
 from dbp_bench.analyses.store import Pieces, record_path
-from dbp_bench.comparable import load
 from dbp_bench.errors import BadRequest, BadResult, UnknownName
 from dbp_bench.registry import Registry
+from dbp_bench.reporting.comparable import load
+from dbp_bench.reporting.statistics import Estimate
 from dbp_bench.result import Result
-from dbp_bench.statistics import Estimate
 
 SMALL: dict[str, dict[str, Any]] = {
     "trajectory": {"steps": 2, "runs": 1, "fresh": 2, "eot": 2},

@@ -6,9 +6,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dbp_bench.compare import Comparisons, compare, in_words, mcnemar, permutation, side, to_table
 from dbp_bench.errors import BadRequest, BadResult, NotComparable
-from dbp_bench.ranking import Score
+from dbp_bench.reporting.compare import (
+    Comparisons,
+    compare,
+    in_words,
+    mcnemar,
+    permutation,
+    side,
+    to_table,
+)
+from dbp_bench.reporting.ranking import Score
 from records import IMAGES, TRACK, make, matrix, save
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dbp_bench.page.figures import (
+from dbp_bench.reporting.page.figures import (
     RIGHT,
     WRONG,
     Level,
@@ -19,9 +19,9 @@ from dbp_bench.page.figures import (
     swatch,
     swatch_of,
 )
-from dbp_bench.page.svg import Box, Scale, label, place, ticks
-from dbp_bench.samples import png
-from dbp_bench.statistics import Estimate
+from dbp_bench.reporting.page.svg import Box, Scale, label, place, ticks
+from dbp_bench.reporting.samples import png
+from dbp_bench.reporting.statistics import Estimate
 from pngs import pixels
 
 HOSTILE = "<script>alert(\"x\")</script> & 'co'"

@@ -13,8 +13,8 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from dbp_bench.badge import Verification
 from dbp_bench.errors import BadRequest, BadResult, BadWeights, DbpError
+from dbp_bench.reporting.badge import Verification
 from dbp_bench.submission import hub
 from dbp_bench.submission.hub import INDEX, Folder, Hub, NotReached, pull, push, remote_of
 from dbp_bench.weights import digest

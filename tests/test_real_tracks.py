@@ -33,7 +33,7 @@ from dbp_bench.purifiers.guided import published_scale
 from dbp_bench.purifiers.resize import Resized
 from dbp_bench.purifiers.schedule import Schedule
 from dbp_bench.registry import OWN_CLASSIFIER, CheckpointRef, Registry, Setting
-from dbp_bench.report import write_leaderboards
+from dbp_bench.reporting.report import write_leaderboards
 from dbp_bench.result import Result
 from layouts import drawn, filled, hollow, on_meta, published
 from layouts import shapes as shapes_of

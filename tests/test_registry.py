@@ -368,7 +368,8 @@ def test_factory_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], says
 def test_reading_imports_no_torch() -> None:
     code = (
         "import sys\n"
-        "from dbp_bench import registry, job, result, report, errors\n"
+        "from dbp_bench import registry, job, result, errors\n"
+        "from dbp_bench.reporting import report\n"
         "r = registry.Registry()\n"
         "job.plan(r, 'digits-linf', ['all'], ['all'], seed=0, device='cpu',"
         " overrides=job.Overrides())\n"

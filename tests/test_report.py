@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dbp_bench import rendering
-from dbp_bench.badge import Compared, Verification
-from dbp_bench.comparable import load
 from dbp_bench.errors import BadResult, NotComparable
-from dbp_bench.leaderboard import Leaderboard, Row, decompose, leaderboard
 from dbp_bench.registry import Registry
-from dbp_bench.report import accuracies, outcomes_csv, write_leaderboards
+from dbp_bench.reporting import rendering
+from dbp_bench.reporting.badge import Compared, Verification
+from dbp_bench.reporting.comparable import load
+from dbp_bench.reporting.leaderboard import Leaderboard, Row, decompose, leaderboard
+from dbp_bench.reporting.report import accuracies, outcomes_csv, write_leaderboards
+from dbp_bench.reporting.statistics import Bootstrap, Estimate
+from dbp_bench.reporting.tables import to_csv, to_markdown
 from dbp_bench.result import Result, result_path
-from dbp_bench.statistics import Bootstrap, Estimate
-from dbp_bench.tables import to_csv, to_markdown
 from dbp_bench.weights import digest
 from records import BOTH, IMAGES, TRACK, apgd, attacks_table, make, matrix, outcomes, save
 
@@ -671,7 +671,7 @@ def test_reads_eps_as_it_is_written() -> None:
 
 
 def test_needs_neither_torch_nor_pandas() -> None:
-    code = "import sys, dbp_bench.report; print({'torch', 'pandas'} & set(sys.modules))"
+    code = "import sys, dbp_bench.reporting.report; print({'torch', 'pandas'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from dbp_bench import conformance, flags
-from dbp_bench.comparable import load
+from dbp_bench import conformance
 from dbp_bench.errors import BadResult
-from dbp_bench.findings import Findings, Flag, Interval, Measured, findings_path
-from dbp_bench.leaderboard import Leaderboard, Row, leaderboard
-from dbp_bench.rendering import in_words
-from dbp_bench.report import write_leaderboards
+from dbp_bench.reporting import flags
+from dbp_bench.reporting.comparable import load
+from dbp_bench.reporting.findings import Findings, Flag, Interval, Measured, findings_path
+from dbp_bench.reporting.leaderboard import Leaderboard, Row, leaderboard
+from dbp_bench.reporting.rendering import in_words
+from dbp_bench.reporting.report import write_leaderboards
+from dbp_bench.reporting.statistics import Bootstrap
 from dbp_bench.result import Outcomes, Result
-from dbp_bench.statistics import Bootstrap
 from records import BOTH, IMAGES, TRACK, apgd, attacks_table, make, matrix, outcomes, save
 
 SQUARE = {"n_queries": 500, "p_init": 0.8, "eot": 5}

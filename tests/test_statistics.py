@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dbp_bench.statistics import RESAMPLES, Bootstrap, Estimate, ratio
+from dbp_bench.reporting.statistics import RESAMPLES, Bootstrap, Estimate, ratio
 
 
 def test_constant_has_zero_width() -> None:

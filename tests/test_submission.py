@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 import dbp_bench.data
 from dbp_bench import __version__
 from dbp_bench import run as runner
-from dbp_bench.badge import FILE, Verification, badge_of
-from dbp_bench.comparable import read_record
 from dbp_bench.errors import BadEntry, BadRequest, BadResult, DbpError
 from dbp_bench.job import Overrides, plan
 from dbp_bench.registry import Registry
+from dbp_bench.reporting.badge import FILE, Verification, badge_of
+from dbp_bench.reporting.comparable import read_record
 from dbp_bench.submission import archive, bundle, scaffold, verify
 from dbp_bench.submission.archive import Manifest, Refused
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from dbp_bench import evaluate
 from dbp_bench.data import load_data
 from dbp_bench.errors import BadRequest, BadResult
-from dbp_bench.findings import Findings, findings_path
 from dbp_bench.job import Overrides, resolve
 from dbp_bench.registry import Registry
+from dbp_bench.reporting.findings import Findings, findings_path
+from dbp_bench.reporting.statistics import Bootstrap
 from dbp_bench.result import Result
 from dbp_bench.run import Rejudged, adversarial_path, execute, rejudge
-from dbp_bench.statistics import Bootstrap
 from dbp_bench.sweep import Sweep, against, judge, parse, plan, run
 from own_entries import folder, toy_defense
 

@@ -22,8 +22,8 @@ from dbp_bench.job import Job, declared_surrogate
 from dbp_bench.memory import Policy
 from dbp_bench.noise import Tape
 from dbp_bench.registry import DefenseEntry, Entry, Registry, Track
+from dbp_bench.reporting.statistics import Bootstrap, Estimate
 from dbp_bench.result import GradientCheck
-from dbp_bench.statistics import Bootstrap, Estimate
 from dbp_bench.threat import AttackerView, Objective
 
 COUNTS = (1, 10, 64)

@@ -27,7 +27,7 @@ from dbp_bench.analyses.target import (
 from dbp_bench.evaluate import Group
 from dbp_bench.gradients import cosines
 from dbp_bench.noise import VICTIM, Site
-from dbp_bench.statistics import Bootstrap, Replicates
+from dbp_bench.reporting.statistics import Bootstrap, Replicates
 
 AXES = ("eot",)
 

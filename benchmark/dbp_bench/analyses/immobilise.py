@@ -11,7 +11,7 @@ from dbp_bench.analyses.store import Pieces, Tensors
 from dbp_bench.analyses.target import Effort, Target, attacked, fresh, mean, verdicts
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import Site
-from dbp_bench.statistics import Bootstrap
+from dbp_bench.reporting.statistics import Bootstrap
 
 AXES = ("sites",)
 

@@ -14,7 +14,7 @@ from dbp_bench.analyses.target import Effort, Target, attacked, estimate, fresh,
 from dbp_bench.evaluate import Group
 from dbp_bench.gradients import cosines
 from dbp_bench.noise import Site
-from dbp_bench.statistics import Estimate
+from dbp_bench.reporting.statistics import Estimate
 
 AXES = ("a", "b")
 RANGE = (-0.5, 2.0)

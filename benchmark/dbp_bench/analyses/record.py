@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dbp_bench.errors import BadResult
-from dbp_bench.findings import Interval
 from dbp_bench.registry import explain
+from dbp_bench.reporting.findings import Interval
+from dbp_bench.reporting.statistics import Estimate
 from dbp_bench.result import Provenance, write_atomically
-from dbp_bench.statistics import Estimate
 
 SCHEMA: Literal[1] = 1
 

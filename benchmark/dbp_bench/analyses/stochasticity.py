@@ -13,7 +13,7 @@ from dbp_bench.analyses.store import Pieces, Tensors
 from dbp_bench.analyses.target import Effort, Target, attacked, fresh, losses, mean, verdicts
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import VICTIM, Site, Tape
-from dbp_bench.statistics import Bootstrap, Replicates
+from dbp_bench.reporting.statistics import Bootstrap, Replicates
 
 AXES = ("k",)
 

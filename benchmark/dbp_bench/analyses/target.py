@@ -12,7 +12,7 @@ from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense
 from dbp_bench.evaluate import FRESH, Group
 from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
-from dbp_bench.statistics import Bootstrap, Estimate, Replicates
+from dbp_bench.reporting.statistics import Bootstrap, Estimate, Replicates
 from dbp_bench.threat import AttackerView, Budget
 
 _UNIT = 10**9

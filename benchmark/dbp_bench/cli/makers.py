@@ -24,9 +24,9 @@ from dbp_bench.errors import BadRequest
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dbp_bench.findings import Findings as SweepFindings
     from dbp_bench.gradients import Agreement
     from dbp_bench.job import Job
+    from dbp_bench.reporting.findings import Findings as SweepFindings
 
 
 @app.command()

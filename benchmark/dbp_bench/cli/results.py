@@ -27,9 +27,9 @@ def judge(
 ) -> None:
     """Check saved adversarial images (inside ball and box) and judge them on fresh draws."""
     from dbp_bench.replay import job_of
+    from dbp_bench.reporting.statistics import Bootstrap
     from dbp_bench.result import Result
     from dbp_bench.run import adversarial_path, rejudge
-    from dbp_bench.statistics import Bootstrap
 
     if draws < 1:
         raise BadRequest(f"--draws {draws}: must be 1 or more.")
@@ -70,7 +70,7 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Make leaderboards (CSV, Markdown, LaTeX, an HTML page) from results."""
-    from dbp_bench.report import write_leaderboards
+    from dbp_bench.reporting.report import write_leaderboards
 
     if sort not in ("hidden", "known"):
         raise BadRequest(f"--sort {sort!r}: hidden or known.")
@@ -95,7 +95,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare results, defenses or threat models: paired difference, tests, changed images."""
-    from dbp_bench import compare as comparing
+    from dbp_bench.reporting import compare as comparing
 
     found = comparing.compare(comparing.side(a, results, track), comparing.side(b, results, track))
     if as_json:
@@ -114,7 +114,7 @@ def samples(
     quiet: Quiet = False,
 ) -> None:
     """Attack the first images of results again: pictures for the report, and a spot check."""
-    from dbp_bench.samples import Samples
+    from dbp_bench.reporting.samples import Samples
     from dbp_bench.sampling import make_samples
 
     registry, say = registry_of(entries, trust_code, data), console(quiet)
@@ -134,7 +134,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="The CSV file to write.")],
 ) -> None:
     """Write the outcomes of results as CSV, one row per image and draw."""
-    from dbp_bench.report import outcomes_csv
+    from dbp_bench.reporting.report import outcomes_csv
 
     outcomes_csv(files, out)
 

@@ -264,7 +264,7 @@ def _run_all(
 def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json: bool) -> None:
     from rich.table import Table
 
-    from dbp_bench.report import accuracies
+    from dbp_bench.reporting.report import accuracies
 
     rows = [(path, result, asdict(accuracies(result))) for path, result in done]
     if as_json:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Final
 
 from dbp_bench import __version__, outside, weights
-from dbp_bench.comparable import NULL, read_record
 from dbp_bench.errors import BadRequest, BadResult
 from dbp_bench.job import Job, Overrides, identity_of, refuse_other_request, resolve
 from dbp_bench.registry import NetworkRef, Registry
+from dbp_bench.reporting.comparable import NULL, read_record
 from dbp_bench.result import Result, result_path
 from dbp_bench.run import adversarial_path, runtime_path
 from dbp_bench.submission import archive, verify

@@ -17,8 +17,6 @@ import yaml
 from safetensors.torch import load_file
 
 from dbp_bench import __version__, outside
-from dbp_bench.badge import BADGES, FILE, Compared, Verification
-from dbp_bench.comparable import NULL, Record, check_comparable, read_record
 from dbp_bench.data import DataSet, load_data
 from dbp_bench.defense import Defense
 from dbp_bench.errors import BadData, BadRequest, DbpError
@@ -26,6 +24,8 @@ from dbp_bench.evaluate import FRESH
 from dbp_bench.extras import BadExtra
 from dbp_bench.job import Job, Overrides, Planned, entry_digests, identity_of, plan, resolve
 from dbp_bench.registry import DefenseEntry, NetworkRef, Registry
+from dbp_bench.reporting.badge import BADGES, FILE, Compared, Verification
+from dbp_bench.reporting.comparable import NULL, Record, check_comparable, read_record
 from dbp_bench.result import Outcomes, Result, result_path, write_atomically
 from dbp_bench.run import (
     Saved,

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from dbp_bench.comparable import Effort
-from dbp_bench.statistics import LEVEL, RESAMPLES, Estimate
+from dbp_bench.reporting.comparable import Effort
+from dbp_bench.reporting.statistics import LEVEL, RESAMPLES, Estimate
 
 BOOTSTRAP: Final = (
     f"In brackets: {100 * LEVEL:.0f} % intervals from a paired bootstrap over images ({RESAMPLES} "

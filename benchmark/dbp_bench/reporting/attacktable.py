@@ -5,13 +5,13 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from dbp_bench.comparable import MAIN
-from dbp_bench.contest import Attacks, Duel, Verdict
-from dbp_bench.findings import Findings, Interval
-from dbp_bench.leaderboard import Leaderboard
-from dbp_bench.pool import Pool
 from dbp_bench.registry import EFFORTS
-from dbp_bench.rendering import (
+from dbp_bench.reporting.comparable import MAIN
+from dbp_bench.reporting.contest import Attacks, Duel, Verdict
+from dbp_bench.reporting.findings import Findings, Interval
+from dbp_bench.reporting.leaderboard import Leaderboard
+from dbp_bench.reporting.pool import Pool
+from dbp_bench.reporting.rendering import (
     BOOTSTRAP,
     fractions,
     in_words,
@@ -23,7 +23,7 @@ from dbp_bench.rendering import (
     shown_eps,
     to_csv_text,
 )
-from dbp_bench.statistics import LEVEL, Estimate
+from dbp_bench.reporting.statistics import LEVEL, Estimate
 
 _CALLS_DIFFER: Final = 0.02
 """From this share of network calls on, two attacks are marked as of unequal effort."""

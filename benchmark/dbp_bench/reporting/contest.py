@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dbp_bench.accounting import WorstCase, worst_hidden, worst_known
-from dbp_bench.comparable import MAIN, NULL, WHITEBOX
-from dbp_bench.pool import Pool
-from dbp_bench.statistics import Bootstrap, Estimate
+from dbp_bench.reporting.accounting import WorstCase, worst_hidden, worst_known
+from dbp_bench.reporting.comparable import MAIN, NULL, WHITEBOX
+from dbp_bench.reporting.pool import Pool
+from dbp_bench.reporting.statistics import Bootstrap, Estimate
 
 Kind = Literal["control", "defense"]
 

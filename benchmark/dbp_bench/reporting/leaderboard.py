@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from dbp_bench.accounting import Account
-from dbp_bench.badge import Badge, badge_of
-from dbp_bench.comparable import (
+from dbp_bench.errors import NotComparable
+from dbp_bench.registry import Registry, Track
+from dbp_bench.reporting.accounting import Account
+from dbp_bench.reporting.badge import Badge, badge_of
+from dbp_bench.reporting.comparable import (
     KNOWN,
     MAIN,
     NULL,
@@ -20,15 +22,13 @@ from dbp_bench.comparable import (
     Record,
     check_comparable,
 )
-from dbp_bench.contest import Attacks, Duel, Kind, attacks_on, duels
-from dbp_bench.errors import NotComparable
-from dbp_bench.findings import Findings
-from dbp_bench.flags import FEW_DRAWS, Check, checks
-from dbp_bench.pool import Pool
-from dbp_bench.ranking import Standing, ranks_with_ties
-from dbp_bench.registry import Registry, Track
+from dbp_bench.reporting.contest import Attacks, Duel, Kind, attacks_on, duels
+from dbp_bench.reporting.findings import Findings
+from dbp_bench.reporting.flags import FEW_DRAWS, Check, checks
+from dbp_bench.reporting.pool import Pool
+from dbp_bench.reporting.ranking import Standing, ranks_with_ties
+from dbp_bench.reporting.statistics import Bootstrap, Estimate, Replicates, ratio
 from dbp_bench.result import Result
-from dbp_bench.statistics import Bootstrap, Estimate, Replicates, ratio
 
 Sort = Literal["hidden", "known"]
 

@@ -13,8 +13,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dbp_bench.reporting.statistics import SEED, Bootstrap, Estimate, Replicates
 from dbp_bench.result import Outcomes
-from dbp_bench.statistics import SEED, Bootstrap, Estimate, Replicates
 
 FEW: Final = 3
 """The number of draws whose worst case every table shows."""

@@ -6,11 +6,11 @@ from typing import Final
 
 from markupsafe import Markup
 
-from dbp_bench.comparable import NULL
-from dbp_bench.findings import Findings, Interval
-from dbp_bench.leaderboard import Leaderboard, Row
-from dbp_bench.page.columns import serving
-from dbp_bench.page.figures import (
+from dbp_bench.reporting.comparable import NULL
+from dbp_bench.reporting.findings import Findings, Interval
+from dbp_bench.reporting.leaderboard import Leaderboard, Row
+from dbp_bench.reporting.page.columns import serving
+from dbp_bench.reporting.page.figures import (
     Level,
     Point,
     Series,
@@ -22,9 +22,9 @@ from dbp_bench.page.figures import (
     swatch,
     swatch_of,
 )
-from dbp_bench.pool import Pool
+from dbp_bench.reporting.pool import Pool
+from dbp_bench.reporting.statistics import Estimate
 from dbp_bench.result import without_draws
-from dbp_bench.statistics import Estimate
 
 ARROWS: Final = (("ddpm", "addt"),)
 """From a defense to the one that was trained from it."""

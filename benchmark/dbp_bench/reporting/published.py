@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dbp_bench.errors import BadEntry
 from dbp_bench.registry import explain, number
-from dbp_bench.rendering import tex
+from dbp_bench.reporting.rendering import tex
 
 _FILE = Path(__file__).with_name("published.yaml")
 

@@ -8,9 +8,9 @@ from typing import Final, Literal
 
 from markupsafe import Markup
 
-from dbp_bench.page.svg import CHARACTER, Box, Drawing, Scale, label, place, ticks
-from dbp_bench.samples import png
-from dbp_bench.statistics import Estimate
+from dbp_bench.reporting.page.svg import CHARACTER, Box, Drawing, Scale, label, place, ticks
+from dbp_bench.reporting.samples import png
+from dbp_bench.reporting.statistics import Estimate
 
 SHAPES: Final = 8
 """Series that colour and shape tell apart."""
