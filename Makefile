@@ -9,8 +9,15 @@ PINS := requirements/constraints.txt
 # What the demonstration and a regenerated matrix are written to; results/ holds the committed ones.
 SCRATCH := build
 
+# What the table of attacks is made of: the leaderboard's own, others of ours, and those of packages.
+ATTACKED := ddpm,addt
+OWN := eot,whitebox,dwbox,null
+OURS := apgd-eot,apgd-dwbox,aa-stochastic-dwbox,diffattack,lf,selective,transfer
+AUTOATTACK := autoattack-standard,autoattack-rand
+DRIVEN := $(shell ls attacks/torchattacks-*.yaml | sed 's,attacks/\(.*\).yaml,\1,' | paste -sd, -)
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format matrix leaderboards clean
+.PHONY: help setup demo test check format matrix attacks leaderboards clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 22
@@ -38,6 +45,11 @@ matrix: $(VENV)/.core  ## Every defense under every threat model again, in build
 		--out $(SCRATCH)/matrix/results
 	$(BIN)/dbp-bench report --results $(SCRATCH)/matrix/results --out $(SCRATCH)/matrix/leaderboards
 
+attacks: $(VENV)/.borrowed  ## Attacks of ours and of packages on two defenses again (hours), with their table.
+	$(BIN)/dbp-bench run --defense $(ATTACKED) --threat $(OWN),$(OURS),$(AUTOATTACK),$(DRIVEN) \
+		--track digits-linf --out $(SCRATCH)/attacks/results
+	$(BIN)/dbp-bench report --results $(SCRATCH)/attacks/results --out $(SCRATCH)/attacks/leaderboards
+
 leaderboards: $(VENV)/.core  ## Write leaderboards/ anew from results/.
 	$(BIN)/dbp-bench report --results results --out leaderboards
 
@@ -53,6 +65,12 @@ $(VENV)/.pip:
 
 $(VENV)/.core: $(VENV)/.pip pyproject.toml $(PINS)
 	$(PIP) install --quiet -c $(PINS) -e .
+	@touch $@
+
+# torchattacks asks for a requests of 2020: without its dependencies, but for the two that it imports.
+$(VENV)/.borrowed: $(VENV)/.core
+	$(PIP) install --quiet -c $(PINS) -e '.[autoattack]' scipy tqdm
+	$(PIP) install --quiet --no-deps torchattacks==3.5.1
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
