@@ -252,8 +252,8 @@ def spawn(*arguments: object, threads: int = 1) -> subprocess.Popen[str]:
 
 def test_killed_processes(tmp_path: Path) -> None:
     """Real signals at random times; the last run ends, and nothing differs."""
-    asked = job("ddpm", "dwbox", effort={"steps": 4}, examples=24)
-    options = ["--defense", "ddpm", "--threat", "dwbox", "--steps", 4, "--examples", 24]
+    asked = job("ddpm", "dwbox", effort={"steps": 8}, examples=60)
+    options = ["--defense", "ddpm", "--threat", "dwbox", "--steps", 8, "--examples", 60]
     options += ["--batch-size", 4, "--out", tmp_path]
     work = tmp_path / ".work/digits-linf/ddpm/dwbox/seed-0"
     times = random.Random(0)
