@@ -76,6 +76,7 @@ def test_what_was_not_looked_for_is_said(tmp_path: Path) -> None:
         "gradient check": [],
         "black box": [],
         "more effort": [],
+        "other attacks": [],
         "sweeps": [],
     }
     write_leaderboards(tmp_path, tmp_path / "out")
@@ -123,16 +124,18 @@ def test_square_of_a_package_is_a_black_box_and_its_pgd_is_none(tmp_path: Path) 
         attacked("ta-pgd", 0.1, "torchattacks", effort=PGD),
     )
     assert looked(row)["black box"] == ["ta-square"]
-    assert row.flags == []
+    (flag,) = row.flags
+    assert flag.startswith("eot: another attack, ta-pgd, finds")
 
 
 def test_a_black_box_below_our_own_attack_but_not_below_the_strongest(tmp_path: Path) -> None:
     """That shows a weak search, not a masked gradient."""
     lf = attacked("lf", 0.2, "lf", effort={"steps": 20, "eot": 10, "gradient": "exact"})
     row = both(tmp_path, square(0.4), lf)
-    (flag,) = row.flags
+    flag, other = row.flags
     assert flag.startswith("eot: its search has not converged: square, which follows no gradient")
     assert "masked" not in flag
+    assert other.startswith("eot: another attack, lf, finds")
 
 
 def test_a_black_box_that_knows_more_shows_nothing(tmp_path: Path) -> None:
@@ -174,6 +177,20 @@ def test_what_is_more_effort(tmp_path: Path, changes: dict[str, Any], counts: bo
     row = both(tmp_path, apgd("both", "other", 0.1, **changes))
     assert looked(row)["more effort"] == (["other"] if counts else [])
     assert any("not converged" in flag for flag in row.flags) == counts
+
+
+def test_another_attack_that_does_better(tmp_path: Path) -> None:
+    """The leaderboard's number is an upper bound, and a lower one is known."""
+    other = {"attack": "lf", "effort": {"steps": 20, "eot": 10, "band": 0.5}}
+    row = both(tmp_path, apgd("both", "smooth", 0.4, **other))
+    (flag,) = row.flags
+    assert flag.startswith("eot: another attack, smooth, finds -25.0 [")
+    assert looked(row)["other attacks"] == ["smooth"]
+    row = both(tmp_path, apgd("both", "smooth", 0.625, **other))
+    assert (row.flags, looked(row)["other attacks"]) == ([], ["smooth"])
+    # What is judged elsewhere, as a black box or as more of the same, isn't judged twice.
+    rest = both(tmp_path / "rest", square(0.6), apgd("both", "long", 0.625))
+    assert looked(rest)["other attacks"] == []
 
 
 def checked(errors: list[float | None], cosine: list[float | None], **effort: Any) -> Result:

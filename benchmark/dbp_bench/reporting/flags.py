@@ -73,6 +73,7 @@ def checks(
         _gradient(pools),
         _black_box(columns, pools, bootstrap),
         _more_effort(columns, pools, bootstrap),
+        _other_attacks(columns, pools, bootstrap),
         Check(
             "sweeps",
             [f"{each.threat} {each.axis}" for each in findings],
@@ -190,6 +191,22 @@ def _more_effort(columns: Mapping[str, Pool], pools: Sequence[Pool], bootstrap: 
                 f"more steps or draws, finds {gap} points"
             )
     return Check("more effort", looked, flags)
+
+
+def _other_attacks(
+    columns: Mapping[str, Pool], pools: Sequence[Pool], bootstrap: Bootstrap
+) -> Check:
+    """Other attacks along gradients, whatever their effort, against the leaderboard's own."""
+    looked: list[str] = []
+    flags: list[str] = []
+    for pool in pools:
+        own = _own(columns, pool)
+        if own is None or pool in columns.values() or pool.black_box or _more(pool, own):
+            continue
+        looked.append(pool.any.threat)
+        if gap := _lower(pool.robust(bootstrap), own, bootstrap):
+            flags.append(f"{own.any.threat}: another attack, {pool.any.threat}, finds {gap} points")
+    return Check("other attacks", looked, flags)
 
 
 def _own(columns: Mapping[str, Pool], pool: Pool) -> Pool | None:

@@ -46,7 +46,8 @@ _LOOKED: Final = (
     f"(cosine {EXACT:g} or more if it is called exact, {COSINE:g} if it is labelled an "
     "approximation). Black box: an attack without gradients does no better than the strongest "
     "along gradients that knows the same. More effort: more steps, restarts or draws per gradient "
-    "(PGD and APGD) do no better than the leaderboard's own attack. Better: by a paired interval "
+    "(PGD and APGD) do no better than the leaderboard's own attack. Other attacks: nor does any "
+    "other along gradients that knows the same, at whatever effort. Better: by a paired interval "
     "that excludes 0. Sweeps: what `dbp-bench sweep` found over steps, draws, eps, or with a black "
     "box. Each comparison may flag by chance: about one in forty does where there is nothing."
 )

@@ -388,7 +388,9 @@ def _card(recipe: Recipe, trained: Trained, seed: int, images: int) -> str:
         stored = "float32"
         made_by = (
             f"dbp-bench train {recipe.name} --track {recipe.data} --network {recipe.variant.name} "
-            f"--seed {seed}"
+            f"--seed {seed} --updates {recipe.settings['iterations']} "
+            f"--batch-size {recipe.settings['batch_size']} "
+            f"--learning-rate {recipe.settings['learning_rate']:g}"
         )
         trained_on = f"{images:,} training images of {recipe.data}, without its validation split"
         end = f"- network: `{recipe.variant.path}`"
