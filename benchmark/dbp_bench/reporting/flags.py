@@ -64,8 +64,8 @@ def checks(
             "zero gradients",
             [pool.any.threat for pool in searched],
             [
-                f"zero gradient at every step on {pool.zero_gradients()} of "
-                f"{bootstrap.images} images ({_place(pool, columns)})"
+                f"no gradient but zero, at any step, on {pool.zero_gradients()} of "
+                f"{bootstrap.images} images, which stay right ({_place(pool, columns)})"
                 for pool in searched
                 if pool.zero_gradients()
             ],

@@ -143,8 +143,22 @@ class Pool:
         return Score([sum(map(sum, rows)) for rows in zip(*tables, strict=True)], self.draws)
 
     def zero_gradients(self) -> int:
-        """Images whose gradient was zero at every step, in the seed that has most of them."""
-        return max(sum(record.result.zero_gradient or []) for record in self.records)
+        """Images that stay right in some draw and met no gradient but zero, in the worst seed.
+
+        An image that is wrong from the start may retire before its first gradient: it hides
+        nothing.
+        """
+        return max(
+            sum(
+                zero and any(right)
+                for zero, right in zip(
+                    record.result.zero_gradient or [False] * len(record.result.ids),
+                    record.result.robust,
+                    strict=True,
+                )
+            )
+            for record in self.records
+        )
 
 
 def _verdicts(result: Result) -> int:

@@ -40,8 +40,9 @@ _PARTS: Final = (
 )
 _LOOKED: Final = (
     "No flag says as much as what was looked at, which is named. Null attack: changes no metric. "
-    "More knowledge: knowing all draws helps the attack. Zero gradients: no image's gradient is "
-    "zero at every step. Gradient check: on two images, in float64, the exact gradient is that of "
+    "More knowledge: knowing all draws helps the attack. Zero gradients: no image stays right in "
+    "some draw without having met a gradient that isn't zero. Gradient check: on two images, in "
+    "float64, the exact gradient is that of "
     f"finite differences (to {ERROR:g}), and the one that the attack followed points its way "
     f"(cosine {EXACT:g} or more if it is called exact, {COSINE:g} if it is labelled an "
     "approximation). Black box: an attack without gradients does no better than the strongest "
