@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dbp_bench.errors import BadEntry, did_you_mean
+from dbp_bench.errors import BadEntry, BadResult, did_you_mean
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -55,6 +55,20 @@ def read_yaml(path: Path, model: type[M]) -> M:
         return model.model_validate(table)
     except ValidationError as error:
         raise BadEntry(f"{path}: {explain(error, model)}") from None
+
+
+def read_json(path: Path, model: type[M], what: str) -> M:
+    """What the JSON file at `path` holds; `what` it should be is for the message.
+
+    Raises:
+        BadResult: It can't be read, or is something else.
+    """
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise BadResult(f"{path}: not {what}: {explain(error, model)}") from None
+    except OSError as error:
+        raise BadResult(f"{path}: {error.strerror}.") from None
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from dbp_bench.errors import BadResult
-from dbp_bench.registry import explain
+from dbp_bench.declaration import read_json
 from dbp_bench.reporting.findings import Interval
 from dbp_bench.reporting.statistics import Estimate
 from dbp_bench.result import Provenance, write_atomically
@@ -124,9 +123,4 @@ class Record(BaseModel):
         Raises:
             BadResult: It holds none.
         """
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise BadResult(f"{path}: not a record of an analysis: {explain(error, cls)}") from None
-        except OSError as error:
-            raise BadResult(f"{path}: {error.strerror}.") from None
+        return read_json(path, cls, "a record of an analysis")

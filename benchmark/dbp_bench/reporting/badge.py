@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Final, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from dbp_bench.declaration import Strict, explain
+from dbp_bench.declaration import Strict, read_json
 from dbp_bench.errors import BadResult
 from dbp_bench.result import write_atomically
 from dbp_bench.weights import digest
@@ -68,12 +68,7 @@ class Verification(Strict):
         Raises:
             BadResult: It holds none.
         """
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise BadResult(f"{path}: not a verification: {explain(error, cls)}") from None
-        except OSError as error:
-            raise BadResult(f"{path}: {error.strerror}.") from None
+        return read_json(path, cls, "a verification")
 
     def covers(self, folder: Path) -> bool:
         """Whether the results it names are still those in the defense's `folder`, of all seeds."""

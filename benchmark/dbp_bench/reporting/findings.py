@@ -5,10 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from dbp_bench.declaration import read_json
 from dbp_bench.errors import BadResult
-from dbp_bench.registry import explain
 from dbp_bench.reporting.statistics import Estimate
 from dbp_bench.result import write_atomically
 
@@ -85,12 +85,7 @@ class Findings(_Record):
         Raises:
             BadResult: It holds none.
         """
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise BadResult(f"{path}: not findings of a sweep: {explain(error, cls)}") from None
-        except OSError as error:
-            raise BadResult(f"{path}: {error.strerror}.") from None
+        return read_json(path, cls, "findings of a sweep")
 
 
 def findings_path(out: Path, track: str, defense: str, threat: str, seed: int, axis: str) -> Path:

@@ -10,10 +10,9 @@ import zlib
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from dbp_bench.errors import BadResult
-from dbp_bench.registry import explain
+from dbp_bench.declaration import read_json
 from dbp_bench.result import write_atomically
 
 SCHEMA: Literal[1] = 1
@@ -88,12 +87,7 @@ class Samples(_Record):
         Raises:
             BadResult: It holds none.
         """
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise BadResult(f"{path}: not samples of a result: {explain(error, cls)}") from None
-        except OSError as error:
-            raise BadResult(f"{path}: {error.strerror}.") from None
+        return read_json(path, cls, "samples of a result")
 
 
 def samples_path(result: Path) -> Path:
