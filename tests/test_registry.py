@@ -66,7 +66,7 @@ def test_unknown_name_gets_a_suggestion() -> None:
         SHIPPED.defense("adt")
     with pytest.raises(UnknownName, match=r"no threat 'dwbx'. Did you mean 'dwbox'\?"):
         SHIPPED.threat("dwbx")
-    with pytest.raises(UnknownName, match=r"no track 'mnist'\. Known: cifar10-l2, cifar10-linf, "):
+    with pytest.raises(UnknownName, match=r"no track 'mnist'\. Known: cifar10-jpeg-linf, "):
         SHIPPED.track("mnist")
 
 

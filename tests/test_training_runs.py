@@ -155,6 +155,8 @@ _KILLED = """
     import os, signal, sys
     from pathlib import Path
     sys.path.insert(0, {tests!r})
+    import torch
+    torch.set_num_threads({threads})  # other numbers round otherwise
     from test_training_runs import REQUEST, Checkpoint, trained
     keep = Checkpoint(Path({path!r}), 2, REQUEST)
     trained(2, keep)
@@ -168,7 +170,9 @@ _KILLED = """
 
 def test_a_kill_while_saving_leaves_the_old_state(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
-    code = textwrap.dedent(_KILLED).format(tests=str(Path(__file__).parent), path=str(path))
+    code = textwrap.dedent(_KILLED).format(
+        tests=str(Path(__file__).parent), path=str(path), threads=torch.get_num_threads()
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, timeout=100, check=False
     )
