@@ -12,7 +12,7 @@ SCRATCH := build
 # What the table of attacks is made of: the leaderboard's own, others of ours, and those of packages.
 ATTACKED := ddpm,addt
 OWN := eot,whitebox,dwbox,null
-OURS := apgd-eot,apgd-dwbox,aa-stochastic-dwbox,diffattack,lf,selective,square,transfer
+OURS := apgd-eot,apgd-dwbox,aa-stochastic,aa-stochastic-dwbox,diffattack,lf,selective,square,transfer
 AUTOATTACK := autoattack-standard,autoattack-rand
 DRIVEN := $(shell ls attacks/torchattacks-*.yaml | sed 's,attacks/\(.*\).yaml,\1,' | paste -sd, -)
 
