@@ -17,6 +17,7 @@ from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Group, attack, judge
 from dbp_bench.noise import ATTACKER, FORWARD, VICTIM, Noise, Site, Tape, seeded
+from dbp_bench.passes import Passes, Setup
 from dbp_bench.registry import EFFORTS
 from dbp_bench.result import Result
 from dbp_bench.threat import L2, AttackerView, Linf
@@ -375,4 +376,5 @@ def test_a_standard_version_with_draws_to_average_is_refused() -> None:
     effort = EFFORTS["autoattack"]
     with pytest.raises(ValidationError, match="standard averages over nothing"):
         effort.model_validate({"version": "standard", "eot": 2, **own})
-    assert effort.model_validate({"version": "rand", "eot": 2, **own}).passes == 4
+    rand = effort.model_validate({"version": "rand", "eot": 2, **own})
+    assert rand.passes(Setup(hidden=True)) == Passes(2 * 2 * 2, 5, exact=False)

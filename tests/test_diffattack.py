@@ -19,6 +19,7 @@ from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Attacked, Group, attack
 from dbp_bench.memory import Policy, State
 from dbp_bench.noise import ATTACKER, FORWARD, VICTIM, Noise, Site, Tape
+from dbp_bench.passes import Passes, Setup
 from dbp_bench.purifiers.controls import NoiseOnly, OneShot
 from dbp_bench.purifiers.schedule import Diffusion, Schedule, to_diffusion, to_images
 from dbp_bench.registry import EFFORTS, Registry
@@ -311,7 +312,7 @@ EFFORT = {
 
 def test_its_declaration() -> None:
     effort = EFFORTS["diffattack"].model_validate(EFFORT)
-    assert effort.passes == 2
+    assert effort.passes(Setup(hidden=False)) == Passes(2, 0, exact=True)
     assert build("diffattack", effort.model_dump()) == DiffAttack(1.0, 4, 2, 0.5, 3)
 
 

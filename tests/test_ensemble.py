@@ -18,6 +18,7 @@ from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Group, attack, judge
 from dbp_bench.noise import FORWARD, Noise
+from dbp_bench.passes import Passes, Setup
 from dbp_bench.registry import EFFORTS
 from dbp_bench.threat import AttackerView, AttackLog, Budget, Linf
 from toys import Made, TwoSided, normal, uniform
@@ -243,7 +244,9 @@ def test_a_declaration_builds_its_members() -> None:
     effort = EFFORTS["ensemble"].model_validate(WHOLE)
     want = Ensemble([PGD(2, 0.25, 3), Square(7, 0.5, 2)], 5)
     assert build("ensemble", effort.model_dump()) == want
-    assert effort.passes == 2, "an image's gradients at each draw; Square takes none"
+    assert effort.passes(Setup(hidden=False)) == Passes(2, 3 + 9, exact=False)
+    hidden = Passes(2 * 3, 3 * 5 + 2 * 2 * 8, exact=True)
+    assert effort.passes(Setup(hidden=True)) == hidden, "Square takes no gradient"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.evaluate import Group, attack
 from dbp_bench.noise import ATTACKER, VICTIM, Tape
+from dbp_bench.passes import Passes, Setup
 from dbp_bench.registry import EFFORTS
 from dbp_bench.threat import L1, L2, AttackerView, Budget, Linf
 from toys import BOTH, Linear, Noisy, Small, TwoSided, group, normal, uniform
@@ -214,7 +215,7 @@ EFFORT = {
 
 def test_its_declaration() -> None:
     effort = EFFORTS["lf"].model_validate(EFFORT)
-    assert effort.passes == 6
+    assert effort.passes(Setup(hidden=False)) == Passes(6, 2, exact=True)
     assert build("lf", effort.model_dump()) == LowFrequency(0.5, 3, 0.5, 2, "margin", True, 2)
 
 

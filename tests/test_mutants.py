@@ -8,20 +8,28 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from dbp_bench.attacks import ATTACKS, Attack, build
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Group, attack, judge
+from dbp_bench.job import Overrides, resolve
 from dbp_bench.noise import FORWARD, VICTIM, Noise, Site, Tape
-from dbp_bench.registry import EFFORTS
+from dbp_bench.registry import EFFORTS, Registry
+from dbp_bench.reporting.accounting import METRICS, gaps
+from dbp_bench.reporting.statistics import Bootstrap
+from dbp_bench.result import Result
+from dbp_bench.run import execute
 from dbp_bench.threat import L1, L2, AttackerView, Budget, Linf
-from toys import BOTH, Made, SmallDenoiser, normal, sampler, uniform
+from own_entries import folder
+from toys import BOTH, Linear, Made, Noisy, SmallDenoiser, normal, sampler, uniform
 
 NONE, SOME = frozenset[Site](), frozenset({FORWARD})
 KNOWLEDGE = {"none known": NONE, "forward known": SOME, "all known": BOTH}
@@ -196,3 +204,57 @@ def test_groups_draw_as_their_images_do_and_not_as_their_places() -> None:
     swapped = Group(batch.images[[9]], batch.labels[[9]], [0])
     other = attack(defense, method, swapped, L2(0.6), SOME, seed=0, victim_draw=2, rows=64).images
     assert float((other - whole[[9]]).abs().max()) > 1e-3, "the control: an id that is another's"
+
+
+# ------------------------------------------------------- success that is tested while searching
+
+
+def test_success_in_the_loop_is_caught_by_the_null_attack_in_every_metric() -> None:
+    """A search that does nothing meets wrong draws, too; they must not count."""
+    n = 300
+    images = uniform(n, 1, 4, 4)
+    batch = Group(images, torch.arange(n) % 2, range(n))
+    defense = Defense(Noisy(0.3, 0.0), Linear(torch.linspace(-1, 1, 16)))
+    method, fell = made("pgd"), torch.zeros(n, dtype=torch.bool)
+
+    def search(view: AttackerView, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+        found = method(view, images, labels, budget)
+        fell.copy_((view.logits(found, range(10)).argmax(2) != labels[:, None]).any(1))
+        return found
+
+    out = attack(defense, search, batch, Linf(0.0), NONE, seed=0, victim_draw=0, rows=64)
+    assert 0.3 * n < int(fell.sum()) < n
+
+    def judged(images: Tensor) -> Tensor:
+        return torch.stack([judge(defense, images, batch, seed=0, draw=d) for d in range(9)], 1)
+
+    clean, robust = judged(images), judged(out.images)
+    in_the_loop = robust & ~fell[:, None]
+    ours, mutant = (
+        gaps([clean.tolist()], [table.tolist()], Bootstrap(n), noisy=True)
+        for table in (robust, in_the_loop)
+    )
+    for metric in METRICS:
+        gap, caught = ours[metric], mutant[metric]
+        assert gap is not None
+        assert caught is not None
+        assert gap.low == gap.value == gap.high == 0
+        assert caught.high < 0, f"{metric}: a flag"
+
+
+def test_the_null_attack_gives_clean_outcomes_where_draws_disagree(tmp_path: Path) -> None:
+    """Of a run as a whole; on images that are always right, there would be nothing to see."""
+    table = yaml.safe_load(Registry().defense("noise-only").path.read_text())
+    table["settings"] = [table["settings"][0] | {"tracks": ["digits-linf"]}]
+    table["settings"][0]["options"] = {**table["settings"][0]["options"], "t_star": 300}
+    registry = Registry([folder(tmp_path / "entries", defenses={"noisy": table})])
+    for threat, eps in (("null", None), ("dwbox", 0.0), ("square", 0.0)):
+        effort = {"n_queries": 2} if threat == "square" else {"steps": 2}
+        asked = Overrides(effort, eps=eps, examples=10, batch_size=10)
+        job = resolve(
+            registry, "digits-linf", "noisy", threat, seed=0, device="cpu", overrides=asked
+        )
+        result = Result.read(execute(job, registry, tmp_path / "out"))
+        rights = [sum(row) for row in result.clean]
+        assert any(0 < right < len(result.draws) for right in rights)
+        assert result.robust == result.clean

@@ -17,6 +17,7 @@ from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Group, attack, judge
 from dbp_bench.noise import FORWARD, REVERSE, Site
+from dbp_bench.passes import Setup
 from dbp_bench.registry import EFFORTS
 from dbp_bench.threat import L2, AttackerView, Budget, Gradient, Linf, Objective
 from toys import BOTH, SUBSETS, Echo, Linear, Noisy, TwoSided, normal, uniform
@@ -340,9 +341,9 @@ def test_a_targeted_search_takes_what_its_effort_says(
         victim_draw=0,
         rows=64,
     )
-    eot = 1 if knows == BOTH else 2
-    assert found.gradients.tolist() == [declared.passes * eot] * 3
-    assert found.looks.tolist() == [declared.looks(knows != BOTH)] * 3
+    planned = declared.passes(Setup(hidden=knows != BOTH))
+    assert found.gradients.tolist() == [planned.gradients] * 3
+    assert found.looks.tolist() == [planned.looks] * 3
 
 
 def test_more_targets_than_wrong_classes_are_refused() -> None:

@@ -266,7 +266,10 @@ def test_other_flags(tmp_path: Path) -> None:
     flags = row_of(board_of(tmp_path, make("odd", "eot", 0.2), known), "odd").flags
     assert [flag.split(":")[0] for flag in flags] == [
         "knowing the draws did not help the attack",
-        "no gradient but zero, at any step, on 7 of 40 images, which stay right (all known)",
+        (
+            "no gradient, or none but zero, at any step on 7 of 40 images, which stay right "
+            "(all known)"
+        ),
         "fewer than 3 known draws",
     ]
 

@@ -26,7 +26,8 @@ from dbp_bench.job import Job, Overrides, resolve
 from dbp_bench.memory import Policy
 from dbp_bench.registry import Registry
 from dbp_bench.result import Result, json_schema, write_atomically
-from dbp_bench.run import Progress, adversarial_path, execute, rejudge, runtime_path
+from dbp_bench.run import Progress, execute, runtime_path
+from dbp_bench.saved import adversarial_path, rejudge
 from own_entries import folder, toy_defense
 
 SHIPPED = Registry()
@@ -56,7 +57,7 @@ def job(
 @pytest.fixture(autouse=True)
 def _no_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of the checkout is recorded, and may change while the tests run."""
-    monkeypatch.setattr(runner, "_git", lambda: (None, None))
+    monkeypatch.setattr("dbp_bench.provenance._git", lambda: (None, None))
 
 
 @pytest.fixture(scope="session")
@@ -680,7 +681,7 @@ def test_broken_defense_leaves_no_result(
         assert "Add --trust-code" in said.err
         said = command(*options, "--trust-code")
         assert said.code == 3
-        assert said.err.startswith("dbp-bench: ")
+        assert said.err.startswith("dbp-bench: broken / dwbox: ")
         assert says in said.err
         assert len(said.err.splitlines()) == 1
         assert not list(out.glob("digits-linf/**/*.json"))

@@ -13,6 +13,7 @@ from dbp_bench.attacks.selective import Selective, shares
 from dbp_bench.defense import Defense
 from dbp_bench.evaluate import Attacked, Group, attack, judge
 from dbp_bench.noise import FORWARD, Noise, Site
+from dbp_bench.passes import Passes, Setup
 from dbp_bench.registry import EFFORTS
 from dbp_bench.threat import L2, Budget, Linf
 from toys import BOTH, Noisy, Small, group, normal
@@ -184,7 +185,7 @@ EFFORT = {
 
 def test_its_declaration() -> None:
     effort = EFFORTS["selective"].model_validate(EFFORT)
-    assert effort.passes == 3
+    assert effort.passes(Setup(hidden=False)) == Passes(3, 0, exact=True)
     assert build("selective", effort.model_dump()) == Selective(3, 0.5, 2, "margin", 5.0, 2)
 
 

@@ -26,6 +26,7 @@ from dbp_bench.job import Overrides, plan
 from dbp_bench.registry import Registry
 from dbp_bench.reporting.badge import FILE, Verification, badge_of
 from dbp_bench.reporting.comparable import read_record
+from dbp_bench.saved import adversarial_path
 from dbp_bench.submission import archive, bundle, scaffold, verify
 from dbp_bench.submission.archive import Manifest, Refused
 
@@ -57,7 +58,7 @@ def _small_and_clean() -> Iterator[None]:
     """A track of 12 images, and code that counts as released."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dbp_bench.data, "split_ids", lambda *_: list(IDS))
-        patch.setattr(runner, "_git", lambda: (None, None))
+        patch.setattr("dbp_bench.provenance._git", lambda: (None, None))
         patch.setattr(sys, "path", list(sys.path))
         yield
 
@@ -453,7 +454,7 @@ def _append(name: str, text: str) -> Edit:
 
 def _images(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Edit:
     def edit(folder: Path) -> None:
-        path = runner.adversarial_path(folder / name)
+        path = adversarial_path(folder / name)
         with safe_open(path, "pt") as held:
             metadata = held.metadata()
         tensors = load_file(path)
@@ -723,7 +724,7 @@ def test_a_weak_attack_is_found_only_by_attacking(made: Made, tmp_path: Path) ->
     """Clean images called adversarial, with their own outcomes: nothing else can tell."""
 
     def edit(folder: Path) -> None:
-        clean = load_file(runner.adversarial_path(folder / NULL))["images"]
+        clean = load_file(adversarial_path(folder / NULL))["images"]
         _images(EOT, lambda _: clean)(folder)
         rewrite(EOT, lambda t: t.update(robust=t["clean"]))(folder)
 
@@ -734,7 +735,7 @@ def test_a_weak_attack_is_found_only_by_attacking(made: Made, tmp_path: Path) ->
 
 def test_other_images_of_equal_outcomes_are_found_by_attacking(made: Made, tmp_path: Path) -> None:
     def edit(folder: Path) -> None:
-        clean = load_file(runner.adversarial_path(folder / NULL))["images"]
+        clean = load_file(adversarial_path(folder / NULL))["images"]
         _images(EOT, lambda images: images + 1e-5 * (clean - images))(folder)
 
     path = forged(made, tmp_path, edit)

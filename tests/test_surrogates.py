@@ -8,7 +8,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from dbp_bench import run as runner
 from dbp_bench.errors import BadEntry, BadRequest
 from dbp_bench.gradients import check, differentiated, request
 from dbp_bench.job import Job, Overrides, identity_of, resolve
@@ -46,7 +45,7 @@ settings:
 
 @pytest.fixture(autouse=True)
 def _no_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_git", lambda: (None, None))
+    monkeypatch.setattr("dbp_bench.provenance._git", lambda: (None, None))
 
 
 def entries(path: Path, **setting: Any) -> Registry:

@@ -18,6 +18,7 @@ from dbp_bench.errors import AttackFailed, BadEntry
 from dbp_bench.evaluate import Attacked, Group, attack, judge
 from dbp_bench.extras import BadExtra
 from dbp_bench.noise import FORWARD, VICTIM, Noise, Site, Tape
+from dbp_bench.passes import Passes, Setup, of_torchattacks
 from dbp_bench.registry import EFFORTS, Registry, Threat
 from dbp_bench.threat import L2, Budget, Linf
 from own_entries import folder
@@ -181,7 +182,10 @@ class Shuffled(Fake):
         (Nan, "the attack returned images that are not finite"),
         (Smaller, r"returned images of shape \(3, 3, 5, 6\), not \(3, 3, 6, 6\)"),
         (Nothing, "torchattacks:PGD returned no images"),
-        (Broken, r"torchattacks:PGD failed \(RuntimeError: expected 3 channels\)\.$"),
+        (
+            Broken,
+            r"torchattacks:PGD failed \(RuntimeError: expected 3 channels\): look at its options",
+        ),
         (Shuffled, "can't be told any more which is which"),
     ],
 )
@@ -225,7 +229,7 @@ def test_a_name_with_a_colon() -> None:
     threat = Threat.model_validate(THREAT)
     assert threat.attack == "torchattacks"
     effort = EFFORTS["torchattacks"].model_validate(threat.effort)
-    assert effort.passes == 4
+    assert effort.passes(Setup(hidden=True)) == Passes(4, 0, exact=True)
     want = Torchattacks("PGD", {"alpha": 2 / 255, "steps": 4})
     assert build("torchattacks", effort.model_dump()) == want
     long = {**THREAT, "attack": "torchattacks", "effort": {"name": "PGD", **THREAT["effort"]}}
@@ -396,6 +400,34 @@ def test_every_attack_runs_and_hurts(name: str, knows: frozenset[Site]) -> None:
             right = judge(defense, out.images, batch, seed=0, draw=0).float().mean()
             assert float(right) < (0.95 if name == "Square" else 0.5)
     assert defense.classifier.weight.grad is None
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("more", [{}, {"n_restarts": 2, "multi_targeted": True}])
+@pytest.mark.parametrize("name", NORMS)
+def test_the_plan_counts_the_passes_of_every_attack(name: str, more: Mapping[str, Any]) -> None:
+    import inspect
+
+    from dbp_bench.extras import load_extra
+
+    signature = inspect.signature(getattr(load_extra("torchattacks")["torchattacks"], name))
+    given = {"steps": 3, "num_iter_set": 3, "eot_iter": 2, "n_queries": 4, "N": 2, "m": 2, **more}
+    options = {
+        key: given.get(key, parameter.default)
+        for key, parameter in signature.parameters.items()
+        if key not in torchattacks._FILLED
+    }
+    batch = cloud(3)
+    defense = Defense(Made(noisy), Scores(3))
+    tape = Tape.make(0, VICTIM, batch.ids, 0)
+    batch = Group(batch.images, defense.logits(batch.images, tape).argmax(1), batch.ids)
+    for norm in NORMS[name]:
+        # With so small a radius, no image falls: all are searched to the end.
+        balls: Mapping[str, Budget] = {"Linf": Linf(1e-6), "L2": L2(1e-6)}
+        out = run(Torchattacks(name, options), batch, balls[norm], ALL, defense)
+        planned = of_torchattacks(name, options, Setup(False, norm.lower(), 1e-6, classes=5))
+        assert out.gradients.tolist() == [planned.gradients] * 3
+        assert out.looks.tolist() == [planned.looks] * 3
 
 
 @pytest.mark.extras

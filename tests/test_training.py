@@ -12,8 +12,9 @@ from dbp_bench.networks.trial import Patched
 from dbp_bench.noise import Site, Tape
 from dbp_bench.training import dropout, recipes, variants
 from dbp_bench.training.diffusion import ADDT, LinfADDT, denoising, fooling, misleading
-from dbp_bench.training.loop import Batch, Settings, State, WeightAverage, _draw
+from dbp_bench.training.loop import Batch, _draw
 from dbp_bench.training.processes import DDPM, EDM, VPSDE, Process
+from dbp_bench.training.state import Settings, State, WeightAverage
 from toys import Small, SmallDenoiser, normal, uniform
 
 NOISE, START = Site("noise"), Site("start")

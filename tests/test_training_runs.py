@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,9 +27,10 @@ from dbp_bench.training import checkpoint as checkpoints
 from dbp_bench.training import recipes
 from dbp_bench.training.checkpoint import Checkpoint
 from dbp_bench.training.diffusion import ADDT, denoising, fooling
-from dbp_bench.training.loop import Batch, Settings, train
+from dbp_bench.training.loop import Batch, train
 from dbp_bench.training.processes import DDPM
 from dbp_bench.training.run import Given, Options, run
+from dbp_bench.training.state import Settings
 from dbp_bench.weights import ASSETS, digest, load
 from toys import uniform
 
@@ -406,6 +407,8 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     grey = replace(small, header={"network": "dbp_bench.networks.digits:DigitsCNN"})
     found = refused("addt", "tiny", "cifar10", tmp_path, init=init, classifier=grey)
     assert "not a classifier of cifar10's images (3, 32, 32)" in found
+    found = refused("addt", "mlp", "digits", tmp_path, classifier=good)
+    assert "a classifier of images with 3 channels; those of digits have 1" in found
     rogue = replace(good, header={"network": "os:getcwd"})
     found = refused("addt", "tiny", "cifar10", tmp_path, init=init, classifier=rogue)
     assert "not one of this package" in found
@@ -429,6 +432,95 @@ def test_trained_weights_say_what_they_are(tmp_path: Path) -> None:
     }
     with safe_open(ASSETS / "digits-ddpm.safetensors", "pt") as shipped:
         assert not shipped.metadata(), "these bytes are committed"
+
+
+@pytest.mark.parametrize("what", ["memory", "compiler"])
+def test_what_a_device_cannot_do_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """With the state that is kept; other errors are as they were."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    from dbp_bench.training import run as runs
+
+    errors: dict[str, Exception] = {
+        "memory": torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
+        "compiler": TorchDynamoException("inductor raised:\nno C++ compiler"),
+    }
+
+    def stop(update: object) -> None:
+        if getattr(update, "number", 0) == 3:
+            raise errors[what]
+
+    monkeypatch.setattr(runs, "_compiled", lambda network, _: network)
+    plan = recipes.changed(recipes.recipe("classifier", "digits"), 1437, iterations=6, batch_size=8)
+    options = Options(checkpoint_every=2, compile=True)
+    with pytest.raises(AttackFailed) as caught:
+        run(plan, digits(), tmp_path, options, stop)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert {"memory": "smaller --batch-size", "compiler": "Leave out --compile"}[what] in said
+    assert f"last state is in {tmp_path / 'digits-classifier.checkpoint.safetensors'}" in said
+    errors[what] = RuntimeError("a mistake in the code")
+    with pytest.raises(RuntimeError, match="mistake"):
+        run(plan, digits(), tmp_path, options, stop)
+
+
+def test_float32_means_float32(tmp_path: Path) -> None:
+    found = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        made("classifier", tmp_path, updates=1)
+        assert not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = found
+
+
+class Colours:
+    """A data set of CIFAR's size, of noise."""
+
+    def __init__(self) -> None:
+        self.ids = {"train": list(range(64)), "validation": list(range(8))}
+
+    def select(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return uniform(len(ids), 3, 32, 32), torch.arange(len(ids)) % 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("default")  # of the compiler
+@pytest.mark.parametrize("recipe", ["classifier", "diffusion", "addt"])
+def test_an_update_on_a_gpu(tmp_path: Path, recipe: str) -> None:
+    """In bf16, compiled, channels last: finite, near an update in float32, and weights of float32.
+
+    By one update of the optimiser, which moves each weight by about the learning rate.
+    """
+    network = "tiny"
+    for first in {"classifier": (), "diffusion": (), "addt": ("classifier", "diffusion")}[recipe]:
+        plan = recipes.changed(
+            recipes.recipe(first, "cifar10", network), 64, iterations=1, batch_size=8
+        )
+        run(plan, Colours(), tmp_path, Options(), lambda _: None)  # type: ignore[arg-type]
+    plan = recipes.changed(
+        recipes.recipe(recipe, "cifar10", network), 64, iterations=1, batch_size=32
+    )
+    losses: dict[str, float] = {}
+    cuda = Options(device=torch.device("cuda"))
+    low = replace(cuda, precision="bf16", compile=True, channels_last=True)
+    for name, options in {"full": cuda, "low": low}.items():
+        out = tmp_path / name
+        out.mkdir()
+        for file in tmp_path.glob("*.safetensors"):
+            (out / file.name).write_bytes(file.read_bytes())
+        told: list[float] = []
+        trained = run(plan, Colours(), out, options, lambda u, told=told: told.append(u.loss))  # type: ignore[arg-type,misc]
+        assert trained is not None
+        losses[name] = told[0]
+        weights = load(trained.path)
+        assert all(w.isfinite().all() for w in weights.values())
+        assert {w.dtype for w in weights.values()} <= {torch.float32, torch.int64}
+    assert losses["low"] == pytest.approx(losses["full"], rel=0.05)
+    assert losses["low"] != losses["full"]
 
 
 def test_bf16_changes_the_arithmetic_alone(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Group, attack
 from dbp_bench.noise import FORWARD, Noise
+from dbp_bench.passes import Passes, Setup
 from dbp_bench.registry import EFFORTS
 from dbp_bench.threat import Linf
 from toys import Linear, Made, normal, uniform
@@ -93,8 +94,8 @@ SEARCH = {
 
 def test_its_declaration() -> None:
     effort = EFFORTS["transfer"].model_validate({"source": "none", "search": SEARCH})
-    assert effort.passes == 2
-    assert EFFORTS["transfer"].model_validate({"source": "ddpm", "search": SEARCH}).passes == 6
+    assert effort.passes(Setup(hidden=False)) == Passes(2, 0, exact=True)
+    assert effort.passes(Setup(hidden=True)) == Passes(6, 0, exact=True)
     source = Defense(Identity(), Silent())
     assert build("transfer", effort.model_dump(), source) == Transfer(source, PGD(2, 0.5, 3))
     with pytest.raises(ValueError, match="needs the defense"):

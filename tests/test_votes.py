@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dbp_bench import run as runner
 from dbp_bench.attacks import Attack
 from dbp_bench.attacks.apgd import APGD
 from dbp_bench.attacks.ensemble import Ensemble
@@ -307,7 +306,7 @@ def job(registry: Registry, **changes: Any) -> Job:
 
 
 def test_an_entry_says_how_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_git", lambda: (None, None))
+    monkeypatch.setattr("dbp_bench.provenance._git", lambda: (None, None))
     once, _ = entries(tmp_path / "once")
     same, _ = entries(tmp_path / "same", votes=1)
     thrice, _ = entries(tmp_path / "thrice", votes=3)

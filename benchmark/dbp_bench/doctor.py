@@ -29,9 +29,9 @@ from dbp_bench.data import load_data
 from dbp_bench.errors import DbpError
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import FORWARD, VICTIM, Tape, philox
+from dbp_bench.provenance import device_name
 from dbp_bench.registry import DefenseEntry, Entry, NetworkRef, Registry, Track
 from dbp_bench.result import write_atomically
-from dbp_bench.run import device_name
 from dbp_bench.threat import budget
 
 GOLDEN = weights.ASSETS / "golden.json"

@@ -35,7 +35,10 @@ class Cost:
     """An estimate."""
 
     calls: int
-    """Network calls, each image of a batch counted, forward only."""
+    """Network calls, each image of a batch counted, forward only. Those of the source of a transfer
+    attack count, too."""
+    at_most: bool
+    """Whether images may finish early, so that `calls` and `seconds` are bounds."""
     seconds: float
     """Of what is still to be done, on this device."""
     bytes: int
@@ -67,7 +70,8 @@ def estimate(job: Job, registry: Registry, out: Path, policy: Policy) -> Cost:
     probe = _probe(job, registry, policy)
     images = sum(map(len, job.groups))
     verdicts = images * job.draws * (2 + (FRESH_DRAWS if job.knows else 0))
-    looks = images * job.attacks * job.looks_per_attack
+    passes = job.passes
+    looks = images * job.attacks * passes.looks
     # Nothing of a job can be done whose weights aren't there.
     missing = None in job.identity(planned=True)["weights"].values()
     todo = job.gradients if missing else missing_gradients(job, out)
@@ -76,6 +80,7 @@ def estimate(job: Job, registry: Registry, out: Path, policy: Policy) -> Cost:
     searched, judged = probe.searched, probe.judged
     return Cost(
         calls=(job.gradients + looks) * searched.calls + verdicts * judged.calls,
+        at_most=not passes.exact,
         seconds=todo * searched.per_gradient
         + share * (looks * searched.per_look + verdicts * judged.per_look),
         bytes=searched.bytes,

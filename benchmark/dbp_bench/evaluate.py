@@ -75,7 +75,10 @@ def attack(
             f"{tuple(group.images.shape)}."
         )
     if not bool(found.isfinite().all()):
-        raise AttackFailed("the attack returned images that are not finite (NaN or infinite).")
+        raise AttackFailed(
+            "the attack returned images that are not finite (NaN or infinite): where its search "
+            "fails, it must return the clean image."
+        )
     if view.log.gradients.any() and not view.log.nonzero.any():
         raise ZeroGradient(
             "the gradient of every image is zero at every step: the defense masks its gradient, "

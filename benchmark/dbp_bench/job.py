@@ -13,11 +13,13 @@ from pydantic import ValidationError
 from dbp_bench import __version__, data, outside, weights
 from dbp_bench.checkpoints import store
 from dbp_bench.errors import BadEntry, BadRequest, did_you_mean
+from dbp_bench.passes import Passes, Setup
 from dbp_bench.registry import (
     EFFORTS,
     KNOWN_DRAWS,
     CheckpointRef,
     DefenseEntry,
+    Effort,
     Entry,
     NetworkRef,
     Registry,
@@ -100,22 +102,30 @@ class Job:
         return 1 if self.knows == self.sites else int(self.effort.get("eot", 1))
 
     @property
-    def gradients_per_attack(self) -> int:
-        """Gradients that one attack takes of one image."""
-        model = EFFORTS[self.threat.entry.attack]
-        return model.model_validate(self.effort).passes * self.copies
+    def _searched(self) -> tuple[Effort, Setup]:
+        """The effort, and what it is spent on: of a transfer attack, its source."""
+        hidden = self.knows != self.sites if self.source is None else bool(self.source.entry.sites)
+        track = self.track.entry
+        setup = Setup(hidden, track.norm, self.eps, data.facts_of(track.data).classes)
+        return EFFORTS[self.threat.entry.attack].model_validate(self.effort), setup
 
     @property
-    def looks_per_attack(self) -> int:
-        """Passes without gradient that one attack takes of one image, at most."""
-        model = EFFORTS[self.threat.entry.attack]
-        return model.model_validate(self.effort).looks(self.knows != self.sites)
+    def passes(self) -> Passes:
+        """That one attack takes of one image: of a transfer attack, through its source."""
+        effort, setup = self._searched
+        return effort.passes(setup)
+
+    @property
+    def misfit(self) -> str | None:
+        """Why the attack cannot run on this defense and track, and what would do."""
+        effort, setup = self._searched
+        return effort.misfit(setup)
 
     @property
     def gradients(self) -> int:
         """Image gradients that the whole job takes, padding included."""
         images = sum(len(group) for group in self.groups)
-        return images * self.attacks * self.gradients_per_attack
+        return images * self.attacks * self.passes.gradients
 
     @property
     def options(self) -> dict[str, Any]:
@@ -250,7 +260,7 @@ def resolve(
         raise BadEntry(f"{track_entry.path}: {error}") from None
     setting = defense_entry.entry.setting(track, defense, str(defense_entry.path))
     source = _source(registry, effort, track)
-    return Job(
+    job = Job(
         track=track_entry,
         defense=defense_entry,
         threat=threat_entry,
@@ -270,6 +280,9 @@ def resolve(
         source=source,
         code=outside.code(_dotted(track_entry, track, defense_entry, source), registry.folders),
     )
+    if job.misfit is not None:
+        raise BadRequest(f"{threat_entry.path}: {job.misfit}.")
+    return job
 
 
 def _dotted(track: Entry[Track], name: str, *defenses: Entry[DefenseEntry] | None) -> Iterator[str]:

@@ -245,3 +245,11 @@ def free_bytes(device: torch.device) -> int:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return 4 << 30
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether `error` is an allocation that failed, on a GPU or on the processor."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # Of the processor, torch has no class.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -35,6 +35,7 @@ from dbp_bench.declaration import Strict
 from dbp_bench.declaration import explain as explain
 from dbp_bench.declaration import read_yaml as read_yaml
 from dbp_bench.errors import BadEntry, UnknownName, did_you_mean
+from dbp_bench.passes import Passes, Setup, of_autoattack, of_torchattacks, phases
 
 if TYPE_CHECKING:
     import torch
@@ -270,14 +271,23 @@ class AllBut(Strict):
 class Effort(Strict):
     """How hard an attacker searches. What each attack takes is in :data:`EFFORTS`."""
 
-    @property
-    def passes(self) -> int:
-        """Gradient passes that an attack takes of one image, for each gradient draw."""
-        return 0
+    def passes(self, setup: Setup) -> Passes:
+        """That an attack takes of one image, of all gradient draws."""
+        raise NotImplementedError
 
-    def looks(self, hidden: bool) -> int:  # noqa: ARG002
-        """Passes without gradient that an attack takes of one image, at most."""
-        return 0
+    def misfit(self, setup: Setup) -> str | None:  # noqa: ARG002
+        """Why it cannot run in this `setup`, and what would do; None where it can."""
+        return None
+
+
+def _aims(option: str, number: int, setup: Setup) -> str | None:
+    """Why a targeted loss cannot aim at this `number` of classes."""
+    wrong = setup.classes - 1
+    if number <= wrong:
+        return None
+    return (
+        f"{option}: {number} wrong classes to aim at, but there are {wrong}; give {wrong} at most"
+    )
 
 
 class GradientEffort(Effort):
@@ -316,15 +326,16 @@ class PGDEffort(GradientEffort):
     def _targeted(self) -> bool:
         return self.loss.endswith("-targeted")
 
-    @property
-    def passes(self) -> int:
-        """Steps of all restarts."""
-        return self.steps * self.restarts
-
-    def looks(self, hidden: bool) -> int:
-        """What compares the restarts, and what orders the targets."""
+    def passes(self, setup: Setup) -> Passes:
+        """Steps of all restarts; looks compare the restarts, and order the targets."""
+        draws = self.eot if setup.hidden else 1
         compared = self.restarts if self.restarts > 1 else 0
-        return (compared + self._targeted) * (self.eot if hidden else 1)
+        looks = (compared + self._targeted) * draws
+        return Passes(self.steps * self.restarts * draws, looks, exact=True)
+
+    def misfit(self, setup: Setup) -> str | None:
+        """Each restart of a targeted loss has a class of its own."""
+        return _aims("restarts", self.restarts, setup) if self._targeted else None
 
     @model_validator(mode="after")
     def _restarts_differ(self) -> Self:
@@ -375,10 +386,9 @@ class SelectiveEffort(GradientEffort):
     rounds: int = Field(ge=1)
     """Of expectation maximisation, per step."""
 
-    @property
-    def passes(self) -> int:
+    def passes(self, setup: Setup) -> Passes:
         """Steps."""
-        return self.steps
+        return Passes(self.steps * (self.eot if setup.hidden else 1), 0, exact=True)
 
 
 class APGDEffort(GradientEffort):
@@ -397,15 +407,24 @@ class APGDEffort(GradientEffort):
     targets: int | None = Field(ge=1)
     """Most likely wrong classes to aim at; null for a loss without target."""
 
-    @property
-    def passes(self) -> int:
-        """Steps of all runs."""
-        return self.steps * self.restarts * (self.targets or 1)
+    def passes(self, setup: Setup) -> Passes:
+        """Steps of all runs; looks order the targets, and compare iterates and runs.
 
-    def looks(self, hidden: bool) -> int:
-        """What compares the iterates, where the gradient's own losses are not exact."""
-        runs = self.restarts * (self.targets or 1)
-        return runs * (self.steps + 1) * self.eot if hidden else runs
+        Where every draw is known, the losses of the gradient passes are exact: only the last
+        iterate is looked at, and misclassified images finish.
+        """
+        runs = self.restarts * min(self.targets or 1, max(setup.classes - 1, 1))
+        searches = phases(setup.norm, self.steps)
+        ordered = int(self.targets is not None)
+        if not setup.hidden:
+            return Passes(runs * self.steps, runs * searches + ordered, exact=False)
+        compared = runs if runs > 1 else 0
+        looks = runs * (self.steps + searches) + compared + ordered
+        return Passes(runs * self.steps * self.eot, looks * self.eot, exact=True)
+
+    def misfit(self, setup: Setup) -> str | None:
+        """There is a class for each of the targets."""
+        return _aims("targets", self.targets or 0, setup)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -426,9 +445,17 @@ class SquareEffort(Effort):
     eot: int = Field(ge=1)
     """Draws averaged per look; where draws are hidden, each candidate takes two looks."""
 
-    def looks(self, hidden: bool) -> int:
-        """Of an image that stays right to the end."""
-        return self.n_queries * (2 * self.eot if hidden else 1)
+    def passes(self, setup: Setup) -> Passes:
+        """Candidate and incumbent, and both ends; where draws are known, each candidate once."""
+        if setup.hidden:
+            return Passes(0, 2 * self.eot * (self.n_queries + 1), exact=True)
+        return Passes(0, self.n_queries + 2, exact=False)
+
+    def misfit(self, setup: Setup) -> str | None:
+        """There is no l1 variant."""
+        if setup.norm == "l1":
+            return "square searches in linf and l2, not in l1: take pgd, apgd or autoattack"
+        return None
 
 
 class AutoAttackEffort(GradientEffort):
@@ -443,14 +470,21 @@ class AutoAttackEffort(GradientEffort):
     eot: int = Field(ge=1)
     """Gradient draws averaged per step in rand, 20 as published; 1 in standard."""
 
-    @property
-    def passes(self) -> int:
-        """Of an image that stays right to the end: 19 searches in standard, 2 in rand."""
-        return (19 if self.version == "standard" else 2) * (self.steps + 1)
+    def passes(self, setup: Setup) -> Passes:
+        """Of an image that stays right to the end: 19 searches and Square in standard, 2 in rand.
 
-    def looks(self, hidden: bool) -> int:  # noqa: ARG002
-        """Queries of Square."""
-        return self.queries if self.version == "standard" else 0
+        The package skips images that one draw of its own misclassifies.
+        """
+        return of_autoattack(self.version, self.steps, self.queries, self.eot, setup)
+
+    def misfit(self, setup: Setup) -> str | None:
+        """Standard takes one look for the truth."""
+        if self.version == "standard" and setup.hidden:
+            return (
+                "version: standard takes the model for deterministic, but draws of this defense "
+                "are hidden: take version: rand, or attack: ensemble"
+            )
+        return None
 
     @model_validator(mode="after")
     def _single_draw(self) -> Self:
@@ -472,11 +506,9 @@ class TorchattacksEffort(GradientEffort):
     def _numbers(cls, options: dict[str, Any]) -> dict[str, Any]:
         return {key: _number(value) for key, value in options.items()}
 
-    @property
-    def passes(self) -> int:
-        """Steps times draws, as far as the options tell."""
-        steps, eot = (self.options.get(name) for name in ("steps", "eot_iter"))
-        return (steps if isinstance(steps, int) else 1) * (eot if isinstance(eot, int) else 1)
+    def passes(self, setup: Setup) -> Passes:
+        """By the loops of the class."""
+        return of_torchattacks(self.name, self.options, setup)
 
 
 _ALONE = ("ensemble", "transfer")
@@ -545,15 +577,16 @@ class EnsembleEffort(GradientEffort):
             return members  # another message says so
         return [_inner(member, {key: info.data[key] for key in keys}) for member in members]
 
-    @property
-    def passes(self) -> int:
-        """Of all members."""
-        return sum(_effort(member, self._shared).passes for member in self.members)
+    def passes(self, setup: Setup) -> Passes:
+        """Of all members, and looks that choose among them; known draws finish images."""
+        looks = (len(self.members) + 1) * (self.compare if setup.hidden else 1)
+        members = [_effort(member, self._shared).passes(setup) for member in self.members]
+        return sum(members, Passes(0, looks, exact=setup.hidden))
 
-    def looks(self, hidden: bool) -> int:
-        """Of all members, and of the choice among them."""
-        own = (len(self.members) + 1) * (self.compare if hidden else 1)
-        return own + sum(_effort(m, self._shared).looks(hidden) for m in self.members)
+    def misfit(self, setup: Setup) -> str | None:
+        """Of the first member that has one."""
+        found = (_effort(member, self._shared).misfit(setup) for member in self.members)
+        return next(filter(None, found), None)
 
 
 _EXACT = {"gradient": "exact", "surrogate_steps": None}
@@ -572,11 +605,13 @@ class TransferEffort(Effort):
     def _search(cls, search: dict[str, Any]) -> dict[str, Any]:
         return _inner(search, _EXACT)
 
-    @property
-    def passes(self) -> int:
-        """Through the source."""
-        copies = 1 if self.source == "none" else int(self.search.get("eot", 1))
-        return _effort(self.search, _EXACT).passes * copies
+    def passes(self, setup: Setup) -> Passes:
+        """Through the source, whose draws are `hidden` where it has any."""
+        return _effort(self.search, _EXACT).passes(setup)
+
+    def misfit(self, setup: Setup) -> str | None:
+        """Of the search, in the source."""
+        return _effort(self.search, _EXACT).misfit(setup)
 
 
 EFFORTS: Mapping[str, type[Effort]] = {

@@ -10,7 +10,8 @@ from torch import Tensor
 from dbp_bench.job import Job, Overrides, identity_of, refuse_other_request, resolve
 from dbp_bench.registry import Registry
 from dbp_bench.result import Result
-from dbp_bench.run import adversarial_path, execute
+from dbp_bench.run import execute
+from dbp_bench.saved import adversarial_path
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,48 +7,43 @@ writes the same result file, byte for byte.
 
 import fcntl
 import json
-import platform
 import shutil
-import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dbp_bench import __version__, attacks, evaluate, gradients
+from dbp_bench import attacks, evaluate, gradients
 from dbp_bench.data import DataSet, load_data
 from dbp_bench.defense import Defense
-from dbp_bench.errors import BadRequest, BadWeights
+from dbp_bench.errors import BadRequest
 from dbp_bench.evaluate import FRESH, Group
 from dbp_bench.job import (
     Job,
-    entry_digests,
     identity_of,
     refuse_other_request,
-    weights_of,
 )
 from dbp_bench.memory import Policy
 from dbp_bench.noise import Site
+from dbp_bench.provenance import provenance
 from dbp_bench.registry import Registry
 from dbp_bench.result import (
     SCHEMA,
     Arithmetic,
     GradientCheck,
     NetworkCalls,
-    Provenance,
     Result,
     write_atomically,
 )
-from dbp_bench.threat import Budget, Tick, budget, ignore
+from dbp_bench.saved import adversarial_path, budget_of, pack
+from dbp_bench.threat import Tick, ignore
 
 FRESH_DRAWS = 3
 """Fresh draws that judge each image made for a known draw."""
@@ -179,15 +174,10 @@ def execute(
         states = _work(job, registry, data, work, policy, progress)
         result = _assemble(job, data, digest, states, gradients.quick(job, registry))
         if save_adversarial or saved.is_file():
-            write_atomically(saved, _adversarial(job, states))
+            write_atomically(saved, pack(job, _adversarial(job, states)))
         write_atomically(runtime_path(path), _runtime(states, policy))
         result.write(path)
     return path
-
-
-def adversarial_path(result: Path) -> Path:
-    """Where the adversarial images of a result lie."""
-    return result.with_name(f"adversarial-{result.stem}.safetensors")
 
 
 def runtime_path(result: Path) -> Path:
@@ -216,7 +206,7 @@ def missing_gradients(job: Job, out: Path) -> int:
 def _missing(job: Job, states: list[_State]) -> int:
     """Image gradients that are still to be taken."""
     return sum(
-        len(ids) * job.gradients_per_attack
+        len(ids) * job.passes.gradients
         for ids, state in zip(job.groups, states, strict=True)
         for attack in range(job.attacks)
         if attack not in state.adversarial
@@ -349,7 +339,7 @@ def _attack(
         target.searched,
         attacks.build(job.threat.entry.attack, job.effort, target.source),
         group,
-        _budget(job),
+        budget_of(job),
         frozenset(Site(site) for site in job.knows),
         seed=job.seed,
         victim_draw=number,
@@ -380,10 +370,6 @@ def _judge(number: int, job: Job, target: _Target, group: Group, state: _State) 
         state.fresh[number] = torch.stack(right[2:], dim=1)
     state.judging_calls += target.calls - before
     state.judged += len(looks) * len(group.ids)
-
-
-def _budget(job: Job) -> Budget:
-    return budget(job.track.entry.norm, job.eps)
 
 
 def _assemble(
@@ -446,69 +432,10 @@ def _assemble(
     )
 
 
-def provenance(job: Job, data: str) -> Provenance:
-    commit, dirty = _git()
-    return Provenance(
-        dbp_bench=__version__,
-        commit=commit,
-        dirty=dirty,
-        packages={name: version(name) for name in _packages(job)},
-        python=platform.python_version(),
-        device_name=device_name(job.device),
-        threads=torch.get_num_threads(),
-        entries=entry_digests(job),
-        weights=weights_of(job),
-        data=data,
-        code=job.code or None,
-    )
-
-
-def _packages(job: Job) -> list[str]:
-    """Installed packages that the numbers depend on."""
-    borrowed = {"autoattack": "pyautoattack", "torchattacks": "torchattacks"}
-    own = borrowed.get(job.threat.entry.attack.partition(":")[0])
-    extra = [own] if own and find_spec(own) else []
-    return ["torch", "numpy", "safetensors", *extra]
-
-
-def device_name(device: str) -> str:
-    """What the device calls itself."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _git() -> tuple[str | None, bool | None]:
-    """Commit of the checkout that this code runs from, and whether code or entries differ."""
-    top = Path(__file__).parents[2]
-    if not (top / ".git").exists():
-        return None, None
-    try:
-        commit = _output(top, "rev-parse", "HEAD").strip()
-        changes = _output(top, "status", "--porcelain", "--", "benchmark", "defenses", "attacks")
-    except (OSError, subprocess.CalledProcessError):
-        return None, None
-    return commit, bool(changes.strip())
-
-
-def _output(top: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(top), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _adversarial(job: Job, states: list[_State]) -> bytes:
-    """Adversarial images ``(attacks, n, c, h, w)`` with their ids and where they come from."""
+def _adversarial(job: Job, states: list[_State]) -> Tensor:
+    """``(attacks, n, c, h, w)``."""
     attacked = range(job.attacks)
-    images = torch.cat([torch.stack([s.adversarial[a] for a in attacked]) for s in states], dim=1)
-    tensors = {
-        "images": images[:, : job.examples].contiguous(),
-        "ids": torch.tensor(job.track_ids[: job.examples]),
-    }
-    return save(tensors, metadata={"request": json.dumps(job.identity())})
+    return torch.cat([torch.stack([s.adversarial[a] for a in attacked]) for s in states], dim=1)
 
 
 def _runtime(states: list[_State], policy: Policy) -> str:
@@ -536,118 +463,3 @@ def locked(work: Path) -> Iterator[None]:
         except OSError:
             raise BadRequest(f"{work}: another run of this job is at work there.") from None
         yield
-
-
-_SLACK = 1e-6
-"""By how much rounding in float32 may leave the budget."""
-
-
-class Rejudged(NamedTuple):
-    """What :func:`rejudge` found."""
-
-    right: list[list[list[bool]]]
-    """Whether the defense is right, attack x image x draw."""
-    ids: list[int]
-    outside: int
-    """Images that rounding to 8 bits took out of the budget; 0 where that wasn't asked for."""
-
-
-def rejudge(
-    path: Path, job: Job, registry: Registry, *, draws: int, eight_bit: bool = False
-) -> Rejudged:
-    """Judge saved adversarial images again, on fresh draws.
-
-    Args:
-        path: A file that ``--save-adversarial`` wrote.
-        job: The job it came from, as the entries say today.
-        registry: Where the entries come from.
-        draws: Number of fresh draws.
-        eight_bit: Judge the images as a file of 256 grey levels would hold them: rounded to whole
-            numbers of 1/255, then, since that can leave the budget by half a level, projected.
-
-    Raises:
-        BadWeights: The file isn't one of adversarial images.
-        BadRequest: The file is of another request, or an image is outside the budget or the pixel
-            box, or unknown to the track.
-    """
-    saved = read_saved(path, job, registry)
-    images, clean, ids = saved.images, saved.clean, saved.ids
-    ball = _budget(job)
-    outside = 0
-    if eight_bit:
-        rounded = (images * 255).round() / 255
-        outside = sum(
-            int((ball.size(found - clean) > ball.eps + _SLACK).sum()) for found in rounded
-        )
-        images = torch.stack([ball.project(found, clean) for found in rounded])
-    defense = registry.build_defense(job.defense, job.track, device=torch.device(job.device))
-    fresh = [FRESH + i for i in range(draws)]
-    rows = [judge_saved(defense, found, saved, job, fresh) for found in images]
-    return Rejudged(rows, ids, outside)
-
-
-class Saved(NamedTuple):
-    """Saved adversarial images, and what they were made from."""
-
-    images: Tensor
-    """``(attacks, n, c, h, w)``, inside the budget and [0, 1]."""
-    clean: Tensor
-    labels: Tensor
-    ids: list[int]
-
-
-def judge_saved(
-    defense: Defense, images: Tensor, saved: Saved, job: Job, draws: Sequence[int]
-) -> list[list[bool]]:
-    """Whether `defense` is right, image x draw, on `images` ``(n, c, h, w)`` at victim `draws`.
-
-    They are judged in the groups in which `job` judges them.
-    """
-    device = torch.device(job.device)
-    right = []
-    for start in range(0, len(saved.ids), job.batch_size):
-        part = slice(start, start + job.batch_size)
-        group = Group(saved.clean[part].to(device), saved.labels[part].to(device), saved.ids[part])
-        each = [
-            evaluate.judge(defense, images[part].to(device), group, seed=job.seed, draw=draw).cpu()
-            for draw in draws
-        ]
-        right.append(torch.stack(each, dim=1))
-    rows: list[list[bool]] = torch.cat(right).tolist()
-    return rows
-
-
-def read_saved(path: Path, job: Job, registry: Registry) -> Saved:
-    """The adversarial images in a file that ``--save-adversarial`` wrote for `job`.
-
-    Raises:
-        BadWeights: The file isn't one of adversarial images.
-        BadRequest: The file is of another request, or an image is outside the budget or the pixel
-            box, or unknown to the track.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            request = json.loads(file.metadata()["request"])
-            images, ids = file.get_tensor("images"), file.get_tensor("ids").tolist()
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise BadWeights(f"{path}: not a file of adversarial images ({error}).") from None
-    refuse_other_request(job.identity(), {**request, "device": job.device}, path)
-    if ids != job.track_ids[: len(ids)] or not ids:
-        raise BadRequest(f"{path}: the ids are not the first images of track {job.track.name}.")
-    data = load_data(job.track.entry.data, registry.data, job.track.entry.split)
-    clean, labels = data.select(ids)
-    if len(images) == 0 or images.shape[1:] != clean.shape or images.dtype != clean.dtype:
-        raise BadRequest(
-            f"{path}: images of shape {tuple(images.shape[1:])} in {images.dtype}, not "
-            f"{tuple(clean.shape)} in {clean.dtype}."
-        )
-    ball = _budget(job)
-    for found in images:
-        size = float(ball.size(found - clean).max())
-        inside = bool(((found >= 0) & (found <= 1)).all())
-        if not (inside and size <= ball.eps + _SLACK):
-            raise BadRequest(
-                f"{path}: images outside the budget: {job.track.entry.norm} {size:.6g} against "
-                f"eps {ball.eps:g}, or outside [0, 1]."
-            )
-    return Saved(images, clean, labels, ids)

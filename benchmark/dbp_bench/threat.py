@@ -22,6 +22,8 @@ from dbp_bench.noise import Noise, Remembered, Site, Tape
 
 _START, _RADIUS = Site("start"), Site("radius")
 
+_NOT_FINITE = "(NaN or infinite): look for a root or a division at 0; `dbp-bench check` tells more."
+
 Objective = Callable[[Tensor, Tensor], Tensor]
 """Losses ``(n,)`` to maximise, for logits ``(n, k)`` and labels ``(n,)``."""
 
@@ -315,7 +317,7 @@ class AttackerView:
         with torch.no_grad():
             out = torch.cat([self._pass(images, part) for part in parts], dim=1)
         if not bool(out.isfinite().all()):
-            raise AttackFailed("the logits are not finite (NaN or infinite).")
+            raise AttackFailed(f"the logits are not finite {_NOT_FINITE}")
         self.log.note(looks=sum(map(len, parts)))
         return out.expand(-1, len(draws), -1) if self.deterministic else out
 
@@ -361,7 +363,7 @@ class AttackerView:
             total / sum(map(len, parts)), torch.cat(losses, dim=1), torch.cat(logits, dim=1)
         )
         if not bool(found.mean.isfinite().all() & found.losses.isfinite().all()):
-            raise AttackFailed("the loss or its gradient is not finite (NaN or infinite).")
+            raise AttackFailed(f"the loss or its gradient is not finite {_NOT_FINITE}")
         self.log.note(gradients=sum(map(len, parts)), nonzero=(total.flatten(1) != 0).any(1))
         if self.deterministic:
             n = len(draws)
@@ -384,7 +386,7 @@ class AttackerView:
         def arrived(gradient: Tensor) -> None:
             nonlocal first
             if not bool(gradient.isfinite().all()):
-                raise AttackFailed("the loss or its gradient is not finite (NaN or infinite).")
+                raise AttackFailed(f"the loss or its gradient is not finite {_NOT_FINITE}")
             if first:
                 self._tick(len(images))
             self.log.note(

@@ -18,8 +18,9 @@ from dbp_bench.data import load_data
 from dbp_bench.errors import BadRequest, UnknownName, did_you_mean
 from dbp_bench.evaluate import Group
 from dbp_bench.job import Job, Overrides, refuse_other_request, resolve
+from dbp_bench.provenance import provenance
 from dbp_bench.registry import Registry
-from dbp_bench.run import locked, provenance
+from dbp_bench.run import locked
 from dbp_bench.threat import budget
 
 _BASE = "eot"

@@ -111,7 +111,10 @@ class Torchattacks:
                 raise
             except Exception as error:  # whatever a package raises: some want three channels
                 cause = f"{type(error).__name__}: {error}".partition("\n")[0]
-                raise AttackFailed(f"torchattacks:{self.name} failed ({cause}).") from error
+                raise AttackFailed(
+                    f"torchattacks:{self.name} failed ({cause}): look at its "
+                    "options, or use pgd or apgd."
+                ) from error
         if not isinstance(found, Tensor):
             raise AttackFailed(f"torchattacks:{self.name} returned no images.")
         return plain(found, images)

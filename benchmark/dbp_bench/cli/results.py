@@ -29,7 +29,7 @@ def judge(
     from dbp_bench.replay import job_of
     from dbp_bench.reporting.statistics import Bootstrap
     from dbp_bench.result import Result
-    from dbp_bench.run import adversarial_path, rejudge
+    from dbp_bench.saved import adversarial_path, rejudge
 
     if draws < 1:
         raise BadRequest(f"--draws {draws}: must be 1 or more.")

@@ -45,7 +45,7 @@ from dbp_bench.cli.shared import (
     registry_of,
     split,
 )
-from dbp_bench.errors import BadRequest
+from dbp_bench.errors import AttackFailed, BadRequest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -220,7 +220,8 @@ def _run_all(
 ) -> None:
     from dbp_bench.job import measured_elsewhere
     from dbp_bench.result import Result
-    from dbp_bench.run import adversarial_path, execute, is_complete
+    from dbp_bench.run import execute, is_complete
+    from dbp_bench.saved import adversarial_path
 
     for item in planned:
         item.job.identity()  # weights that must be fetched are missed before anything has begun
@@ -248,15 +249,18 @@ def _run_all(
             done.append((job.path(out), Result.read(job.path(out))))
             continue
         with progress_bar(say, job.label) as progress:
-            path = execute(
-                job,
-                registry,
-                out,
-                policy=checkpointing,
-                resume=resume,
-                save_adversarial=save_adversarial,
-                progress=progress,
-            )
+            try:
+                path = execute(
+                    job,
+                    registry,
+                    out,
+                    policy=checkpointing,
+                    resume=resume,
+                    save_adversarial=save_adversarial,
+                    progress=progress,
+                )
+            except AttackFailed as error:
+                raise type(error)(f"{job.label}: {error}") from error
         done.append((path, Result.read(path)))
     _show_results(say, done, as_json)
 
@@ -357,7 +361,7 @@ def _plan(
             *head,
             str(job.examples),
             str(job.draws),
-            f"{cost.calls:,}",
+            f"{'at most ' if cost.at_most else ''}{cost.calls:,}",
             duration(cost.seconds),
             f"{cost.bytes / 2**20:,.0f} MiB{' by step' if cost.by_step else ''}",
         )
@@ -369,9 +373,11 @@ def _plan(
             highlight=False,
         )
     _show_limits(say, [(job, cost) for job, _, cost in costs if cost is not None])
+    known = [cost.at_most for _, _, cost in costs if cost is not None]
+    sooner = ", or less: images may finish early" if any(known) else ""
     say.print(
-        f"about {duration(total)} in all on this device. Network calls: images x calls, forward; "
-        "those of the attack are followed by as many backward.",
+        f"about {duration(total)} in all on this device{sooner}. Network calls: images x calls, "
+        "forward; those of the attack are followed by as many backward.",
         highlight=False,
     )
 

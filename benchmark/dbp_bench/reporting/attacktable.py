@@ -5,6 +5,7 @@ from typing import Final
 
 from pydantic import ValidationError
 
+from dbp_bench.passes import Setup
 from dbp_bench.registry import EFFORTS
 from dbp_bench.reporting.comparable import MAIN
 from dbp_bench.reporting.contest import Attacks, Duel, Verdict
@@ -314,10 +315,13 @@ def _spent(pool: Pool) -> str:
     """What a transfer attack spends on its source."""
     effort = pool.any.effort
     try:
-        passes = EFFORTS["transfer"].model_validate(effort).passes
+        setup = Setup(hidden=effort.get("source") != "none")
+        passes = EFFORTS["transfer"].model_validate(effort).passes(setup)
     except ValidationError:
         return ""  # a record of before, or of another version
-    return f", but {passes} gradients of {md(str(effort['source']))}" if passes else ""
+    counts = {"gradients": passes.gradients, "other calls": passes.looks}
+    spent = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    return f", but {'' if passes.exact else 'at most '}{spent} of {md(str(effort['source']))}"
 
 
 def _calls(pool: Pool) -> str:

@@ -64,7 +64,7 @@ def checks(
             "zero gradients",
             [pool.any.threat for pool in searched],
             [
-                f"no gradient but zero, at any step, on {pool.zero_gradients()} of "
+                f"no gradient, or none but zero, at any step on {pool.zero_gradients()} of "
                 f"{bootstrap.images} images, which stay right ({_place(pool, columns)})"
                 for pool in searched
                 if pool.zero_gradients()

@@ -13,7 +13,8 @@ from dbp_bench.job import Job, Overrides, identity_of, refuse_other_request, res
 from dbp_bench.registry import NetworkRef, Registry
 from dbp_bench.reporting.comparable import NULL, read_record
 from dbp_bench.result import Result, result_path
-from dbp_bench.run import adversarial_path, runtime_path
+from dbp_bench.run import runtime_path
+from dbp_bench.saved import adversarial_path
 from dbp_bench.submission import archive, verify
 from dbp_bench.submission.archive import Manifest, Refused
 

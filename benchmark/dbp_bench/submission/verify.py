@@ -23,19 +23,13 @@ from dbp_bench.errors import BadData, BadRequest, DbpError
 from dbp_bench.evaluate import FRESH
 from dbp_bench.extras import BadExtra
 from dbp_bench.job import Job, Overrides, Planned, entry_digests, identity_of, plan, resolve
+from dbp_bench.provenance import device_name
 from dbp_bench.registry import DefenseEntry, NetworkRef, Registry
 from dbp_bench.reporting.badge import BADGES, FILE, Compared, Verification
 from dbp_bench.reporting.comparable import NULL, Record, check_comparable, read_record
 from dbp_bench.result import Outcomes, Result, result_path, write_atomically
-from dbp_bench.run import (
-    Saved,
-    adversarial_path,
-    device_name,
-    execute,
-    judge_saved,
-    read_saved,
-    runtime_path,
-)
+from dbp_bench.run import execute, runtime_path
+from dbp_bench.saved import Saved, adversarial_path, judge_saved, read_saved
 from dbp_bench.submission.archive import Bundle, Refused, Summary
 from dbp_bench.weights import digest
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -11,10 +11,8 @@ from torch import Tensor
 
 from dbp_bench.errors import BadRequest, BadWeights
 from dbp_bench.result import write_atomically
+from dbp_bench.training.state import State
 from dbp_bench.weights import check_fit, load
-
-if TYPE_CHECKING:
-    from dbp_bench.training.loop import State
 
 _KEY = "dbp-bench training state"
 
@@ -37,7 +35,7 @@ class Checkpoint:
     resume: bool = True
     writes: bool = True
 
-    def save(self, update: int, state: "State") -> None:
+    def save(self, update: int, state: State) -> None:
         """Keep `state` after `update` updates.
 
         Raises:
@@ -60,7 +58,7 @@ class Checkpoint:
         packed = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         write_atomically(self.path, save(packed, {_KEY: json.dumps(numbers)}))
 
-    def restore(self, state: "State") -> int:
+    def restore(self, state: State) -> int:
         """Bring `state` to where the file says; how many updates that is, 0 without a file.
 
         Raises:

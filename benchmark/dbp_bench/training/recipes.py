@@ -39,7 +39,7 @@ class Recipe:
     title: str
     file: str
     settings: dict[str, Any]
-    """Of the optimiser; see :class:`dbp_bench.training.loop.Settings`."""
+    """Of the optimiser; see :class:`dbp_bench.training.state.Settings`."""
     epochs: int | None = None
     """In place of a number of iterations."""
     objective: dict[str, Any] = field(default_factory=dict)

@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,16 +14,18 @@ from torch import Tensor, nn
 
 from dbp_bench.data import DataSet
 from dbp_bench.data.catalog import facts_of
-from dbp_bench.errors import BadRequest, BadWeights
+from dbp_bench.errors import AttackFailed, BadRequest, BadWeights
+from dbp_bench.memory import is_exhausted
 from dbp_bench.noise import Tape, seeded
 from dbp_bench.result import write_atomically
 from dbp_bench.training import diffusion, variants
 from dbp_bench.training.checkpoint import Checkpoint, metadata
 from dbp_bench.training.distributed import Group
 from dbp_bench.training.journal import Journal
-from dbp_bench.training.loop import Batch, Precision, Settings, train
+from dbp_bench.training.loop import Batch, Precision, train
 from dbp_bench.training.processes import DDPM
 from dbp_bench.training.recipes import GUIDED, Recipe
+from dbp_bench.training.state import Settings
 from dbp_bench.weights import ASSETS, digest, fill, load
 
 HEADER = "dbp-bench"
@@ -123,7 +126,7 @@ def run(
         What was made; None in all processes of a group but the first, which writes.
 
     Raises:
-        AttackFailed: The loss became NaN.
+        AttackFailed: The loss became NaN; the device's memory doesn't do, or torch.compile failed.
         BadRequest: The classifier doesn't fit the data set; the checkpoint is of another request;
             an option is out of range.
         BadWeights: Weights are missing, damaged, or of another network or noise schedule.
@@ -170,19 +173,22 @@ def run(
             speed = journal.add(update, loss, rate, settings.batch_size)
         progress(Update(update, settings.iterations, loss, speed))
 
-    values = train(
-        network,
-        _loss(recipe, _compiled(network, options), guide),
-        images,
-        labels,
-        settings,
-        seed=options.seed,
-        owner=recipe.name,
-        report=report,
-        group=options.group,
-        checkpoint=checkpoint,
-        precision=options.precision,
-    )
+    # float32 means float32: no shortened products in convolutions.
+    torch.backends.cudnn.allow_tf32 = False
+    with _in_words(options, checkpoint):
+        values = train(
+            network,
+            _loss(recipe, _compiled(network, options), guide),
+            images,
+            labels,
+            settings,
+            seed=options.seed,
+            owner=recipe.name,
+            report=report,
+            group=options.group,
+            checkpoint=checkpoint,
+            precision=options.precision,
+        )
     if not writes:
         return None
     seconds = time.perf_counter() - start
@@ -277,7 +283,7 @@ def _classifier(recipe: Recipe, given: Given | None, options: Options) -> nn.Mod
     network = network.eval().requires_grad_(False)
     facts = facts_of(recipe.data)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _channels(network) as seen:
             shape = tuple(network(torch.zeros(1, *facts.shape)).shape)
     except (RuntimeError, TypeError, ValueError) as error:
         cause = str(error).partition("\n")[0][:100]
@@ -289,10 +295,35 @@ def _classifier(recipe: Recipe, given: Given | None, options: Options) -> nn.Mod
             f"{given.label}: gives {shape[1:]} numbers for an image; a classifier of "
             f"{recipe.data} gives ({facts.classes},), one for each class."
         )
+    if seen and seen[0] != facts.shape[0]:
+        raise BadRequest(
+            f"{given.label}: a classifier of images with {seen[0]} channels; those of "
+            f"{recipe.data} have {facts.shape[0]}."
+        )
     network = network.to(options.device)
     if options.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return _compiled(network, options)
+
+
+@contextmanager
+def _channels(network: nn.Module) -> Iterator[list[int]]:
+    """How many channels each convolution is shown, in the order of their calls.
+
+    The first one's are the images', unless a normalisation before it, with a mean for each channel,
+    has silently made three channels of one.
+    """
+    seen: list[int] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+        for module in network.modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _compiled(network: nn.Module, options: Options) -> nn.Module:
@@ -300,6 +331,26 @@ def _compiled(network: nn.Module, options: Options) -> nn.Module:
         return network
     compiled: nn.Module = torch.compile(network)  # type: ignore[assignment]
     return compiled
+
+
+@contextmanager
+def _in_words(options: Options, checkpoint: Checkpoint) -> Iterator[None]:
+    """Say what the device or the compiler can't do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        kept = f" The last state is in {checkpoint.path}." if checkpoint.path.is_file() else ""
+        if is_exhausted(error):
+            raise AttackFailed(
+                "out of memory: give a smaller --batch-size, more processes, or --precision bf16."
+                + kept
+            ) from None
+        if options.compile and type(error).__module__.startswith(
+            ("torch._dynamo", "torch._inductor")
+        ):
+            cause = " ".join(str(error).split())[:160]
+            raise AttackFailed(f"torch.compile: {cause}. Leave out --compile.{kept}") from None
+        raise
 
 
 def _held(data: DataSet, name: str, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Speed and memory of an attack step, as ratios to a loop written by hand, within one run.
+"""Speed and memory of an attack step on the digits, as ratios to a loop written by hand.
 
 The reference is what one would write in a notebook: ancestral sampling with ``torch.randn``, every
 activation stored, one gradient, one sign step. Same network, batch and number of steps. The two are
@@ -8,12 +8,10 @@ Where every draw is known, a whole attack is also timed against itself without w
 finished images that retire, and logits that come with the gradient.
 """
 
-import itertools
 import multiprocessing
 import os
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,17 +22,15 @@ from torch.nn import functional as F
 
 from dbp_bench.attacks import Attack
 from dbp_bench.attacks.apgd import APGD
-from dbp_bench.attacks.objectives import cross_entropy
+from dbp_bench.bench.byhand import as_run, by_hand, defense
+from dbp_bench.bench.timing import in_turn, ratio
 from dbp_bench.data import digits
-from dbp_bench.defense import Defense
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Attacked, Group, attack, judge
 from dbp_bench.memory import Policy
 from dbp_bench.networks.digits import DigitsCNN, ResidualMLP
-from dbp_bench.noise import ATTACKER, VICTIM, Tape
-from dbp_bench.purifiers.ddpm import DDPM
+from dbp_bench.noise import ATTACKER, Tape
 from dbp_bench.registry import Registry
-from dbp_bench.run import device_name
 from dbp_bench.threat import AttackerView, Budget, Gradient, Linf, Objective
 
 STEPS, IMAGES, COPIES, EPS = 20, 60, 10, 0.2
@@ -53,18 +49,18 @@ def measure(device: str, repeats: int) -> dict[str, Any]:
     images, labels, ids = _batch(device)
     rows = images.repeat_interleave(COPIES, 0), labels.repeat_interleave(COPIES, 0)
     contenders: dict[str, Callable[[], object]] = {
-        "by hand": lambda: _by_hand(denoiser, classifier, *rows),
-        **{
-            policy: _ours(denoiser, classifier, images, labels, ids, policy)
-            for policy in ("none", "step")
-        },
+        "by hand": lambda: by_hand(
+            denoiser, classifier, *rows, steps=STEPS, copies=COPIES, eps=EPS
+        ),
     }
+    policies: tuple[Policy, ...] = ("none", "step")
+    for policy in policies:
+        target = defense(denoiser, classifier, policy, STEPS)
+        contenders[policy] = as_run(target, images, labels, ids, copies=COPIES, eps=EPS)
     for contender in contenders.values():
         contender()
-    seconds = _in_turn(contenders, device, repeats)
+    seconds = in_turn(contenders, device, repeats)
     table: dict[str, Any] = {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
         "setting": {"defense": "ddpm", "steps": STEPS, "images": IMAGES, "copies": COPIES},
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
         "ratio": {
@@ -85,8 +81,7 @@ def render(table: dict[str, Any]) -> str:
     lines = [
         (
             f"one attack step of {setting['defense']}, {setting['steps']} reverse steps, "
-            f"{setting['images']} images x {setting['copies']} draws; {table['device']}, "
-            f"{table['threads']} threads"
+            f"{setting['images']} images x {setting['copies']} draws:"
         ),
         f"  by hand, all stored        {1e3 * table['seconds']['by hand']:8.1f} ms",
     ]
@@ -141,88 +136,8 @@ def _batch(device: str, count: int = IMAGES) -> tuple[Tensor, Tensor, list[int]]
     return images.to(device), labels.to(device), ids
 
 
-def _by_hand(denoiser: ResidualMLP, classifier: DigitsCNN, x: Tensor, y: Tensor) -> Tensor:
-    """One sign step through strided ancestral sampling, as one would write it in a notebook."""
-    betas = torch.linspace(1e-4, 2e-2, 1000, device=x.device)
-    signal = torch.cat([torch.ones(1, device=x.device), torch.cumprod(1 - betas, 0)])
-    delta = x.clone().requires_grad_()
-    z = 2 * delta - 1
-    z = signal[100].sqrt() * z + (1 - signal[100]).sqrt() * torch.randn_like(z)  # noqa: TID251
-    levels = [100 * k // STEPS for k in range(STEPS, -1, -1)]
-    for t, s in itertools.pairwise(levels):
-        a, b = signal[t], signal[s]
-        eps = denoiser(z, torch.full((len(z),), t - 1.0, device=x.device))
-        x0 = ((z - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-1, 1)
-        beta = 1 - a / b
-        z = (b.sqrt() * beta * x0 + (a / b).sqrt() * (1 - b) * z) / (1 - a)
-        if s > 0:
-            z = z + beta.sqrt() * torch.randn_like(z)  # noqa: TID251
-    loss = F.cross_entropy(classifier(((z + 1) / 2).clamp(0, 1)), y, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, delta)
-    mean = gradient.view(-1, COPIES, *x.shape[1:]).mean(1)
-    return (x[::COPIES] + 0.25 * EPS * mean.sign()).clamp(0, 1)
-
-
-def _defense(
-    denoiser: ResidualMLP, classifier: DigitsCNN, policy: Policy, steps: int = STEPS
-) -> Defense:
-    purifier = DDPM(denoiser, 100, steps, "large", clip_x0=True, clamp_output=True)
-    return Defense(purifier, classifier, [denoiser], policy)
-
-
-def _ours(
-    denoiser: ResidualMLP,
-    classifier: DigitsCNN,
-    images: Tensor,
-    labels: Tensor,
-    ids: list[int],
-    policy: Policy,
-) -> Callable[[], Tensor]:
-    view = AttackerView(
-        _defense(denoiser, classifier, policy),
-        frozenset(),
-        Tape.make(0, VICTIM, ids),
-        Tape.make(0, ATTACKER, ids),
-        IMAGES * COPIES,
-    )
-    ball, steps_taken = Linf(EPS), iter(range(10**9))
-
-    def step() -> Tensor:
-        first = COPIES * next(steps_taken)
-        gradient = view.gradient(images, labels, cross_entropy, range(first, first + COPIES))
-        return ball.project(images + 0.25 * EPS * ball.ascent(gradient.mean), images)
-
-    return step
-
-
-def _in_turn(
-    contenders: Mapping[str, Callable[[], object]], device: str, repeats: int
-) -> dict[str, list[float]]:
-    """Seconds of each contender in each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(repeats):
-        for name, contender in contenders.items():
-            seconds[name].append(_seconds(contender, device))
-    return seconds
-
-
 def _ratio(times: Sequence[float], others: Sequence[float], name: str) -> dict[str, float]:
-    """Of `times` to `others`, round by round."""
-    values = [mine / other for mine, other in zip(times, others, strict=True)]
-    return {
-        "median": statistics.median(values),
-        "low": min(values),
-        "high": max(values),
-        "bound": BOUNDS[name],
-    }
-
-
-def _seconds(function: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return {**ratio(times, others), "bound": BOUNDS[name]}
 
 
 _AS_IT_IS = "as it is"
@@ -241,7 +156,7 @@ def _savings(device: str, repeats: int, count: int = IMAGES) -> dict[str, Any]:
     """
     registry = Registry()
     track = registry.track("digits-linf")
-    defense = registry.build_defense(registry.defense("ddpm"), track, device=device)
+    target = registry.build_defense(registry.defense("ddpm"), track, device=device)
     group = Group(*_batch(device, count))
     searches: dict[str, Attack] = {
         _AS_IT_IS: _ATTACK,
@@ -251,11 +166,11 @@ def _savings(device: str, repeats: int, count: int = IMAGES) -> dict[str, Any]:
 
     def search(method: Attack) -> Attacked:
         return attack(
-            defense,
+            target,
             method,
             group,
             Linf(track.entry.eps),
-            defense.sites,
+            target.sites,
             seed=0,
             victim_draw=0,
             rows=track.entry.rows,
@@ -263,14 +178,14 @@ def _savings(device: str, repeats: int, count: int = IMAGES) -> dict[str, Any]:
 
     found = {name: search(method) for name, method in searches.items()}
     right = {
-        name: judge(defense, each.images, group, seed=0, draw=0) for name, each in found.items()
+        name: judge(target, each.images, group, seed=0, draw=0) for name, each in found.items()
     }
     for name, outcomes in right.items():
         if not torch.equal(outcomes, right[_AS_IT_IS]):
             differing = int((outcomes != right[_AS_IT_IS]).sum())
             raise AttackFailed(f"bench: {differing} outcomes of the attack change if {name}.")
     contenders = {name: lambda method=method: search(method) for name, method in searches.items()}
-    seconds = _in_turn(contenders, device, repeats)
+    seconds = in_turn(contenders, device, repeats)
     return {
         "steps": _ATTACK.steps,
         "images": count,
@@ -355,15 +270,11 @@ def _peak(steps: int) -> int:
     """Peak resident bytes of a process that takes one checkpointed gradient of `steps` steps."""
     denoiser, classifier = _networks("cpu")
     image, label, _ = _batch("cpu", 1)
-    defense = _defense(denoiser, classifier, "step", steps)
+    target = defense(denoiser, classifier, "step", steps)
     x = image.repeat(_MEMORY_IMAGES, 1, 1, 1).requires_grad_()
-    logits = defense.logits(x, Tape.make(0, ATTACKER, range(_MEMORY_IMAGES)))
+    logits = target.logits(x, Tape.make(0, ATTACKER, range(_MEMORY_IMAGES)))
     loss = F.cross_entropy(logits, label.repeat(_MEMORY_IMAGES), reduction="sum")
     torch.autograd.grad(loss, x)
     # Not getrusage: its peak is inherited from the parent process.
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-if __name__ == "__main__":
-    print(render(measure("cpu", 7)))  # noqa: T201

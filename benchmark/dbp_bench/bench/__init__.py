@@ -1,0 +1,1 @@
+"""Speed, memory and precision of attack steps, measured against references within one run."""
