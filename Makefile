@@ -14,6 +14,8 @@ ATTACKED := ddpm,addt
 OWN := eot,whitebox,dwbox,null
 OURS := apgd-eot,apgd-dwbox,aa-stochastic,aa-stochastic-dwbox,diffattack,lf,selective,square,transfer
 AUTOATTACK := autoattack-standard,autoattack-rand
+BESIDE := apgd-eot,apgd-dwbox,transfer
+BUDGETS := eps=0.05,0.1,0.3,0.5,1
 DRIVEN := $(shell ls attacks/torchattacks-*.yaml | sed 's,attacks/\(.*\).yaml,\1,' | paste -sd, -)
 
 .DEFAULT_GOAL := help
@@ -45,9 +47,18 @@ matrix: $(VENV)/.core  ## Every defense under every threat model again, in build
 		--out $(SCRATCH)/matrix/results
 	$(BIN)/dbp-bench report --results $(SCRATCH)/matrix/results --out $(SCRATCH)/matrix/leaderboards
 
-attacks: $(VENV)/.borrowed  ## Attacks of ours and of packages on two defenses again (hours), with their table.
+attacks: $(VENV)/.borrowed  ## Attacks of ours and of packages again (hours), sweeps, and their table.
 	$(BIN)/dbp-bench run --defense $(ATTACKED) --threat $(OWN),$(OURS),$(AUTOATTACK),$(DRIVEN) \
-		--track digits-linf --out $(SCRATCH)/attacks/results
+		--out $(SCRATCH)/attacks/results
+	$(BIN)/dbp-bench run --defense ddim,none --threat $(OWN),$(BESIDE) --out $(SCRATCH)/attacks/results
+	$(BIN)/dbp-bench run --defense none --threat aa-stochastic-dwbox,autoattack-standard,$(DRIVEN) \
+		--out $(SCRATCH)/attacks/results
+	for defense in ddpm addt; do \
+		$(BIN)/dbp-bench sweep $$defense --threat eot --over eot=1,3,30 --over $(BUDGETS) \
+			--black-box none --examples 120 --out $(SCRATCH)/attacks/results && \
+		$(BIN)/dbp-bench sweep $$defense --threat dwbox --over steps=50,100 --over $(BUDGETS) \
+			--black-box none --examples 120 --out $(SCRATCH)/attacks/results || exit 1; \
+	done
 	$(BIN)/dbp-bench report --results $(SCRATCH)/attacks/results --out $(SCRATCH)/attacks/leaderboards
 
 leaderboards: $(VENV)/.core  ## Write leaderboards/ anew from results/.
