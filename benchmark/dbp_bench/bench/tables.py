@@ -107,7 +107,7 @@ def about_network(found: dict[str, Any]) -> list[str]:
 def effects_table(found: list[dict[str, Any]]) -> Table:
     """What :func:`dbp_bench.bench.effects.measure` says of one or more tracks."""
     table = Table(box=None, pad_edge=False)
-    for name in ("track", "precision"):
+    for name in ("track", "images", "precision"):
         table.add_column(name)
     for name in ("cosine (lowest)", "equal signs", "clean right", "same class"):
         table.add_column(name, justify="right")
@@ -116,11 +116,10 @@ def effects_table(found: list[dict[str, Any]]) -> Table:
         table.add_column(name, justify="right")
     for one in found:
         for row in one["rows"]:
-            of = f" of {one['images']}"
-            head = [one["track"], row["precision"], *_gradient(row["gradient"])]
-            head += [f"{row[key]}{of}" for key in ("clean", "same_class")]
+            head = [one["track"], str(one["images"]), row["precision"]]
+            head += [*_gradient(row["gradient"]), str(row["clean"]), str(row["same_class"])]
             for draws, counts in row["attacks"].items():
                 cells = (counts[k] for k in ("robust", "judged_in_fp32", "same_outcome"))
-                table.add_row(*head, draws, *(f"{cell}{of}" for cell in cells))
+                table.add_row(*head, draws, *map(str, cells))
                 head = [""] * len(head)
     return table
