@@ -1,11 +1,12 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from packages import need
 
 
 class Said(NamedTuple):
@@ -57,8 +58,4 @@ _NEEDS = {
 def _extra_is_installed(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("extras"):
         package = _NEEDS.get(request.path.stem)
-        extra = package and package.removeprefix("py")
-        # Where an environment was made for an extra, a missing package is a failure.
-        promised = os.environ.get("DBP_EXTRA") == extra
-        if package is not None and find_spec(package) is None and not promised:
-            pytest.skip(f"{package} is not installed")
+        need(package, (package or "").removeprefix("py"))

@@ -4,10 +4,8 @@ Nothing is expected of one attack here that isn't of every other. What each find
 that it could make, are in the tests of its module.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from dbp_bench.result import Result
 from dbp_bench.run import execute
 from dbp_bench.threat import L1, L2, AttackerView, Budget, Linf
 from own_entries import folder
+from packages import need
 from toys import BOTH, Linear, Made, Noisy, SmallDenoiser, normal, sampler, uniform
 
 NONE, SOME = frozenset[Site](), frozenset({FORWARD})
@@ -96,10 +95,7 @@ def group(n: int = 12) -> Group:
 
 def made(name: str) -> Attack:
     """The attack at its small effort; skipped where its package isn't there and wasn't promised."""
-    package = _PACKAGES.get(name)
-    promised = os.environ.get("DBP_EXTRA") == name
-    if package is not None and find_spec(package) is None and not promised:
-        pytest.skip(f"{package} is not installed")
+    need(_PACKAGES.get(name), name)
     effort = EFFORTS[name].model_validate(EFFORT[name]).model_dump()
     source = Defense(Identity(), Scores()) if name == "transfer" else None
     return build(name, effort, source)

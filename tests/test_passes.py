@@ -1,7 +1,5 @@
 """For every entry, a run takes the calls that its plan says, or fewer where the plan says so."""
 
-import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ from dbp_bench.run import execute
 from dbp_bench.saved import adversarial_path, read_saved
 from dbp_bench.threat import budget
 from own_entries import folder
+from packages import need
 from toys import Made, normal, uniform
 
 if TYPE_CHECKING:
@@ -74,9 +73,7 @@ def planned_and_taken(
 def needed(attack: str) -> None:
     """Skip where the package of an attack isn't there and wasn't promised."""
     extra = attack.partition(":")[0]
-    package = EXTRAS.get(extra)
-    if package and find_spec(package) is None and os.environ.get("DBP_EXTRA") != extra:
-        pytest.skip(f"{package} is not installed")
+    need(EXTRAS.get(extra), extra)
 
 
 def entries() -> list[Any]:
