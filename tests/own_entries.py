@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from dbp_bench.registry import Registry
+from dbp_bench.entries.registry import Registry
 
 
 def folder(

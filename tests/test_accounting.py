@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from dbp_bench.defense import Defense
 from dbp_bench.evaluate import Group, judge
 from dbp_bench.noise import FORWARD
-from dbp_bench.reporting.accounting import (
+from dbp_bench.reporting.statistics import Bootstrap
+from dbp_bench.reporting.votes import (
     METRICS,
     Tally,
     account,
@@ -24,7 +25,6 @@ from dbp_bench.reporting.accounting import (
     worst_hidden,
     worst_known,
 )
-from dbp_bench.reporting.statistics import Bootstrap
 from dbp_bench.result import Outcomes
 from toys import Linear, Noisy, uniform
 

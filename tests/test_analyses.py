@@ -16,10 +16,10 @@ from dbp_bench.analyses.mixing import Mixed, PartlyKnown, partly_known
 from dbp_bench.analyses.record import Row
 from dbp_bench.analyses.store import Pieces, Tensors
 from dbp_bench.analyses.target import Effort, Target, attacked, fresh, gradients, losses
-from dbp_bench.attacks.objectives import cross_entropy
+from dbp_bench.attacks.common.objectives import cross_entropy
+from dbp_bench.checks.gradients import cosines
 from dbp_bench.defense import Defense, Purifier
 from dbp_bench.evaluate import Group
-from dbp_bench.gradients import cosines
 from dbp_bench.noise import ATTACKER, FORWARD, REVERSE, VICTIM, Noise, Site, Tape
 from dbp_bench.threat import Linf
 from toys import BOTH, Linear, Made, Noisy, TwoSided, group, normal, uniform

@@ -14,9 +14,9 @@ from dbp_bench.analyses.figures import draw
 from dbp_bench.analyses.options import Searched, parse
 from dbp_bench.analyses.record import Record, row
 from dbp_bench.analyses.store import Pieces, record_path
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, BadResult, UnknownName
-from dbp_bench.registry import Registry
-from dbp_bench.reporting.comparable import load
+from dbp_bench.reporting.records import load
 from dbp_bench.reporting.statistics import Estimate
 from dbp_bench.result import Result
 

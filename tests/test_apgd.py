@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dbp_bench.attacks import apgd, build
 from dbp_bench.attacks.apgd import APGD, Draws, climb
-from dbp_bench.attacks.objectives import OBJECTIVES, TARGETED, Towards, margin
+from dbp_bench.attacks.common.objectives import OBJECTIVES, TARGETED, Towards, margin
 from dbp_bench.attacks.pgd import SELECTION
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed

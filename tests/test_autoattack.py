@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from dbp_bench.attacks import autoattack
 from dbp_bench.attacks.autoattack import AutoAttack, package_verdict
-from dbp_bench.attacks.borrowed import Model, Tracked
+from dbp_bench.attacks.common.third_party import Model, Tracked
 from dbp_bench.defense import Defense, Identity
+from dbp_bench.entries.registry import EFFORTS
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Group, attack, judge
 from dbp_bench.noise import ATTACKER, FORWARD, VICTIM, Noise, Site, Tape, seeded
 from dbp_bench.passes import Passes, Setup
-from dbp_bench.registry import EFFORTS
 from dbp_bench.result import Result
 from dbp_bench.threat import L2, AttackerView, Linf
 from toys import Linear, Made, Noisy, Small, group, normal, uniform
@@ -337,7 +337,7 @@ class Cube:
 
 
 def test_an_unknown_norm_is_refused() -> None:
-    from dbp_bench.attacks.borrowed import norm_of
+    from dbp_bench.attacks.common.third_party import norm_of
 
     with pytest.raises(AttackFailed, match="searches in linf, l2, not in cube"):
         norm_of(Cube(), ("Linf", "L2"), "APGD")  # type: ignore[arg-type]

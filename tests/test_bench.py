@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conftest import Command
-from dbp_bench.attacks import Attack
 from dbp_bench.attacks.apgd import APGD
-from dbp_bench.attacks.objectives import cross_entropy
+from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.bench import byhand, digits, effects, network, run, timing
 from dbp_bench.bench.arithmetic import Lowered, Precision, agreement, arithmetic
 from dbp_bench.bench.digits import Apart
 from dbp_bench.bench.network import Networks, Setting, Work
-from dbp_bench.checkpoints import catalog, convert, store
 from dbp_bench.defense import Defense
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Attacked, Group, attack
@@ -27,7 +25,8 @@ from dbp_bench.memory import Policy, is_exhausted
 from dbp_bench.networks.ho import HoUNet
 from dbp_bench.noise import ATTACKER, VICTIM, Tape, seeded
 from dbp_bench.purifiers.ddpm import DDPM
-from dbp_bench.threat import AttackerView, Linf
+from dbp_bench.threat import Attack, AttackerView, Linf
+from dbp_bench.weights import catalog, convert, store
 from toys import BOTH, Linear, Noisy, normal, uniform
 
 WEIGHT = normal(1, 16, seed=5)[0]

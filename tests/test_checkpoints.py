@@ -21,12 +21,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dbp_bench import __version__, weights
-from dbp_bench.checkpoints import catalog, formats, store
-from dbp_bench.checkpoints.build import build
-from dbp_bench.checkpoints.convert import convert, network_of, renamed
+from dbp_bench import __version__
 from dbp_bench.errors import BadEntry, BadRequest, BadWeights, DbpError, UnknownName
 from dbp_bench.networks import ho, songunet, wrn
+from dbp_bench.weights import catalog, formats, store
+from dbp_bench.weights import files as weight_files
+from dbp_bench.weights.build import build
+from dbp_bench.weights.convert import convert, network_of, renamed
 from layouts import hollow, on_meta, published
 from layouts import shapes as shapes_of
 
@@ -166,7 +167,7 @@ def test_every_published_name_and_shape_fits(name: str) -> None:
     if entry.layout == "score-sde":
         held = {"model": held, "ema": {"shadow_params": list(held.values())[1:]}}
     network = on_meta(lambda: network_of(entry))
-    weights.check_fit(network, renamed(entry.layout, held, network), Path("f"))
+    weight_files.check_fit(network, renamed(entry.layout, held, network), Path("f"))
 
 
 def test_an_unknown_name_gets_a_suggestion() -> None:
@@ -293,7 +294,7 @@ def test_robustbench_s_and_meliketoy_s_classifiers(
         .replace("fc.", "linear."): v
         for k, v in hollow(shapes_of(network.state_dict()), 0.25).items()
     }
-    weights.check_fit(network, renamed("meliketoy", theirs, network), path)
+    weight_files.check_fit(network, renamed("meliketoy", theirs, network), path)
 
 
 # ------------------------------------------------------------------------------- EDM's pickles
@@ -654,7 +655,8 @@ def test_the_published_digest_and_size(
         assert "published" in message
         assert "add --unpublished" in message
     assert convert("tiny", path, unpublished=True).published is False
-    tiny(size=str(size), md5=f"'{weights.digest(path, 'md5')}'", sha256=weights.digest(path))
+    md5 = weight_files.digest(path, "md5")
+    tiny(size=str(size), md5=f"'{md5}'", sha256=weight_files.digest(path))
     assert convert("tiny", path).published is True
 
 
@@ -672,7 +674,7 @@ def test_a_crash_while_writing_leaves_nothing(
     tmp_path: Path, cache: Path, tiny: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(small(), tmp_path / "f.pt")
-    monkeypatch.setattr(weights, "digest", _full_disk)
+    monkeypatch.setattr(weight_files, "digest", _full_disk)
     with pytest.raises(OSError, match="No space left"):
         convert("tiny", tmp_path / "f.pt")
     assert list(cache.iterdir()) == []
@@ -694,10 +696,10 @@ def test_the_record_and_equal_bytes(tmp_path: Path, tiny: Callable[..., None]) -
         "name": "tiny",
         "network": "dbp_bench.networks.ho:small32",
         "layout": "diffusers",
-        "source_sha256": weights.digest(path),
+        "source_sha256": weight_files.digest(path),
         "source_size": path.stat().st_size,
         "published": None,
-        "sha256": weights.digest(store.file("tiny")),
+        "sha256": weight_files.digest(store.file("tiny")),
         "licence": "MIT",
         "dbp_bench": __version__,
     }
@@ -770,7 +772,7 @@ def test_convert_and_list(tmp_path: Path, tiny: Callable[..., None], command: "C
     assert said.code == 0
     assert str(store.file("tiny")) in said.out
     listed = json.loads(command("weights", "list", "--json").out)
-    assert listed["tiny"]["cached"]["sha256"] == weights.digest(store.file("tiny"))
+    assert listed["tiny"]["cached"]["sha256"] == weight_files.digest(store.file("tiny"))
     assert "5 MB" in command("weights", "list").out
 
 

@@ -11,14 +11,14 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from dbp_bench.checkpoints import store
-from dbp_bench.checkpoints.convert import convert
 from dbp_bench.declaration import read_yaml
+from dbp_bench.entries.registry import CheckpointRef, NetworkRef, Registry, Track
 from dbp_bench.errors import BadEntry, BadWeights, DbpError, UnknownName
-from dbp_bench.job import Overrides, resolve, weights_of
 from dbp_bench.networks import wrn
-from dbp_bench.registry import CheckpointRef, NetworkRef, Registry, Track
-from dbp_bench.weights import digest
+from dbp_bench.runs.job import Overrides, resolve, weights_of
+from dbp_bench.weights import store
+from dbp_bench.weights.convert import convert
+from dbp_bench.weights.files import digest
 from layouts import on_meta, shapes
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def test_a_model_of_robustbench(install: Install, cache: Path, command: "Command
 
 def test_a_model_that_robustbench_lacks(install: Install) -> None:
     install("robustbench", ROBUSTBENCH)
-    from dbp_bench.checkpoints import zoo
+    from dbp_bench.weights import zoo
 
     with pytest.raises(UnknownName, match=r"Near it: cifar10/Linf/Standard"):
         zoo.fetch("robustbench:cifar10/Linf/Standart")
@@ -231,7 +231,7 @@ def test_a_model_that_robustbench_lacks(install: Install) -> None:
 
 def test_a_web_page_that_robustbench_kept_is_deleted(install: Install, cache: Path) -> None:
     install("robustbench", ROBUSTBENCH)
-    from dbp_bench.checkpoints import zoo
+    from dbp_bench.weights import zoo
 
     with pytest.raises(
         BadWeights, match=r"robustbench can't load it \(RuntimeError: inva"
@@ -245,7 +245,7 @@ def test_a_web_page_that_robustbench_kept_is_deleted(install: Install, cache: Pa
 @pytest.mark.parametrize("name", ["timm:resnet50.tv_in1k", "imagenet-resnet50"])
 def test_a_model_of_timm_normalises_inside(install: Install, name: str) -> None:
     install("timm", TIMM)
-    from dbp_bench.checkpoints import zoo
+    from dbp_bench.weights import zoo
 
     record = zoo.fetch(name)
     network = Registry().build_network(CheckpointRef(checkpoint=name), ENTRY)
@@ -258,7 +258,7 @@ def test_a_model_of_timm_normalises_inside(install: Install, name: str) -> None:
 
 def test_a_model_that_timm_lacks(install: Install) -> None:
     install("timm", TIMM)
-    from dbp_bench.checkpoints import zoo
+    from dbp_bench.weights import zoo
 
     with pytest.raises(BadWeights, match=r"timm can't load it \(RuntimeError: Unknown model"):
         zoo.fetch("timm:resnet51")
@@ -266,7 +266,7 @@ def test_a_model_that_timm_lacks(install: Install) -> None:
 
 @pytest.mark.parametrize("name", [STANDARD, "timm:resnet50"])
 def test_a_missing_package_names_its_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dbp_bench.checkpoints import zoo
+    from dbp_bench.weights import zoo
 
     monkeypatch.setattr("dbp_bench.extras._folders", lambda _: [])
     with pytest.raises(DbpError, match=r'pip install "dbp-bench\[(robustbench|timm)\]"'):

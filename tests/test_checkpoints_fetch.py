@@ -15,10 +15,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from dbp_bench.checkpoints import catalog, fetch, store
-from dbp_bench.checkpoints.fetch import download
 from dbp_bench.errors import BadRequest, BadWeights
 from dbp_bench.networks import ho
+from dbp_bench.weights import catalog, fetch, store
+from dbp_bench.weights.fetch import download
 from layouts import on_meta, shapes
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from dbp_bench import __version__
-from dbp_bench.registry import Registry
+from dbp_bench.entries.registry import Registry
 from dbp_bench.result import Result, json_schema
 from own_entries import folder, toy_defense
 
@@ -350,7 +350,7 @@ def test_interrupted(command: "Command", monkeypatch: pytest.MonkeyPatch) -> Non
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dbp_bench.run.execute", stop)
+    monkeypatch.setattr("dbp_bench.runs.execute.execute", stop)
     said = command(*RUN, "-q")
     assert said.code == 130
     assert said.err == "dbp-bench: stopped. The same command continues where this one was.\n"

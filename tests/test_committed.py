@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dbp_bench.job import Overrides, identity_of, plan, resolve
-from dbp_bench.registry import Registry
+from dbp_bench.entries.registry import Registry
 from dbp_bench.reporting.report import write_leaderboards
 from dbp_bench.reporting.statistics import Bootstrap
 from dbp_bench.result import Result
-from dbp_bench.run import execute
+from dbp_bench.runs.execute import execute
+from dbp_bench.runs.job import Overrides, identity_of, plan, resolve
 
 TOP = Path(__file__).parents[1]
 RESULTS, LEADERBOARDS = TOP / "results", TOP / "leaderboards"

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dbp_bench import memory
-from dbp_bench.conformance import AS_RUN, CHECKS, IN_FLOAT64, check_entry, fault
+from dbp_bench.checks.conformance import AS_RUN, CHECKS, IN_FLOAT64, check_entry, fault
 from dbp_bench.defense import Defense, Identity, Purifier
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import UnknownName
 from dbp_bench.noise import FORWARD, GUIDANCE, REVERSE, Noise, Site, seeded
 from dbp_bench.purifiers.guided import mse_gradient
-from dbp_bench.registry import Registry
 from own_entries import on_digits
 from toys import BOTH, SAMPLERS, Made, MixtureDenoiser, Small, sampler, ssim, uniform
 

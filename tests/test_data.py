@@ -8,9 +8,9 @@ from sklearn.datasets import load_digits
 from dbp_bench import evaluate
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.data import digits, first, load_data, names, split_ids
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadEntry, BadRequest
 from dbp_bench.evaluate import Group
-from dbp_bench.registry import Registry
 from dbp_bench.threat import budget
 
 DATA = digits()

@@ -10,11 +10,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dbp_bench import memory
-from dbp_bench.attacks import Attack, build
+from dbp_bench.attacks import build
+from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.attacks.diffattack import Deviation, DiffAttack, spread
-from dbp_bench.attacks.objectives import cross_entropy
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity, StraightThrough
+from dbp_bench.entries.registry import EFFORTS, Registry
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Attacked, Group, attack
 from dbp_bench.memory import Policy, State
@@ -22,8 +23,7 @@ from dbp_bench.noise import ATTACKER, FORWARD, VICTIM, Noise, Site, Tape
 from dbp_bench.passes import Passes, Setup
 from dbp_bench.purifiers.controls import NoiseOnly, OneShot
 from dbp_bench.purifiers.schedule import Diffusion, Schedule, to_diffusion, to_images
-from dbp_bench.registry import EFFORTS, Registry
-from dbp_bench.threat import AttackerView, Gradient, Linf
+from dbp_bench.threat import Attack, AttackerView, Gradient, Linf
 from toys import BOTH, SAMPLERS, SUBSETS, Made, Small, SmallDenoiser, group, sampler, uniform
 
 GROUP = group(4)

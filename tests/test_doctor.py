@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from dbp_bench import doctor, noise, weights
+from dbp_bench import noise
+from dbp_bench.checks import doctor
 from dbp_bench.noise import Tape
+from dbp_bench.weights import files as weight_files
 
 
 @pytest.fixture
 def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the files that ship, which a test may spoil."""
     folder = tmp_path / "assets"
-    shutil.copytree(weights.ASSETS, folder)
-    monkeypatch.setattr(weights, "ASSETS", folder)
+    shutil.copytree(weight_files.ASSETS, folder)
+    monkeypatch.setattr(weight_files, "ASSETS", folder)
     monkeypatch.setattr(doctor, "GOLDEN", folder / "golden.json")
     return folder
 

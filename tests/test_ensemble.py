@@ -9,18 +9,18 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dbp_bench.attacks import Attack, build
+from dbp_bench.attacks import build
 from dbp_bench.attacks.apgd import APGD
 from dbp_bench.attacks.ensemble import COMPARISON, Ensemble
 from dbp_bench.attacks.pgd import PGD, SELECTION
 from dbp_bench.attacks.square import Square
 from dbp_bench.defense import Defense, Identity
+from dbp_bench.entries.registry import EFFORTS
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Group, attack, judge
 from dbp_bench.noise import FORWARD, Noise
 from dbp_bench.passes import Passes, Setup
-from dbp_bench.registry import EFFORTS
-from dbp_bench.threat import AttackerView, AttackLog, Budget, Linf
+from dbp_bench.threat import Attack, AttackerView, AttackLog, Budget, Linf
 from toys import Made, TwoSided, normal, uniform
 
 PIXELS = 16

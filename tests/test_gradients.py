@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dbp_bench.conformance import difference_errors
+from dbp_bench.checks.conformance import difference_errors
+from dbp_bench.checks.gradients import FLOOR, Findings, cosines, differentiated, measure, quick
 from dbp_bench.defense import Defense, Identity, Purifier, StraightThrough
+from dbp_bench.entries.registry import Registry
 from dbp_bench.evaluate import Group
-from dbp_bench.gradients import FLOOR, Findings, cosines, differentiated, measure, quick
-from dbp_bench.job import Job, Overrides, resolve
 from dbp_bench.noise import FORWARD, Noise, Tape
-from dbp_bench.registry import Registry
 from dbp_bench.result import Result
-from dbp_bench.run import execute
+from dbp_bench.runs.execute import execute
+from dbp_bench.runs.job import Job, Overrides, resolve
 from own_entries import folder, toy_defense
 from toys import Linear, Made, Small, SmallDenoiser, normal, sampler, uniform
 

@@ -17,7 +17,7 @@ from dbp_bench.errors import BadRequest, BadResult, BadWeights, DbpError
 from dbp_bench.reporting.badge import Verification
 from dbp_bench.submission import hub
 from dbp_bench.submission.hub import INDEX, Folder, Hub, NotReached, pull, push, remote_of
-from dbp_bench.weights import digest
+from dbp_bench.weights.files import digest
 from records import make, save
 
 if TYPE_CHECKING:

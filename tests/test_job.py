@@ -5,10 +5,17 @@ from typing import Any
 import pytest
 import yaml
 
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadEntry, BadRequest, UnknownName
-from dbp_bench.job import Job, Overrides, measured_elsewhere, plan, refuse_other_request, resolve
-from dbp_bench.registry import Registry
-from dbp_bench.run import execute
+from dbp_bench.runs.execute import execute
+from dbp_bench.runs.job import (
+    Job,
+    Overrides,
+    measured_elsewhere,
+    plan,
+    refuse_other_request,
+    resolve,
+)
 from own_entries import folder, toy_defense
 
 SHIPPED = Registry()

@@ -8,13 +8,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dbp_bench.attacks import build
-from dbp_bench.attacks.lowfrequency import Banded, LowFrequency, cosines, low_pass
+from dbp_bench.attacks.low_frequency import Banded, LowFrequency, cosines, low_pass
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity
+from dbp_bench.entries.registry import EFFORTS
 from dbp_bench.evaluate import Group, attack
 from dbp_bench.noise import ATTACKER, VICTIM, Tape
 from dbp_bench.passes import Passes, Setup
-from dbp_bench.registry import EFFORTS
 from dbp_bench.threat import L1, L2, AttackerView, Budget, Linf
 from toys import BOTH, Linear, Noisy, Small, TwoSided, group, normal, uniform
 

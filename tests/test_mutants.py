@@ -14,18 +14,18 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dbp_bench.attacks import ATTACKS, Attack, build
+from dbp_bench.attacks import ATTACKS, build
 from dbp_bench.defense import Defense, Identity
+from dbp_bench.entries.registry import EFFORTS, Registry
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Group, attack, judge
-from dbp_bench.job import Overrides, resolve
 from dbp_bench.noise import FORWARD, VICTIM, Noise, Site, Tape
-from dbp_bench.registry import EFFORTS, Registry
-from dbp_bench.reporting.accounting import METRICS, gaps
 from dbp_bench.reporting.statistics import Bootstrap
+from dbp_bench.reporting.votes import METRICS, gaps
 from dbp_bench.result import Result
-from dbp_bench.run import execute
-from dbp_bench.threat import L1, L2, AttackerView, Budget, Linf
+from dbp_bench.runs.execute import execute
+from dbp_bench.runs.job import Overrides, resolve
+from dbp_bench.threat import L1, L2, Attack, AttackerView, Budget, Linf
 from own_entries import folder
 from packages import need
 from toys import BOTH, Linear, Made, Noisy, SmallDenoiser, normal, sampler, uniform

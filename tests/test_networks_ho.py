@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dbp_bench.errors import BadWeights
 from dbp_bench.networks import ho
 from dbp_bench.networks.ho import HoUNet
-from dbp_bench.weights import ASSETS, fill
+from dbp_bench.weights.files import ASSETS, fill
 from layouts import (
     Shapes,
     T,

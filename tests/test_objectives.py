@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dbp_bench.attacks.objectives import (
+from dbp_bench.attacks.common.objectives import (
     OBJECTIVES,
     TARGETED,
     Towards,

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from dbp_bench import outside
+from dbp_bench.entries import outside
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadEntry, NotComparable
-from dbp_bench.job import Overrides, resolve
-from dbp_bench.registry import Registry
-from dbp_bench.reporting.comparable import check_comparable, load
+from dbp_bench.reporting.records import check_comparable, load
+from dbp_bench.runs.job import Overrides, resolve
 from own_entries import folder, toy_defense
 from records import make, save
 

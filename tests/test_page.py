@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadEntry, BadResult, NotComparable
-from dbp_bench.registry import Registry
-from dbp_bench.reporting.comparable import load
 from dbp_bench.reporting.findings import Findings, Interval, Measured
 from dbp_bench.reporting.leaderboard import Leaderboard, leaderboard
+from dbp_bench.reporting.literature import published, read_published
 from dbp_bench.reporting.page import Material, load_samples, to_html
 from dbp_bench.reporting.page.columns import serving
 from dbp_bench.reporting.page.drawn import figures
 from dbp_bench.reporting.page.page import command_of
-from dbp_bench.reporting.published import published, read_published
+from dbp_bench.reporting.records import load
 from dbp_bench.reporting.report import write_leaderboards
 from dbp_bench.reporting.samples import NOTE, SCHEMA, Sample, Samples, png, samples_path
 from dbp_bench.result import Result

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from dbp_bench.attacks import build
 from dbp_bench.defense import Defense
+from dbp_bench.entries.registry import EFFORTS, Registry
 from dbp_bench.errors import BadRequest
-from dbp_bench.estimate import estimate
 from dbp_bench.evaluate import Attacked, Group, attack
-from dbp_bench.job import Job, Overrides, resolve
 from dbp_bench.noise import FORWARD, Noise
 from dbp_bench.passes import Passes, Setup
-from dbp_bench.registry import EFFORTS, Registry
 from dbp_bench.result import Result
-from dbp_bench.run import execute
-from dbp_bench.saved import adversarial_path, read_saved
+from dbp_bench.runs.estimate import estimate
+from dbp_bench.runs.execute import execute
+from dbp_bench.runs.job import Job, Overrides, resolve
+from dbp_bench.runs.saved import adversarial_path, read_saved
 from dbp_bench.threat import budget
 from own_entries import folder
 from packages import need
@@ -63,8 +63,8 @@ def planned_and_taken(
     job: Job, registry: Registry, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[int, int, bool]:
     """Network calls: planned, recorded; and whether the plan is a bound."""
-    monkeypatch.setattr("dbp_bench.estimate.MOMENT", 0.0)
-    monkeypatch.setattr("dbp_bench.run.gradients.quick", lambda *_: None)
+    monkeypatch.setattr("dbp_bench.runs.estimate.MOMENT", 0.0)
+    monkeypatch.setattr("dbp_bench.runs.execute.gradients.quick", lambda *_: None)
     cost = estimate(job, registry, out, "none")
     calls = Result.read(execute(job, registry, out, policy="none")).network_calls
     return cost.calls, calls.gradient + calls.judging, cost.at_most

@@ -11,14 +11,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dbp_bench.attacks import build
-from dbp_bench.attacks.objectives import OBJECTIVES, Towards, cross_entropy
+from dbp_bench.attacks.common.objectives import OBJECTIVES, Towards, cross_entropy
 from dbp_bench.attacks.pgd import PGD, SELECTION
 from dbp_bench.defense import Defense, Identity
+from dbp_bench.entries.registry import EFFORTS
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Group, attack, judge
 from dbp_bench.noise import FORWARD, REVERSE, Site
 from dbp_bench.passes import Setup
-from dbp_bench.registry import EFFORTS
 from dbp_bench.threat import L2, AttackerView, Budget, Gradient, Linf, Objective
 from toys import BOTH, SUBSETS, Echo, Linear, Noisy, TwoSided, normal, uniform
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from closed_forms import F64, Mixture, NoiseNet, gaussian
-from dbp_bench.conformance import CHECKS, fault
+from dbp_bench.checks.conformance import CHECKS, fault
 from dbp_bench.defense import Defense, Purifier
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site, Tape

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from closed_forms import F64, NoiseNet, gaussian
-from dbp_bench.conformance import check_batch, check_gradient
+from dbp_bench.checks.conformance import check_batch, check_gradient
 from dbp_bench.defense import Defense, Purifier
 from dbp_bench.errors import BadEntry, NotConforming
 from dbp_bench.noise import FORWARD, GUIDANCE, REVERSE, Noise, Site, Tape

@@ -14,17 +14,13 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dbp_bench import memory, weights
-from dbp_bench import run as runner
-from dbp_bench.checkpoints import catalog, store, zoo
-from dbp_bench.checkpoints.convert import convert, network_of, renamed
+from dbp_bench import memory
 from dbp_bench.data import catalog as data_catalog
 from dbp_bench.data import places, splits
 from dbp_bench.data.catalog import Facts
 from dbp_bench.defense import Defense, Identity
+from dbp_bench.entries.registry import OWN_CLASSIFIER, CheckpointRef, Registry, Setting
 from dbp_bench.errors import BadWeights
-from dbp_bench.estimate import _PROBES, estimate
-from dbp_bench.job import Job, Overrides, resolve
 from dbp_bench.networks import adm, ho, songunet, wrn
 from dbp_bench.noise import Tape
 from dbp_bench.purifiers.edm import edm_ode
@@ -32,9 +28,14 @@ from dbp_bench.purifiers.gradual import gradual
 from dbp_bench.purifiers.guided import published_scale
 from dbp_bench.purifiers.resize import Resized
 from dbp_bench.purifiers.schedule import Schedule
-from dbp_bench.registry import OWN_CLASSIFIER, CheckpointRef, Registry, Setting
 from dbp_bench.reporting.report import write_leaderboards
 from dbp_bench.result import Result
+from dbp_bench.runs import execute as runner
+from dbp_bench.runs.estimate import _PROBES, estimate
+from dbp_bench.runs.job import Job, Overrides, resolve
+from dbp_bench.weights import catalog, store, zoo
+from dbp_bench.weights import files as weight_files
+from dbp_bench.weights.convert import convert, network_of, renamed
 from layouts import drawn, filled, hollow, on_meta, published
 from layouts import shapes as shapes_of
 from test_checkpoints import edm_pickle
@@ -115,7 +116,7 @@ class Counting(nn.Module):
 def test_the_entry_builds_with_the_full_networks(
     name: str, track: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dbp_bench.checkpoints.build.build", full_size)
+    monkeypatch.setattr("dbp_bench.weights.build.build", full_size)
     monkeypatch.setattr(nn.Module, "to", lambda self, *_: self)  # nothing on meta can be moved
     built = SHIPPED.build_defense(SHIPPED.defense(name), SHIPPED.track(track))
     setting = setting_of(SHIPPED, name, track)
@@ -138,7 +139,7 @@ def test_the_entry_makes_as_many_calls_as_published(
     name: str, track: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = Counting(6 if track == "imagenet-linf" else 3)
-    monkeypatch.setattr("dbp_bench.checkpoints.build.build", lambda _: network)
+    monkeypatch.setattr("dbp_bench.weights.build.build", lambda _: network)
     built = SHIPPED.build_defense(SHIPPED.defense(name), SHIPPED.track(track))
     inner = built.purifier.purifier if isinstance(built.purifier, Resized) else built.purifier
     small = uniform(1, 3, 16, 16, seed=1).float()
@@ -235,7 +236,7 @@ def test_the_published_keys_fit_every_denoiser(name: str) -> None:
     assert entry.layout is not None
     held = as_published(name, hollow(key_list(name), 0.25))
     network = full_size(name)
-    weights.check_fit(network, renamed(entry.layout, held, network), Path("f"))
+    weight_files.check_fit(network, renamed(entry.layout, held, network), Path("f"))
 
 
 # ------------------------------------------------- narrow networks, through the whole pipeline
@@ -415,7 +416,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     folder = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DBP_BENCH_CACHE", str(folder / "cache"))
-        patch.setattr("dbp_bench.provenance._git", lambda: (None, None))
+        patch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
         for package, files in (("robustbench", _ROBUSTBENCH), ("timm", _TIMM), ("torchvision", {})):
             for name, text in {"__init__.py": "", **files}.items():
                 path = folder / "site" / package / name
@@ -480,7 +481,7 @@ def test_from_the_published_file_to_a_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # In double precision, many passes: other tests look at gradients.
-    monkeypatch.setattr("dbp_bench.run.gradients.quick", lambda *_: None)
+    monkeypatch.setattr("dbp_bench.runs.execute.gradients.quick", lambda *_: None)
     job = job_of(world, name, track, threat)
     result = Result.read(runner.execute(job, world, tmp_path))
     setting = setting_of(world, name, track)
@@ -512,7 +513,7 @@ def test_a_defense_with_a_classifier_of_its_own(world: Registry) -> None:
 def test_the_rows_stand_in_one_leaderboard(
     world: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dbp_bench.run.gradients.quick", lambda *_: None)
+    monkeypatch.setattr("dbp_bench.runs.execute.gradients.quick", lambda *_: None)
     for name in ("none", "ddim", "at-wang2023"):
         runner.execute(job_of(world, name, "cifar10-linf"), world, tmp_path / "r")
     written = write_leaderboards(tmp_path / "r", tmp_path / "boards")
@@ -531,8 +532,8 @@ def test_the_rows_stand_in_one_leaderboard(
 def test_a_plan_counts_the_calls_of_the_run(
     name: str, threat: str, world: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dbp_bench.run.gradients.quick", lambda *_: None)
-    monkeypatch.setattr("dbp_bench.estimate.MOMENT", 0.0)
+    monkeypatch.setattr("dbp_bench.runs.execute.gradients.quick", lambda *_: None)
+    monkeypatch.setattr("dbp_bench.runs.estimate.MOMENT", 0.0)
     job = job_of(world, name, "cifar10-linf", threat, steps=2)
     cost = estimate(job, world, tmp_path, "auto")
     assert cost.made_up == ()
@@ -548,7 +549,7 @@ def test_a_plan_tells_the_time_of_the_run(
     for attempt in range(3):
         _PROBES.clear()
         job = job_of(world, "ddpm", "cifar10-linf", steps=4 + attempt)
-        monkeypatch.setattr("dbp_bench.run.gradients.quick", lambda *_: None)
+        monkeypatch.setattr("dbp_bench.runs.execute.gradients.quick", lambda *_: None)
         cost = estimate(job, world, tmp_path, "none")
         path = runner.execute(job, world, tmp_path / str(attempt), policy="none")
         told = yaml.safe_load(runner.runtime_path(path).read_text())["seconds"]
@@ -569,7 +570,7 @@ def test_a_plan_tells_the_memory_of_a_pass(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dbp_bench.estimate.MOMENT", 0.0)
+    monkeypatch.setattr("dbp_bench.runs.estimate.MOMENT", 0.0)
     job = job_of(world, name, "cifar10-linf")
     cost = estimate(job, world, tmp_path, policy)
     assert cost.by_step == (policy == "step")
@@ -587,7 +588,7 @@ def test_a_plan_without_weights_says_so(
     world: Registry, tmp_path: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DBP_BENCH_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setattr("dbp_bench.estimate.MOMENT", 0.0)
+    monkeypatch.setattr("dbp_bench.runs.estimate.MOMENT", 0.0)
     _PROBES.clear()
     registry = Registry(instead=world.instead)
     job = job_of(registry, "ddim", "cifar10-linf", steps=2)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+from dbp_bench.entries.registry import DefenseEntry, Registry, Threat, Track, read_yaml
 from dbp_bench.errors import BadEntry, UnknownName
-from dbp_bench.registry import DefenseEntry, Registry, Threat, Track, read_yaml
 from own_entries import folder, on_digits
 
 SHIPPED = Registry()
@@ -354,7 +354,7 @@ def test_code_from_outside_runs_only_when_trusted(
         ({"factory": "dbp_bench.purifiers.controls:nothing"}, "cannot be imported"),
         ({"factory": "dbp_bench.nowhere:nothing"}, "cannot be imported"),
         ({"factory": "dbp_bench.purifiers.ddpm:__doc__"}, "is not a function or a class."),
-        ({"factory": "dbp_bench.registry:import_module"}, "is not a part of dbp-bench"),
+        ({"factory": "dbp_bench.entries.registry:import_module"}, "is not a part of dbp-bench"),
         ({"factory": "os:system"}, "Add --trust-code"),
     ],
 )
@@ -368,7 +368,9 @@ def test_factory_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], says
 def test_reading_imports_no_torch() -> None:
     code = (
         "import sys\n"
-        "from dbp_bench import registry, job, result, errors\n"
+        "from dbp_bench import result, errors\n"
+        "from dbp_bench.entries import registry\n"
+        "from dbp_bench.runs import job\n"
         "from dbp_bench.reporting import report\n"
         "r = registry.Registry()\n"
         "job.plan(r, 'digits-linf', ['all'], ['all'], seed=0, device='cpu',"

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult, NotComparable
-from dbp_bench.registry import Registry
 from dbp_bench.reporting import rendering
 from dbp_bench.reporting.badge import Compared, Verification
-from dbp_bench.reporting.comparable import load
 from dbp_bench.reporting.leaderboard import Leaderboard, Row, decompose, leaderboard
+from dbp_bench.reporting.records import load
 from dbp_bench.reporting.report import accuracies, outcomes_csv, write_leaderboards
 from dbp_bench.reporting.statistics import Bootstrap, Estimate
 from dbp_bench.reporting.tables import to_csv, to_markdown
 from dbp_bench.result import Result, result_path
-from dbp_bench.weights import digest
+from dbp_bench.weights.files import digest
 from records import BOTH, IMAGES, TRACK, apgd, attacks_table, make, matrix, outcomes, save
 
 

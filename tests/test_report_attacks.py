@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from dbp_bench import conformance
+from dbp_bench.checks import conformance
 from dbp_bench.errors import BadResult
-from dbp_bench.reporting import flags
-from dbp_bench.reporting.comparable import load
+from dbp_bench.reporting import sanity as flags
 from dbp_bench.reporting.findings import Findings, Flag, Interval, Measured, findings_path
 from dbp_bench.reporting.leaderboard import Leaderboard, Row, leaderboard
+from dbp_bench.reporting.records import load
 from dbp_bench.reporting.rendering import in_words
 from dbp_bench.reporting.report import write_leaderboards
 from dbp_bench.reporting.statistics import Bootstrap

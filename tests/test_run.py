@@ -18,16 +18,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dbp_bench import evaluate
-from dbp_bench import run as runner
 from dbp_bench.data import load_data
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import AttackFailed, BadRequest, BadWeights
 from dbp_bench.evaluate import Attacked
-from dbp_bench.job import Job, Overrides, resolve
 from dbp_bench.memory import Policy
-from dbp_bench.registry import Registry
 from dbp_bench.result import Result, json_schema, write_atomically
-from dbp_bench.run import Progress, execute, runtime_path
-from dbp_bench.saved import adversarial_path, rejudge
+from dbp_bench.runs import execute as runner
+from dbp_bench.runs.execute import Progress, execute, runtime_path
+from dbp_bench.runs.job import Job, Overrides, resolve
+from dbp_bench.runs.saved import adversarial_path, rejudge
 from own_entries import folder, toy_defense
 
 SHIPPED = Registry()
@@ -57,7 +57,7 @@ def job(
 @pytest.fixture(autouse=True)
 def _no_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of the checkout is recorded, and may change while the tests run."""
-    monkeypatch.setattr("dbp_bench.provenance._git", lambda: (None, None))
+    monkeypatch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
 
 
 @pytest.fixture(scope="session")

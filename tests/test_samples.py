@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 from dbp_bench.data import load_data
-from dbp_bench.job import Overrides, resolve
+from dbp_bench.entries.registry import Registry
 from dbp_bench.noise import FORWARD, VICTIM, Tape
 from dbp_bench.purifiers.schedule import Schedule, to_diffusion
-from dbp_bench.registry import Registry
-from dbp_bench.reporting.comparable import load
 from dbp_bench.reporting.page import load_samples
+from dbp_bench.reporting.records import load
 from dbp_bench.reporting.samples import Samples, samples_path
 from dbp_bench.result import Result
-from dbp_bench.run import execute
-from dbp_bench.sampling import first_input, picture
+from dbp_bench.runs.execute import execute
+from dbp_bench.runs.job import Overrides, resolve
+from dbp_bench.runs.pictures import first_input, picture
 from pngs import pixels
 
 if TYPE_CHECKING:

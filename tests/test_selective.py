@@ -7,15 +7,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dbp_bench.attacks import Attack, build
+from dbp_bench.attacks import build
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.attacks.selective import Selective, shares
 from dbp_bench.defense import Defense
+from dbp_bench.entries.registry import EFFORTS
 from dbp_bench.evaluate import Attacked, Group, attack, judge
 from dbp_bench.noise import FORWARD, Noise, Site
 from dbp_bench.passes import Passes, Setup
-from dbp_bench.registry import EFFORTS
-from dbp_bench.threat import L2, Budget, Linf
+from dbp_bench.threat import L2, Attack, Budget, Linf
 from toys import BOTH, Noisy, Small, group, normal
 
 BALLS: list[Budget] = [Linf(0.05), L2(0.3)]

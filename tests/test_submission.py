@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 
 import dbp_bench.data
 from dbp_bench import __version__
-from dbp_bench import run as runner
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadEntry, BadRequest, BadResult, DbpError
-from dbp_bench.job import Overrides, plan
-from dbp_bench.registry import Registry
 from dbp_bench.reporting.badge import FILE, Verification, badge_of
-from dbp_bench.reporting.comparable import read_record
-from dbp_bench.saved import adversarial_path
+from dbp_bench.reporting.records import read_record
+from dbp_bench.runs import execute as runner
+from dbp_bench.runs.job import Overrides, plan
+from dbp_bench.runs.saved import adversarial_path
 from dbp_bench.submission import archive, bundle, scaffold, verify
 from dbp_bench.submission.archive import Manifest, Refused
 
@@ -58,7 +58,7 @@ def _small_and_clean() -> Iterator[None]:
     """A track of 12 images, and code that counts as released."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dbp_bench.data, "split_ids", lambda *_: list(IDS))
-        patch.setattr("dbp_bench.provenance._git", lambda: (None, None))
+        patch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
         patch.setattr(sys, "path", list(sys.path))
         yield
 

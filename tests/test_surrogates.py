@@ -8,15 +8,15 @@ import torch
 import yaml
 from torch import Tensor
 
+from dbp_bench.checks.gradients import check, differentiated, request
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadEntry, BadRequest
-from dbp_bench.gradients import check, differentiated, request
-from dbp_bench.job import Job, Overrides, identity_of, resolve
 from dbp_bench.noise import Tape
 from dbp_bench.purifiers.gradual import Gradual, Stage
 from dbp_bench.purifiers.resize import Resized
-from dbp_bench.registry import Registry
 from dbp_bench.result import Result
-from dbp_bench.run import execute
+from dbp_bench.runs.execute import execute
+from dbp_bench.runs.job import Job, Overrides, identity_of, resolve
 from own_entries import folder
 from toys import uniform
 
@@ -45,7 +45,7 @@ settings:
 
 @pytest.fixture(autouse=True)
 def _no_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dbp_bench.provenance._git", lambda: (None, None))
+    monkeypatch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
 
 
 def entries(path: Path, **setting: Any) -> Registry:

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from dbp_bench import evaluate
 from dbp_bench.data import load_data
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, BadResult
-from dbp_bench.job import Overrides, resolve
-from dbp_bench.registry import Registry
 from dbp_bench.reporting.findings import Findings, findings_path
 from dbp_bench.reporting.statistics import Bootstrap
 from dbp_bench.result import Result
-from dbp_bench.run import execute
-from dbp_bench.saved import Rejudged, adversarial_path, rejudge
-from dbp_bench.sweep import Sweep, against, judge, parse, plan, run
+from dbp_bench.runs.execute import execute
+from dbp_bench.runs.job import Overrides, resolve
+from dbp_bench.runs.saved import Rejudged, adversarial_path, rejudge
+from dbp_bench.runs.sweep import Sweep, against, judge, parse, plan, run
 from own_entries import folder, toy_defense
 
 if TYPE_CHECKING:
@@ -228,8 +228,8 @@ def test_a_black_box_that_does_better(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadRequest, match="it follows gradients"):
         compared("whitebox")
     # An attack without gradients, as far as this comparison looks.
-    monkeypatch.setattr("dbp_bench.job._effort", lambda *_: {"queries": 5})
-    monkeypatch.setattr("dbp_bench.job.Job.misfit", None)
+    monkeypatch.setattr("dbp_bench.runs.job._effort", lambda *_: {"queries": 5})
+    monkeypatch.setattr("dbp_bench.runs.job.Job.misfit", None)
     sweep = compared("whitebox")
     assert [p.value for p in sweep.points] == ["eot", "whitebox"]
     found = verdict(sweep, outcomes(first(20)), outcomes(first(10), zero_gradient=None))

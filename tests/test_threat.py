@@ -7,14 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from dbp_bench import noise
-from dbp_bench.attacks import Attack
-from dbp_bench.attacks.objectives import cross_entropy
+from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import FRESH, Attacked, attack, judge
 from dbp_bench.noise import ATTACKER, FORWARD, REVERSE, VICTIM, Noise, Site, Tape
-from dbp_bench.threat import L2, AttackerView, Budget, Linf, budget
+from dbp_bench.threat import L2, Attack, AttackerView, Budget, Linf, budget
 from toys import (
     BOTH,
     SUBSETS,

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from dbp_bench.attacks import autoattack, build, torchattacks
 from dbp_bench.attacks.torchattacks import NORMS, Torchattacks
 from dbp_bench.defense import Defense, Identity
+from dbp_bench.entries.registry import EFFORTS, Registry, Threat
 from dbp_bench.errors import AttackFailed, BadEntry
 from dbp_bench.evaluate import Attacked, Group, attack, judge
 from dbp_bench.extras import BadExtra
 from dbp_bench.noise import FORWARD, VICTIM, Noise, Site, Tape
 from dbp_bench.passes import Passes, Setup, of_torchattacks
-from dbp_bench.registry import EFFORTS, Registry, Threat
 from dbp_bench.threat import L2, Budget, Linf
 from own_entries import folder
 from toys import Linear, Made, normal, uniform
@@ -275,7 +275,7 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("something is built or computed")
 
     monkeypatch.setattr(Registry, "build_defense", stop)
-    monkeypatch.setattr("dbp_bench.run.load_data", stop)
+    monkeypatch.setattr("dbp_bench.runs.execute.load_data", stop)
 
 
 @pytest.mark.usefixtures("nothing_is_computed")

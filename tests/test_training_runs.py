@@ -31,7 +31,7 @@ from dbp_bench.training.loop import Batch, train
 from dbp_bench.training.processes import DDPM
 from dbp_bench.training.run import Given, Options, run
 from dbp_bench.training.state import Settings
-from dbp_bench.weights import ASSETS, digest, load
+from dbp_bench.weights.files import ASSETS, digest, load
 from toys import uniform
 
 SETTINGS = Settings(6, 8, 1e-3, 1e-6, (0.95, 0.999), 0.9, anneal=False, flip=True)

@@ -13,11 +13,11 @@ from dbp_bench.attacks import build
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.attacks.transfer import Transfer
 from dbp_bench.defense import Defense, Identity
+from dbp_bench.entries.registry import EFFORTS
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Group, attack
 from dbp_bench.noise import FORWARD, Noise
 from dbp_bench.passes import Passes, Setup
-from dbp_bench.registry import EFFORTS
 from dbp_bench.threat import Linf
 from toys import Linear, Made, normal, uniform
 

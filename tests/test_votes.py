@@ -8,22 +8,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dbp_bench.attacks import Attack
 from dbp_bench.attacks.apgd import APGD
+from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.attacks.ensemble import Ensemble
-from dbp_bench.attacks.objectives import cross_entropy
 from dbp_bench.attacks.square import Square
-from dbp_bench.conformance import CHECKS, fault
+from dbp_bench.checks.conformance import CHECKS, fault
+from dbp_bench.checks.gradients import differentiated
 from dbp_bench.defense import NO_MAJORITY, STEPS_PER_VOTE, Defense, StraightThrough
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import AttackFailed, BadEntry
 from dbp_bench.evaluate import Group, attack, judge
-from dbp_bench.gradients import differentiated
-from dbp_bench.job import Job, Overrides, resolve
 from dbp_bench.noise import ATTACKER, FORWARD, REVERSE, VICTIM, Noise, Site, Tape
-from dbp_bench.registry import Registry
 from dbp_bench.result import Result
-from dbp_bench.run import execute
-from dbp_bench.threat import AttackerView, Budget, Linf
+from dbp_bench.runs.execute import execute
+from dbp_bench.runs.job import Job, Overrides, resolve
+from dbp_bench.threat import Attack, AttackerView, Budget, Linf
 from own_entries import folder, toy_defense
 from toys import (
     Echo,
@@ -306,7 +305,7 @@ def job(registry: Registry, **changes: Any) -> Job:
 
 
 def test_an_entry_says_how_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dbp_bench.provenance._git", lambda: (None, None))
+    monkeypatch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
     once, _ = entries(tmp_path / "once")
     same, _ = entries(tmp_path / "same", votes=1)
     thrice, _ = entries(tmp_path / "thrice", votes=3)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from dbp_bench import weights
+from dbp_bench.entries.registry import NetworkRef, Registry
 from dbp_bench.errors import BadWeights
 from dbp_bench.networks.digits import DigitsCNN
-from dbp_bench.registry import NetworkRef, Registry
-from dbp_bench.weights import ASSETS, digest, fill, find, load, verify
+from dbp_bench.weights import files as weight_files
+from dbp_bench.weights.files import ASSETS, digest, fill, find, load, verify
 
 CLASSIFIER = ASSETS / "digits-classifier.safetensors"
 NETWORK = "dbp_bench.networks.digits:DigitsCNN"
@@ -161,6 +161,6 @@ def test_where_files_are_looked_for(tmp_path: Path) -> None:
     mine = tmp_path / "digits-ddpm.safetensors"
     mine.write_text("mine")
     assert find(mine.name, [tmp_path]) == mine
-    assert find("digits-addt.safetensors", [tmp_path]).parent == weights.ASSETS
+    assert find("digits-addt.safetensors", [tmp_path]).parent == weight_files.ASSETS
     with pytest.raises(BadWeights, match=r"no weights file 'nowhere'\. Looked in: "):
         find("nowhere", [tmp_path])

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbp_bench.attacks import Attack
 from dbp_bench.defense import Defense
 from dbp_bench.errors import AttackFailed, ZeroGradient
 from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
-from dbp_bench.threat import AttackerView, Budget, Tick, ignore
+from dbp_bench.threat import Attack, AttackerView, Budget, Tick, ignore
 
 FRESH = 1 << 32
 """Victim draws from here on judge known-draw images; no attacker is ever shown one."""

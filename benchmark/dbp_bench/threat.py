@@ -415,6 +415,16 @@ class AttackerView:
         return [draws[i : i + n] for i in range(0, len(draws), n)]
 
 
+class Attack(Protocol):
+    """A search for adversarial images."""
+
+    def __call__(
+        self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
+    ) -> Tensor:
+        """Perturbed `images` ``(b, c, h, w)``. Not trusted: the harness projects and judges."""
+        ...
+
+
 def _record(deviation: Deviation | None) -> AbstractContextManager[list[State]]:
     """A list that fills with the states of a pass where there is a `deviation` to take of them."""
     return nullcontext([]) if deviation is None else memory.recording()

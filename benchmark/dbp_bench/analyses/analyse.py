@@ -15,12 +15,12 @@ from dbp_bench.analyses.record import SCHEMA, Record
 from dbp_bench.analyses.store import Pieces, record_path
 from dbp_bench.analyses.target import Target
 from dbp_bench.data import load_data
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, UnknownName, did_you_mean
 from dbp_bench.evaluate import Group
-from dbp_bench.job import Job, Overrides, refuse_other_request, resolve
-from dbp_bench.provenance import provenance
-from dbp_bench.registry import Registry
-from dbp_bench.run import locked
+from dbp_bench.runs.execute import locked
+from dbp_bench.runs.job import Job, Overrides, refuse_other_request, resolve
+from dbp_bench.runs.provenance import provenance
 from dbp_bench.threat import budget
 
 _BASE = "eot"

@@ -24,8 +24,8 @@ from dbp_bench.analyses.target import (
     mean,
     verdicts,
 )
+from dbp_bench.checks.gradients import cosines
 from dbp_bench.evaluate import Group
-from dbp_bench.gradients import cosines
 from dbp_bench.noise import VICTIM, Site
 from dbp_bench.reporting.statistics import Bootstrap, Replicates
 

@@ -11,8 +11,8 @@ from dbp_bench.analyses.options import Count, Known, Searched
 from dbp_bench.analyses.record import Row, row
 from dbp_bench.analyses.store import Pieces, Tensors
 from dbp_bench.analyses.target import Effort, Target, attacked, estimate, fresh, losses
+from dbp_bench.checks.gradients import cosines
 from dbp_bench.evaluate import Group
-from dbp_bench.gradients import cosines
 from dbp_bench.noise import Site
 from dbp_bench.reporting.statistics import Estimate
 

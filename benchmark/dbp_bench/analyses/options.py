@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dbp_bench.entries.registry import KNOWN_DRAWS, explain
 from dbp_bench.errors import BadRequest
-from dbp_bench.registry import KNOWN_DRAWS, explain
 
 Count = Annotated[int, Field(ge=1)]
 Known = Annotated[int, Field(ge=KNOWN_DRAWS)]

@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dbp_bench.job import refuse_other_request
 from dbp_bench.result import write_atomically
+from dbp_bench.runs.job import refuse_other_request
 
 Tensors = dict[str, Tensor]
 

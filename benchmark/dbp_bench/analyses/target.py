@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dbp_bench import evaluate
-from dbp_bench.attacks.objectives import cross_entropy
+from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense
 from dbp_bench.evaluate import FRESH, Group

@@ -1,33 +1,20 @@
 """How an attacker searches. No attack asks which threat model it is under: it sees a view."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from dbp_bench.attacks.apgd import APGD
 from dbp_bench.attacks.autoattack import AutoAttack
 from dbp_bench.attacks.diffattack import DiffAttack
 from dbp_bench.attacks.ensemble import Ensemble
-from dbp_bench.attacks.lowfrequency import LowFrequency
+from dbp_bench.attacks.low_frequency import LowFrequency
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.attacks.selective import Selective
 from dbp_bench.attacks.square import Square
 from dbp_bench.attacks.torchattacks import Torchattacks
 from dbp_bench.attacks.transfer import Transfer
 from dbp_bench.defense import Defense
-from dbp_bench.threat import AttackerView, Budget
-
-
-class Attack(Protocol):
-    """A search for adversarial images."""
-
-    def __call__(
-        self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
-    ) -> Tensor:
-        """Perturbed `images` ``(b, c, h, w)``. Not trusted: the harness projects and judges."""
-        ...
-
+from dbp_bench.threat import Attack, Budget
 
 ATTACKS: Mapping[str, Callable[..., Attack]] = {
     "pgd": PGD,

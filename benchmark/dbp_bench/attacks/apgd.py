@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dbp_bench.attacks.objectives import (
+from dbp_bench.attacks.common.objectives import (
     OBJECTIVES,
     TARGETED,
     Towards,

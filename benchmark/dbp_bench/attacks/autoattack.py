@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dbp_bench.attacks.borrowed import Model, Tracked, norm_of, plain, seed_of
+from dbp_bench.attacks.common.third_party import Model, Tracked, norm_of, plain, seed_of
 from dbp_bench.errors import AttackFailed
 from dbp_bench.extras import load_extra
 from dbp_bench.noise import seeded

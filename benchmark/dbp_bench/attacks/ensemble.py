@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dbp_bench.attacks.objectives import margin
+from dbp_bench.attacks.common.objectives import margin
 from dbp_bench.attacks.pgd import SELECTION
 from dbp_bench.threat import AttackerView, Budget
 

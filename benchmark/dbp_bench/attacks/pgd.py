@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbp_bench.attacks.objectives import (
+from dbp_bench.attacks.common.objectives import (
     OBJECTIVES,
     TARGETED,
     Towards,
@@ -37,8 +37,8 @@ class PGD:
         steps: Gradient steps.
         step_size: Length of a step, relative to eps.
         eot: Gradient draws averaged at each step, fresh at every step.
-        loss: One of :data:`dbp_bench.attacks.objectives.OBJECTIVES` or
-            :data:`dbp_bench.attacks.objectives.TARGETED`.
+        loss: One of :data:`dbp_bench.attacks.common.objectives.OBJECTIVES` or
+            :data:`dbp_bench.attacks.common.objectives.TARGETED`.
         random_start: Whether to start at a random point of the ball, not at the clean image.
         restarts: How often to search.
     """

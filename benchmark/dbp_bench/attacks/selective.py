@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dbp_bench.attacks.objectives import OBJECTIVES
+from dbp_bench.attacks.common.objectives import OBJECTIVES
 from dbp_bench.threat import AttackerView, Budget
 
 
@@ -34,8 +34,8 @@ class Selective:
         steps: Gradient steps.
         step_size: Length of a step, relative to eps.
         eot: Gradient draws of each step.
-        loss: One of :data:`dbp_bench.attacks.objectives.OBJECTIVES`. The margin fits: it is above 0
-            where a draw is won.
+        loss: One of :data:`dbp_bench.attacks.common.objectives.OBJECTIVES`. The margin fits: it is
+            above 0 where a draw is won.
         sharpness: How strictly draws are chosen, per unit of loss; 0 is the plain mean.
         rounds: Rounds of expectation maximisation per step, which take no pass.
     """

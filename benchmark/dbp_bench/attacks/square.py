@@ -7,7 +7,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from dbp_bench.attacks.objectives import margin, mean_over_draws, surely_wrong
+from dbp_bench.attacks.common.objectives import margin, mean_over_draws, surely_wrong
 from dbp_bench.attacks.pgd import SELECTION
 from dbp_bench.errors import AttackFailed
 from dbp_bench.noise import Site

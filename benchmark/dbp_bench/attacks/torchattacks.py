@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbp_bench.attacks.borrowed import Model, Tracked, norm_of, plain, seed_of
+from dbp_bench.attacks.common.third_party import Model, Tracked, norm_of, plain, seed_of
 from dbp_bench.errors import AttackFailed, BadEntry, did_you_mean
 from dbp_bench.extras import load_extra
 from dbp_bench.noise import seeded

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dbp_bench.gradients import cosines
+from dbp_bench.checks.gradients import cosines
 
 Precision = Literal["fp32", "tf32", "bf16"]
 """`fp32`: as every attack is run. `tf32`: products of float32 numbers are of their first 10 bits.

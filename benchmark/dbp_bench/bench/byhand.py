@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dbp_bench.attacks.objectives import cross_entropy
+from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.defense import Defense
 from dbp_bench.memory import Policy
 from dbp_bench.noise import ATTACKER, VICTIM, Tape

@@ -20,18 +20,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dbp_bench.attacks import Attack
 from dbp_bench.attacks.apgd import APGD
 from dbp_bench.bench.byhand import as_run, by_hand, defense
 from dbp_bench.bench.timing import in_turn, ratio
 from dbp_bench.data import digits
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Attacked, Group, attack, judge
 from dbp_bench.memory import Policy
 from dbp_bench.networks.digits import DigitsCNN, ResidualMLP
 from dbp_bench.noise import ATTACKER, Tape
-from dbp_bench.registry import Registry
-from dbp_bench.threat import AttackerView, Budget, Gradient, Linf, Objective
+from dbp_bench.threat import Attack, AttackerView, Budget, Gradient, Linf, Objective
 
 STEPS, IMAGES, COPIES, EPS = 20, 60, 10, 0.2
 BOUNDS = {"none": 1.10, "step": 1.75, "memory": 1.10, "retirement": 0.80, "reuse": 0.90}

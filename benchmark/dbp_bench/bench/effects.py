@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from dbp_bench.attacks.apgd import APGD
-from dbp_bench.attacks.objectives import cross_entropy
+from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.bench.arithmetic import Lowered, Precision, agreement, arithmetic, precisions
 from dbp_bench.bench.byhand import view
 from dbp_bench.data import load_data, split_ids
 from dbp_bench.defense import Defense
+from dbp_bench.entries.registry import Registry
 from dbp_bench.evaluate import Group, attack, judge
 from dbp_bench.noise import VICTIM, Site, Tape
 from dbp_bench.purifiers.ddpm import DDPM
-from dbp_bench.registry import Registry
 from dbp_bench.threat import budget
 
 DEFENSE = "ddpm"

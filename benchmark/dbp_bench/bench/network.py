@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dbp_bench.attacks.objectives import cross_entropy
+from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.bench.arithmetic import Lowered, Precision, agreement, arithmetic, precisions
 from dbp_bench.bench.byhand import T_STAR, as_run, by_hand, defense, view
 from dbp_bench.bench.timing import in_turn, peak_bytes, ratio, release, seconds
-from dbp_bench.checkpoints import catalog, store
-from dbp_bench.checkpoints.build import build
-from dbp_bench.checkpoints.convert import network_of
+from dbp_bench.entries.registry import CheckpointRef, NetworkRef, Registry
 from dbp_bench.errors import BadRequest
 from dbp_bench.memory import Policy, is_exhausted
 from dbp_bench.noise import Site, Tape, seeded
-from dbp_bench.registry import CheckpointRef, NetworkRef, Registry
+from dbp_bench.weights import catalog, store
+from dbp_bench.weights.build import build
+from dbp_bench.weights.convert import network_of
 
 BY_HAND = "by hand"
 POLICIES: tuple[Policy, ...] = ("none", "step")

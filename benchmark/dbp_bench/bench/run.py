@@ -12,7 +12,7 @@ from dbp_bench.bench.arithmetic import arithmetic
 from dbp_bench.bench.network import Say, Setting
 from dbp_bench.data.places import VARIABLE
 from dbp_bench.errors import BadRequest, did_you_mean
-from dbp_bench.provenance import device_name
+from dbp_bench.runs.provenance import device_name
 
 SUBJECTS = ("digits", "cifar10")
 

@@ -12,7 +12,7 @@ from dbp_bench.cli.shared import registry_of
 from dbp_bench.errors import UnknownName, did_you_mean
 
 if TYPE_CHECKING:
-    from dbp_bench.registry import Entry
+    from dbp_bench.entries.registry import Entry
 
 
 @app.command("list")

@@ -24,9 +24,9 @@ from dbp_bench.errors import BadRequest
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dbp_bench.gradients import Agreement
-    from dbp_bench.job import Job
+    from dbp_bench.checks.gradients import Agreement
     from dbp_bench.reporting.findings import Findings as SweepFindings
+    from dbp_bench.runs.job import Job
 
 
 @app.command()
@@ -59,9 +59,9 @@ def sweep(
     """Look for a weak attack or a masked gradient: more steps, more draws, larger budgets."""
     from functools import partial
 
-    from dbp_bench import sweep as sweeps
-    from dbp_bench.job import Overrides
-    from dbp_bench.run import execute
+    from dbp_bench.runs import sweep as sweeps
+    from dbp_bench.runs.execute import execute
+    from dbp_bench.runs.job import Overrides
 
     registry = registry_of(entries, trust_code, data)
     say = console(quiet or as_json)
@@ -127,13 +127,13 @@ def check(
     trust_code: Trust = False,
 ) -> None:
     """Run the conformance suite that every defense must pass."""
-    from dbp_bench.conformance import check_entry
-    from dbp_bench.job import plan
+    from dbp_bench.checks.conformance import check_entry
+    from dbp_bench.runs.job import plan
 
     registry = registry_of(entries, trust_code, data)
     names = [defense]
     if defense == "all":
-        from dbp_bench.job import Overrides
+        from dbp_bench.runs.job import Overrides
 
         jobs = plan(registry, track, ["all"], ["eot"], seed=0, device="cpu", overrides=Overrides())
         names = [item.job.defense.name for item in jobs]
@@ -163,7 +163,7 @@ def check_grad(
     as_json: AsJson = False,
 ) -> None:
     """Compare each kind of gradient with the exact one, and that with finite differences."""
-    from dbp_bench import gradients
+    from dbp_bench.checks import gradients
 
     registry = registry_of(entries, trust_code, data)
     asked = gradients.request(
@@ -298,7 +298,7 @@ def bench(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what is installed, and run a tiny golden case again."""
-    from dbp_bench.doctor import examine, render
+    from dbp_bench.checks.doctor import examine, render
 
     findings = examine()
     print(json.dumps(findings, indent=1) if as_json else render(findings))

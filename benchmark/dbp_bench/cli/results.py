@@ -26,10 +26,10 @@ def judge(
     as_json: AsJson = False,
 ) -> None:
     """Check saved adversarial images (inside ball and box) and judge them on fresh draws."""
-    from dbp_bench.replay import job_of
     from dbp_bench.reporting.statistics import Bootstrap
     from dbp_bench.result import Result
-    from dbp_bench.saved import adversarial_path, rejudge
+    from dbp_bench.runs.replay import job_of
+    from dbp_bench.runs.saved import adversarial_path, rejudge
 
     if draws < 1:
         raise BadRequest(f"--draws {draws}: must be 1 or more.")
@@ -115,7 +115,7 @@ def samples(
 ) -> None:
     """Attack the first images of results again: pictures for the report, and a spot check."""
     from dbp_bench.reporting.samples import Samples
-    from dbp_bench.sampling import make_samples
+    from dbp_bench.runs.pictures import make_samples
 
     registry, say = registry_of(entries, trust_code, data), console(quiet)
     for file in files:

@@ -50,10 +50,10 @@ from dbp_bench.errors import AttackFailed, BadRequest
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dbp_bench.estimate import Cost
-    from dbp_bench.job import Job, Planned
-    from dbp_bench.registry import Registry
+    from dbp_bench.entries.registry import Registry
     from dbp_bench.result import Result
+    from dbp_bench.runs.estimate import Cost
+    from dbp_bench.runs.job import Job, Planned
 
 
 @app.command()
@@ -92,7 +92,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Attack defenses and write one result file for each defense and threat model."""
-    from dbp_bench.job import Overrides, plan
+    from dbp_bench.runs.job import Overrides, plan
 
     registry = registry_of(entries, trust_code, data)
     given = {
@@ -218,10 +218,10 @@ def _run_all(
     save_adversarial: bool,
     as_json: bool,
 ) -> None:
-    from dbp_bench.job import measured_elsewhere
     from dbp_bench.result import Result
-    from dbp_bench.run import execute, is_complete
-    from dbp_bench.saved import adversarial_path
+    from dbp_bench.runs.execute import execute, is_complete
+    from dbp_bench.runs.job import measured_elsewhere
+    from dbp_bench.runs.saved import adversarial_path
 
     for item in planned:
         item.job.identity()  # weights that must be fetched are missed before anything has begun
@@ -321,7 +321,7 @@ def _plan(
 ) -> None:
     from rich.table import Table
 
-    from dbp_bench.estimate import estimate
+    from dbp_bench.runs.estimate import estimate
 
     costs: list[tuple[Job, Job | None, Cost | None]] = []
     for item in planned:

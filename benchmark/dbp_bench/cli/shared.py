@@ -10,14 +10,14 @@ from dbp_bench.errors import BadRequest
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dbp_bench.registry import Registry
-    from dbp_bench.run import Progress
+    from dbp_bench.entries.registry import Registry
+    from dbp_bench.runs.execute import Progress
 
 
 def registry_of(
     entries: list[Path] | None, trust_code: bool = False, data: Path | None = None
 ) -> "Registry":
-    from dbp_bench.registry import Registry
+    from dbp_bench.entries.registry import Registry
 
     return Registry(entries or [], trust_code=trust_code, data=data)
 
@@ -35,7 +35,7 @@ def split(names: str) -> list[str]:
 
 
 def eps_of(text: str) -> float:
-    from dbp_bench.registry import number
+    from dbp_bench.entries.registry import number
 
     try:
         return number(text)
@@ -63,7 +63,7 @@ def progress_bar(say: "Console", label: str) -> "Iterator[Progress]":
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    from dbp_bench.run import Progress
+    from dbp_bench.runs.execute import Progress
 
     if not say.is_terminal or say.quiet:
         yield Progress(

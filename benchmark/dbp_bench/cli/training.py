@@ -125,8 +125,8 @@ def _data_set(track: str, entries: list[Path] | None) -> str:
 
 def _given(text: str | None, option: str) -> "Given | None":
     """A file of weights, or a checkpoint in the cache."""
-    from dbp_bench.checkpoints import catalog, store
     from dbp_bench.training.run import Given
+    from dbp_bench.weights import catalog, store
 
     if text is None:
         return None
@@ -137,7 +137,7 @@ def _given(text: str | None, option: str) -> "Given | None":
         entry = catalog.find(text)
     except Exception as error:
         raise BadRequest(f"--{option} {text}: no such file; and {error}") from None
-    from dbp_bench.checkpoints.build import build
+    from dbp_bench.weights.build import build
 
     network = build(text)
     held = {k: v.detach() for k, v in network.state_dict().items()}

@@ -16,9 +16,9 @@ from dbp_bench.errors import BadRequest, BadWeights
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dbp_bench.checkpoints.catalog import Checkpoint
-    from dbp_bench.checkpoints.fetch import Progress
-    from dbp_bench.checkpoints.store import Record
+    from dbp_bench.weights.catalog import Checkpoint
+    from dbp_bench.weights.fetch import Progress
+    from dbp_bench.weights.store import Record
 
 weights = typer.Typer(
     help="Published weights: fetch them, or convert files that are at hand.", no_args_is_help=True
@@ -31,7 +31,7 @@ CheckpointName = Annotated[str, typer.Argument(help="See `dbp-bench weights list
 @weights.command("list")
 def list_weights(as_json: AsJson = False) -> None:
     """List published checkpoints: what they are, their licences, and which are in the cache."""
-    from dbp_bench.checkpoints import catalog, store
+    from dbp_bench.weights import catalog, store
 
     there = {name: _record(name) for name in store.names()}
     entries = {**catalog.entries(), **{n: catalog.find(n) for n in there}}
@@ -51,7 +51,7 @@ def list_weights(as_json: AsJson = False) -> None:
 
 def _record(name: str) -> "Record | None":
     """The record of `name` in the cache; None where it is damaged."""
-    from dbp_bench.checkpoints import store
+    from dbp_bench.weights import store
 
     try:
         return store.read(name)
@@ -64,7 +64,7 @@ def _show(
 ) -> None:
     from rich.table import Table
 
-    from dbp_bench.checkpoints import store
+    from dbp_bench.weights import store
 
     table = Table(box=None, pad_edge=False)
     for column in ("name", "cached", "what", "licence"):
@@ -101,7 +101,7 @@ def fetch(
     quiet: Quiet = False,
 ) -> None:
     """Download checkpoints and convert them into the cache; a cut download goes on."""
-    from dbp_bench.checkpoints import catalog, store
+    from dbp_bench.weights import catalog, store
 
     say = console(quiet)
     entries = {name: catalog.find(name) for name in names}
@@ -112,7 +112,7 @@ def fetch(
     for name, entry in entries.items():
         if not isinstance(entry.source, catalog.ByHand):
             _accept(say, name, entry, accept_licence)
-    from dbp_bench.checkpoints.fetch import fetch as fetch_one
+    from dbp_bench.weights.fetch import fetch as fetch_one
 
     for name in entries:
         with _bar(say, name) as progress:
@@ -175,13 +175,13 @@ def convert(
     quiet: Quiet = False,
 ) -> None:
     """Convert a file that is at hand into the cache; nothing in it is run."""
-    from dbp_bench.checkpoints.convert import convert as convert_one
+    from dbp_bench.weights.convert import convert as convert_one
 
     _report(console(quiet), convert_one(name, source, unpublished=unpublished))
 
 
 def _report(say: "Console", record: "Record") -> None:
-    from dbp_bench.checkpoints import store
+    from dbp_bench.weights import store
 
     where = store.file(record.name) if record.network else store.record_file(record.name)
     state = {True: ", as published", False: ", NOT the published file", None: ""}[record.published]
@@ -195,7 +195,7 @@ def _report(say: "Console", record: "Record") -> None:
 @weights.command()
 def verify(as_json: AsJson = False) -> None:
     """Hash everything in the cache again, and say what is damaged."""
-    from dbp_bench.checkpoints import store
+    from dbp_bench.weights import store
 
     found = {name: _problem(name) for name in store.names()}
     strangers = [str(path) for path in store.strangers()]
@@ -213,7 +213,7 @@ def verify(as_json: AsJson = False) -> None:
 
 def _problem(name: str) -> str | None:
     """Why the checkpoint `name` in the cache can't be used; None where it can."""
-    from dbp_bench.checkpoints import catalog, store
+    from dbp_bench.weights import catalog, store
 
     try:
         record = store.read(name)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from dbp_bench.data.catalog import CATALOG, Facts, facts_of
 from dbp_bench.data.splits import digest_of, frozen, split_ids, split_names
 from dbp_bench.errors import BadData, BadRequest
-from dbp_bench.weights import ASSETS, digest, load
+from dbp_bench.weights.files import ASSETS, digest, load
 
 if TYPE_CHECKING:
     from torch import Tensor

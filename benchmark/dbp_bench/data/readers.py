@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dbp_bench.data.catalog import Facts
 from dbp_bench.errors import BadData
 from dbp_bench.extras import BadExtra
-from dbp_bench.weights import ASSETS
+from dbp_bench.weights.files import ASSETS
 
 Pixels = NDArray[np.uint8]
 """``(h, w, 3)``, 0 ... 255."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dbp_bench.data.catalog import Facts, facts_of
 from dbp_bench.errors import BadEntry, did_you_mean
-from dbp_bench.weights import ASSETS
+from dbp_bench.weights.files import ASSETS
 
 LISTS = ASSETS / "ids"
 

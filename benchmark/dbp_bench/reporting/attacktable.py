@@ -5,13 +5,12 @@ from typing import Final
 
 from pydantic import ValidationError
 
+from dbp_bench.entries.registry import EFFORTS
 from dbp_bench.passes import Setup
-from dbp_bench.registry import EFFORTS
-from dbp_bench.reporting.comparable import MAIN
-from dbp_bench.reporting.contest import Attacks, Duel, Verdict
 from dbp_bench.reporting.findings import Findings, Interval
 from dbp_bench.reporting.leaderboard import Leaderboard
 from dbp_bench.reporting.pool import Pool
+from dbp_bench.reporting.records import MAIN
 from dbp_bench.reporting.rendering import (
     BOOTSTRAP,
     fractions,
@@ -24,6 +23,7 @@ from dbp_bench.reporting.rendering import (
     shown_eps,
     to_csv_text,
 )
+from dbp_bench.reporting.rivals import Attacks, Duel, Verdict
 from dbp_bench.reporting.statistics import LEVEL, Estimate
 
 _CALLS_DIFFER: Final = 0.02

@@ -13,7 +13,7 @@ from pydantic import Field
 from dbp_bench.declaration import Strict, read_json
 from dbp_bench.errors import BadResult
 from dbp_bench.result import write_atomically
-from dbp_bench.weights import digest
+from dbp_bench.weights.files import digest
 
 Level = Literal["checked", "replayed", "re-attacked"]
 Badge = Literal["self-reported", "checked", "replayed", "re-attacked"]

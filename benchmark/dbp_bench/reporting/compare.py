@@ -10,9 +10,9 @@ from typing import Final
 import numpy as np
 
 from dbp_bench.errors import BadRequest, NotComparable, did_you_mean
-from dbp_bench.reporting.comparable import Record, differences, load, read_record, track_facts
 from dbp_bench.reporting.pool import Pool
 from dbp_bench.reporting.ranking import Score, difference, holm
+from dbp_bench.reporting.records import Record, differences, load, read_record, track_facts
 from dbp_bench.reporting.statistics import Bootstrap, Estimate
 from dbp_bench.result import Result, without_draws
 

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from dbp_bench.entries.registry import Registry, Track
 from dbp_bench.errors import NotComparable
-from dbp_bench.registry import Registry, Track
-from dbp_bench.reporting.accounting import Account
 from dbp_bench.reporting.badge import Badge, badge_of
-from dbp_bench.reporting.comparable import (
+from dbp_bench.reporting.findings import Findings
+from dbp_bench.reporting.pool import Pool
+from dbp_bench.reporting.ranking import Standing, ranks_with_ties
+from dbp_bench.reporting.records import (
     KNOWN,
     MAIN,
     NULL,
@@ -22,12 +24,10 @@ from dbp_bench.reporting.comparable import (
     Record,
     check_comparable,
 )
-from dbp_bench.reporting.contest import Attacks, Duel, Kind, attacks_on, duels
-from dbp_bench.reporting.findings import Findings
-from dbp_bench.reporting.flags import FEW_DRAWS, Check, checks
-from dbp_bench.reporting.pool import Pool
-from dbp_bench.reporting.ranking import Standing, ranks_with_ties
+from dbp_bench.reporting.rivals import Attacks, Duel, Kind, attacks_on, duels
+from dbp_bench.reporting.sanity import FEW_DRAWS, Check, checks
 from dbp_bench.reporting.statistics import Bootstrap, Estimate, Replicates, ratio
+from dbp_bench.reporting.votes import Account
 from dbp_bench.result import Result
 
 Sort = Literal["hidden", "known"]

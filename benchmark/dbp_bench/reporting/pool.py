@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from dbp_bench.registry import EFFORTS, GradientEffort
-from dbp_bench.reporting.accounting import Account, account
-from dbp_bench.reporting.comparable import Effort, Record
+from dbp_bench.entries.registry import EFFORTS, GradientEffort
 from dbp_bench.reporting.ranking import Score
+from dbp_bench.reporting.records import Effort, Record
 from dbp_bench.reporting.statistics import Bootstrap, Replicates
+from dbp_bench.reporting.votes import Account, account
 from dbp_bench.result import Outcomes, Result, searched_effort
 
 TORCHATTACKS: Final = "torchattacks"

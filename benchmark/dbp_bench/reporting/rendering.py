@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from dbp_bench.reporting.comparable import Effort
+from dbp_bench.reporting.records import Effort
 from dbp_bench.reporting.statistics import LEVEL, RESAMPLES, Estimate
 
 BOOTSTRAP: Final = (

@@ -4,19 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult
-from dbp_bench.registry import Registry
 from dbp_bench.reporting.attacktable import (
     attacks_to_csv,
     attacks_to_markdown,
     packages_to_csv,
     sweeps_to_csv,
 )
-from dbp_bench.reporting.comparable import Record, load
 from dbp_bench.reporting.findings import load_findings
 from dbp_bench.reporting.leaderboard import Leaderboard, Sort, leaderboard
 from dbp_bench.reporting.page import Material, load_samples, to_html
 from dbp_bench.reporting.pool import Pool
+from dbp_bench.reporting.records import Record, load
 from dbp_bench.reporting.statistics import Bootstrap, Estimate
 from dbp_bench.reporting.tables import draws_to_csv, settings_to_csv, to_csv, to_latex, to_markdown
 from dbp_bench.result import Result, write_atomically

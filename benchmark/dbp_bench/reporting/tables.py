@@ -4,13 +4,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from dbp_bench.reporting.accounting import FEW, METRICS, Account
 from dbp_bench.reporting.badge import BADGES
-from dbp_bench.reporting.comparable import NULL, WHITEBOX
-from dbp_bench.reporting.flags import COSINE, ERROR, EXACT, Check
 from dbp_bench.reporting.leaderboard import QUANTITIES, UNDEFENDED, Leaderboard, Row
 from dbp_bench.reporting.pool import Pool
 from dbp_bench.reporting.ranking import ALPHA
+from dbp_bench.reporting.records import NULL, WHITEBOX
 from dbp_bench.reporting.rendering import (
     BOOTSTRAP,
     fractions,
@@ -27,7 +25,9 @@ from dbp_bench.reporting.rendering import (
     text_of,
     to_csv_text,
 )
+from dbp_bench.reporting.sanity import COSINE, ERROR, EXACT, Check
 from dbp_bench.reporting.statistics import LEVEL, RESAMPLES, Estimate
+from dbp_bench.reporting.votes import FEW, METRICS, Account
 
 _ACCURACIES: Final = ("clean", "hidden", "forward_known", "reverse_known", "all_known")
 _PARTS: Final = (

@@ -18,9 +18,9 @@ from typing import Any, Final, Literal
 from pydantic import Field, ValidationError
 
 from dbp_bench.declaration import Strict, explain
+from dbp_bench.entries.registry import Name, Sha256
 from dbp_bench.errors import BadRequest, DbpError
-from dbp_bench.registry import Name, Sha256
-from dbp_bench.weights import digest
+from dbp_bench.weights.files import digest
 
 MANIFEST: Final = "manifest.json"
 LARGEST: Final = 8 << 30

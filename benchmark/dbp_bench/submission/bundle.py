@@ -7,16 +7,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-from dbp_bench import __version__, outside, weights
+from dbp_bench import __version__
+from dbp_bench.entries import outside
+from dbp_bench.entries.registry import NetworkRef, Registry
 from dbp_bench.errors import BadRequest, BadResult
-from dbp_bench.job import Job, Overrides, identity_of, refuse_other_request, resolve
-from dbp_bench.registry import NetworkRef, Registry
-from dbp_bench.reporting.comparable import NULL, read_record
+from dbp_bench.reporting.records import NULL, read_record
 from dbp_bench.result import Result, result_path
-from dbp_bench.run import runtime_path
-from dbp_bench.saved import adversarial_path
+from dbp_bench.runs.execute import runtime_path
+from dbp_bench.runs.job import Job, Overrides, identity_of, refuse_other_request, resolve
+from dbp_bench.runs.saved import adversarial_path
 from dbp_bench.submission import archive, verify
 from dbp_bench.submission.archive import Manifest, Refused
+from dbp_bench.weights import files as weight_files
 
 PACKAGES: Final = ("dbp-bench", "torch", "numpy", "safetensors")
 
@@ -99,9 +101,9 @@ def collect(
     for ref in setting.refs.values() if with_weights else ():
         if not isinstance(ref, NetworkRef):
             continue
-        path = weights.find(ref.file, [entry.path.parent, entry.path.parent.parent])
-        if not path.is_relative_to(weights.ASSETS):
-            weights.verify(path, ref.sha256)
+        path = weight_files.find(ref.file, [entry.path.parent, entry.path.parent.parent])
+        if not path.is_relative_to(weight_files.ASSETS):
+            weight_files.verify(path, ref.sha256)
             files[f"entries/{ref.file}"] = path
     for path in _results(registry, defense, track, results):
         result = Result.read(path)

@@ -19,13 +19,13 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from dbp_bench.declaration import Strict, explain
+from dbp_bench.entries.registry import Sha256
 from dbp_bench.errors import BadRequest, BadResult, BadWeights, DbpError
-from dbp_bench.registry import Sha256
 from dbp_bench.reporting.badge import FILE, Verification
-from dbp_bench.reporting.comparable import read_record
+from dbp_bench.reporting.records import read_record
 from dbp_bench.result import result_path, write_atomically
 from dbp_bench.submission.archive import safe_path
-from dbp_bench.weights import digest
+from dbp_bench.weights.files import digest
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ from string import Template
 from tempfile import TemporaryDirectory
 from typing import Final
 
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest
-from dbp_bench.registry import Registry
 
 TEMPLATE: Final = Path(__file__).parent / "template"
 _FILES: Final = {

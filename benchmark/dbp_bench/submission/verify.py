@@ -16,22 +16,23 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from dbp_bench import __version__, outside
+from dbp_bench import __version__
 from dbp_bench.data import DataSet, load_data
 from dbp_bench.defense import Defense
+from dbp_bench.entries import outside
+from dbp_bench.entries.registry import DefenseEntry, NetworkRef, Registry
 from dbp_bench.errors import BadData, BadRequest, DbpError
 from dbp_bench.evaluate import FRESH
 from dbp_bench.extras import BadExtra
-from dbp_bench.job import Job, Overrides, Planned, entry_digests, identity_of, plan, resolve
-from dbp_bench.provenance import device_name
-from dbp_bench.registry import DefenseEntry, NetworkRef, Registry
 from dbp_bench.reporting.badge import BADGES, FILE, Compared, Verification
-from dbp_bench.reporting.comparable import NULL, Record, check_comparable, read_record
+from dbp_bench.reporting.records import NULL, Record, check_comparable, read_record
 from dbp_bench.result import Outcomes, Result, result_path, write_atomically
-from dbp_bench.run import execute, runtime_path
-from dbp_bench.saved import Saved, adversarial_path, judge_saved, read_saved
+from dbp_bench.runs.execute import execute, runtime_path
+from dbp_bench.runs.job import Job, Overrides, Planned, entry_digests, identity_of, plan, resolve
+from dbp_bench.runs.provenance import device_name
+from dbp_bench.runs.saved import Saved, adversarial_path, judge_saved, read_saved
 from dbp_bench.submission.archive import Bundle, Refused, Summary
-from dbp_bench.weights import digest
+from dbp_bench.weights.files import digest
 
 ACCEPTED: Final = frozenset({"0.1.0"})
 """Versions whose results can be verified by this one: they compute the same numbers."""

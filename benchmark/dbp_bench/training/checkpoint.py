@@ -12,7 +12,7 @@ from torch import Tensor
 from dbp_bench.errors import BadRequest, BadWeights
 from dbp_bench.result import write_atomically
 from dbp_bench.training.state import State
-from dbp_bench.weights import check_fit, load
+from dbp_bench.weights.files import check_fit, load
 
 _KEY = "dbp-bench training state"
 

@@ -26,7 +26,7 @@ from dbp_bench.training.loop import Batch, Precision, train
 from dbp_bench.training.processes import DDPM
 from dbp_bench.training.recipes import GUIDED, Recipe
 from dbp_bench.training.state import Settings
-from dbp_bench.weights import ASSETS, digest, fill, load
+from dbp_bench.weights.files import ASSETS, digest, fill, load
 
 HEADER = "dbp-bench"
 """Where the header of a weights file says what it is."""

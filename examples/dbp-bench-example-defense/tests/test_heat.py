@@ -6,9 +6,9 @@ import pytest
 import torch
 from dbp_bench_example.heat import Heat, build, laplacian
 
-from dbp_bench.conformance import check_entry
+from dbp_bench.checks.conformance import check_entry
+from dbp_bench.entries.registry import Registry
 from dbp_bench.noise import VICTIM, Tape
-from dbp_bench.registry import Registry
 
 
 def test_the_laplacian_of_a_parabola_is_constant() -> None:

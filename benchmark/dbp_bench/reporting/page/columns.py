@@ -2,9 +2,9 @@
 
 from typing import Final
 
-from dbp_bench.reporting.comparable import KNOWN, NULL, WHITEBOX
 from dbp_bench.reporting.leaderboard import Row
 from dbp_bench.reporting.pool import Pool
+from dbp_bench.reporting.records import KNOWN, NULL, WHITEBOX
 
 _THREATS: Final = {key: threat for key, (threat, _) in KNOWN.items()} | {
     WHITEBOX: WHITEBOX,

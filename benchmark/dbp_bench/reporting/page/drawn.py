@@ -6,7 +6,6 @@ from typing import Final
 
 from markupsafe import Markup
 
-from dbp_bench.reporting.comparable import NULL
 from dbp_bench.reporting.findings import Findings, Interval
 from dbp_bench.reporting.leaderboard import Leaderboard, Row
 from dbp_bench.reporting.page.columns import serving
@@ -23,6 +22,7 @@ from dbp_bench.reporting.page.figures import (
     swatch_of,
 )
 from dbp_bench.reporting.pool import Pool
+from dbp_bench.reporting.records import NULL
 from dbp_bench.reporting.statistics import Estimate
 from dbp_bench.result import without_draws
 

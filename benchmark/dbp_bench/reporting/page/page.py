@@ -11,21 +11,21 @@ from typing import Final
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult
-from dbp_bench.registry import Registry
-from dbp_bench.reporting.accounting import METRICS
-from dbp_bench.reporting.comparable import KNOWN, NULL, Record
-from dbp_bench.reporting.flags import describe
 from dbp_bench.reporting.leaderboard import UNDEFENDED, Leaderboard, Row
+from dbp_bench.reporting.literature import Paper, Published, published
 from dbp_bench.reporting.page.columns import serving
 from dbp_bench.reporting.page.drawn import figures
 from dbp_bench.reporting.pool import Pool
-from dbp_bench.reporting.published import Paper, Published, published
 from dbp_bench.reporting.ranking import ALPHA
+from dbp_bench.reporting.records import KNOWN, NULL, Record
 from dbp_bench.reporting.rendering import BOOTSTRAP, in_words, shown_eps
 from dbp_bench.reporting.samples import Samples, samples_path
+from dbp_bench.reporting.sanity import describe
 from dbp_bench.reporting.statistics import LEVEL, Estimate
 from dbp_bench.reporting.tables import ranking
+from dbp_bench.reporting.votes import METRICS
 from dbp_bench.result import Result
 
 FOLDER: Final = Path(__file__).parent

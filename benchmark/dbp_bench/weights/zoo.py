@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbp_bench import __version__, weights
-from dbp_bench.checkpoints import catalog, store
+from dbp_bench import __version__
 from dbp_bench.errors import BadWeights, DbpError, UnknownName
 from dbp_bench.extras import load_extra
+from dbp_bench.weights import catalog, files, store
 
 
 class Normalised(nn.Module):
@@ -125,7 +125,7 @@ def _robustbench(model: str) -> nn.Module:
         close = get_close_matches(model, known, n=3, cutoff=0.5)
         hint = f" Near it: {', '.join(close)}." if close else ""
         raise UnknownName(f"robustbench has no model {model!r}.{hint}")
-    folder = weights.cache() / "robustbench"
+    folder = files.cache() / "robustbench"
     try:
         loaded: nn.Module = modules["utils"].load_model(
             model_name=name, model_dir=folder, dataset=dataset, threat_model=threat

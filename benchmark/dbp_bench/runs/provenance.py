@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from dbp_bench import __version__
-from dbp_bench.job import Job, entry_digests, weights_of
 from dbp_bench.result import Provenance
+from dbp_bench.runs.job import Job, entry_digests, weights_of
 
 
 def provenance(job: Job, data: str) -> Provenance:
@@ -52,7 +52,7 @@ def device_name(device: str) -> str:
 
 def _git() -> tuple[str | None, bool | None]:
     """Commit of the checkout that this code runs from, and whether code or entries differ."""
-    top = Path(__file__).parents[2]
+    top = Path(__file__).parents[3]
     if not (top / ".git").exists():
         return None, None
     try:

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbp_bench import gradients, memory
+from dbp_bench import memory
+from dbp_bench.checks import gradients
 from dbp_bench.data import stand_in
 from dbp_bench.defense import Defense
-from dbp_bench.job import Job
+from dbp_bench.entries.registry import Registry
 from dbp_bench.memory import Policy
 from dbp_bench.noise import ATTACKER, Tape
-from dbp_bench.registry import Registry
-from dbp_bench.run import FRESH_DRAWS, is_complete, missing_gradients
+from dbp_bench.runs.execute import FRESH_DRAWS, is_complete, missing_gradients
+from dbp_bench.runs.job import Job
 
 MOMENT = 0.25
 """Seconds that a timed pass should take: long enough to be typical of long ones."""

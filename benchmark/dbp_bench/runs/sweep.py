@@ -11,12 +11,12 @@ from math import prod, sqrt
 from pathlib import Path
 
 from dbp_bench.data import facts_of
+from dbp_bench.entries.registry import Registry, number
 from dbp_bench.errors import BadRequest, ZeroGradient, did_you_mean
-from dbp_bench.job import Job, Overrides, refuse_borrowed, resolve
-from dbp_bench.registry import Registry, number
 from dbp_bench.reporting.findings import SCHEMA, Findings, Flag, Interval, Measured, findings_path
 from dbp_bench.reporting.statistics import Bootstrap, Estimate, Replicates
 from dbp_bench.result import Result
+from dbp_bench.runs.job import Job, Overrides, refuse_borrowed, resolve
 
 AXES = ("steps", "eot", "eps")
 """What can be swept over."""

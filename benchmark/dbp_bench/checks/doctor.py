@@ -5,7 +5,7 @@ those that the entries mean. A short attack must give the stored numbers, within
 the sums inside a network are rounded in another order on another machine; whether they are equal to
 the last bit is told, and decides nothing.
 
-``python -m dbp_bench.doctor --write`` makes the stored numbers again.
+``python -m dbp_bench.checks.doctor --write`` makes the stored numbers again.
 """
 
 import json
@@ -24,17 +24,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dbp_bench import __version__, attacks, evaluate, extras, weights
+from dbp_bench import __version__, attacks, evaluate, extras
 from dbp_bench.data import load_data
+from dbp_bench.entries.registry import DefenseEntry, Entry, NetworkRef, Registry, Track
 from dbp_bench.errors import DbpError
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import FORWARD, VICTIM, Tape, philox
-from dbp_bench.provenance import device_name
-from dbp_bench.registry import DefenseEntry, Entry, NetworkRef, Registry, Track
 from dbp_bench.result import write_atomically
+from dbp_bench.runs.provenance import device_name
 from dbp_bench.threat import budget
+from dbp_bench.weights import files as weight_files
 
-GOLDEN = weights.ASSETS / "golden.json"
+GOLDEN = weight_files.ASSETS / "golden.json"
 """The numbers that the case must give."""
 
 DEFENSE, TRACK, EXAMPLES, SEED = "ddpm", "digits-linf", 8, 0
@@ -199,11 +200,11 @@ def _files(stored: Mapping[str, str]) -> Part:
     """Every file that ships, against the sha256 that an entry or the golden case gives."""
     name = "files"
     try:
-        wanted = {(weights.ASSETS / file): digest for file, digest in stored.items()}
+        wanted = {(weight_files.ASSETS / file): digest for file, digest in stored.items()}
         for path, file, digest in _declared(Registry()):
-            wanted[weights.find(file, [path.parent, path.parent.parent])] = digest
+            wanted[weight_files.find(file, [path.parent, path.parent.parent])] = digest
         for path, digest in wanted.items():
-            weights.verify(path, digest)
+            weight_files.verify(path, digest)
     except DbpError as error:
         return name, str(error).rstrip("."), ""
     except OSError as error:
@@ -231,7 +232,7 @@ def _attack(device: str, stored: Mapping[str, Any]) -> Part:
     registry = Registry()
     defense, track = registry.defense(DEFENSE), registry.track(TRACK)
     if _case(defense, track) != stored["case"]:
-        write = "python -m dbp_bench.doctor --write"
+        write = "python -m dbp_bench.checks.doctor --write"
         return name, f"the entry {DEFENSE} or {TRACK} was edited; {write} stores it anew", ""
     found = _run(registry, defense, track, device)
     gaps, tolerance = [], TOLERANCES[torch.device(device).type]
@@ -304,7 +305,7 @@ def write_golden(path: Path = GOLDEN) -> None:
     found = _run(registry, defense, track, "cpu")
     golden = {
         "about": "Numbers that `dbp-bench doctor` computes again. "
-        "Made by `python -m dbp_bench.doctor --write`.",
+        "Made by `python -m dbp_bench.checks.doctor --write`.",
         "made_by": {"torch": torch.__version__, "device": "cpu", "machine": platform.machine()},
         "draws": _draw_digests("cpu"),
         "data": {f"{track.entry.data}.safetensors": data.digest([])},
@@ -316,5 +317,5 @@ def write_golden(path: Path = GOLDEN) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
-        sys.exit("usage: python -m dbp_bench.doctor --write")
+        sys.exit("usage: python -m dbp_bench.checks.doctor --write")
     write_golden()

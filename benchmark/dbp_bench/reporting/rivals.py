@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dbp_bench.reporting.accounting import WorstCase, worst_hidden, worst_known
-from dbp_bench.reporting.comparable import MAIN, NULL, WHITEBOX
 from dbp_bench.reporting.pool import Pool
+from dbp_bench.reporting.records import MAIN, NULL, WHITEBOX
 from dbp_bench.reporting.statistics import Bootstrap, Estimate
+from dbp_bench.reporting.votes import WorstCase, worst_hidden, worst_known
 
 Kind = Literal["control", "defense"]
 

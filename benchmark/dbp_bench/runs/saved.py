@@ -13,10 +13,10 @@ from torch import Tensor
 from dbp_bench import evaluate
 from dbp_bench.data import load_data
 from dbp_bench.defense import Defense
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, BadWeights
 from dbp_bench.evaluate import FRESH, Group
-from dbp_bench.job import Job, refuse_other_request
-from dbp_bench.registry import Registry
+from dbp_bench.runs.job import Job, refuse_other_request
 from dbp_bench.threat import Budget, budget
 
 _SLACK = 1e-6

@@ -10,11 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dbp_bench import __version__, data, outside, weights
-from dbp_bench.checkpoints import store
-from dbp_bench.errors import BadEntry, BadRequest, did_you_mean
-from dbp_bench.passes import Passes, Setup
-from dbp_bench.registry import (
+from dbp_bench import __version__, data
+from dbp_bench.entries import outside
+from dbp_bench.entries.registry import (
     EFFORTS,
     KNOWN_DRAWS,
     CheckpointRef,
@@ -30,7 +28,11 @@ from dbp_bench.registry import (
     check_eps,
     explain,
 )
+from dbp_bench.errors import BadEntry, BadRequest, did_you_mean
+from dbp_bench.passes import Passes, Setup
 from dbp_bench.result import Result, result_path, searched_effort
+from dbp_bench.weights import files as weight_files
+from dbp_bench.weights import store
 
 
 @dataclass(frozen=True, slots=True)
@@ -496,10 +498,10 @@ def weights_of(job: Job) -> dict[str, str]:
 
 def entry_digests(job: Job) -> dict[str, str]:
     """sha256 of the three entry files."""
-    source = {} if job.source is None else {"source": weights.digest(job.source.path)}
+    source = {} if job.source is None else {"source": weight_files.digest(job.source.path)}
     return {
-        "track": weights.digest(job.track.path),
-        "defense": weights.digest(job.defense.path),
-        "threat": weights.digest(job.threat.path),
+        "track": weight_files.digest(job.track.path),
+        "defense": weight_files.digest(job.defense.path),
+        "threat": weight_files.digest(job.threat.path),
         **source,
     }

@@ -6,9 +6,8 @@ from typing import Any
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dbp_bench import weights
-from dbp_bench.checkpoints import catalog, store
-from dbp_bench.checkpoints.convert import network_of
+from dbp_bench.weights import catalog, files, store
+from dbp_bench.weights.convert import network_of
 
 
 class _NoInitialisation(TorchFunctionMode):
@@ -38,11 +37,11 @@ def build(name: str) -> nn.Module:
     """
     entry = catalog.find(name)
     if isinstance(entry.source, catalog.Zoo):
-        from dbp_bench.checkpoints import zoo
+        from dbp_bench.weights import zoo
 
         return zoo.build(name)
     path = store.verified(name)
     with _NoInitialisation():
         network = network_of(entry)
-    weights.fill(network, weights.load(path), path)
+    files.fill(network, files.load(path), path)
     return network

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from dbp_bench.entries.registry import explain, number
 from dbp_bench.errors import BadEntry
-from dbp_bench.registry import explain, number
 from dbp_bench.reporting.rendering import tex
 
-_FILE = Path(__file__).with_name("published.yaml")
+_FILE = Path(__file__).with_name("literature.yaml")
 
 
 class _Strict(BaseModel):

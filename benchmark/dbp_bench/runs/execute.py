@@ -20,20 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dbp_bench import attacks, evaluate, gradients
+from dbp_bench import attacks, evaluate
+from dbp_bench.checks import gradients
 from dbp_bench.data import DataSet, load_data
 from dbp_bench.defense import Defense
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest
 from dbp_bench.evaluate import FRESH, Group
-from dbp_bench.job import (
-    Job,
-    identity_of,
-    refuse_other_request,
-)
 from dbp_bench.memory import Policy
 from dbp_bench.noise import Site
-from dbp_bench.provenance import provenance
-from dbp_bench.registry import Registry
 from dbp_bench.result import (
     SCHEMA,
     Arithmetic,
@@ -42,7 +37,13 @@ from dbp_bench.result import (
     Result,
     write_atomically,
 )
-from dbp_bench.saved import adversarial_path, budget_of, pack
+from dbp_bench.runs.job import (
+    Job,
+    identity_of,
+    refuse_other_request,
+)
+from dbp_bench.runs.provenance import provenance
+from dbp_bench.runs.saved import adversarial_path, budget_of, pack
 from dbp_bench.threat import Tick, ignore
 
 FRESH_DRAWS = 3

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from dbp_bench import weights
-from dbp_bench.checkpoints import catalog
 from dbp_bench.declaration import Strict, explain
 from dbp_bench.errors import BadWeights
 from dbp_bench.result import write_atomically
+from dbp_bench.weights import catalog, files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +37,7 @@ class Record(Strict):
 
 def folder() -> Path:
     """Where converted checkpoints are."""
-    return weights.cache() / "weights"
+    return files.cache() / "weights"
 
 
 def downloads() -> Path:
@@ -105,7 +104,7 @@ def verified(name: str) -> Path:
     record, path = read(name), file(name)
     if not path.is_file():
         raise BadWeights(f"{path} is missing, but not its record. {how_to_get(name)}.")
-    actual = weights.digest(path)
+    actual = files.digest(path)
     if actual != record.sha256:
         raise BadWeights(
             f"{path}: damaged: sha256 is {actual[:16]}..., recorded is {record.sha256[:16]}.... "
@@ -128,7 +127,7 @@ def put(name: str, tensors: "Mapping[str, Tensor]") -> str:
     try:
         save_file(dict(tensors), temporary)
         temporary.chmod(0o644)  # safetensors writes for its owner alone; a cache may be shared
-        sha256 = weights.digest(temporary)
+        sha256 = files.digest(temporary)
         # First the record: without it the weights count as missing, whatever happens between.
         record_file(name).unlink(missing_ok=True)
         temporary.replace(path)

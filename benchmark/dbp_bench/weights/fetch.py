@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from dbp_bench import __version__
-from dbp_bench.checkpoints import catalog, store
-from dbp_bench.checkpoints.catalog import ByHand, Checkpoint, Drive, Hub, Url, Zoo
-from dbp_bench.checkpoints.convert import convert, need_space
 from dbp_bench.errors import BadRequest, BadWeights
+from dbp_bench.weights import catalog, store
+from dbp_bench.weights.catalog import ByHand, Checkpoint, Drive, Hub, Url, Zoo
+from dbp_bench.weights.convert import convert, need_space
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes that are there, and those that there will be where that is known."""
@@ -54,7 +54,7 @@ def fetch(name: str, progress: Progress = lambda *_: None, *, keep: bool = False
         case ByHand():
             raise BadRequest(f"{name}: no link leads to it. {store.how_to_get(name)}.")
         case Zoo():
-            from dbp_bench.checkpoints import zoo
+            from dbp_bench.weights import zoo
 
             return zoo.fetch(name)
         case Hub() as source:

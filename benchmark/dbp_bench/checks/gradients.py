@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbp_bench.attacks.objectives import OBJECTIVES
-from dbp_bench.conformance import DIRECTIONS, TOLERANCE, difference_errors
+from dbp_bench.attacks.common.objectives import OBJECTIVES
+from dbp_bench.checks.conformance import DIRECTIONS, TOLERANCE, difference_errors
 from dbp_bench.data import load_data, split_ids
 from dbp_bench.defense import Defense, StraightThrough
+from dbp_bench.entries.registry import DefenseEntry, Entry, Registry, Track
 from dbp_bench.errors import BadRequest
 from dbp_bench.evaluate import Group
-from dbp_bench.job import Job, declared_surrogate
 from dbp_bench.memory import Policy
 from dbp_bench.noise import Tape
-from dbp_bench.registry import DefenseEntry, Entry, Registry, Track
 from dbp_bench.reporting.statistics import Bootstrap, Estimate
 from dbp_bench.result import GradientCheck
+from dbp_bench.runs.job import Job, declared_surrogate
 from dbp_bench.threat import AttackerView, Objective
 
 COUNTS = (1, 10, 64)
@@ -135,7 +135,7 @@ def measure(
         group: Images ``(b, c, h, w)`` in [0, 1], float64; nothing is added to them.
         seed: Decides the draws: 0 ... N-1 for a mean of N, and as many others for its other half.
         rows: Images x draws in one pass through the networks, at most.
-        loss: One of :data:`dbp_bench.attacks.objectives.OBJECTIVES`.
+        loss: One of :data:`dbp_bench.attacks.common.objectives.OBJECTIVES`.
         counts: Draws per mean.
         tiny: Images on which finite differences are taken.
 

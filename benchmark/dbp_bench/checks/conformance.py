@@ -19,10 +19,10 @@ from torch import Tensor
 
 from dbp_bench.data import load_data, split_ids
 from dbp_bench.defense import Defense
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import DbpError, NotConforming
 from dbp_bench.memory import Policy
 from dbp_bench.noise import Noise, Site, Tape, seeded
-from dbp_bench.registry import Registry
 from dbp_bench.threat import Revealed
 
 Check = Callable[[Defense, Tensor], None]

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dbp_bench.checkpoints import catalog
-from dbp_bench.checkpoints.convert import network_of
 from dbp_bench.extras import load_extra
+from dbp_bench.weights import catalog
+from dbp_bench.weights.convert import network_of
 
 
 def blank(name: str) -> nn.Module:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from dbp_bench.data import load_data
 from dbp_bench.defense import Defense
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult
 from dbp_bench.noise import VICTIM, Tape
-from dbp_bench.registry import Registry
-from dbp_bench.replay import again
 from dbp_bench.reporting.samples import NOTE, SCHEMA, Sample, Samples, png, samples_path
 from dbp_bench.result import Result
+from dbp_bench.runs.replay import again
 
 IMAGES: Final = 4
 """Of the track's first, that are shown."""

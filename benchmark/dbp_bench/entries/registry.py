@@ -29,13 +29,14 @@ from pydantic import (
     model_validator,
 )
 
-from dbp_bench import outside, weights
-from dbp_bench.checkpoints import catalog, store
 from dbp_bench.declaration import Strict
 from dbp_bench.declaration import explain as explain
 from dbp_bench.declaration import read_yaml as read_yaml
+from dbp_bench.entries import outside
 from dbp_bench.errors import BadEntry, UnknownName, did_you_mean
 from dbp_bench.passes import Passes, Setup, of_autoattack, of_torchattacks, phases
+from dbp_bench.weights import catalog, store
+from dbp_bench.weights import files as weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -745,15 +746,15 @@ class Entry(Generic[E]):
     @property
     def sha256(self) -> str:
         """Of the file."""
-        return weights.digest(self.path)
+        return weight_files.digest(self.path)
 
 
 def _shipped() -> dict[str, Path]:
     """Where the package's own entries are: inside a wheel, or at the top of a checkout."""
-    inside = Path(__file__).parent / "entries"
-    if inside.is_dir():
+    inside = Path(__file__).parent
+    if (inside / "defenses").is_dir():
         return {kind: inside / kind for kind in ("defenses", "attacks", "tracks")}
-    top = Path(__file__).parents[2]
+    top = Path(__file__).parents[3]
     return {
         "defenses": top / "defenses",
         "attacks": top / "attacks",
@@ -770,8 +771,8 @@ class Registry:
         data: Where the user says that data sets are; None for the environment variable or the hub.
         instead: Files of defenses, by name, that count in place of any of that name.
 
-    Installed packages add folders of their own (see :mod:`dbp_bench.outside`); to install one is
-    not to trust it: its code runs with `trust_code` only.
+    Installed packages add folders of their own (see :mod:`dbp_bench.entries.outside`); to install
+    one is not to trust it: its code runs with `trust_code` only.
 
     Raises:
         BadEntry: A folder isn't there or holds no entries, or a name is taken.
@@ -859,18 +860,18 @@ class Registry:
     def build_network(self, ref: NetworkRef | CheckpointRef, path: Path) -> "nn.Module":
         """The network that `ref`, in the entry at `path`, declares, with its weights verified."""
         if isinstance(ref, CheckpointRef):
-            from dbp_bench.checkpoints.build import build
+            from dbp_bench.weights.build import build
 
             if self.made_up is not None and not store.has(ref.checkpoint):
-                from dbp_bench.checkpoints.blank import blank
+                from dbp_bench.weights.blank import blank
 
                 self.made_up.append(ref.checkpoint)
                 return blank(ref.checkpoint)
             return build(ref.checkpoint)
-        file = weights.find(ref.file, [path.parent, path.parent.parent])
-        weights.verify(file, ref.sha256)
+        file = weight_files.find(ref.file, [path.parent, path.parent.parent])
+        weight_files.verify(file, ref.sha256)
         network: nn.Module = self._call(ref.network, path, "network")
-        weights.fill(network, weights.load(file), file)
+        weight_files.fill(network, weight_files.load(file), file)
         return network
 
     def build_defense(

@@ -11,9 +11,9 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dbp_bench import weights
-from dbp_bench.checkpoints import unpickle
 from dbp_bench.errors import BadWeights
+from dbp_bench.weights import files as weight_files
+from dbp_bench.weights import unpickle
 
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How files of torch before 1.6 start: a magic number, pickled."""
@@ -160,7 +160,7 @@ def _safetensors(file: IO[bytes], label: str, path: Path | None) -> dict[str, Te
     from safetensors.torch import load
 
     if path is not None:
-        return weights.load(path)
+        return weight_files.load(path)
     try:
         return load(file.read())
     except (SafetensorError, ValueError) as error:

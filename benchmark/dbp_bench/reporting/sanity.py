@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from dbp_bench.reporting.accounting import METRICS, Account, gaps
-from dbp_bench.reporting.comparable import KNOWN, NULL, Effort
-from dbp_bench.reporting.contest import strongest
 from dbp_bench.reporting.findings import Findings
 from dbp_bench.reporting.pool import Pool
+from dbp_bench.reporting.records import KNOWN, NULL, Effort
+from dbp_bench.reporting.rivals import strongest
 from dbp_bench.reporting.statistics import Bootstrap, Estimate, Replicates
+from dbp_bench.reporting.votes import METRICS, Account, gaps
 
 FEW_DRAWS: Final = 3
 """Known draws below which an average over them is flagged."""

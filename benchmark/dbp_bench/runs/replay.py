@@ -7,11 +7,11 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dbp_bench.job import Job, Overrides, identity_of, refuse_other_request, resolve
-from dbp_bench.registry import Registry
+from dbp_bench.entries.registry import Registry
 from dbp_bench.result import Result
-from dbp_bench.run import execute
-from dbp_bench.saved import adversarial_path
+from dbp_bench.runs.execute import execute
+from dbp_bench.runs.job import Job, Overrides, identity_of, refuse_other_request, resolve
+from dbp_bench.runs.saved import adversarial_path
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbp_bench import __version__, weights
-from dbp_bench.checkpoints import catalog, formats, store
-from dbp_bench.checkpoints.catalog import Checkpoint
+from dbp_bench import __version__
 from dbp_bench.errors import BadRequest, BadWeights
 from dbp_bench.networks import ho, songunet, wrn
+from dbp_bench.weights import catalog, files, formats, store
+from dbp_bench.weights.catalog import Checkpoint
 
 Converter = Callable[[Mapping[str, Any], nn.Module], Mapping[str, Any]]
 """What a file holds, and the network on no device, to the network's state."""
@@ -88,7 +88,7 @@ def convert(name: str, path: Path, *, unpublished: bool = False) -> store.Record
         state = renamed(entry.layout, held.values, network)
     except BadWeights as error:
         raise BadWeights(f"{path}: {error}") from None
-    weights.check_fit(network, state, path)
+    files.check_fit(network, state, path)
     state = {key: _own(value) for key, value in state.items()}
     _check_finite(state, path)
     _check_space(state)
@@ -97,7 +97,7 @@ def convert(name: str, path: Path, *, unpublished: bool = False) -> store.Record
         name=name,
         network=entry.network,
         layout=entry.layout,
-        source_sha256=weights.digest(held.weights),
+        source_sha256=files.digest(held.weights),
         source_size=held.weights.stat().st_size,
         published=published,
         sha256=sha256,
@@ -123,7 +123,7 @@ def check_published(entry: Checkpoint, path: Path, *, unpublished: bool = False)
         problem = f"{size} bytes, published are {entry.size}"
     for algorithm, want in (("md5", entry.md5), ("sha256", entry.sha256)):
         if problem is None and want is not None:
-            actual = weights.digest(path, "md5" if algorithm == "md5" else "sha256")
+            actual = files.digest(path, "md5" if algorithm == "md5" else "sha256")
             if actual != want:
                 problem = f"{algorithm} is {actual}, published is {want}"
     if problem is None:

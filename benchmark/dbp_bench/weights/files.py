@@ -11,7 +11,7 @@ from dbp_bench.errors import BadWeights
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 """Files that ship with the package."""
 
 

@@ -1,0 +1,1 @@
+"""What attacks share: losses, and the view that third-party attacks are given."""

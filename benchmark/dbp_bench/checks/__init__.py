@@ -1,0 +1,1 @@
+"""What a defense, its gradient and an installation must satisfy."""

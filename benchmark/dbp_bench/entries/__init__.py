@@ -1,0 +1,1 @@
+"""Declarations in YAML, and the objects that are built from them."""
