@@ -13,7 +13,7 @@ from dbp_bench.defense import Defense
 from dbp_bench.memory import CallCounter, Policy
 from dbp_bench.noise import FORWARD, GUIDANCE, Noise, Site, Tape
 from dbp_bench.purifiers.schedule import Schedule
-from toys import SAMPLERS, Recorder, Remembered, Small, SmallDenoiser, sampler, ssim, uniform
+from toys import SAMPLERS, Recorder, CachedTape, Small, SmallDenoiser, sampler, ssim, uniform
 
 N = 3
 KEPT: Policy = "none"
@@ -50,7 +50,7 @@ def test_step_checkpointing_is_plain_autograd_bit_for_bit(name: str) -> None:
 def test_recomputation_replays_states_steps_and_noise(name: str) -> None:
     rounds = 2 if name == "gdmp" else 1
     calls = 4 * rounds
-    noise = Remembered(tape())
+    noise = CachedTape(tape())
     defense, network = build(name, REDONE)
     run(defense, noise)
 
@@ -84,7 +84,7 @@ def test_a_gradient_that_needs_the_noise_again_gets_the_same() -> None:
         defense, _ = build("gdmp", policy, distance_gradient=ssim, scale=30.0)
         return run(defense, noise)[1]
 
-    remembered = Remembered(tape())
+    remembered = CachedTape(tape())
     assert torch.equal(gradient(REDONE, remembered), gradient(KEPT, tape()))
     guides = [step for site, step, _ in remembered.log if site == GUIDANCE]
     assert sorted(guides) == [i for i in (0, 1, 2, 4, 5, 6) for _ in range(2)]
@@ -274,7 +274,7 @@ def test_recording_changes_nothing_that_is_computed_drawn_or_counted(
     name: str, policy: Policy
 ) -> None:
     (quiet, _), (told, _) = build(name, policy), build(name, policy)
-    want, drawn, again = run(quiet, first := Remembered(tape())), first.log, Remembered(tape())
+    want, drawn, again = run(quiet, first := CachedTape(tape())), first.log, CachedTape(tape())
     with memory.recording() as states:
         found = run(told, again)
     assert len(states) == (8 if name == "gdmp" else 4), "none of a measurement, nor of a repetition"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dbp_bench import noise
-from dbp_bench.noise import FORWARD, REVERSE, Remembered, Site, Tape, seeded, shuffled
+from dbp_bench.noise import FORWARD, REVERSE, CachedTape, Site, Tape, seeded, shuffled
 
 WORDS = 1 << 64
 COUNTERS = [
@@ -283,7 +283,7 @@ def test_remembered_draws_are_the_tapes_own(monkeypatch: pytest.MonkeyPatch) -> 
         return draw(self, site, step, like)
 
     monkeypatch.setattr(Tape, "normal", counted)
-    kept = Remembered(tape)
+    kept = CachedTape(tape)
     rows = torch.tensor([2, 0])
     like = torch.empty(2, 3, 5)
     for part, same in (
@@ -302,6 +302,6 @@ def test_remembered_draws_are_the_tapes_own(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match="has 3 rows, but the batch has 2"):
         kept.normal(FORWARD, 4, like)
 
-    monkeypatch.setattr("dbp_bench.noise.REMEMBERED_BYTES", 3 * 15 * 4)
+    monkeypatch.setattr("dbp_bench.noise.CACHE_BYTES", 3 * 15 * 4)
     assert torch.equal(kept[rows].normal(REVERSE, 1, like), draw(tape[rows], REVERSE, 1, like))
     assert asked[1:] == [(REVERSE, 1, 2)]

@@ -25,7 +25,7 @@ from toys import (
     Impulse,
     MixtureDenoiser,
     Recorder,
-    Remembered,
+    CachedTape,
     Silent,
     continuous_signal,
     discrete_signal,
@@ -125,7 +125,7 @@ def test_levels_and_number_of_network_calls(name: str, t_star: int, steps: int) 
     network = Recorder(GaussianDenoiser())
     purifier = sampler(name, network, t_star=t_star, steps=steps)
     defense = Defense(purifier, Echo(), [network])
-    noise = Remembered(tape())
+    noise = CachedTape(tape())
     x = images()
     defense.logits(x, noise)
 
@@ -143,7 +143,7 @@ def test_levels_and_number_of_network_calls(name: str, t_star: int, steps: int) 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_noise_is_drawn_where_it_is_declared_and_never_twice(name: str) -> None:
     purifier = sampler(name, GaussianDenoiser(), steps=4)
-    noise = Remembered(tape())
+    noise = CachedTape(tape())
     purifier(images(), noise)
     asked = [(site, step) for site, step, _ in noise.log]
     assert len(set(asked)) == len(asked)
@@ -158,7 +158,7 @@ def test_noise_is_drawn_where_it_is_declared_and_never_twice(name: str) -> None:
 def test_the_guidance_site_is_declared_only_where_the_target_is_noised() -> None:
     quiet = sampler("gdmp", GaussianDenoiser(), noisy_target=False)
     assert quiet.sites == {FORWARD, REVERSE}
-    noise = Remembered(tape())
+    noise = CachedTape(tape())
     quiet(images(), noise)
     assert {site for site, _, _ in noise.log} == quiet.sites
     assert sampler("gdmp", GaussianDenoiser()).sites == {FORWARD, REVERSE, GUIDANCE}
@@ -236,7 +236,7 @@ def test_one_step_of_ddpm() -> None:
     for variance in variances:
         for t_star in (2, 3, 50, 200):
             denoiser.seen.clear()
-            noise = Remembered(tape())
+            noise = CachedTape(tape())
             chain = DDPM(denoiser, t_star, t_star, variance, clip_x0=False, clamp_output=False)
             chain(images(), noise)
             (z, t), (after, _) = denoiser.seen[:2]
@@ -275,7 +275,7 @@ def test_the_step_to_level_zero_is_the_denoised_image(variance: Variance) -> Non
 def test_one_step_of_diffpure() -> None:
     """Euler-Maruyama on dz = (-beta z / 2 - beta score) dt + sqrt(beta) dw, backwards in time."""
     denoiser = Recorder(GaussianDenoiser(signal=continuous_signal))
-    noise = Remembered(tape())
+    noise = CachedTape(tape())
     sampler("diffpure", denoiser, t_star=100, steps=4, **SOFT)(images(), noise)
     for i, (level, to) in enumerate([(100, 75), (75, 50), (50, 25)]):
         z, after = denoiser.seen[i][0], denoiser.seen[i + 1][0]
@@ -388,7 +388,7 @@ def test_one_guided_step() -> None:
     """The mean moves by -sigma^2 * scale * noise/signal * gradient, towards a noised target."""
     denoiser = Recorder(GaussianDenoiser())
     scale, x = 300.0, images()
-    noise = Remembered(tape())
+    noise = CachedTape(tape())
     options = {**RAW, "t_star": 60, "steps": 60, "iterations": 1, "scale": scale}
     sampler("gdmp", denoiser, **options)(x, noise)
     z, after = denoiser.seen[0][0], denoiser.seen[1][0]
@@ -410,7 +410,7 @@ def test_every_iteration_of_gdmp_starts_from_the_last_and_is_guided_to_the_first
         return torch.zeros_like(z)
 
     denoiser, x = Recorder(GaussianDenoiser()), images()
-    noise = Remembered(tape())
+    noise = CachedTape(tape())
     options = {**RAW, "distance_gradient": keep, "noisy_target": False, "iterations": 3}
     sampler("gdmp", denoiser, **options)(x, noise)
     chain = sampler("ddpm", denoiser, **RAW)

@@ -12,7 +12,7 @@ from dbp_bench.defense import Defense
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, REVERSE, Tape
 from dbp_bench.purifiers.edm import EDM, edm_ode, edm_sde
-from toys import Remembered, Silent, Small, normal, uniform
+from toys import CachedTape, Silent, Small, normal, uniform
 
 GRID: dict[str, Any] = {"sigma_max": 0.5, "sigma_min": 0.002, "rho": 7.0, "steps": 50}
 ODE: dict[str, Any] = {**GRID, "solver": "heun", "clamp_output": True}
@@ -62,7 +62,7 @@ def test_network_calls(solver: str, calls: int, churned: bool) -> None:
 
 def test_noise_is_drawn_at_the_steps_within_the_limits_alone() -> None:
     """At 0.5, above S_max, and below S_min there is none: sites say so, and so do the addresses."""
-    purifier, noise = edm_sde(network(), **SDE), Remembered(tape())
+    purifier, noise = edm_sde(network(), **SDE), CachedTape(tape())
     purifier(images(), noise)
     churned = [i for i in range(50) if 0.01 <= karras(i) <= 0.46]
     assert 0 not in churned
@@ -70,7 +70,7 @@ def test_noise_is_drawn_at_the_steps_within_the_limits_alone() -> None:
     drawn = [(site, step) for site, step, _ in noise.log]
     assert drawn == [(FORWARD, 0), *((REVERSE, i) for i in churned)]
     assert purifier.sites == {FORWARD, REVERSE}
-    noise = Remembered(tape())
+    noise = CachedTape(tape())
     quiet = edm_ode(network(), **ODE)
     quiet(images(), noise)
     assert [(site, step) for site, step, _ in noise.log] == [(FORWARD, 0)]
@@ -95,7 +95,7 @@ def test_two_steps_of_algorithm_2() -> None:
     """From 0.5 to the lowest level with Heun's correction, and from there to 0 without."""
     net = network()
     options = {**SDE, "steps": 2, "s_max": 1.0, "s_min": 0.0, "s_churn": 0.3, "clamp_output": False}
-    noise = Remembered(tape())
+    noise = CachedTape(tape())
     x = images()
     got = 2 * edm_sde(net, **options)(x, noise) - 1
     drawn = {(site, step): n for site, step, n in noise.log}

@@ -12,7 +12,7 @@ from dbp_bench.defense import Defense, Purifier
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site, Tape
 from dbp_bench.purifiers.gradual import gradual
-from toys import Remembered, Small, discrete_signal, normal, sampler, uniform
+from toys import CachedTape, Small, discrete_signal, normal, sampler, uniform
 
 Stages = list[dict[str, int]]
 
@@ -49,7 +49,7 @@ def made(rows: Stages, net: NoiseNet | None = None, eta: float = 1.0) -> Purifie
 def test_published_calls_and_integer_grids(name: str) -> None:
     """The grid n-1, 2n-1, ..., T-1 of 0-based steps, downwards, once for each time."""
     rows, calls = PUBLISHED[name]
-    net, noise = network(), Remembered(tape())
+    net, noise = network(), CachedTape(tape())
     purifier = gradual(net, stages=rows, eta=1.0, clamp_output=False)
     defense = Defense(purifier, Small().double(), [net])
     defense.logits(images(), noise)
@@ -87,7 +87,7 @@ def test_every_run_begins_at_the_level_of_its_noise() -> None:
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_one_step(eta: float) -> None:
     """Song et al. 2021, equations 12 and 16, from index 124 to index 99."""
-    net, noise, x = network(), Remembered(tape()), images()
+    net, noise, x = network(), CachedTape(tape()), images()
     seen: list[Tensor] = []
     net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     made(stages((125, 5, 1)), net, eta)(x, noise)

@@ -18,7 +18,7 @@ from dbp_bench.purifiers import controls, ddpm, guided, vpsde
 from dbp_bench.purifiers.ddpm import Posterior
 from dbp_bench.purifiers.resize import Resized
 from dbp_bench.purifiers.schedule import Schedule, predict
-from toys import Remembered, Small, continuous_signal, discrete_signal, uniform
+from toys import CachedTape, Small, continuous_signal, discrete_signal, uniform
 
 BETAS = np.linspace(1e-4, 2e-2, 1000)
 ABAR = np.cumprod(1 - BETAS)
@@ -60,7 +60,7 @@ class Learned(nn.Module):
 
 def run(purifier: Purifier, x: Tensor | None = None) -> tuple[Tensor, Draws]:
     """The purified images in [-1, 1] space, and every draw by its address."""
-    noise = Remembered(tape())
+    noise = CachedTape(tape())
     out = 2 * purifier(images() if x is None else x, noise) - 1
     return out, {(site, step): n for site, step, n in noise.log}
 

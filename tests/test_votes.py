@@ -32,7 +32,7 @@ from toys import (
     MixtureDenoiser,
     Noisy,
     Recorder,
-    Remembered,
+    CachedTape,
     Small,
     distinct,
     normal,
@@ -145,12 +145,12 @@ def test_a_number_of_votes_that_cannot_be(votes: int) -> None:
 
 
 def test_each_vote_has_noise_of_its_own_and_the_first_that_of_no_vote() -> None:
-    x, noise = uniform(3, 1, 2, 2), Remembered(tape(3))
+    x, noise = uniform(3, 1, 2, 2), CachedTape(tape(3))
     Defense(Noisy(1, 1), Small(), votes=4).logits(x, noise)
     steps = [step for site, step, _ in noise.log if site == REVERSE]
     assert steps == [0, STEPS_PER_VOTE, 2 * STEPS_PER_VOTE, 3 * STEPS_PER_VOTE]
     assert distinct(torch.cat([drawn for _, _, drawn in noise.log])) == 3 * 4 * 2
-    plain = Remembered(tape(3))
+    plain = CachedTape(tape(3))
     Defense(Noisy(1, 1), Small()).logits(x, plain)
     for (site, step, one), (other, number, two) in zip(plain.log, noise.log[:2], strict=True):
         assert (site, step) == (other, number)

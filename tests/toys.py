@@ -291,7 +291,7 @@ class Impulse:
 
 
 @dataclass
-class Remembered:
+class CachedTape:
     """The draws of a tape, and a list of what was asked for and given."""
 
     tape: Tape

@@ -1,6 +1,6 @@
-"""Attack a group of images, then judge what the defense really does. Pure: no files, no clock."""
+"""Attack a group of images, then evaluate what the defense really does. Pure: no files, no clock."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
 from dbp_bench.threat import Attack, AttackerView, Budget, Tick, ignore
 
 FRESH = 1 << 32
-"""Victim draws from here on judge known-draw images; no attacker is ever shown one."""
+"""Victim draws from here on evaluate images made for known draws; no attacker is shown one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +29,18 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Attacked:
-    """What an attack found."""
+    """What an attack found, and how many evaluations it took."""
 
     images: Tensor
     """``(b, c, h, w)``, inside the budget and [0, 1]."""
-    gradients: Tensor
-    """``(b,)``: passes with a gradient that each image took."""
-    looks: Tensor
-    """``(b,)``: passes without."""
+    gradient: Tensor
+    """``(b,)``: gradient evaluations of each image."""
+    forward: Tensor
+    """``(b,)``: forward evaluations of each image."""
     nonzero: Tensor
-    """``(b,)``: whether any gradient wasn't zero."""
+    """``(b,)``: whether any gradient was not zero."""
     verdict: Tensor | None = None
-    """``(b,)``: robust, as the attack itself would have it; it decides nothing."""
+    """``(b,)``: whether the attack itself calls each robust; it decides nothing."""
 
 
 def attack(
@@ -52,8 +52,9 @@ def attack(
     *,
     seed: int,
     victim_draw: int,
-    rows: int,
+    max_batch: int,
     tick: Tick = ignore,
+    sources: Mapping[str, Defense] | None = None,
 ) -> Attacked:
     """Adversarial images, inside `budget` and [0, 1] whatever `method` returned.
 
@@ -62,11 +63,11 @@ def attack(
 
     Raises:
         AttackFailed: `method` returned images of another shape or values that are not finite.
-        ZeroGradient: It looked at gradients and the gradient of every image was always zero.
+        ZeroGradient: It took gradients, and the gradient of every image was always zero.
     """
     victim = Tape.make(seed, VICTIM, group.ids, victim_draw)
     guess = Tape.make(seed, f"{ATTACKER}/{victim_draw}", group.ids)
-    view = AttackerView(defense, knows, victim, guess, rows, tick)
+    view = AttackerView(defense, knows, victim, guess, max_batch, tick, sources)
     found = method(view, group.images, group.labels, budget)
     if found.shape != group.images.shape:
         raise AttackFailed(
@@ -78,23 +79,26 @@ def attack(
             "the attack returned images that are not finite (NaN or infinite): where its search "
             "fails, it must return the clean image."
         )
-    if view.log.gradients.any() and not view.log.nonzero.any():
+    if view.log.gradient.any() and not view.log.nonzero.any():
         raise ZeroGradient(
             "the gradient of every image is zero at every step: the defense masks its gradient, "
             "and this accuracy would mean nothing; `dbp-bench check` tells more."
         )
     images = budget.project(found.detach(), group.images)
     log = view.log
-    return Attacked(images, log.gradients, log.looks, log.nonzero, log.verdict)
+    return Attacked(images, log.gradient, log.forward, log.nonzero, log.verdict)
 
 
-def judge(defense: Defense, images: Tensor, group: Group, *, seed: int, draw: int) -> Tensor:
-    """Whether each of `images` ``(b, c, h, w)`` is classified correctly at victim draw `draw`.
+def predict(
+    defense: Defense, images: Tensor, ids: Sequence[int], *, seed: int, draw: int
+) -> Tensor:
+    """The predicted class ``(b,)`` of each of `images` ``(b, c, h, w)`` at victim draw `draw`.
 
-    Of a defense that votes, whether more of its votes name the label than any other class.
+    A defense that votes gives :data:`dbp_bench.defense.NO_MAJORITY` where several classes have the
+    most votes.
 
     Raises:
         AttackFailed: The defense returned logits that are not finite.
     """
     with torch.no_grad():
-        return defense.classes(images, Tape.make(seed, VICTIM, group.ids, draw)) == group.labels
+        return defense.classes(images, Tape.make(seed, VICTIM, ids, draw))

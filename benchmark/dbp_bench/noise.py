@@ -133,15 +133,15 @@ class Tape:
         return out.view(like.shape)
 
 
-class Remembered:
-    """A tape that is asked for the same draws again and again, and makes each of them once.
+class CachedTape:
+    """A tape that keeps the draws it has made, since an attack asks for known draws at every step.
 
-    Its draws are the tape's own, bit for bit. An attack that is shown a draw meets it at every
-    step. What doesn't fit into :data:`REMEMBERED_BYTES` is made anew each time.
+    Its draws are the tape's own, bit for bit. Draws that do not fit into :data:`CACHE_BYTES` are
+    made anew each time.
 
     Args:
-        tape: What is remembered.
-        rows: Those of the tape that are asked for, int64 ``(b,)``; all of them where not given.
+        tape: The tape whose draws are kept.
+        rows: Rows of the tape that are asked for, int64 ``(b,)``; all of them where not given.
     """
 
     def __init__(self, tape: Tape, rows: Tensor | None = None) -> None:
@@ -154,12 +154,12 @@ class Remembered:
         """Image ids, int64 ``(b,)``."""
         return self._tape.ids[self._rows]
 
-    def repeat(self, copies: int) -> "Remembered":
-        """Each row `copies` times in a row, with the same draw; shares what is remembered."""
+    def repeat(self, copies: int) -> "CachedTape":
+        """Each row `copies` times in a row, with the same draw; shares the cache."""
         return self._of(self._rows.repeat_interleave(copies))
 
-    def __getitem__(self, rows: Tensor) -> "Remembered":
-        """Some of the rows (an index or a mask); shares what is remembered."""
+    def __getitem__(self, rows: Tensor) -> "CachedTape":
+        """The tape of some of the rows (an index or a mask); shares the cache."""
         return self._of(self._rows[rows])
 
     def normal(self, site: Site, step: int, like: Tensor) -> Tensor:
@@ -170,20 +170,20 @@ class Remembered:
         if key not in self._held:
             whole = like.new_empty(len(self._tape.ids), *like.shape[1:])
             held = sum(value.nbytes for value in self._held.values())
-            if held + whole.nbytes > REMEMBERED_BYTES:
+            if held + whole.nbytes > CACHE_BYTES:
                 return self._tape[self._rows].normal(site, step, like)
             self._held[key] = self._tape.normal(site, step, whole)
         # A copy: a purifier may change in place what it was given.
         return self._held[key][self._rows.to(like.device)]
 
-    def _of(self, rows: Tensor) -> "Remembered":
-        part = Remembered(self._tape, rows)
+    def _of(self, rows: Tensor) -> "CachedTape":
+        part = CachedTape(self._tape, rows)
         part._held = self._held
         return part
 
 
-REMEMBERED_BYTES = 256 << 20
-"""Of one attack on a group of images."""
+CACHE_BYTES = 256 << 20
+"""Largest cache of one attack on a group of images."""
 
 
 def _library(device: torch.device) -> tuple[ModuleType, Callable[[Tensor], Any]]:

@@ -6,9 +6,9 @@ section 4.1, equations 12 and 13). In between, some sites are known. An attack c
 an :class:`AttackerView` and searches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from dbp_bench import memory
 from dbp_bench.defense import Defense
 from dbp_bench.errors import AttackFailed
 from dbp_bench.memory import State
-from dbp_bench.noise import Noise, Remembered, Site, Tape
+from dbp_bench.noise import Noise, CachedTape, Site, Tape
 
 _START, _RADIUS = Site("start"), Site("radius")
 
@@ -28,15 +28,15 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 """Losses ``(n,)`` to maximise, for logits ``(n, k)`` and labels ``(n,)``."""
 
 Deviation = Callable[[Sequence[State]], Tensor]
-"""What the states ``(n, c, h, w)`` of a purification's way back add to each loss: ``(n,)``."""
+"""Terms ``(n,)`` that are added to each loss, for the states ``(n, c, h, w)`` of a purification."""
 
 
 Tick = Callable[[int], None]
-"""Told how many images just took part in a pass with a gradient."""
+"""Called with the number of gradient evaluations that were just taken."""
 
 
-def ignore(rows: int) -> None:
-    """A :data:`Tick` for which nobody waits."""
+def ignore(evaluations: int) -> None:
+    """A :data:`Tick` that does nothing."""
 
 
 class Budget(Protocol):
@@ -212,32 +212,32 @@ class Gradient(NamedTuple):
 
 
 class AttackLog:
-    """What an attack asked of a view, by image; the log of a part of a view tells the whole's."""
+    """Evaluations that an attack took of each image; the log of a part adds to that of the whole."""
 
     def __init__(
         self, images: int, whole: "AttackLog | None" = None, rows: Tensor | None = None
     ) -> None:
-        self.gradients = torch.zeros(images, dtype=torch.int64)
-        """Passes with a gradient."""
-        self.looks = torch.zeros(images, dtype=torch.int64)
-        """Passes without."""
+        self.gradient = torch.zeros(images, dtype=torch.int64)
+        """Gradient evaluations ``(images,)``."""
+        self.forward = torch.zeros(images, dtype=torch.int64)
+        """Forward evaluations ``(images,)``: those without a gradient."""
         self.nonzero = torch.zeros(images, dtype=torch.bool)
-        """Whether any gradient wasn't zero."""
+        """Whether any gradient was not zero, ``(images,)``."""
         self.verdict: Tensor | None = None
-        """``(images,)``: robust, as the attack itself would have it; None where it doesn't say."""
+        """``(images,)``: whether the attack itself calls each robust; None where it does not say."""
         self._whole, self._rows = whole, rows
 
-    def note(self, *, gradients: int = 0, looks: int = 0, nonzero: Tensor | bool = False) -> None:
-        """Add passes that every image of this log took part in."""
-        rows = torch.arange(len(self.gradients))
-        self._note(rows, gradients, looks, torch.as_tensor(nonzero).cpu())
+    def note(self, *, gradient: int = 0, forward: int = 0, nonzero: Tensor | bool = False) -> None:
+        """Add evaluations that every image of this log took part in."""
+        rows = torch.arange(len(self.gradient))
+        self._note(rows, gradient, forward, torch.as_tensor(nonzero).cpu())
 
-    def _note(self, rows: Tensor, gradients: int, looks: int, nonzero: Tensor) -> None:
-        self.gradients[rows] += gradients
-        self.looks[rows] += looks
+    def _note(self, rows: Tensor, gradient: int, forward: int, nonzero: Tensor) -> None:
+        self.gradient[rows] += gradient
+        self.forward[rows] += forward
         self.nonzero[rows] |= nonzero
         if self._whole is not None and self._rows is not None:
-            self._whole._note(self._rows[rows], gradients, looks, nonzero)
+            self._whole._note(self._rows[rows], gradient, forward, nonzero)
 
 
 class AttackerView:
@@ -248,26 +248,29 @@ class AttackerView:
         knows: Sites whose victim draws are shown.
         victim: The victim's draw, one row per image.
         guess: The attacker's own tape, one row per image; guess ``d`` is its realisation ``d``.
-        rows: Images x copies in one pass through the networks, at most (one copy of each image is
-            never split).
-        tick: Called after each pass with a gradient, with its number of rows.
+        max_batch: Images x EoT samples in one pass through the networks, at most (one sample of
+            each image is never split).
+        tick: Called after each pass with a gradient, with its number of evaluations.
+        sources: Other defenses that the attacker has, by name; see :meth:`toward`.
     """
 
     def __init__(
         self,
         defense: Defense,
         knows: frozenset[Site],
-        victim: Tape | Remembered,
+        victim: Tape | CachedTape,
         guess: Tape,
-        rows: int,
+        max_batch: int,
         tick: Tick = ignore,
+        sources: Mapping[str, Defense] | None = None,
     ) -> None:
         self._defense = defense
         self._knows = knows & defense.sites
-        self._victim = victim if isinstance(victim, Remembered) else Remembered(victim)
+        self._victim = victim if isinstance(victim, CachedTape) else CachedTape(victim)
         self._guess = guess
-        self._rows = rows
+        self._max_batch = max_batch
         self._tick = tick
+        self._sources = sources or {}
         self.log = AttackLog(len(victim.ids))
 
     @property
@@ -284,8 +287,8 @@ class AttackerView:
     def decided_by_logits(self) -> bool:
         """Whether logits tell right from wrong.
 
-        Those of a defense that votes don't: an image that they call wrong may have the majority
-        yet, so no image is finished by them.
+        Logits of a defense that votes do not: an image that they call wrong may still have the
+        majority, so no image is finished by them.
         """
         return self._defense.decided_by_logits
 
@@ -297,8 +300,9 @@ class AttackerView:
             self._knows,
             self._victim[rows],
             self._guess[rows],
-            self._rows,
+            self._max_batch,
             self._tick,
+            self._sources,
         )
         view.log = AttackLog(len(rows), self.log, rows)
         return view
@@ -318,7 +322,7 @@ class AttackerView:
             out = torch.cat([self._pass(images, part) for part in parts], dim=1)
         if not bool(out.isfinite().all()):
             raise AttackFailed(f"the logits are not finite {_NOT_FINITE}")
-        self.log.note(looks=sum(map(len, parts)))
+        self.log.note(forward=sum(map(len, parts)))
         return out.expand(-1, len(draws), -1) if self.deterministic else out
 
     def gradient(
@@ -364,7 +368,7 @@ class AttackerView:
         )
         if not bool(found.mean.isfinite().all() & found.losses.isfinite().all()):
             raise AttackFailed(f"the loss or its gradient is not finite {_NOT_FINITE}")
-        self.log.note(gradients=sum(map(len, parts)), nonzero=(total.flatten(1) != 0).any(1))
+        self.log.note(gradient=sum(map(len, parts)), nonzero=(total.flatten(1) != 0).any(1))
         if self.deterministic:
             n = len(draws)
             found = Gradient(found.mean, found.losses.expand(-1, n), found.logits.expand(-1, n, -1))
@@ -373,14 +377,14 @@ class AttackerView:
     def differentiable(self, images: Tensor, draw: int) -> Tensor:
         """Logits ``(b, k)`` of `images` ``(b, c, h, w)`` under the guess `draw`, with their graph.
 
-        For attacks that differentiate on their own; all others take :meth:`gradient`. A pass counts
-        as one with a gradient as soon as a gradient has reached `images`.
+        It serves attacks that differentiate on their own; all others take :meth:`gradient`. A pass
+        counts as a gradient evaluation as soon as a gradient has reached `images`.
 
         Raises:
             AttackFailed: When a gradient that isn't finite reaches `images`.
         """
         whole = images.view_as(images)
-        self.log.note(looks=1)
+        self.log.note(forward=1)
         first = True
 
         def arrived(gradient: Tensor) -> None:
@@ -390,7 +394,7 @@ class AttackerView:
             if first:
                 self._tick(len(images))
             self.log.note(
-                gradients=int(first), looks=-int(first), nonzero=(gradient.flatten(1) != 0).any(1)
+                gradient=int(first), forward=-int(first), nonzero=(gradient.flatten(1) != 0).any(1)
             )
             first = False
 
@@ -398,9 +402,22 @@ class AttackerView:
             whole.register_hook(arrived)  # type: ignore[no-untyped-call]
         return self._pass(whole, [draw])[:, 0]
 
-    def toward(self, defense: Defense) -> "AttackerView":
-        """The view of another `defense`, none of whose draws is known; its log is its own."""
-        return AttackerView(defense, frozenset(), self._guess, self._guess, self._rows, self._tick)
+    def toward(self, source: str) -> "AttackerView":
+        """The view of another defense that the attacker has, called `source`.
+
+        None of its draws is known, and its log is its own.
+
+        Raises:
+            AttackFailed: The attacker has no such defense.
+        """
+        if source not in self._sources:
+            raise AttackFailed(
+                f"the attack asks for the defense {source!r}, which its `sources` do not name."
+            )
+        defense = self._sources[source]
+        return AttackerView(
+            defense, frozenset(), self._guess, self._guess, self._max_batch, self._tick
+        )
 
     def _pass(self, images: Tensor, draws: Sequence[int]) -> Tensor:
         n = len(draws)
@@ -411,22 +428,67 @@ class AttackerView:
     def _parts(self, images: int, draws: Sequence[int]) -> list[Sequence[int]]:
         if self.deterministic:
             draws = draws[:1]
-        n = max(1, self._rows // images)
+        n = max(1, self._max_batch // images)
         return [draws[i : i + n] for i in range(0, len(draws), n)]
 
 
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What decides, beside its options, how many evaluations an attack needs and whether it fits."""
+
+    hidden: bool
+    """Whether some draw is hidden, so that the attacker has to guess."""
+    norm: Norm = "linf"
+    eps: float = 0.0
+    classes: int = 10
+    sources: Mapping[str, bool] = field(default_factory=dict)
+    """Other defenses that the attack searches in, and whether they draw noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluations:
+    """How often an attack evaluates the defense for one image."""
+
+    gradient: int
+    """Gradient evaluations: one backward pass of one image and draw through the whole defense."""
+    forward: int
+    """Forward evaluations, without a gradient."""
+    exact: bool
+    """Whether it takes exactly so many; otherwise, at most so many."""
+
+    def __add__(self, other: "Evaluations") -> "Evaluations":
+        """The evaluations of two attacks in turn."""
+        return Evaluations(
+            self.gradient + other.gradient, self.forward + other.forward, self.exact and other.exact
+        )
+
+
 class Attack(Protocol):
-    """A search for adversarial images."""
+    """A search for adversarial images. Its options are the fields of its dataclass.
+
+    An attack never asks which threat model it is under: it sees a view and searches. A field called
+    `eot` is the number of EoT samples of a step, which is idle where every draw is known. An attack
+    that searches in other defenses names them in an attribute `sources`.
+    """
 
     def __call__(
         self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
     ) -> Tensor:
-        """Perturbed `images` ``(b, c, h, w)``. Not trusted: the harness projects and judges."""
+        """Perturbed `images` ``(b, c, h, w)``. They are not trusted: the harness projects them onto
+        the budget and evaluates them itself."""
+        ...
+
+    def evaluations(self, setup: Setup) -> Evaluations:
+        """How many evaluations one image takes, known beforehand or bounded from above."""
+        ...
+
+    def unfit(self, setup: Setup) -> str | None:
+        """Why the attack cannot run in this setup, and what would do; None where it can."""
         ...
 
 
 def _record(deviation: Deviation | None) -> AbstractContextManager[list[State]]:
-    """A list that fills with the states of a pass where there is a `deviation` to take of them."""
+    """A list that is filled with the states of a pass, where a `deviation` asks for them."""
     return nullcontext([]) if deviation is None else memory.recording()
 
 

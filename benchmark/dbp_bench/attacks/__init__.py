@@ -1,81 +1,91 @@
-"""How an attacker searches. No attack asks which threat model it is under: it sees a view."""
+"""How an attacker searches: each module here is the attack of its name, and nothing else lists them.
 
-from collections.abc import Callable, Mapping
-from typing import Any
+``pgd`` is the attack in ``pgd.py``; ``low-frequency`` the one in ``low_frequency.py``;
+``torchattacks:PGD`` is what the module ``torchattacks`` makes of ``PGD``. An attack is a frozen
+dataclass with the methods of :class:`dbp_bench.threat.Attack`; its fields are its options. What
+attacks share is in ``common/``. Importing this package imports no torch.
+"""
 
-from dbp_bench.attacks.apgd import APGD
-from dbp_bench.attacks.autoattack import AutoAttack
-from dbp_bench.attacks.diffattack import DiffAttack
-from dbp_bench.attacks.ensemble import Ensemble
-from dbp_bench.attacks.low_frequency import LowFrequency
-from dbp_bench.attacks.pgd import PGD
-from dbp_bench.attacks.selective import Selective
-from dbp_bench.attacks.square import Square
-from dbp_bench.attacks.torchattacks import Torchattacks
-from dbp_bench.attacks.transfer import Transfer
-from dbp_bench.defense import Defense
-from dbp_bench.threat import Attack, Budget
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
 
-ATTACKS: Mapping[str, Callable[..., Attack]] = {
-    "pgd": PGD,
-    "apgd": APGD,
-    "lf": LowFrequency,
-    "selective": Selective,
-    "diffattack": DiffAttack,
-    "square": Square,
-    "autoattack": AutoAttack,
-    "torchattacks": Torchattacks,
-}
-"""The attacks that are not made of others."""
+from pydantic import ValidationError
+
+from dbp_bench.declaration import explain
+from dbp_bench.errors import UnknownName, did_you_mean
+
+if TYPE_CHECKING:
+    from dbp_bench.threat import Attack
 
 
-_MODES = ("gradient", "surrogate_steps")
-"""How the view differentiates, which is none of an attack's business."""
+def names() -> list[str]:
+    """The attacks of this package, in alphabetical order; no module is imported."""
+    return sorted(m.name.replace("_", "-") for m in iter_modules(__path__) if not m.ispkg)
 
 
-def build(name: str, options: Mapping[str, Any], source: Defense | None = None) -> Attack:
-    """The attack called `name`, with the part of an effort's `options` that is its own.
-
-    Args:
-        name: Of the attack.
-        options: Its effort.
-        source: The defense that a transfer attack searches in.
+def check_name(name: str) -> None:
+    """Refuse a `name` that no module here answers to; a part after a colon is the module's affair.
 
     Raises:
-        ValueError: A transfer attack without a `source`.
+        UnknownName: There is no such attack.
     """
-    own = {key: value for key, value in options.items() if key not in _MODES}
-    if name == "ensemble":
-        members = [_inner(member, own["eot"]) for member in own["members"]]
-        return Ensemble(members, own["compare"])
-    if name == "transfer":
-        if source is None:
-            raise ValueError("a transfer attack needs the defense that it searches in.")
-        return Transfer(source, _inner(own["search"]))
-    return ATTACKS[name](**own)
+    own = name.partition(":")[0]
+    if own not in names():
+        hint = did_you_mean(own, names())
+        raise UnknownName(
+            f"no attack {own!r}.{hint} One of your own is named as package.module:Class."
+        )
 
 
-def check(name: str, options: Mapping[str, Any], budget: Budget) -> None:
-    """Refuse what no attack of another package could run with. Nothing is computed.
-
-    Args:
-        name: Of the attack.
-        options: Its effort.
-        budget: The ball that it would search.
+def make(name: str, options: Mapping[str, Any]) -> "Attack":
+    """The attack called `name` (such as ``pgd`` or ``torchattacks:PGD``) with these `options`.
 
     Raises:
-        BadEntry: The package has no such attack, or it doesn't take these options.
-        BadExtra: The package isn't there.
-        AttackFailed: The attack doesn't search in the norm of `budget`.
+        UnknownName: There is no such attack.
+        ValueError: An option is unknown, of another type, or out of range.
     """
-    attack = _inner(options["search"]) if name == "transfer" else build(name, options)
-    for part in attack.members if isinstance(attack, Ensemble) else [attack]:
-        if isinstance(part, AutoAttack | Torchattacks):
-            part.check(budget)
+    own, colon, variant = name.partition(":")
+    check_name(own)
+    module = import_module(f"{__name__}.{own.replace('-', '_')}")
+    # The attack of a module is the class that the module itself defines with these methods.
+    (kind,) = (
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and value.__module__ == module.__name__
+        and callable(getattr(value, "evaluations", None))
+    )
+    if colon and not hasattr(kind, "variant"):
+        raise ValueError(f"{name}: {own} has no variants; write {own}")
+    given = kind.variant(variant, options) if hasattr(kind, "variant") else options
+    return construct(kind, given)
 
 
-def _inner(table: Mapping[str, Any], eot: int | None = None) -> Attack:
-    """An attack inside another, whose `eot` it shares where it doesn't say its own."""
-    own = {key: value for key, value in table.items() if key != "attack"}
-    shared = {} if eot is None or table["attack"] == "torchattacks" else {"eot": eot}
-    return build(table["attack"], {**shared, **own})
+def construct(kind: type[Any], options: Mapping[str, Any]) -> Any:
+    """``kind(**options)``, where a mistake in the options is one line that names the option.
+
+    Raises:
+        ValueError: An option is unknown, missing, of another type, or out of range.
+    """
+    try:
+        return kind(**options)
+    except ValidationError as error:
+        raise ValueError(explain(error, kind).rstrip(".")) from None
+
+
+def described(name: str, attack: "Attack") -> dict[str, Any]:
+    """All options of `attack` with their values, as a result records them.
+
+    They are the fields of its dataclass, or what its method `effort` gives.
+
+    Raises:
+        ValueError: The attack is no dataclass.
+    """
+    if hasattr(attack, "effort"):
+        return dict(attack.effort())
+    if not is_dataclass(attack) or isinstance(attack, type):
+        raise ValueError(f"{name} is not a dataclass, so that its options cannot be recorded")
+    return asdict(attack)

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from math import ceil
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dbp_bench.attacks.common.objectives import (
@@ -17,15 +18,17 @@ from dbp_bench.attacks.common.objectives import (
     margin,
     mean_over_draws,
     surely_wrong,
+    too_many_targets,
 )
+from dbp_bench.attacks.common.options import AnyLoss, Count, Number, checked
 from dbp_bench.attacks.pgd import SELECTION
-from dbp_bench.threat import L1, AttackerView, Budget, Objective
+from dbp_bench.threat import L1, AttackerView, Budget, Evaluations, Objective, Setup
 
 MOMENTUM = 0.75
 """Share of the new step; the rest goes on in the direction of the last one (alpha)."""
 
 _PHASES = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
-"""Of an l1 search: the radius, relative to eps, and the share of the steps."""
+"""The phases of an l1 search: the radius, relative to eps, and the share of the steps."""
 
 
 class Found(NamedTuple):
@@ -34,7 +37,7 @@ class Found(NamedTuple):
     images: Tensor
     """``(b, c, h, w)``: the iterate of highest loss."""
     losses: Tensor
-    """``(b,)``: its loss, the mean over the draws that judge progress."""
+    """``(b,)``: its loss, the mean over the draws that compare iterates."""
     margins: Tensor
     """``(b,)``: its mean margin over the same draws."""
     wrong: Tensor
@@ -43,11 +46,11 @@ class Found(NamedTuple):
     """``(b, c, h, w)``: the first such iterate, the start where there is none."""
 
 
-@dataclass(frozen=True, slots=True)
+@checked
 class APGD:
     """Steepest ascent with momentum, and step sizes that adapt to its progress.
 
-    Progress and the best iterate are judged by losses that can be compared. Where draws are hidden,
+    Progress and the best iterate are told by losses that can be compared. Where draws are hidden,
     they are means over `eot` guesses that are the same for all iterates of a run, and that no
     gradient is taken on. So luck in a draw moves the losses of all iterates alike. The best
     iterates of several runs are compared on `eot` guesses of yet another set. Where every draw is
@@ -62,8 +65,8 @@ class APGD:
 
     Args:
         steps: Gradient steps of a run.
-        eot: Gradient draws averaged at each step, fresh at every step; and draws that compare.
-        loss: One of :data:`OBJECTIVES` or :data:`TARGETED`.
+        eot: EoT samples of each step, fresh at every step; and draws that compare iterates.
+        loss: What is maximised.
         rho: Halve the step size where less than this share of the steps raised the loss.
         random_start: Whether to start at a random point of the ball, not at the clean image.
         restarts: Runs for each target.
@@ -73,14 +76,39 @@ class APGD:
             what it saves.
     """
 
-    steps: int
-    eot: int
-    loss: str = "ce"
-    rho: float = 0.75
+    steps: Count = 100
+    eot: Count = 10
+    loss: AnyLoss = "ce"
+    rho: Annotated[Number, Field(gt=0, lt=1)] = 0.75
     random_start: bool = True
-    restarts: int = 1
-    targets: int | None = None
+    restarts: Count = 1
+    targets: Count | None = None
     retire: bool = True
+
+    def __post_init__(self) -> None:
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError("restarts: more than 1 needs random_start: true, or all are the same")
+        if (self.loss in TARGETED) != (self.targets is not None):
+            raise ValueError("targets: goes with a targeted loss, and is null elsewhere")
+
+    def evaluations(self, setup: Setup) -> Evaluations:
+        """The steps of all runs; forward ones order the targets and compare iterates and runs.
+
+        Where every draw is known, the losses of the gradient evaluations are exact: only the last
+        iterate takes a forward one, and misclassified images finish.
+        """
+        runs = self.restarts * min(self.targets or 1, max(setup.classes - 1, 1))
+        searches = len(_phases(setup.norm == "l1", self.steps))
+        ordered = int(self.targets is not None)
+        if not setup.hidden:
+            return Evaluations(runs * self.steps, runs * searches + ordered, exact=False)
+        compared = runs if runs > 1 else 0
+        forward = runs * (self.steps + searches) + compared + ordered
+        return Evaluations(runs * self.steps * self.eot, forward * self.eot, exact=True)
+
+    def unfit(self, setup: Setup) -> str | None:
+        """Whether there is a wrong class for each of the targets."""
+        return too_many_targets("targets", self.targets or 0, setup)
 
     def __call__(
         self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
@@ -123,7 +151,7 @@ class APGD:
         return OBJECTIVES[self.loss] if targets is None else Towards(TARGETED[self.loss], targets)
 
     def _value(self, view: AttackerView, found: Found, labels: Tensor) -> Tensor:
-        """By what runs are compared; losses towards different targets cannot be."""
+        """The values that compare runs; losses towards different targets cannot be compared."""
         if view.deterministic:
             return found.losses if self.targets is None else found.margins
         logits = view.logits(found.images, range(SELECTION, SELECTION + self.eot))
@@ -141,15 +169,10 @@ class APGD:
     ) -> Found:
         """One run from one start; an l1 budget is reached in phases."""
         first = run * self.steps
-        phases = [(budget, self.steps)]
-        if isinstance(budget, L1):
-            lengths = [ceil(share * self.steps) for _, share in _PHASES[:-1]]
-            if sum(lengths) < self.steps:
-                lengths.append(self.steps - sum(lengths))
-                phases = [
-                    (L1(factor * budget.eps), steps)
-                    for (factor, _), steps in zip(_PHASES, lengths, strict=True)
-                ]
+        phases = [
+            (L1(factor * budget.eps) if isinstance(budget, L1) else budget, steps)
+            for factor, steps in _phases(isinstance(budget, L1), self.steps)
+        ]
         start = view.random_start(clean, phases[0][0], run) if self.random_start else clean
         for ball, steps in phases:
             draws = Draws(self.eot, first, (2 + run) * self.eot)
@@ -171,23 +194,35 @@ class APGD:
         return found
 
 
+def _phases(sparse: bool, steps: int) -> list[tuple[float, int]]:
+    """The radii, relative to eps, that a run searches in turn, and the steps at each.
+
+    Only an l1 ball (`sparse`) is reached from larger ones, and only where the steps suffice.
+    """
+    lengths = [ceil(share * steps) for _, share in _PHASES[:-1]]
+    if not sparse or sum(lengths) >= steps:
+        return [(1.0, steps)]
+    lengths.append(steps - sum(lengths))
+    return [(factor, length) for (factor, _), length in zip(_PHASES, lengths, strict=True)]
+
+
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """Which guesses a run looks at where draws are hidden."""
+    """The guesses that a run uses where draws are hidden."""
 
     eot: int
     first: int
     """Number of the run's first gradient step; each has draws of its own."""
     comparison: int
-    """Where the draws that judge its iterates begin, above :data:`SELECTION`."""
+    """Where the draws that compare its iterates begin, above :data:`SELECTION`."""
 
     def gradient(self, step: int) -> range:
-        """Of the gradient of this step of the run."""
+        """The EoT samples of the gradient of this step of the run."""
         return range((self.first + step) * self.eot, (self.first + step + 1) * self.eot)
 
     @property
-    def judging(self) -> range:
-        """Of every comparison in the run."""
+    def comparing(self) -> range:
+        """The guesses of every comparison in the run."""
         start = SELECTION + self.comparison
         return range(start, start + self.eot)
 
@@ -206,7 +241,7 @@ def checkpoints(steps: int) -> Iterator[int]:
 
 @dataclass(slots=True, eq=False)
 class _State:
-    """Where a run is, one row per image that is still in it."""
+    """The state of a run, one row per image that is still in it."""
 
     rows: Tensor
     x: Tensor
@@ -227,12 +262,12 @@ class _State:
     best_then: Tensor
     """The best loss at the last checkpoint."""
     share: Tensor
-    """Of the pixels that an l1 step moves."""
+    """Share of the pixels that an l1 step moves."""
     pixels_then: Tensor
     """Pixels that the best iterate had moved at the last checkpoint (l1)."""
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all images but those of the mask `rows`."""
+        """Keep only the images of the mask `rows`."""
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name)[rows])
 
@@ -253,10 +288,10 @@ def climb(
 ) -> Found:
     """One run of algorithm 1 (Croce and Hein 2020) from `start`; its l1 variant for an l1 budget.
 
-    It takes `steps` gradients of each image. The last iterate is only looked at.
+    It takes `steps` gradient evaluations of each image, and a forward one of the last iterate.
 
     Args:
-        view: Of the defense.
+        view: The view of the defense.
         clean: ``(b, c, h, w)`` in [0, 1].
         labels: ``(b,)``.
         start: The first iterate ``(b, c, h, w)``, inside the budget.
@@ -264,7 +299,7 @@ def climb(
         loss: To maximise; a :class:`Towards` holds a target for each image.
         steps: Number of steps.
         rho: See :class:`APGD`.
-        draws: Which guesses to look at.
+        draws: The guesses where draws are hidden.
         finish: Whether to note misclassified iterates, where every draw is known.
         retire: Whether to stop an image there.
     """
@@ -372,7 +407,7 @@ def _evaluate(
         s.gradient = found.mean
         logits = found.logits if known else None
     if logits is None:
-        logits = view.logits(s.x, draws.judging[:1] if known else draws.judging)
+        logits = view.logits(s.x, draws.comparing[:1] if known else draws.comparing)
     loss = mean_over_draws(objective, logits, own)
     s.rises = s.rises + (loss > s.loss).to(s.rises) * (step > 0)
     s.loss = loss

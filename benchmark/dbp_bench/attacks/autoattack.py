@@ -1,17 +1,17 @@
 """AutoAttack (Croce and Hein 2020): the published classes, driven through a view."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from dbp_bench.attacks.common.options import Count, checked
 from dbp_bench.attacks.common.third_party import Model, Tracked, norm_of, plain, seed_of
 from dbp_bench.errors import AttackFailed
 from dbp_bench.extras import load_extra
 from dbp_bench.noise import seeded
-from dbp_bench.threat import AttackerView, Budget
+from dbp_bench.threat import AttackerView, Budget, Evaluations, Setup
 
 VERSIONS: Mapping[str, tuple[str, ...]] = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -31,35 +31,86 @@ class Search(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@checked
 class AutoAttack:
     """The attacks of a version, one after another, each on the images that are still right.
 
     As in the package: `standard` is for deterministic models, hence for where every draw is known;
     `rand` averages gradients over 20 draws. Its attacks also skip, and return unperturbed, an image
     that one draw of theirs happens to misclassify; the ensemble `aa-stochastic` doesn't. The images
-    are the package's; the harness judges them. The package's own verdict is noted by image.
+    are the package's; the harness evaluates them. The package's own verdict is noted by image.
 
     Args:
-        version: One of :data:`VERSIONS`.
+        version: `standard`, for where every draw is known, or `rand`, for hidden draws.
         steps: Iterations of APGD and FAB; 100 in the package.
-        queries: Of Square; 5000 in the package.
-        eot: Gradient draws of APGD in `rand`; 20 in the package.
+        queries: Queries of Square, in `standard`; 5000 in the package.
+        eot: EoT samples of APGD, in `rand`; 20 in the package.
     """
 
-    version: str
-    steps: int
-    queries: int
-    eot: int
+    version: Literal["standard", "rand"]
+    steps: Count = 100
+    queries: Count = 5000
+    eot: Count = 1
 
-    def check(self, budget: Budget) -> tuple[Mapping[str, Any], str]:
-        """The package's modules by name, and what it calls the norm of `budget`.
+    def __post_init__(self) -> None:
+        if self.version == "standard" and self.eot != 1:
+            raise ValueError("eot: standard averages over nothing; give 1, or take autoattack:rand")
+
+    @classmethod
+    def variant(cls, version: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of ``autoattack:standard`` or ``autoattack:rand``.
+
+        Raises:
+            ValueError: There is no such version.
+        """
+        if version not in VERSIONS:
+            known = " or ".join(f"autoattack:{name}" for name in VERSIONS)
+            raise ValueError(f"autoattack: no version {version!r}; write {known}")
+        return {"version": version, "eot": 20 if version == "rand" else 1, **options}
+
+    def effort(self) -> dict[str, Any]:
+        """The options beside the version, as a result records them."""
+        return {"steps": self.steps, "queries": self.queries, "eot": self.eot}
+
+    def evaluations(self, setup: Setup) -> Evaluations:
+        """Those of an image that stays right to the end, at most (read in pyautoattack 0.2).
+
+        Every search evaluates the images first; APGD takes a gradient where it starts, too; each
+        target of APGD and FAB takes a forward evaluation, FAB another before and after; one draw
+        decides after each search. The package skips images that a draw of its own misclassifies.
+        """
+        if self.version == "rand":
+            samples = self.eot if setup.hidden else 1
+            return Evaluations(2 * samples * (self.steps + 1), 1 + 2 * 2, exact=False)
+        l1 = setup.norm == "l1"
+        others = max(setup.classes - 1, 1)
+        restarts, targets, goals = (
+            (5, min(5, others), min(9, others)) if l1 else (1, *[min(9, others)] * 2)
+        )
+        run = self.steps + (3 if l1 else 1)
+        forward = {
+            "verdicts": 1 + 4,
+            "apgd-ce": 1,
+            "apgd-t": 1 + targets,
+            "fab-t": 1 + goals * (3 + self.steps),
+            "square": 3 + self.queries,
+        }
+        gradient = (restarts + targets) * run + goals * self.steps
+        return Evaluations(gradient, sum(forward.values()), exact=False)
+
+    def unfit(self, setup: Setup) -> str | None:
+        """Whether the version takes the model for deterministic where draws are hidden.
 
         Raises:
             BadExtra: The package isn't there.
-            AttackFailed: It has no such norm.
         """
-        return load_extra("autoattack"), norm_of(budget, ("Linf", "L2", "L1"), "AutoAttack")
+        load_extra("autoattack")
+        if self.version == "standard" and setup.hidden:
+            return (
+                "version standard takes the model for deterministic, but draws of this defense are "
+                "hidden: take autoattack:rand, or ensemble"
+            )
+        return None
 
     def __call__(
         self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
@@ -74,9 +125,10 @@ class AutoAttack:
         if self.version == "standard" and not view.deterministic:
             raise AttackFailed(
                 "AutoAttack's standard version takes the model for deterministic, but draws of "
-                "this defense are hidden: use version rand, or ensemble."
+                "this defense are hidden: use autoattack:rand, or ensemble."
             )
-        modules, norm = self.check(budget)
+        modules = load_extra("autoattack")
+        norm = norm_of(budget, ("Linf", "L2", "L1"), "AutoAttack")
         model = Model(view, images)
         eot = 1 if view.deterministic else self.eot  # copies of one draw are equal
         searches = {
@@ -152,7 +204,7 @@ class AutoAttack:
 
 
 class _Silent:
-    """Where the package's warning of zero gradients goes: the harness looks for them itself."""
+    """A logger that drops the package's warning of zero gradients, which the harness gives itself."""
 
     def warning(self, message: str) -> None:
         """Drop `message`."""

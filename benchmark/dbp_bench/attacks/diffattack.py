@@ -31,43 +31,34 @@ nothing but the loss differs from other attacks of equal effort.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from dbp_bench.attacks.common.options import Count, Number, checked
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.errors import AttackFailed
 from dbp_bench.memory import State
 from dbp_bench.threat import AttackerView, Budget
 
 
-@dataclass(frozen=True, slots=True)
-class DiffAttack:
+@checked
+class DiffAttack(PGD):
     """:class:`PGD` on a loss to which `weight` times the :class:`Deviation` is added.
 
-    It takes as many passes as PGD. Restarts are compared by the loss of the classifier alone, which
-    is what counts in the end. With weight 0 this is PGD, bit for bit.
+    It takes as many evaluations as PGD. Restarts are compared by the loss of the classifier alone,
+    which is what counts in the end. With weight 0 this is PGD, bit for bit.
 
     Args:
-        weight: Of the deviation (lambda).
+        weight: Weight of the deviation (lambda).
         levels: Reverse steps whose states count, evenly spaced, the last one among them; None for
             all.
-        steps: As in :class:`PGD`, like all that follow.
-        step_size: Relative to eps.
-        eot: Gradient draws averaged at each step.
-        loss: Of the classifier.
-        random_start: Whether to start at a random point of the ball.
-        restarts: How often to search.
     """
 
-    weight: float
-    levels: int | None
-    steps: int
-    step_size: float
-    eot: int
-    loss: str = "ce"
-    random_start: bool = False
-    restarts: int = 1
+    weight: Annotated[Number, Field(ge=0, le=1e6)] = 1.0
+    levels: Count | None = None
 
     def __call__(
         self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
@@ -78,14 +69,10 @@ class DiffAttack:
             AttackFailed: The purifier shows no states, or fewer than `levels`; or as in
                 :class:`PGD`.
         """
-        search = PGD(
-            self.steps, self.step_size, self.eot, self.loss, self.random_start, self.restarts
-        )
-        if not self.weight:
-            return search(view, images, labels, budget)
-        deviation = Deviation(self.weight, self.levels)
-        joint = partial(view.gradient, deviation=deviation)
-        return search.search(view, images, labels, budget, joint)
+        gradient = view.gradient
+        if self.weight:
+            gradient = partial(gradient, deviation=Deviation(self.weight, self.levels))
+        return self.search(view, images, labels, budget, gradient)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +80,7 @@ class Deviation:
     """`weight` times the distance of the reverse from the forward process, a mean over levels.
 
     Args:
-        weight: Of the mean.
+        weight: Weight of the mean.
         levels: States that count; None for all.
     """
 

@@ -1,79 +1,154 @@
 """Several attacks, and of each image the candidate that hurts most; AutoAttack, corrected."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dbp_bench import attacks
 from dbp_bench.attacks.common.objectives import margin
+from dbp_bench.attacks.common.options import Count, checked
 from dbp_bench.attacks.pgd import SELECTION
-from dbp_bench.threat import AttackerView, Budget
+from dbp_bench.threat import Attack, AttackerView, Budget, Evaluations, Setup
 
 COMPARISON = SELECTION + (1 << 30)
-"""Guesses from here on compare members; no member ever looks at one."""
+"""Guesses from here on compare members; no member ever evaluates one."""
 
 
-class Member(Protocol):
-    """An attack."""
-
-    def __call__(
-        self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
-    ) -> Tensor:
-        """Perturbed `images` ``(b, c, h, w)``."""
-        ...
+def _default() -> list[dict[str, Any]]:
+    return [
+        {"attack": "apgd", "loss": "ce"},
+        {"attack": "apgd", "loss": "dlr"},
+        {"attack": "square", "n_queries": 500, "eot": 5},
+    ]
 
 
-@dataclass(frozen=True, slots=True)
+@checked
 class Ensemble:
     """Every member attacks every image; guesses that none of them saw choose among what they find.
 
     The candidate with the lowest accuracy over those guesses is returned, among equals the one of
     largest mean margin. The clean image is a candidate too, so a member's failure costs nothing.
     The guesses are common to all candidates and the verdict is given on other draws, so the luck of
-    the best of several is not taken for success. Where every draw is known, one look is exact, and
-    an image that it finds misclassified is finished: later members don't get it.
+    the best of several is not taken for success. Where every draw is known, one evaluation is
+    exact, and an image that it finds misclassified is finished: later members don't get it.
 
     A member's own verdict (AutoAttack's) is not passed up. It is about the images that this member
     found, and only those that earlier members left to it; of the ensemble it would be neither the
     package's verdict nor ours. To see the two beside each other, run the member as an attack.
 
     Args:
-        members: The attacks, in order.
+        members: The attacks, in order: tables of a name (`attack`) and options.
+        eot: EoT samples of each member that does not say its own.
         compare: Guesses that compare the candidates.
     """
 
-    members: Sequence[Member]
-    compare: int
+    members: list[dict[str, Any]] = field(default_factory=_default)
+    eot: Count = 20
+    compare: Count = 40
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise ValueError("members: there is none")
+        # As a result records them: with every default.
+        full = [spelled_out(member, eot=self.eot) for member in self.members]
+        object.__setattr__(self, "members", full)
+
+    @property
+    def attacks(self) -> list[Attack]:
+        """The members."""
+        return [inner(member) for member in self.members]
+
+    def evaluations(self, setup: Setup) -> Evaluations:
+        """The sum over the members, and forward ones that choose among what they found.
+
+        Known draws finish images.
+        """
+        forward = (len(self.members) + 1) * (self.compare if setup.hidden else 1)
+        total = Evaluations(0, forward, exact=setup.hidden)
+        for member in self.attacks:
+            total += member.evaluations(setup)
+        return total
+
+    def unfit(self, setup: Setup) -> str | None:
+        """Whether a member is unfit."""
+        return next(filter(None, (member.unfit(setup) for member in self.attacks)), None)
 
     def __call__(
         self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
     ) -> Tensor:
         """Adversarial images ``(b, c, h, w)`` in the `budget`."""
-        found = images.clone()
-        accuracy, best = self._value(view, images, labels)
-        left = torch.arange(len(images), device=images.device)
-        for member in self.members:
-            if view.deterministic and view.decided_by_logits:
-                left = left[accuracy[left] > 0]
-            if not len(left):
-                break
-            part = view if len(left) == len(images) else view[left]
-            other = member(part, images[left], labels[left], budget)
-            view.log.verdict = None  # where `part` is the whole
-            other = budget.project(other.detach(), images[left])
-            right, value = self._value(part, other, labels[left])
-            better = right < accuracy[left]
-            better |= (right == accuracy[left]) & (value > best[left])
-            rows = left[better]
-            found[rows], accuracy[rows], best[rows] = other[better], right[better], value[better]
-        return found
+        return strongest(self.attacks, self.compare, view, images, labels, budget)
 
-    def _value(self, view: AttackerView, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Accuracy ``(b,)`` and mean margin ``(b,)`` over the guesses that compare."""
-        draws = range(COMPARISON, COMPARISON + (1 if view.deterministic else self.compare))
-        logits = view.logits(images, draws)
-        right = (logits.argmax(2) == labels[:, None]).to(images.dtype).mean(1)
-        margins = margin(logits.flatten(0, 1), labels.repeat_interleave(len(draws)))
-        return right, margins.view(len(images), len(draws)).mean(1)
+
+def strongest(
+    members: Sequence[Attack],
+    compare: int,
+    view: AttackerView,
+    images: Tensor,
+    labels: Tensor,
+    budget: Budget,
+) -> Tensor:
+    """Of each image the candidate of `members` that hurts most; see :class:`Ensemble`."""
+    found = images.clone()
+    accuracy, best = _value(view, images, labels, compare)
+    left = torch.arange(len(images), device=images.device)
+    for member in members:
+        if view.deterministic and view.decided_by_logits:
+            left = left[accuracy[left] > 0]
+        if not len(left):
+            break
+        part = view if len(left) == len(images) else view[left]
+        other = member(part, images[left], labels[left], budget)
+        view.log.verdict = None  # where `part` is the whole
+        other = budget.project(other.detach(), images[left])
+        right, value = _value(part, other, labels[left], compare)
+        better = right < accuracy[left]
+        better |= (right == accuracy[left]) & (value > best[left])
+        rows = left[better]
+        found[rows], accuracy[rows], best[rows] = other[better], right[better], value[better]
+    return found
+
+
+def _value(
+    view: AttackerView, images: Tensor, labels: Tensor, compare: int
+) -> tuple[Tensor, Tensor]:
+    """Accuracy ``(b,)`` and mean margin ``(b,)`` over the guesses that compare."""
+    draws = range(COMPARISON, COMPARISON + (1 if view.deterministic else compare))
+    logits = view.logits(images, draws)
+    right = (logits.argmax(2) == labels[:, None]).to(images.dtype).mean(1)
+    margins = margin(logits.flatten(0, 1), labels.repeat_interleave(len(draws)))
+    return right, margins.view(len(images), len(draws)).mean(1)
+
+
+def inner(table: Mapping[str, Any]) -> Attack:
+    """The attack that a `table` inside another attack names, with its options.
+
+    Raises:
+        ValueError: There is no such attack, it is itself made of attacks, or an option is wrong.
+    """
+    name = str(table.get("attack"))
+    if name in MADE_OF_ATTACKS:
+        raise ValueError(f"{name}: attacks made of attacks are not put into one another")
+    own = {key: value for key, value in table.items() if key != "attack"}
+    try:
+        return attacks.make(name, own)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+MADE_OF_ATTACKS = ("ensemble", "transfer")
+
+
+def spelled_out(table: Mapping[str, Any], **shared: Any) -> dict[str, Any]:
+    """The `table` of an attack inside another, with every option that it leaves out.
+
+    Of the `shared` options, the attack takes those that it has and the table does not say.
+    """
+    attack = inner(table)
+    has = {each.name for each in fields(attack)}  # type: ignore[arg-type]
+    given = {key: value for key, value in shared.items() if key in has}
+    full = {**given, **table}
+    return {"attack": str(table["attack"]), **attacks.described(str(table["attack"]), inner(full))}

@@ -13,59 +13,46 @@ from math import pi
 import torch
 from torch import Tensor
 
+from dbp_bench.attacks.common.options import AnyLoss, Share, checked
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.noise import Tape
 from dbp_bench.threat import AttackerView, Budget
 
 
-@dataclass(frozen=True, slots=True)
-class LowFrequency:
+@checked
+class LowFrequency(PGD):
     """:class:`PGD` within a band of the discrete cosine transform.
 
     At each step the gradient is projected to the band, a step of steepest ascent in the norm of the
     budget follows, and the perturbation is projected to the band again. Projecting that to the
     budget comes last: in L2 it stays in the band but for the pixel box, in Linf the clip to the
-    cube adds some higher frequencies.
+    cube adds some higher frequencies. A random start is in the band as well.
 
     Args:
         band: Share of the frequencies that is kept, per axis, in (0, 1]; with 1 this is PGD. It is
             rounded to a number of coefficients, at least the constant one.
-        steps: As in :class:`PGD`, like all that follow.
-        step_size: Relative to eps.
-        eot: Gradient draws averaged at each step.
-        loss: Margin or ce, for example.
-        random_start: Whether to start at a random point, in the band as well.
-        restarts: How often to search.
     """
 
-    band: float
-    steps: int
-    step_size: float
-    eot: int
-    loss: str = "ce"
-    random_start: bool = False
-    restarts: int = 1
+    loss: AnyLoss = "margin"
+    band: Share = 0.5
 
     def __call__(
         self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
     ) -> Tensor:
         """Adversarial images ``(b, c, h, w)`` in the `budget`."""
-        search = PGD(
-            self.steps, self.step_size, self.eot, self.loss, self.random_start, self.restarts
-        )
-        return search(view, images, labels, Banded(budget, self.band))
+        return self.search(view, images, labels, Banded(budget, self.band), view.gradient)
 
 
 @dataclass(frozen=True, slots=True)
 class Banded:
-    """A `budget` whose perturbations are first brought into a `band`."""
+    """A `budget` whose perturbations are first projected into a `band` of frequencies."""
 
     budget: Budget
     band: float
 
     @property
     def eps(self) -> float:
-        """Of the budget."""
+        """The size of the ball of the budget."""
         return self.budget.eps
 
     def project(self, images: Tensor, clean: Tensor) -> Tensor:
@@ -79,7 +66,7 @@ class Banded:
         return self.budget.ascent(low_pass(gradient, self.band))
 
     def size(self, perturbation: Tensor) -> Tensor:
-        """The norm ``(b,)`` of the budget."""
+        """The norm ``(b,)`` of each perturbation, that of the budget."""
         return self.budget.size(perturbation)
 
     def sample(self, like: Tensor, tape: Tape, step: int) -> Tensor:
@@ -91,7 +78,7 @@ def low_pass(images: Tensor, band: float) -> Tensor:
     """The nearest ``(b, c, h, w)`` to `images` that has no frequency above `band`.
 
     Args:
-        images: Or perturbations, or gradients.
+        images: Images, perturbations or gradients.
         band: Share of the frequencies that is kept, per axis, in (0, 1].
     """
     if band >= 1:

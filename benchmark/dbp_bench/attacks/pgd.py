@@ -1,7 +1,6 @@
 """Projected gradient descent (Madry et al. 2018) with expectation over transformation."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,15 +11,17 @@ from dbp_bench.attacks.common.objectives import (
     Towards,
     likely_targets,
     mean_over_draws,
+    too_many_targets,
 )
+from dbp_bench.attacks.common.options import AnyLoss, Count, StepSize, checked
 from dbp_bench.errors import AttackFailed
-from dbp_bench.threat import AttackerView, Budget, Gradient, Objective
+from dbp_bench.threat import AttackerView, Budget, Evaluations, Gradient, Objective, Setup
 
 SELECTION = 1 << 31
-"""Guesses from here on compare restarts; no gradient was ever taken on one."""
+"""Guesses from here on compare restarts; no gradient is ever taken on one."""
 
 
-@dataclass(frozen=True, slots=True)
+@checked
 class PGD:
     """Steepest ascent on the mean loss; the last iterate counts.
 
@@ -34,21 +35,39 @@ class PGD:
     of the same family compares the restarts.
 
     Args:
-        steps: Gradient steps.
+        steps: Gradient steps of each restart.
         step_size: Length of a step, relative to eps.
-        eot: Gradient draws averaged at each step, fresh at every step.
-        loss: One of :data:`dbp_bench.attacks.common.objectives.OBJECTIVES` or
-            :data:`dbp_bench.attacks.common.objectives.TARGETED`.
+        eot: EoT samples of each step, fresh at every step.
+        loss: What is maximised; with a targeted loss, each restart aims at another wrong class.
         random_start: Whether to start at a random point of the ball, not at the clean image.
         restarts: How often to search.
     """
 
-    steps: int
-    step_size: float
-    eot: int
-    loss: str = "ce"
+    steps: Count = 20
+    step_size: StepSize = 0.25
+    eot: Count = 10
+    loss: AnyLoss = "ce"
     random_start: bool = False
-    restarts: int = 1
+    restarts: Count = 1
+
+    def __post_init__(self) -> None:
+        if self.restarts > 1 and not (self.random_start or self.loss in TARGETED):
+            raise ValueError(
+                "restarts: more than 1 needs random_start: true or a targeted loss, or all are "
+                "the same"
+            )
+
+    def evaluations(self, setup: Setup) -> Evaluations:
+        """The steps of all restarts; forward ones compare the restarts and order the targets."""
+        samples = self.eot if setup.hidden else 1
+        compared = self.restarts if self.restarts > 1 else 0
+        forward = (compared + (self.loss in TARGETED)) * samples
+        return Evaluations(self.steps * self.restarts * samples, forward, exact=True)
+
+    def unfit(self, setup: Setup) -> str | None:
+        """Whether each restart of a targeted loss has a wrong class of its own."""
+        targets = self.restarts if self.loss in TARGETED else 0
+        return too_many_targets("restarts", targets, setup)
 
     def __call__(
         self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
@@ -68,7 +87,7 @@ class PGD:
         budget: Budget,
         gradient: Callable[[Tensor, Tensor, Objective, range], Gradient],
     ) -> Tensor:
-        """As when called, but following this `gradient`, which has the signature of the view's."""
+        """The same search along another `gradient`, which has the signature of the view's."""
         losses = self._losses(view, images, labels)
         found = self._ascend(view, images, labels, budget, gradient, losses[0], 0)
         if self.restarts == 1:
@@ -83,7 +102,7 @@ class PGD:
         return found
 
     def _losses(self, view: AttackerView, images: Tensor, labels: Tensor) -> list[Objective]:
-        """What each restart maximises."""
+        """The loss that each restart maximises."""
         if self.loss not in TARGETED:
             return [OBJECTIVES[self.loss]] * self.restarts
         draws = range(SELECTION + self.eot, SELECTION + 2 * self.eot)
@@ -108,8 +127,10 @@ class PGD:
     ) -> Tensor:
         found = view.random_start(images, budget, restart) if self.random_start else images
         for step in range(restart * self.steps, (restart + 1) * self.steps):
+            # The mean gradient over fresh EoT samples.
             draws = range(step * self.eot, (step + 1) * self.eot)
             ascent = budget.ascent(gradient(found, labels, loss, draws).mean)
+            # A step of steepest ascent, projected onto the ball and the pixel box.
             found = budget.project(found + self.step_size * budget.eps * ascent, images)
         return found
 

@@ -13,17 +13,19 @@ promises to win, where the release adds up losses, which one large loss can deci
 average over steps. Whether the paper's text agrees with its release could not be settled.
 """
 
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from dbp_bench.attacks.common.objectives import OBJECTIVES
-from dbp_bench.threat import AttackerView, Budget
+from dbp_bench.attacks.common.options import Count, Loss, Number, StepSize, checked
+from dbp_bench.threat import AttackerView, Budget, Evaluations, Setup
 
 
-@dataclass(frozen=True, slots=True)
+@checked
 class Selective:
     """PGD without restarts, whose mean over draws is weighted; see :func:`shares`.
 
@@ -33,19 +35,25 @@ class Selective:
     Args:
         steps: Gradient steps.
         step_size: Length of a step, relative to eps.
-        eot: Gradient draws of each step.
-        loss: One of :data:`dbp_bench.attacks.common.objectives.OBJECTIVES`. The margin fits: it is
-            above 0 where a draw is won.
+        eot: EoT samples of each step, of which some are chosen.
+        loss: What is maximised. The margin fits: it is above 0 where a draw is won.
         sharpness: How strictly draws are chosen, per unit of loss; 0 is the plain mean.
         rounds: Rounds of expectation maximisation per step, which take no pass.
     """
 
-    steps: int
-    step_size: float
-    eot: int
-    loss: str = "margin"
-    sharpness: float = 1.0
-    rounds: int = 3
+    steps: Count = 20
+    step_size: StepSize = 0.25
+    eot: Count = 10
+    loss: Loss = "margin"
+    sharpness: Annotated[Number, Field(ge=0, le=1e3)] = 1.0
+    rounds: Count = 3
+
+    def evaluations(self, setup: Setup) -> Evaluations:
+        """Its steps, each at all of their EoT samples."""
+        return Evaluations(self.steps * (self.eot if setup.hidden else 1), 0, exact=True)
+
+    def unfit(self, setup: Setup) -> None:  # noqa: ARG002
+        """It fits everywhere."""
 
     def __call__(
         self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget

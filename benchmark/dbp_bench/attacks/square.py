@@ -1,17 +1,17 @@
 """The Square attack (Andriushchenko et al. 2020): random search that sees logits, no gradient."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import sqrt
 
 import torch
 from torch import Tensor
 
 from dbp_bench.attacks.common.objectives import margin, mean_over_draws, surely_wrong
+from dbp_bench.attacks.common.options import Count, Share, checked
 from dbp_bench.attacks.pgd import SELECTION
 from dbp_bench.errors import AttackFailed
 from dbp_bench.noise import Site
-from dbp_bench.threat import L2, AttackerView, Budget, Linf
+from dbp_bench.threat import L2, AttackerView, Budget, Evaluations, Linf, Setup
 
 _STRIPES, _PLACE, _SIGN = Site("square/start"), Site("square/place"), Site("square/sign")
 
@@ -19,15 +19,15 @@ _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """After which queries of 10,000 the share of pixels in a square halves (section 4.1)."""
 
 
-@dataclass(frozen=True, slots=True)
+@checked
 class Square:
     """A candidate differs from the incumbent in a random square, and replaces it if it is worse.
 
     Worse for the defense, that is, of larger mean margin (largest other logit minus the label's).
-    Where draws are hidden, candidate and incumbent are both looked at on `eot` guesses that are
+    Where draws are hidden, candidate and incumbent are both evaluated on `eot` guesses that are
     fresh at every query and common to the two: a set fixed for the whole search would be optimised
     on, and a loss remembered from the incumbent's own lucky draw could hardly be beaten. This takes
-    twice the looks. At the end the incumbent stands against the clean image on a set of its own,
+    twice the evaluations. At the end the incumbent stands against the clean image on a set of its own,
     and counts only where its margin is larger.
 
     Where every draw is known, losses are exact and remembered, and misclassified images are
@@ -36,15 +36,27 @@ class Square:
     Args:
         n_queries: Candidates for each image.
         p_init: Share of the pixels in the first squares, in (0, 1].
-        eot: Guesses averaged at each look.
+        eot: Guesses over which each margin is averaged.
         retire: Whether finished images stop. The images found are the same; False is for measuring
             what it saves.
     """
 
-    n_queries: int
-    p_init: float
-    eot: int
+    n_queries: Count = 1000
+    p_init: Share = 0.8
+    eot: Count = 5
     retire: bool = True
+
+    def evaluations(self, setup: Setup) -> Evaluations:
+        """Candidate and incumbent at each query and at the end; known draws: each candidate once."""
+        if setup.hidden:
+            return Evaluations(0, 2 * self.eot * (self.n_queries + 1), exact=True)
+        return Evaluations(0, self.n_queries + 2, exact=False)
+
+    def unfit(self, setup: Setup) -> str | None:
+        """Whether the norm is l1, for which there is no variant."""
+        if setup.norm == "l1":
+            return "square searches in linf and l2, not in l1: take pgd, apgd or autoattack"
+        return None
 
     def __call__(
         self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
@@ -100,7 +112,7 @@ class Square:
         return found
 
     def _side(self, query: int, like: Tensor) -> int:
-        """Of the squares of this query, in pixels (algorithm 1, line 3)."""
+        """The side of the squares of this query, in pixels (algorithm 1, line 3)."""
         return side(query, self.n_queries, self.p_init, *like.shape[2:])
 
 

@@ -4,17 +4,19 @@ import contextlib
 import inspect
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dbp_bench.attacks.common.options import checked
 from dbp_bench.attacks.common.third_party import Model, Tracked, norm_of, plain, seed_of
-from dbp_bench.errors import AttackFailed, BadEntry, did_you_mean
+from dbp_bench.declaration import number_of
+from dbp_bench.errors import AttackFailed, did_you_mean
 from dbp_bench.extras import load_extra
 from dbp_bench.noise import seeded
-from dbp_bench.threat import AttackerView, Budget
+from dbp_bench.threat import AttackerView, Budget, Evaluations, Setup
 
 _LINF = (
     *("FGSM", "BIM", "RFGSM", "PGD", "EOTPGD", "FFGSM", "TPGD", "MIFGSM", "UPGD", "DIFGSM"),
@@ -35,50 +37,97 @@ whose gradient it takes)."""
 _EPS = ("eps", "max_epsilon")
 _FILLED = ("model", "norm", "seed", "verbose", "n_classes", *_EPS)
 """Parameters that are not options: the track, the defense or the harness gives them."""
+_STEP_SIZE = "alpha"
+"""The parameter that is a step size in pixel units, which here is relative to eps."""
 
 
-@dataclass(frozen=True, slots=True)
+@checked
 class Torchattacks:
     """An attack of torchattacks: its class by name, and the options that it takes.
 
-    eps, the norm, the seed and the number of classes are filled in. Step sizes are in pixel units,
-    as in the package, not relative to eps.
+    eps, the norm, the seed and the number of classes are filled in. The step size `alpha` is
+    relative to eps, unlike in the package. Options that are left out have the package's defaults,
+    that of `alpha` divided by the default eps.
 
     Args:
-        name: A key of :data:`NORMS`.
-        options: All parameters of the class but those; :meth:`check` tells which.
+        name: A key of :data:`NORMS`, the name of a class.
+        options: The parameters of the class, but for those that are filled in.
     """
 
     name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
-    def check(self, budget: Budget) -> tuple[type[Any], Sequence[str], str]:
-        """The class, the names of its parameters, and what it calls the norm of `budget`.
+    @classmethod
+    def variant(cls, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of ``torchattacks:<name>``, whose `options` are those of the class.
 
         Raises:
-            BadEntry: No such attack can be driven, or an option is unknown or missing.
             BadExtra: The package isn't there.
-            AttackFailed: The attack doesn't search in that norm.
+            ValueError: No such attack can be driven, or an option is unknown.
         """
-        if self.name not in NORMS:
-            raise BadEntry(
-                f"torchattacks: no attack {self.name!r}.{did_you_mean(self.name, NORMS)}"
-            )
-        attack: type[Any] = getattr(load_extra("torchattacks")["torchattacks"], self.name)
-        parameters = list(inspect.signature(attack).parameters)
-        options = [name for name in parameters if name not in _FILLED]
-        takes = f"It takes: {', '.join(options) or 'nothing'}."
-        who = f"torchattacks:{self.name}: options"
-        for name in self.options:
-            if name in _FILLED:
-                raise BadEntry(f"{who}: {name} is filled in by dbp-bench: leave it out. {takes}")
-            if name not in options:
-                hint = did_you_mean(name, options)
-                raise BadEntry(f"{who}: {name} is unknown.{hint}")
-        missing = [name for name in options if name not in self.options]
-        if missing:
-            raise BadEntry(f"{who}: {', '.join(missing)} missing. {takes}")
-        return attack, parameters, norm_of(budget, NORMS[self.name], f"torchattacks:{self.name}")
+        if name not in NORMS:
+            raise ValueError(f"torchattacks: no attack {name!r}.{did_you_mean(name, NORMS)}")
+        parameters = inspect.signature(_class(name)).parameters
+        takes = {key: p.default for key, p in parameters.items() if key not in _FILLED}
+        for key in options:
+            if key in _FILLED:
+                raise ValueError(
+                    f"torchattacks:{name}: {key} is filled in by dbp-bench: leave it out. "
+                    f"It takes: {', '.join(takes) or 'nothing'}."
+                )
+            if key not in takes:
+                raise ValueError(
+                    f"torchattacks:{name}: {key} is unknown.{did_you_mean(key, takes)}"
+                )
+        default_eps = next((parameters[key].default for key in _EPS if key in parameters), None)
+        if _STEP_SIZE in takes and default_eps:
+            takes[_STEP_SIZE] = round(takes[_STEP_SIZE] / default_eps, 6)
+        given = {key: number_of(value) for key, value in options.items()}
+        return {"name": name, "options": {**takes, **given}}
+
+    def effort(self) -> dict[str, Any]:
+        """The options of the class, as a result records them."""
+        return dict(self.options)
+
+    def evaluations(self, setup: Setup) -> Evaluations:
+        """The count of the loops of the class (read in torchattacks 3.5)."""
+        steps, restarts = self._count("steps"), self._count("n_restarts")
+        if self.name == "BIM" and steps == 0:  # it takes as many as the radius has grey levels
+            steps = int(min(setup.eps * 255 + 4, 1.25 * setup.eps * 255))
+        if self.name == "APGD":
+            gradient = restarts * self._count("eot_iter") * (steps + 1)
+            return Evaluations(gradient, 1, exact=False)
+        if self.name == "Square":
+            forward = 1 + restarts * (2 + self._count("n_queries"))
+            return Evaluations(0, forward, exact=False)
+        if self.name == "FAB":
+            targeted = bool(self.options.get("multi_targeted"))
+            runs = restarts * (setup.classes - 1 if targeted else 1)
+            return Evaluations(runs * steps, 2 + runs * (2 + targeted + steps), exact=False)
+        each = {
+            "EOTPGD": self._count("eot_iter"),
+            "UPGD": self._count("eot_iter"),
+            "SINIFGSM": self._count("m"),
+            "VMIFGSM": 1 + self._count("N"),
+            "VNIFGSM": 1 + self._count("N"),
+            "PIFGSM": self._count("num_iter_set"),
+            "PIFGSMPP": self._count("num_iter_set"),
+        }
+        return Evaluations(steps * each.get(self.name, 1), int(self.name == "TPGD"), exact=True)
+
+    def _count(self, option: str) -> int:
+        value = self.options.get(option, 1)
+        return value if isinstance(value, int) else 1
+
+    def unfit(self, setup: Setup) -> str | None:
+        """Whether the class searches in another norm."""
+        norms = [norm.lower() for norm in NORMS[self.name]]
+        if setup.norm in norms:
+            return None
+        return (
+            f"torchattacks:{self.name} searches in {', '.join(norms)}, not in {setup.norm}: choose "
+            "a track of that norm, or another attack"
+        )
 
     def __call__(
         self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
@@ -86,10 +135,11 @@ class Torchattacks:
         """Adversarial images ``(b, c, h, w)``.
 
         Raises:
-            BadEntry: See :meth:`check`.
             AttackFailed: It doesn't search in the norm of `budget`, or failed.
         """
-        make, parameters, norm = self.check(budget)
+        make = _class(self.name)
+        parameters = list(inspect.signature(make).parameters)
+        norm = norm_of(budget, NORMS[self.name], f"torchattacks:{self.name}")
         model = Model(view, images)
         filled: dict[str, Any] = {
             "model": model,
@@ -104,7 +154,10 @@ class Torchattacks:
         # It says on the screen that the model has no parameters, and seeds the process.
         with seeded(seed_of(view, images, 1)), contextlib.redirect_stdout(io.StringIO()):
             try:
-                attack = make(**given, **self.options)
+                options = dict(self.options)
+                if _STEP_SIZE in options:
+                    options[_STEP_SIZE] = options[_STEP_SIZE] * budget.eps
+                attack = make(**given, **options)
                 attack.set_device(images.device)
                 found = attack(Tracked.of(images), labels)
             except (AttackFailed, torch.OutOfMemoryError):
@@ -118,3 +171,13 @@ class Torchattacks:
         if not isinstance(found, Tensor):
             raise AttackFailed(f"torchattacks:{self.name} returned no images.")
         return plain(found, images)
+
+
+def _class(name: str) -> type[Any]:
+    """The class of the package called `name`.
+
+    Raises:
+        BadExtra: The package isn't there.
+    """
+    found: type[Any] = getattr(load_extra("torchattacks")["torchattacks"], name)
+    return found

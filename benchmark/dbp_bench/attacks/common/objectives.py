@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dbp_bench.errors import AttackFailed
-from dbp_bench.threat import AttackerView, Objective
+from dbp_bench.threat import AttackerView, Objective, Setup
 
 _ROUNDING = 1e-4
 """A margin below this share of the spread of the logits may be a matter of batch size."""
@@ -105,7 +105,7 @@ def likely_targets(
         view: Of a defense that tells `k` classes apart.
         images: Clean, ``(b, c, h, w)`` in [0, 1].
         labels: ``(b,)``.
-        draws: Guesses that no gradient is taken on; where every draw is known, one look does.
+        draws: Guesses that no gradient is taken on; where every draw is known, one is enough.
     """
     logits = view.logits(images, draws[:1] if view.deterministic else draws).mean(1)
     logits = logits.scatter(1, labels[:, None], -torch.inf)
@@ -113,8 +113,24 @@ def likely_targets(
     return order[:, :-1]
 
 
+def too_many_targets(option: str, targets: int, setup: Setup) -> str | None:
+    """Why a targeted loss cannot aim at so many `targets`; None where it can.
+
+    Args:
+        option: The option that says how many, for the message.
+        targets: Number of wrong classes to aim at.
+        setup: It has the number of classes.
+    """
+    wrong = setup.classes - 1
+    if targets <= wrong:
+        return None
+    return (
+        f"{option}: {targets} wrong classes to aim at, but there are {wrong}; give {wrong} at most"
+    )
+
+
 def _others(logits: Tensor, labels: Tensor) -> Tensor:
-    """`logits` with the label's at minus infinity."""
+    """The `logits`, with that of the label at minus infinity."""
     own = torch.zeros_like(logits, dtype=torch.bool).scatter(1, labels[:, None], True)
     return logits.masked_fill(own, -torch.inf)
 
