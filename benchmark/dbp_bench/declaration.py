@@ -1,6 +1,7 @@
 """Declarations: YAML files read strictly, whose faults are one line that names the key."""
 
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +11,31 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dbp_bench.errors import BadEntry, BadResult, did_you_mean
 
 M = TypeVar("M", bound=BaseModel)
+
+
+def number(text: str) -> float:
+    """The number that `text` writes: 0.2, 1e-3 or 8/255.
+
+    Raises:
+        ValueError: It writes none.
+    """
+    try:
+        return float(Fraction(text.replace(" ", "")))
+    except (ZeroDivisionError, OverflowError):
+        raise ValueError(f"not a number: {text!r}") from None
+
+
+def number_of(value: object) -> object:
+    """The number that a string writes; everything else, and other strings, as they are.
+
+    YAML reads 8/255 as a string.
+    """
+    if isinstance(value, str):
+        try:
+            return number(value)
+        except ValueError:
+            return value
+    return value
 
 
 class Strict(BaseModel):
@@ -37,6 +63,14 @@ _UniqueKeys.add_implicit_resolver(
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     [*"-+.0123456789"],
 )
+
+
+def value_of(text: str) -> Any:
+    """The value that `text` writes in YAML (``50``, ``true``, ``[1, 2]``), or `text` itself."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
 
 
 def read_yaml(path: Path, model: type[M]) -> M:
@@ -71,7 +105,7 @@ def read_json(path: Path, model: type[M], what: str) -> M:
         raise BadResult(f"{path}: {error.strerror}.") from None
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
+def explain(error: ValidationError, model: type[Any]) -> str:
     """The first faults of a validation, each with its key and what would do, on one line."""
     faults = []
     for fault in error.errors()[:3]:
@@ -81,8 +115,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "missing":
             message = "is missing"
-        elif fault["type"] == "extra_forbidden":
-            known = [f.alias or name for name, f in model.model_fields.items()]
+        elif fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            fields = getattr(model, "__pydantic_fields__", {})
+            known = [f.alias or name for name, f in fields.items()]
             hint = did_you_mean(key, known) if "." not in key else ""
             message = f"is unknown.{hint}".rstrip(".")
         elif fault["type"] != "value_error":

@@ -1,4 +1,4 @@
-"""Attack a group of images, then evaluate what the defense really does. Pure: no files, no clock."""
+"""Attack a group of images, then evaluate what the defense does. Pure: no files, no clock."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -18,7 +18,7 @@ from dbp_bench import memory
 from dbp_bench.defense import Defense
 from dbp_bench.errors import AttackFailed
 from dbp_bench.memory import State
-from dbp_bench.noise import Noise, CachedTape, Site, Tape
+from dbp_bench.noise import CachedTape, Noise, Site, Tape
 
 _START, _RADIUS = Site("start"), Site("radius")
 
@@ -212,7 +212,7 @@ class Gradient(NamedTuple):
 
 
 class AttackLog:
-    """Evaluations that an attack took of each image; the log of a part adds to that of the whole."""
+    """The evaluations that an attack took of each image; the log of a part adds to the whole's."""
 
     def __init__(
         self, images: int, whole: "AttackLog | None" = None, rows: Tensor | None = None
@@ -224,7 +224,7 @@ class AttackLog:
         self.nonzero = torch.zeros(images, dtype=torch.bool)
         """Whether any gradient was not zero, ``(images,)``."""
         self.verdict: Tensor | None = None
-        """``(images,)``: whether the attack itself calls each robust; None where it does not say."""
+        """Whether the attack itself calls each robust, ``(images,)``; None where it gives none."""
         self._whole, self._rows = whole, rows
 
     def note(self, *, gradient: int = 0, forward: int = 0, nonzero: Tensor | bool = False) -> None:
@@ -434,7 +434,7 @@ class AttackerView:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What decides, beside its options, how many evaluations an attack needs and whether it fits."""
+    """What decides, beside its options, how many evaluations an attack takes and if it fits."""
 
     hidden: bool
     """Whether some draw is hidden, so that the attacker has to guess."""
@@ -474,8 +474,10 @@ class Attack(Protocol):
     def __call__(
         self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
     ) -> Tensor:
-        """Perturbed `images` ``(b, c, h, w)``. They are not trusted: the harness projects them onto
-        the budget and evaluates them itself."""
+        """Perturbed `images` ``(b, c, h, w)``.
+
+        They are not trusted: the harness projects them onto the budget and evaluates them itself.
+        """
         ...
 
     def evaluations(self, setup: Setup) -> Evaluations:

@@ -1,4 +1,4 @@
-"""How an attacker searches: each module here is the attack of its name, and nothing else lists them.
+"""How an attacker searches: each module here is the attack of its name; no list repeats them.
 
 ``pgd`` is the attack in ``pgd.py``; ``low-frequency`` the one in ``low_frequency.py``;
 ``torchattacks:PGD`` is what the module ``torchattacks`` makes of ``PGD``. An attack is a frozen
@@ -61,7 +61,8 @@ def make(name: str, options: Mapping[str, Any]) -> "Attack":
     if colon and not hasattr(kind, "variant"):
         raise ValueError(f"{name}: {own} has no variants; write {own}")
     given = kind.variant(variant, options) if hasattr(kind, "variant") else options
-    return construct(kind, given)
+    attack: Attack = construct(kind, given)
+    return attack
 
 
 def construct(kind: type[Any], options: Mapping[str, Any]) -> Any:

@@ -204,7 +204,7 @@ class AutoAttack:
 
 
 class _Silent:
-    """A logger that drops the package's warning of zero gradients, which the harness gives itself."""
+    """A logger that drops the package's warning of zero gradients: the harness gives one itself."""
 
     def warning(self, message: str) -> None:
         """Drop `message`."""

@@ -52,7 +52,7 @@ class Selective:
         """Its steps, each at all of their EoT samples."""
         return Evaluations(self.steps * (self.eot if setup.hidden else 1), 0, exact=True)
 
-    def unfit(self, setup: Setup) -> None:  # noqa: ARG002
+    def unfit(self, setup: Setup) -> None:
         """It fits everywhere."""
 
     def __call__(

@@ -27,8 +27,8 @@ class Square:
     Where draws are hidden, candidate and incumbent are both evaluated on `eot` guesses that are
     fresh at every query and common to the two: a set fixed for the whole search would be optimised
     on, and a loss remembered from the incumbent's own lucky draw could hardly be beaten. This takes
-    twice the evaluations. At the end the incumbent stands against the clean image on a set of its own,
-    and counts only where its margin is larger.
+    twice the evaluations. At the end the incumbent stands against the clean image on a set of its
+    own, and counts only where its margin is larger.
 
     Where every draw is known, losses are exact and remembered, and misclassified images are
     finished.
@@ -47,7 +47,7 @@ class Square:
     retire: bool = True
 
     def evaluations(self, setup: Setup) -> Evaluations:
-        """Candidate and incumbent at each query and at the end; known draws: each candidate once."""
+        """Candidate and incumbent at each query and the end; known draws: each candidate once."""
         if setup.hidden:
             return Evaluations(0, 2 * self.eot * (self.n_queries + 1), exact=True)
         return Evaluations(0, self.n_queries + 2, exact=False)

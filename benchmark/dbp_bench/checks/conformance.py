@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dbp_bench.data import load_data, split_ids
 from dbp_bench.defense import Defense
-from dbp_bench.entries.registry import Registry
+from dbp_bench.entries.build import Subject
 from dbp_bench.errors import DbpError, NotConforming
 from dbp_bench.memory import Policy
 from dbp_bench.noise import Noise, Site, Tape, seeded
@@ -183,7 +182,7 @@ def check_gradient(defense: Defense, images: Tensor) -> None:
     """The gradient reaches every image and agrees with central differences; for float64.
 
     Each image is moved inside the pixel box, off the kinks where a clean image can lie, and taken
-    alone. Values are those without a gradient, as judged; so a surrogate that only the attacker
+    alone. Values are those without a gradient, as evaluated; so a surrogate that only the attacker
     meets is found. Of the differences of several lengths the best counts, and of the directions
     the median: a kink can spoil a direction, a wrong gradient spoils most.
     """
@@ -232,14 +231,14 @@ def _error(by_chain: Tensor, by_difference: Tensor) -> tuple[float, float]:
 
 
 def _check_gradient_of_one(defense: Defense, x: Tensor, tape: Tape) -> None:
-    judged = _logits(defense, x, tape)
-    weights = _weights(judged)
-    value = float((weights * judged).sum().abs())
+    evaluated = _logits(defense, x, tape)
+    weights = _weights(evaluated)
+    value = float((weights * evaluated).sum().abs())
     attacked, gradient = _gradient(defense, x, tape, weights)
-    if not torch.allclose(attacked, judged, rtol=1e-9, atol=1e-9 * float(judged.abs().max())):
+    if not torch.allclose(attacked, evaluated, rtol=1e-9, atol=1e-9 * float(evaluated.abs().max())):
         raise NotConforming(
-            "the logits differ when a gradient is asked for: what is attacked isn't what is judged "
-            "(a surrogate). Run the same steps in both cases."
+            "the logits differ when a gradient is asked for: what is attacked isn't what is "
+            "evaluated (a surrogate). Run the same steps in both cases."
         )
     if gradient is None:
         raise NotConforming(
@@ -343,17 +342,15 @@ CHECKS: Mapping[str, Check] = {**AS_RUN, **IN_FLOAT64}
 """Every check, by title."""
 
 
-def check_entry(registry: Registry, name: str, track: str) -> Iterator[tuple[str, str | None]]:
-    """Title and fault (None if it passes) of every check of defense `name` on `track`.
+def check_subject(subject: Subject) -> Iterator[tuple[str, str | None]]:
+    """Title and fault (None if it passes) of every check of a defense on its track.
 
     Raises:
         DbpError: The entry can't be read or built.
     """
-    where, entry = registry.track(track), registry.defense(name)
-    data = load_data(where.entry.data, registry.data)
-    images, _ = data.select(split_ids(where.entry.data, where.entry.split)[:IMAGES])
+    images, _ = subject.data().select(subject.ids()[:IMAGES])
     for checks, dtype in ((AS_RUN, torch.float32), (IN_FLOAT64, torch.float64)):
-        defense = registry.build_defense(entry, where, dtype=dtype)
+        defense = subject.defense(dtype=dtype)
         for title, check in checks.items():
             yield title, fault(check, defense, images.to(dtype))
 

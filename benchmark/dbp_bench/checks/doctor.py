@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from dbp_bench import __version__, attacks, evaluate, extras
-from dbp_bench.data import load_data
-from dbp_bench.entries.registry import DefenseEntry, Entry, NetworkRef, Registry, Track
+from dbp_bench.entries.build import Subject
+from dbp_bench.entries.fields import NetworkRef
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import DbpError
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import FORWARD, VICTIM, Tape, philox
 from dbp_bench.result import write_atomically
 from dbp_bench.runs.provenance import device_name
-from dbp_bench.threat import budget
 from dbp_bench.weights import files as weight_files
 
 GOLDEN = weight_files.ASSETS / "golden.json"
@@ -229,12 +229,11 @@ def _declared(registry: Registry) -> Iterable[tuple[Path, str, str]]:
 def _attack(device: str, stored: Mapping[str, Any]) -> Part:
     """The attack again, against the stored logits."""
     name = f"attack on {device}"
-    registry = Registry()
-    defense, track = registry.defense(DEFENSE), registry.track(TRACK)
-    if _case(defense, track) != stored["case"]:
+    subject = Registry().subject(DEFENSE, TRACK)
+    if _case(subject) != stored["case"]:
         write = "python -m dbp_bench.checks.doctor --write"
         return name, f"the entry {DEFENSE} or {TRACK} was edited; {write} stores it anew", ""
-    found = _run(registry, defense, track, device)
+    found = _run(subject, device)
     gaps, tolerance = [], TOLERANCES[torch.device(device).type]
     for kind in ("clean", "adversarial"):
         want = torch.tensor(stored["attack"][kind])
@@ -252,15 +251,15 @@ def _attack(device: str, stored: Mapping[str, Any]) -> Part:
     return name, None, f"equal within {max(gaps):.1g}, not to the last bit"
 
 
-def _case(defense: Entry[DefenseEntry], track: Entry[Track]) -> dict[str, Any]:
+def _case(subject: Subject) -> dict[str, Any]:
     """All that decides the numbers of the case."""
-    setting = defense.entry.setting(track.name, defense.name, str(defense.path))
+    track = subject.track
     return {
-        "defense": defense.name,
+        "defense": subject.name,
         "track": track.name,
         "eps": track.entry.eps,
-        "options": setting.options,
-        "weights": [ref.sha256 for ref in setting.networks.values()]
+        "options": subject.setting.options,
+        "weights": [ref.sha256 for ref in subject.setting.networks.values()]
         + [track.entry.classifier.sha256],
         "examples": EXAMPLES,
         "seed": SEED,
@@ -268,27 +267,24 @@ def _case(defense: Entry[DefenseEntry], track: Entry[Track]) -> dict[str, Any]:
     }
 
 
-def _run(
-    registry: Registry, defense: Entry[DefenseEntry], track: Entry[Track], device: str
-) -> dict[str, Tensor]:
+def _run(subject: Subject, device: str) -> dict[str, Tensor]:
     """Logits ``(b, k)`` of clean and adversarial images, and outcomes ``(2, b)``, on the CPU.
 
     Every draw is known to the attacker (DW-box).
     """
-    data = load_data(track.entry.data)
-    ids = data.ids[track.entry.split][:EXAMPLES]
-    images, labels = data.select(ids)
+    ids = subject.ids()[:EXAMPLES]
+    images, labels = subject.data().select(ids)
     group = Group(images.to(device), labels.to(device), ids)
-    built = registry.build_defense(defense, track, device=device, policy="none")
+    built = subject.defense(device=device, policy="none")
     found = evaluate.attack(
         built,
-        attacks.build("pgd", EFFORT),
+        attacks.make("pgd", EFFORT),
         group,
-        budget(track.entry.norm, track.entry.eps),
+        subject.budget(),
         built.sites,
         seed=SEED,
         victim_draw=0,
-        rows=EXAMPLES,
+        max_batch=EXAMPLES,
     )
     tape = Tape.make(SEED, VICTIM, ids)
     with torch.no_grad():
@@ -299,17 +295,15 @@ def _run(
 
 def write_golden(path: Path = GOLDEN) -> None:
     """Run the case, and store its numbers at `path`."""
-    registry = Registry()
-    defense, track = registry.defense(DEFENSE), registry.track(TRACK)
-    data = load_data(track.entry.data)
-    found = _run(registry, defense, track, "cpu")
+    subject = Registry().subject(DEFENSE, TRACK)
+    found = _run(subject, "cpu")
     golden = {
-        "about": "Numbers that `dbp-bench doctor` computes again. "
+        "about": "Numbers that `dbp-bench check --environment` computes again. "
         "Made by `python -m dbp_bench.checks.doctor --write`.",
         "made_by": {"torch": torch.__version__, "device": "cpu", "machine": platform.machine()},
         "draws": _draw_digests("cpu"),
-        "data": {f"{track.entry.data}.safetensors": data.digest([])},
-        "case": _case(defense, track),
+        "data": {f"{subject.track.entry.data}.safetensors": subject.data().digest([])},
+        "case": _case(subject),
         "attack": {kind: values.tolist() for kind, values in found.items()},
     }
     write_atomically(path, json.dumps(golden, indent=1) + "\n")

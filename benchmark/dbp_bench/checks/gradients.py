@@ -7,23 +7,20 @@ no two attacks with so few draws can agree better. Everything is in float64.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dbp_bench.attacks.common.objectives import OBJECTIVES
 from dbp_bench.checks.conformance import DIRECTIONS, TOLERANCE, difference_errors
-from dbp_bench.data import load_data, split_ids
-from dbp_bench.defense import Defense, StraightThrough
-from dbp_bench.entries.registry import DefenseEntry, Entry, Registry, Track
+from dbp_bench.defense import Defense
+from dbp_bench.entries.build import Subject
 from dbp_bench.errors import BadRequest
 from dbp_bench.evaluate import Group
-from dbp_bench.memory import Policy
 from dbp_bench.noise import Tape
 from dbp_bench.reporting.statistics import Bootstrap, Estimate
 from dbp_bench.result import GradientCheck
-from dbp_bench.runs.job import Job, declared_surrogate
+from dbp_bench.runs.job import Job
 from dbp_bench.threat import AttackerView, Objective
 
 COUNTS = (1, 10, 64)
@@ -37,49 +34,6 @@ _QUICK_IMAGES, _QUICK_DIRECTIONS = 2, 3
 _UNIT = 10**9
 
 
-def differentiated(
-    registry: Registry,
-    defense: Entry[DefenseEntry],
-    track: Entry[Track],
-    judged: Defense,
-    effort: Mapping[str, Any],
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    policy: Policy = "auto",
-) -> Defense:
-    """What an attack of this `effort` differentiates in place of the `judged` defense.
-
-    The same object where the gradient is exact; the purifier with the identity's gradient for BPDA
-    (Athalye et al. 2018); the purifier with fewer steps for a surrogate, or as its entry declares.
-
-    Raises:
-        BadRequest: The entry declares no surrogate.
-    """
-    mode = effort.get("gradient", "exact")
-    if mode == "bpda":
-        return Defense(
-            StraightThrough(judged.purifier), judged.classifier, (), policy, judged.votes
-        )
-    if mode == "surrogate":
-        shorter = {"steps": effort["surrogate_steps"]}
-        return registry.build_defense(
-            defense, track, device=device, dtype=dtype, policy=policy, options=shorter
-        )
-    if mode == "declared-surrogate":
-        declared = declared_surrogate(defense, track.name)
-        return registry.build_defense(
-            defense,
-            track,
-            device=device,
-            dtype=dtype,
-            policy=policy,
-            options=declared.options,
-            votes=declared.votes,
-        )
-    return judged
-
-
 # --------------------------------------------------------------------------------- what is measured
 
 
@@ -89,7 +43,7 @@ class Agreement:
 
     mode: str
     draws: int
-    """Draws that each mean is over."""
+    """Number of draws of each mean."""
     cosine: Estimate | None
     """Null where no image is left."""
     sign: Estimate | None
@@ -122,7 +76,7 @@ def measure(
     group: Group,
     *,
     seed: int,
-    rows: int,
+    max_batch: int,
     loss: str = "ce",
     counts: Sequence[int] = COUNTS,
     tiny: int = 3,
@@ -134,7 +88,7 @@ def measure(
         modes: What attacks differentiate in its place, by name.
         group: Images ``(b, c, h, w)`` in [0, 1], float64; nothing is added to them.
         seed: Decides the draws: 0 ... N-1 for a mean of N, and as many others for its other half.
-        rows: Images x draws in one pass through the networks, at most.
+        max_batch: Images x EoT samples in one pass through the networks, at most.
         loss: One of :data:`dbp_bench.attacks.common.objectives.OBJECTIVES`.
         counts: Draws per mean.
         tiny: Images on which finite differences are taken.
@@ -144,11 +98,11 @@ def measure(
     """
     counts = sorted(counts)
     objective = OBJECTIVES[loss]
-    first = _means(exact, group, objective, counts, 0, seed, rows)
-    second = _means(exact, group, objective, counts, counts[-1], seed, rows)
+    first = _means(exact, group, objective, counts, 0, seed, max_batch)
+    second = _means(exact, group, objective, counts, counts[-1], seed, max_batch)
     compared = []
     for name, searched in modes.items():
-        means = _means(searched, group, objective, counts, 0, seed, rows)
+        means = _means(searched, group, objective, counts, 0, seed, max_batch)
         compared += [
             _agreement(name, n, a, b) for n, a, b in zip(counts, means, first, strict=True)
         ]
@@ -163,7 +117,7 @@ def _means(
     counts: Sequence[int],
     start: int,
     seed: int,
-    rows: int,
+    max_batch: int,
 ) -> list[Tensor]:
     """For each of the increasing `counts`, the mean gradient ``(b, d)`` over draws from `start`."""
     view = AttackerView(
@@ -171,7 +125,7 @@ def _means(
         frozenset(),
         Tape.make(seed, f"{_OWNER}/unused", group.ids),
         Tape.make(seed, _OWNER, group.ids),
-        rows,
+        max_batch,
     )
     total, means, taken = torch.zeros_like(group.images), [], 0
     for count in counts:
@@ -214,12 +168,11 @@ def _mean(values: Tensor) -> Estimate | None:
 class Request:
     """What to check, with every default filled."""
 
-    defense: Entry[DefenseEntry]
-    track: Entry[Track]
+    subject: Subject
     surrogate_steps: int | None
     """Null where the defense has no steps, or only one."""
     steps: int | None
-    """Of the defense itself."""
+    """Steps of the defense itself."""
     images: int
     seed: int
     loss: str
@@ -227,114 +180,96 @@ class Request:
 
 
 def request(
-    registry: Registry,
-    defense: str,
-    track: str,
+    subject: Subject,
     *,
     images: int = 16,
     seed: int = 0,
     loss: str = "ce",
     surrogate_steps: int | None = None,
 ) -> Request:
-    """What to check of the entry called `defense` on `track`: a surrogate has half its steps.
+    """What to check of a defense on its track: a surrogate has half its steps.
 
     Raises:
         BadRequest: An option can't be right.
     """
-    entry, where = registry.defense(defense), registry.track(track)
-    steps = entry.entry.setting(track, defense, str(entry.path)).options.get("steps")
+    steps = subject.setting.options.get("steps")
     steps = steps if isinstance(steps, int) else None
     if loss not in OBJECTIVES:
         raise BadRequest(f"--loss {loss!r}: one of {', '.join(OBJECTIVES)}.")
-    known = len(split_ids(where.entry.data, where.entry.split))
+    known = len(subject.ids())
     if not 1 <= images <= known:
         raise BadRequest(f"--images {images}: this track has 1 to {known}.")
     if surrogate_steps is not None and steps is None:
-        raise BadRequest(f"--surrogate-steps: {defense} has no option `steps` to shorten.")
+        raise BadRequest(f"--surrogate-steps: {subject.name} has no option `steps` to shorten.")
     if surrogate_steps is None and steps is not None and steps > 1:
         surrogate_steps = steps // 2
     if surrogate_steps is not None and steps is not None and not 1 <= surrogate_steps < steps:
         raise BadRequest(
-            f"--surrogate-steps {surrogate_steps}: must be in 1 ... {steps - 1}, since {defense} "
-            f"has {steps}."
+            f"--surrogate-steps {surrogate_steps}: must be in 1 ... {steps - 1}, since "
+            f"{subject.name} has {steps}."
         )
-    return Request(entry, where, surrogate_steps, steps, images, seed, loss, COUNTS)
+    return Request(subject, surrogate_steps, steps, images, seed, loss, COUNTS)
 
 
-def check(registry: Registry, asked: Request, device: str = "cpu") -> Findings:
-    """Measure every mode of the defense, on the first images of the track.
+def check(asked: Request, device: str = "cpu") -> Findings:
+    """Measure every kind of gradient of the defense, on the first images of the track.
 
     Raises:
         AttackFailed: A loss or a gradient is not finite, or no gradient reaches the images.
     """
-    exact = registry.build_defense(asked.defense, asked.track, device=device, dtype=torch.float64)
-    efforts: dict[str, dict[str, Any]] = {"exact": {}, "bpda": {"gradient": "bpda"}}
+    subject = asked.subject
+    exact = subject.defense(device=device, dtype=torch.float64)
+    kinds = {"exact": "exact", "bpda": "bpda"}
     if asked.surrogate_steps is not None:
-        efforts["surrogate"] = {"gradient": "surrogate", "surrogate_steps": asked.surrogate_steps}
-    name = asked.defense.name
-    if asked.defense.entry.setting(asked.track.name, name, str(asked.defense.path)).surrogate:
-        efforts["declared-surrogate"] = {"gradient": "declared-surrogate"}
+        kinds["surrogate"] = f"surrogate:{asked.surrogate_steps}"
+    if subject.setting.surrogate:
+        kinds["declared-surrogate"] = "declared-surrogate"
     modes = {
-        name: differentiated(
-            registry, asked.defense, asked.track, exact, effort, device=device, dtype=torch.float64
-        )
-        for name, effort in efforts.items()
+        name: subject.searched(exact, kind, device=device, dtype=torch.float64)
+        for name, kind in kinds.items()
     }
-    track = asked.track.entry
-    ids = split_ids(track.data, track.split)[: asked.images]
-    group = _group(registry, track, ids, device)
     return measure(
         exact,
         modes,
-        group,
+        _group(subject, subject.ids()[: asked.images], device),
         seed=asked.seed,
-        rows=track.rows,
+        max_batch=subject.track.entry.max_batch,
         loss=asked.loss,
         counts=asked.counts,
     )
 
 
-def _group(registry: Registry, track: Track, ids: Sequence[int], device: str) -> Group:
-    images, labels = load_data(track.data, registry.data).select(ids)
+def _group(subject: Subject, ids: Sequence[int], device: str) -> Group:
+    images, labels = subject.data().select(ids)
     return Group(images.to(device, torch.float64), labels.to(device), ids)
 
 
 # --------------------------------------------------------------------------------------- of a run
 
 
-def quick(job: Job, registry: Registry) -> GradientCheck | None:
-    """The check that a run of `job` stores: of the first two images of its track, at one draw.
+def quick(job: Job) -> GradientCheck | None:
+    """The gradient check that a run of `job` stores: two images of its track, at one draw.
 
-    A function of the request alone, not of how many images or draws are asked for. None where the
-    attack follows no gradient. A defense that cannot run in float64, or that has no gradient,
+    It is a function of the request alone, not of how many images or draws are asked for. None where
+    the attack follows no gradient. A defense that cannot run in float64, or that has no gradient,
     leaves blanks: whether that matters, the attack decides.
     """
-    if "gradient" not in job.effort:
+    if job.search.gradient is None:
         return None
     ids = job.track_ids[:_QUICK_IMAGES]
     blank: list[float | None] = [None] * len(ids)
-    group = _group(registry, job.track.entry, ids, job.device)
+    group = _group(job.subject, ids, job.device)
     try:
-        exact = registry.build_defense(
-            job.defense, job.track, device=job.device, dtype=torch.float64
-        )
+        exact = job.defense(dtype=torch.float64)
         errors = difference_errors(exact, group.images, _QUICK_DIRECTIONS)
     except Exception:  # An author's code may raise anything; it has run in float32.
         return GradientCheck(ids=ids, difference_errors=blank, cosine=blank)
     difference = [None if e is None else float(f"{max(e, FLOOR):.2g}") for e in errors]
-    objective = OBJECTIVES.get(str(job.effort.get("loss")), OBJECTIVES["ce"])
+    objective = OBJECTIVES.get(str(job.search.effort.get("loss")), OBJECTIVES["ce"])
     try:
-        searched = differentiated(
-            registry,
-            job.defense,
-            job.track,
-            exact,
-            job.effort,
-            device=job.device,
-            dtype=torch.float64,
-        )
+        searched = job.searched(exact, dtype=torch.float64)
         (a,), (b,) = (
-            _means(defense, group, objective, [1], 0, job.seed, job.rows)
+            _means(defense, group, objective, [1], 0, job.seed, job.max_batch)
             for defense in (searched, exact)
         )
         cosine = [None if c != c else round(c, 4) for c in cosines(a, b).tolist()]

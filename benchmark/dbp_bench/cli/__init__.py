@@ -16,17 +16,18 @@ from dbp_bench.cli.app import app
 from dbp_bench.errors import AttackFailed, DbpError
 
 # Each module adds its commands to the app, in the order of the help.
-from dbp_bench.cli import entries, run, results, analyze, makers, submission, training, weights  # isort: skip
+from dbp_bench.cli import list, run, report, check, sweep, analyze, submission, training, weights  # isort: skip
 
 __all__ = [
     "analyze",
     "app",
-    "entries",
+    "check",
+    "list",
     "main",
-    "makers",
-    "results",
+    "report",
     "run",
     "submission",
+    "sweep",
     "training",
     "weights",
 ]

@@ -14,6 +14,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+EVALUATE, REPORT, DIAGNOSE, SHARE = "Evaluate", "Report", "Diagnose", "Share"
+"""The groups that commands are shown in."""
+
 Entries = Annotated[
     list[Path] | None,
     typer.Option("--entries", help="A folder with defenses/, attacks/, tracks/ of your own."),
@@ -31,27 +34,33 @@ Examples = Annotated[
 ]
 Draws = Annotated[
     int | None,
-    typer.Option("--draws", help="Draws that judge an image; where known, known draws."),
+    typer.Option("--draws", help="Draws that evaluate an image; where known, known draws."),
 ]
-Steps = Annotated[int | None, typer.Option("--steps", help="Attack steps.")]
-Eot = Annotated[int | None, typer.Option("--eot", help="Gradient draws per attack step.")]
-StepSize = Annotated[
-    float | None, typer.Option("--step-size", help="Step of the attack, relative to eps.")
+Attack = Annotated[
+    str | None,
+    typer.Option(
+        "--attack",
+        help="In place of the threat model's: one of `dbp-bench list attacks`, torchattacks:PGD, "
+        "autoattack:rand, or my_package.module:MyAttack.",
+        show_default=False,
+    ),
 ]
-Loss = Annotated[str | None, typer.Option("--loss", help="ce, margin or dlr, or ce-targeted ...")]
-RandomStart = Annotated[
-    bool | None,
-    typer.Option("--random-start/--no-random-start", help="Start inside the ball."),
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="An option of the attack, such as steps=50 or eot=20; can be repeated."
+    ),
 ]
-Restarts = Annotated[int | None, typer.Option("--restarts", help="Searches, the best one kept.")]
 Gradient = Annotated[
     str | None,
-    typer.Option("--gradient", help="exact, or bpda: how the attack differentiates."),
+    typer.Option(
+        "--gradient", help="What the attack differentiates: exact, bpda, surrogate:N, ..."
+    ),
 ]
 Eps = Annotated[str | None, typer.Option("--eps", help="Budget in [0, 1] units, such as 8/255.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images evaluated together.")]
-Rows = Annotated[
-    int | None, typer.Option("--rows", help="Images x gradient draws in one pass, at most.")
+MaxBatch = Annotated[
+    int | None, typer.Option("--max-batch", help="Images x EoT samples in one pass, at most.")
 ]
 Checkpointing = Annotated[
     str,

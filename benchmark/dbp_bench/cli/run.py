@@ -1,4 +1,4 @@
-"""Commands that attack: run, and plan, which says what that would take."""
+"""The command ``run``, and the plan of a run."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dbp_bench.cli.app import (
+    EVALUATE,
     AsJson,
+    Attack,
     BatchSize,
     Checkpointing,
     Data,
@@ -17,19 +19,14 @@ from dbp_bench.cli.app import (
     Device,
     Draws,
     Entries,
-    Eot,
     Eps,
     Examples,
     Gradient,
-    Loss,
+    MaxBatch,
+    Options,
     Out,
     Quiet,
-    RandomStart,
-    Restarts,
-    Rows,
     Seed,
-    Steps,
-    StepSize,
     Threats,
     TrackName,
     Trust,
@@ -40,6 +37,7 @@ from dbp_bench.cli.shared import (
     device_of,
     duration,
     eps_of,
+    options_of,
     percent,
     progress_bar,
     registry_of,
@@ -50,40 +48,40 @@ from dbp_bench.errors import AttackFailed, BadRequest
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dbp_bench.entries.registry import Registry
+    from dbp_bench.entries.fields import Entry
+    from dbp_bench.entries.track import Track
     from dbp_bench.result import Result
     from dbp_bench.runs.estimate import Cost
     from dbp_bench.runs.job import Job, Planned
 
 
-@app.command()
+@app.command(rich_help_panel=EVALUATE)
 def run(
     context: typer.Context,
     defense: Defenses,
     threat: Threats,
+    attack: Attack = None,
     track: TrackName = "digits-linf",
     seed: Seed = 0,
     out: Out = Path("results"),
     device: Device = "auto",
     examples: Examples = None,
     draws: Draws = None,
-    steps: Steps = None,
-    eot: Eot = None,
-    step_size: StepSize = None,
-    loss: Loss = None,
-    random_start: RandomStart = None,
-    restarts: Restarts = None,
+    options: Options = None,
     gradient: Gradient = None,
     eps: Eps = None,
     batch_size: BatchSize = None,
-    rows: Rows = None,
+    max_batch: MaxBatch = None,
     checkpointing: Checkpointing = "auto",
     resume: Annotated[bool, typer.Option(help="Continue what is there.")] = True,
     save_adversarial: Annotated[
         bool, typer.Option("--save-adversarial", help="Also write the adversarial images.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="The same as `dbp-bench plan`.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Show the plan: settings, network calls, time and memory here."
+        ),
     ] = False,
     data: Data = None,
     entries: Entries = None,
@@ -91,27 +89,10 @@ def run(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Attack defenses and write one result file for each defense and threat model."""
+    """Attack defenses and write one result file for each defense, threat model and attack."""
     from dbp_bench.runs.job import Overrides, plan
 
     registry = registry_of(entries, trust_code, data)
-    given = {
-        "steps": steps,
-        "eot": eot,
-        "step_size": step_size,
-        "loss": loss,
-        "random_start": random_start,
-        "restarts": restarts,
-        "gradient": gradient,
-    }
-    overrides = Overrides(
-        effort={key: value for key, value in given.items() if value is not None},
-        eps=None if eps is None else eps_of(eps),
-        draws=draws,
-        examples=examples,
-        batch_size=batch_size,
-        rows=rows,
-    )
     if checkpointing not in ("auto", "none", "step"):
         raise BadRequest(f"--checkpointing {checkpointing!r}: auto, none or step.")
     planned = plan(
@@ -119,21 +100,29 @@ def run(
         track,
         split(defense),
         split(threat),
+        attack=attack,
         seed=seed,
         device=device_of(device),
-        overrides=overrides,
+        overrides=Overrides(
+            effort=options_of(options),
+            gradient=gradient,
+            eps=None if eps is None else eps_of(eps),
+            draws=draws,
+            examples=examples,
+            batch_size=batch_size,
+            max_batch=max_batch,
+        ),
     )
     say = console(quiet or as_json)
     source = context.get_parameter_source("track")
     default = source is not None and source.name == "DEFAULT"
-    _show_head(say, registry, track, default)
+    _show_head(say, registry.track(track), default)
     if dry_run:
-        _plan(say, planned, registry, checkpointing, as_json, out)
+        _plan(say, planned, checkpointing, as_json, out)
         return
     _run_all(
         say,
         planned,
-        registry,
         out,
         checkpointing,
         resume=resume,
@@ -142,75 +131,16 @@ def run(
     )
 
 
-@app.command()
-def plan(
-    context: typer.Context,
-    defense: Defenses = "all",
-    threat: Threats = "all",
-    track: TrackName = "digits-linf",
-    seed: Seed = 0,
-    out: Out = Path("results"),
-    device: Device = "auto",
-    examples: Examples = None,
-    draws: Draws = None,
-    steps: Steps = None,
-    eot: Eot = None,
-    step_size: StepSize = None,
-    loss: Loss = None,
-    random_start: RandomStart = None,
-    restarts: Restarts = None,
-    gradient: Gradient = None,
-    eps: Eps = None,
-    batch_size: BatchSize = None,
-    rows: Rows = None,
-    checkpointing: Checkpointing = "auto",
-    data: Data = None,
-    entries: Entries = None,
-    trust_code: Trust = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show what a run would do: settings, network calls, time and memory on this device."""
-    run(
-        context,
-        defense=defense,
-        threat=threat,
-        track=track,
-        seed=seed,
-        out=out,
-        device=device,
-        examples=examples,
-        draws=draws,
-        steps=steps,
-        eot=eot,
-        step_size=step_size,
-        loss=loss,
-        random_start=random_start,
-        restarts=restarts,
-        gradient=gradient,
-        eps=eps,
-        batch_size=batch_size,
-        rows=rows,
-        checkpointing=checkpointing,
-        dry_run=True,
-        data=data,
-        entries=entries,
-        trust_code=trust_code,
-        as_json=as_json,
-    )
-
-
-def _show_head(say: "Console", registry: "Registry", track: str, default: bool) -> None:
-    entry = registry.track(track).entry
+def _show_head(say: "Console", track: "Entry[Track]", default: bool) -> None:
     chosen = "  (the default track)" if default else ""
-    say.print(f"track    {track}{chosen}: {entry.title}", highlight=False)
-    if entry.demonstration:
+    say.print(f"track    {track.name}{chosen}: {track.entry.title}", highlight=False, markup=False)
+    if track.entry.demonstration:
         say.print("         a demonstration: never compare its numbers with CIFAR-10", style="dim")
 
 
 def _run_all(
     say: "Console",
     planned: "Sequence[Planned]",
-    registry: "Registry",
     out: Path,
     checkpointing: Any,
     *,
@@ -220,31 +150,34 @@ def _run_all(
 ) -> None:
     from dbp_bench.result import Result
     from dbp_bench.runs.execute import execute, is_complete
-    from dbp_bench.runs.job import measured_elsewhere
-    from dbp_bench.runs.saved import adversarial_path
+    from dbp_bench.runs.replay import adversarial_path
 
     for item in planned:
         item.job.identity()  # weights that must be fetched are missed before anything has begun
     done: list[tuple[Path, Result]] = []
     for item in planned:
         job = item.job
-        twin = item.instead or (measured_elsewhere(job, registry, out) if resume else None)
-        if twin and not item.instead and save_adversarial:
-            twin = twin if adversarial_path(twin.path(out)).is_file() else None
-        if twin is not None:
+        elsewhere = item.instead.path(out) if item.instead else None
+        if elsewhere is None and resume:
+            elsewhere = job.measured_elsewhere(out)
+            if elsewhere and save_adversarial and not adversarial_path(elsewhere).is_file():
+                elsewhere = None
+        if elsewhere is not None:
             sites = ", ".join(job.sites) or "nowhere"
             say.print(
-                f"{job.label}: the same setting as {twin.threat.name}, since {job.defense.name} "
-                f"draws noise at: {sites}. Not run twice; see {twin.path(out)}",
+                f"{job.label}: the same setting as {elsewhere.parents[1].name}, since "
+                f"{job.subject.name} draws noise at: {sites}. Not run twice; see {elsewhere}",
                 highlight=False,
+                markup=False,
             )
             if item.instead is None:
-                done.append((twin.path(out), Result.read(twin.path(out))))
+                done.append((elsewhere, Result.read(elsewhere)))
             continue
         if resume and not save_adversarial and is_complete(job, out):
             say.print(
                 f"{job.label}: all there already, nothing to run (--no-resume runs it again)",
                 highlight=False,
+                markup=False,
             )
             done.append((job.path(out), Result.read(job.path(out))))
             continue
@@ -252,7 +185,6 @@ def _run_all(
             try:
                 path = execute(
                     job,
-                    registry,
                     out,
                     policy=checkpointing,
                     resume=resume,
@@ -276,6 +208,7 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
             {
                 "defense": result.defense,
                 "threat": result.threat,
+                "attack": result.label,
                 "file": str(path),
                 "images": len(result.ids),
                 "draws": len(result.draws),
@@ -286,7 +219,7 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
         print(json.dumps(listed, indent=1))
         return
     table = Table(box=None, pad_edge=False)
-    for name in ("defense", "threat"):
+    for name in ("defense", "threat", "attack"):
         table.add_column(name)
     for name in ("clean %", "robust % [95 %]", "fresh draws %", "images", "draws"):
         table.add_column(name, justify="right")
@@ -294,6 +227,7 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
         table.add_row(
             result.defense,
             result.threat,
+            result.label,
             percent(estimates["clean"]),
             percent(estimates["robust"]),
             percent(estimates["fresh"]),
@@ -314,7 +248,6 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
 def _plan(
     say: "Console",
     planned: "Sequence[Planned]",
-    registry: "Registry",
     checkpointing: Any,
     as_json: bool,
     out: Path,
@@ -325,7 +258,7 @@ def _plan(
 
     costs: list[tuple[Job, Job | None, Cost | None]] = []
     for item in planned:
-        cost = None if item.instead else estimate(item.job, registry, out, checkpointing)
+        cost = None if item.instead else estimate(item.job, out, checkpointing)
         costs.append((item.job, item.instead, cost))
     total = sum(cost.seconds for _, _, cost in costs if cost)
     if as_json:
@@ -342,17 +275,23 @@ def _plan(
         print(json.dumps({"jobs": rows, "seconds": total}, indent=1))
         return
     table = Table(box=None, pad_edge=False)
-    for name in ("defense", "threat", "knows", "effort"):
+    for name in ("defense", "threat", "attack", "knows", "effort"):
         table.add_column(name)
     for name in ("images", "draws", "network calls", "time", "memory"):
         table.add_column(name, justify="right")
     for job, twin, cost in costs:
         effort = " ".join(
             f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}"
-            for k, v in job.effort.items()
+            for k, v in job.search.effort.items()
             if v is not None
         )
-        head = [job.defense.name, job.threat.name, ", ".join(job.knows) or "nothing", effort]
+        head = [
+            job.subject.name,
+            job.threat.name,
+            job.search.label,
+            ", ".join(job.knows) or "nothing",
+            effort,
+        ]
         if cost is None:
             same = f"= {twin.threat.name}" if twin else ""
             table.add_row(*head, str(job.examples), str(job.draws), same, "", "")
@@ -368,8 +307,8 @@ def _plan(
     say.print(table)
     for job, _, _ in costs[:1]:
         say.print(
-            f"{job.track.entry.norm} eps {job.eps:g}, seed {job.seed}, {job.device}; groups of "
-            f"{job.batch_size} images, at most {job.rows} rows in one pass.",
+            f"{job.subject.track.entry.norm} eps {job.eps:g}, seed {job.seed}, {job.device}; "
+            f"groups of {job.batch_size} images, at most {job.max_batch} images x samples in one pass.",
             highlight=False,
         )
     _show_limits(say, [(job, cost) for job, _, cost in costs if cost is not None])
@@ -386,17 +325,17 @@ def _show_limits(say: "Console", costs: "Sequence[tuple[Job, Cost]]") -> None:
     """What stands between the plan and the run."""
     for job, cost in costs:
         if not cost.fits:
-            rows = max(1, job.rows * cost.free_bytes // max(1, cost.bytes))
+            smaller = max(1, job.max_batch * cost.free_bytes // max(1, cost.bytes))
             say.print(
                 f"{job.label}: does not fit: {cost.free_bytes / 2**20:,.0f} MiB are free on "
-                f"{job.device}. Try --rows {rows}.",
+                f"{job.device}. Try --max-batch {smaller}.",
                 highlight=False,
                 soft_wrap=True,
             )
-    missing = list(dict.fromkeys(name for _, cost in costs for name in cost.made_up))
+    missing = list(dict.fromkeys(name for _, cost in costs for name in cost.random_weights))
     if missing:
         say.print(
-            f"timed with made-up weights: {', '.join(missing)} not in the cache. "
+            f"timed with random weights: {', '.join(missing)} not in the cache. "
             "`dbp-bench weights list` says where they are from.",
             highlight=False,
             soft_wrap=True,

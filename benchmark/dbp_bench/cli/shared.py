@@ -34,8 +34,21 @@ def split(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
+def options_of(given: list[str] | None) -> dict[str, object]:
+    """The options that ``--set name=value`` gives; values are read as in an entry's YAML."""
+    from dbp_bench.declaration import value_of
+
+    options = {}
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise BadRequest(f"--set {text!r}: write it as steps=50.")
+        options[name.strip().replace("-", "_")] = value_of(value)
+    return options
+
+
 def eps_of(text: str) -> float:
-    from dbp_bench.entries.registry import number
+    from dbp_bench.declaration import number
 
     try:
         return number(text)
@@ -53,7 +66,9 @@ def device_of(name: str) -> str:
     if torch.cuda.is_available():
         return "cuda"
     if name == "cuda":
-        raise BadRequest("--device cuda: this torch sees no GPU; `dbp-bench doctor` tells more.")
+        raise BadRequest(
+            "--device cuda: this torch sees no GPU; `dbp-bench check --environment` tells more."
+        )
     return "cpu"
 
 
@@ -67,14 +82,14 @@ def progress_bar(say: "Console", label: str) -> "Iterator[Progress]":
 
     if not say.is_terminal or say.quiet:
         yield Progress(
-            start=lambda total: say.print(f"{label}: {total} image gradients", highlight=False)
+            start=lambda total: say.print(f"{label}: {total} gradient evaluations", highlight=False)
         )
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("image gradients"),
+        TextColumn("gradient evaluations"),
         TimeRemainingColumn(),
     )
     with Bar(*columns, console=say, transient=True) as bar:

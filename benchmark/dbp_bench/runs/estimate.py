@@ -1,15 +1,15 @@
-"""What a job would cost: network calls counted, time and memory measured on small pieces of it.
+"""What a job would cost: network calls are counted, time and memory measured on small pieces.
 
 A published defense calls a large network hundreds of times, and a plan must not. So the sampler is
 run once with networks that answer at once, which counts the calls and times all that isn't network;
 and each network is called by itself, on as many images as fit in a moment. What is planned is the
-sum. Weights that aren't in the cache are made up: they change no count, and hardly a time.
+sum. Weights that aren't in the cache are random: they change no count, and hardly a time.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from dbp_bench import memory
-from dbp_bench.checks import gradients
 from dbp_bench.data import stand_in
 from dbp_bench.defense import Defense
-from dbp_bench.entries.registry import Registry
 from dbp_bench.memory import Policy
 from dbp_bench.noise import ATTACKER, Tape
 from dbp_bench.runs.execute import FRESH_DRAWS, is_complete, missing_gradients
@@ -36,20 +34,20 @@ class Cost:
     """An estimate."""
 
     calls: int
-    """Network calls, each image of a batch counted, forward only. Those of the source of a transfer
-    attack count, too."""
+    """Calls of the denoising networks, each image of a batch counted, forward only. Calls by other
+    defenses in which the attack searches count, too."""
     at_most: bool
     """Whether images may finish early, so that `calls` and `seconds` are bounds."""
     seconds: float
-    """Of what is still to be done, on this device."""
+    """Time of what is still to be done, on this device."""
     bytes: int
     """Activations and states kept for one backward pass."""
     by_step: bool
     """Whether gradients are checkpointed by step."""
     free_bytes: int
     """Memory that is free on the device."""
-    made_up: tuple[str, ...] = ()
-    """Checkpoints that aren't in the cache: timed with made-up weights."""
+    random_weights: tuple[str, ...] = ()
+    """Checkpoints that aren't in the cache: timed with random weights."""
 
     @property
     def fits(self) -> bool:
@@ -58,128 +56,133 @@ class Cost:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "made_up": list(self.made_up)}
+        return {**asdict(self), "random_weights": list(self.random_weights)}
 
 
-def estimate(job: Job, registry: Registry, out: Path, policy: Policy) -> Cost:
+def estimate(job: Job, out: Path, policy: Policy) -> Cost:
     """The cost of `job`.
 
     Raises:
         BadExtra: A network is another package's, which is missing.
         BadEntry, BadWeights: As when the job runs, except that checkpoints may be missing.
     """
-    probe = _probe(job, registry, policy)
+    probe = _probe(job, policy)
     images = sum(map(len, job.groups))
-    verdicts = images * job.draws * (2 + (FRESH_DRAWS if job.knows else 0))
-    passes = job.passes
-    looks = images * job.attacks * passes.looks
+    evaluated = images * job.draws * (2 + (FRESH_DRAWS if job.knows else 0))
+    needed = job.evaluations
+    forward = images * job.attacks * needed.forward
     # Nothing of a job can be done whose weights aren't there.
     missing = None in job.identity(planned=True)["weights"].values()
-    todo = job.gradients if missing else missing_gradients(job, out)
+    todo = job.gradient_evaluations if missing else missing_gradients(job, out)
     undone = float(missing or not is_complete(job, out))
-    share = todo / job.gradients if job.gradients else undone
-    searched, judged = probe.searched, probe.judged
+    share = todo / job.gradient_evaluations if job.gradient_evaluations else undone
+    searched, defended = probe.searched, probe.defended
     return Cost(
-        calls=(job.gradients + looks) * searched.calls + verdicts * judged.calls,
-        at_most=not passes.exact,
+        calls=(job.gradient_evaluations + forward) * searched.nfe + evaluated * defended.nfe,
+        at_most=not needed.exact,
         seconds=todo * searched.per_gradient
-        + share * (looks * searched.per_look + verdicts * judged.per_look),
+        + share * (forward * searched.per_forward + evaluated * defended.per_forward),
         bytes=searched.bytes,
         by_step=searched.by_step,
         free_bytes=probe.free,
-        made_up=probe.made_up,
+        random_weights=probe.random_weights,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Passes:
-    """What passes of one image through a defense cost."""
+class _Pass:
+    """What one evaluation of a defense costs."""
 
-    calls: int
+    nfe: int
     per_gradient: float
-    per_look: float
+    """Seconds of a gradient evaluation."""
+    per_forward: float
+    """Seconds of a forward evaluation."""
     bytes: int
-    """Of a gradient, for all rows of a pass."""
+    """Memory of a gradient, for all evaluations of one pass."""
     by_step: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    searched: _Passes
-    """Of what the attack differentiates: the defense, a surrogate of it, or another defense."""
-    judged: _Passes
-    made_up: tuple[str, ...]
+    searched: _Pass
+    """The cost of what the attack differentiates: the defense, a surrogate, or another defense."""
+    defended: _Pass
+    random_weights: tuple[str, ...]
     free: int
 
 
 _PROBES: dict[tuple[object, ...], _Probe] = {}
 
 
-def _probe(job: Job, registry: Registry, policy: Policy) -> _Probe:
-    rows = min(job.rows, job.batch_size * job.copies)
-    mode = (job.effort.get("gradient"), job.effort.get("surrogate_steps"), job.effort.get("source"))
-    key = (job.track.name, job.defense.name, job.device, job.batch_size, rows, policy, mode)
+def _probe(job: Job, policy: Policy) -> _Probe:
+    track = job.subject.track
+    max_batch = min(job.max_batch, job.batch_size * job.samples)
+    sources = tuple(job.sources)
+    subject = (track.name, job.subject.name, job.search.gradient, sources)
+    key = (*subject, job.device, job.batch_size, max_batch, policy)
     if key in _PROBES:
         return _PROBES[key]
     device = torch.device(job.device)
-    registry = registry.for_plans()
-    common: dict[str, Any] = {"device": device, "policy": policy}
-    judged = registry.build_defense(job.defense, job.track, **common)
-    if job.source is not None:
-        searched = registry.build_defense(job.source, job.track, **common)
-    else:
-        searched = gradients.differentiated(
-            registry, job.defense, job.track, judged, job.effort, **common
-        )
-    image = stand_in(job.track.entry.data, 1)[0].to(device)
+    job = replace(
+        job,
+        subject=job.subject.with_random_weights(),
+        sources={name: source.with_random_weights() for name, source in job.sources.items()},
+    )
+    defended = job.defense(policy=policy)
+    others = list(job.other_defenses(policy=policy).values())
+    searched = others[0] if others else job.searched(defended, policy=policy)
+    image = stand_in(track.entry.data, 1)[0].to(device)
     free = memory.free_bytes(device)
-    networks = searched.networks or judged.networks
-    found = _passes(searched, networks, image, rows, job.batch_size, policy, free)
-    if searched is judged:
-        passes = found
+    networks = searched.networks or defended.networks
+    found = _pass(searched, networks, image, max_batch, job.batch_size, policy, free)
+    if searched is defended:
+        own = found
     else:
-        passes = _passes(judged, judged.networks, image, rows, job.batch_size, policy, free)
-    _PROBES[key] = _Probe(found, passes, tuple(dict.fromkeys(registry.made_up or ())), free)
+        own = _pass(defended, defended.networks, image, max_batch, job.batch_size, policy, free)
+    subjects = (job.subject, *job.sources.values())
+    random = [name for subject in subjects for name in subject.builder.random_weights or ()]
+    _PROBES[key] = _Probe(found, own, tuple(dict.fromkeys(random)), free)
     return _PROBES[key]
 
 
-def _passes(
+def _pass(
     defense: Defense,
     networks: list[nn.Module],
     image: Tensor,
-    rows: int,
+    max_batch: int,
     group: int,
     policy: Policy,
     free: int,
-) -> _Passes:
-    """Of a `defense`, for an `image` ``(1, c, h, w)``; all votes are alike, so one is run."""
+) -> _Pass:
+    """The cost of a `defense` for an `image` ``(1, c, h, w)``; votes are alike, so one is run."""
     votes, defense.votes = defense.votes, 1
     try:
         used = [call for network in networks if (call := _Call.seen(defense, network, image))]
         calls = votes * sum(call.count for call in used)
         ends = _classifier_bytes(defense, image)
         each = [(call.count, call.bytes()) for call in used]
-        full = rows * votes * (ends + sum(count * size for count, size in each))
+        full = max_batch * votes * (ends + sum(count * size for count, size in each))
         if policy == "none" or full <= free // 2:
             # What the sampler keeps beside its networks, which can be much too.
             with _instant(used):
-                full += rows * votes * (_kept(defense, image) - ends)
+                full += max_batch * votes * (_kept(defense, image) - ends)
         states = calls * max((call.image.nbytes for call in used), default=0)
-        steps = rows * (max((size for _, size in each), default=0) + states + votes * ends)
+        steps = max_batch * (max((size for _, size in each), default=0) + states + votes * ends)
         by_step = policy == "step" or (policy == "auto" and full > free // 2)
         how: Policy = "step" if by_step else "none"
         with _instant(used):
-            gradient = _timed(rows, lambda n: _gradient(defense, _copies(image, n), how))
-            look = _timed(group, lambda n: _look(defense, _copies(image, n)))
+            gradient = _timed(max_batch, lambda n: _gradient(defense, _copies(image, n), how))
+            forward = _timed(group, lambda n: _forward(defense, _copies(image, n)))
         room = max(1, free // 2 // max((size for _, size in each), default=1))
         for call in used:
             there = _timed(group, lambda n, call=call: call.forward(n))  # type: ignore[misc]
-            back = _timed(min(rows, room), lambda n, call=call: call.back(n))  # type: ignore[misc]
-            look += call.count * there
+            back = _timed(min(max_batch, room), lambda n, call=call: call.back(n))  # type: ignore[misc]
+            forward += call.count * there
             gradient += call.count * (back + (there if by_step else 0.0))
     finally:
         defense.votes = votes
-    return _Passes(calls, votes * gradient, votes * look, steps if by_step else full, by_step)
+    return _Pass(calls, votes * gradient, votes * forward, steps if by_step else full, by_step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +196,7 @@ class _Call:
     others: tuple[Tensor, ...]
     """The other arguments ``(1, ...)``."""
     channels: int
-    """Of the answer."""
+    """Channels of the answer."""
 
     @classmethod
     def seen(cls, defense: Defense, network: nn.Module, image: Tensor) -> "_Call | None":
@@ -280,7 +283,7 @@ def _gradient(defense: Defense, images: Tensor, policy: Policy) -> None:
         torch.autograd.grad(_logits(defense, x).sum(), x, materialize_grads=True)
 
 
-def _look(defense: Defense, images: Tensor) -> None:
+def _forward(defense: Defense, images: Tensor) -> None:
     with torch.no_grad():
         _logits(defense, images)
 

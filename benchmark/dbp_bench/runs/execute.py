@@ -1,14 +1,13 @@
 """Run one job: cut it into groups, execute, store, resume. The only writer of results.
 
-A finished piece of work (an attack, a verdict) is stored atomically in `.work/` below the folder of
-results, so that a run killed at any moment and started again computes only what is missing and
-writes the same result file, byte for byte.
+A finished piece of work (an attack, the evaluation at a draw) is stored atomically in `.work/`
+below the folder of results, so that a run killed at any moment and started again computes only what
+is missing and writes the same result file, byte for byte.
 """
 
 import fcntl
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,34 +19,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dbp_bench import attacks, evaluate
-from dbp_bench.checks import gradients
-from dbp_bench.data import DataSet, load_data
+from dbp_bench import evaluate
+from dbp_bench.checks.record import record
+from dbp_bench.data import DataSet
 from dbp_bench.defense import Defense
-from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest
 from dbp_bench.evaluate import FRESH, Group
 from dbp_bench.memory import Policy
 from dbp_bench.noise import Site
 from dbp_bench.result import (
-    SCHEMA,
     Arithmetic,
-    GradientCheck,
-    NetworkCalls,
+    Conformance,
+    EvaluationCounts,
+    Predicted,
     Result,
+    outcome_digest,
     write_atomically,
 )
-from dbp_bench.runs.job import (
-    Job,
-    identity_of,
-    refuse_other_request,
-)
+from dbp_bench.runs.job import Job, identity_of, refuse_other_request
 from dbp_bench.runs.provenance import provenance
-from dbp_bench.runs.saved import adversarial_path, budget_of, pack
+from dbp_bench.runs.replay import adversarial_path, pack
 from dbp_bench.threat import Tick, ignore
 
 FRESH_DRAWS = 3
-"""Fresh draws that judge each image made for a known draw."""
+"""Fresh draws that evaluate each image made for a known draw."""
 
 
 @dataclass(slots=True)
@@ -55,39 +50,40 @@ class Progress:
     """Where a job's progress goes."""
 
     start: Tick = ignore
-    """Called once with the number of image gradients that are still to be taken."""
+    """Called once with the number of gradient evaluations that are still to be taken."""
     tick: Tick = ignore
-    """Called with the number of image gradients just taken."""
+    """Called with the number of gradient evaluations just taken."""
 
 
-_BY_NUMBER = (
-    *("adversarial", "nonzero", "gradients", "looks", "package", "clean", "robust", "fresh"),
-)
+_BY_ATTACK = ("images", "nonzero", "gradient", "forward", "package")
+_BY_DRAW = ("clean", "adversarial", "fresh")
+_COUNTS = ("nfe", "searched_nfe")
 
 
 @dataclass(slots=True)
 class _State:
-    """What is known of one group. Saved after every piece of work."""
+    """What is known of one group. It is saved after every piece of work."""
 
-    adversarial: dict[int, Tensor] = field(default_factory=dict)
-    """By attack: the known draw, or 0 where no draw is known."""
+    images: dict[int, Tensor] = field(default_factory=dict)
+    """Adversarial images, by attack: the known draw, or 0 where no draw is known."""
     nonzero: dict[int, Tensor] = field(default_factory=dict)
-    """By attack, for each image: whether a gradient wasn't zero."""
-    gradients: dict[int, Tensor] = field(default_factory=dict)
-    """By attack, for each image: network calls that a backward pass followed."""
-    looks: dict[int, Tensor] = field(default_factory=dict)
-    """By attack, for each image: the attack's other network calls."""
+    """By attack, for each image: whether a gradient was not zero."""
+    gradient: dict[int, Tensor] = field(default_factory=dict)
+    """By attack, for each image: gradient evaluations."""
+    forward: dict[int, Tensor] = field(default_factory=dict)
+    """By attack, for each image: forward evaluations."""
     package: dict[int, Tensor] = field(default_factory=dict)
-    """By attack, for each image: robust, as the attack itself would have it, if it says."""
+    """By attack, for each image: whether the attack itself calls it robust, if it says."""
     clean: dict[int, Tensor] = field(default_factory=dict)
-    """By victim draw."""
-    robust: dict[int, Tensor] = field(default_factory=dict)
+    """By victim draw: predicted classes of the clean images."""
+    adversarial: dict[int, Tensor] = field(default_factory=dict)
+    """By victim draw: predicted classes of the adversarial images."""
     fresh: dict[int, Tensor] = field(default_factory=dict)
-    """By known draw: ``(b, FRESH_DRAWS)``."""
-    judging_calls: int = 0
-    judged: int = 0
-    seconds: float = 0.0
-    peak_bytes: int = 0
+    """By known draw: predicted classes ``(b, FRESH_DRAWS)``."""
+    nfe: int = 0
+    """Calls of the denoising networks in one purification by the defense."""
+    searched_nfe: int = 0
+    """The same of what the attack searched in."""
 
     @classmethod
     def read(cls, path: Path) -> "_State":
@@ -96,33 +92,30 @@ class _State:
         if not path.is_file():
             return state
         try:
-            tensors = load_file(path)
-            for name, value in tensors.items():
+            for name, value in load_file(path).items():
                 kind, _, number = name.partition("/")
-                if number:
+                if kind in (*_BY_ATTACK, *_BY_DRAW):
                     getattr(state, kind)[int(number)] = value
+                elif kind in _COUNTS:
+                    setattr(state, kind, int(value))
                 else:
-                    setattr(state, kind, value.item())
-        except (SafetensorError, OSError, AttributeError, ValueError, RuntimeError):
+                    return cls()
+        except (SafetensorError, OSError, ValueError, RuntimeError):
             return cls()
         return state
 
     def write(self, path: Path) -> None:
         tensors = {
             f"{kind}/{number}": value.contiguous()
-            for kind in _BY_NUMBER
+            for kind in (*_BY_ATTACK, *_BY_DRAW)
             for number, value in getattr(self, kind).items()
         }
-        for kind in ("judging_calls", "judged", "seconds", "peak_bytes"):
-            value = getattr(self, kind)
-            dtype = torch.float64 if kind == "seconds" else torch.int64
-            tensors[kind] = torch.tensor(value, dtype=dtype)
-        write_atomically(path, save(tensors))
+        counts = {kind: torch.tensor(getattr(self, kind)) for kind in _COUNTS}
+        write_atomically(path, save({**tensors, **counts}))
 
 
 def execute(
     job: Job,
-    registry: Registry,
     out: Path,
     *,
     policy: Policy = "auto",
@@ -134,7 +127,6 @@ def execute(
 
     Args:
         job: What to measure.
-        registry: Where its entries come from.
         out: The folder of results.
         policy: Gradient checkpointing; doesn't change a bit of the result.
         resume: Continue what is there. Otherwise it is thrown away first.
@@ -150,14 +142,14 @@ def execute(
         AttackFailed: The attack or the defense gave numbers that can't be used.
     """
     path = job.path(out)
-    work = out / ".work" / path.relative_to(out).with_suffix("")
+    work = _work_folder(job, out)
     progress = progress or Progress()
     job.identity()  # checkpoints that must be fetched first are missed before anything is deleted
     with locked(work):
         if not resume:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
-            for old in (path, adversarial_path(path), runtime_path(path)):
+            for old in (path, adversarial_path(path)):
                 old.unlink(missing_ok=True)
         held = _held(job, path, work)
         saved = adversarial_path(path)
@@ -169,21 +161,15 @@ def execute(
                 job, examples=len(held.ids), draws=len(held.draws), overrides=held.overrides
             )
         write_atomically(work / "request.json", json.dumps(job.identity(), indent=1))
-        data = load_data(job.track.entry.data, registry.data, job.track.entry.split)
+        data = job.data()
         # Reads every image once: a damaged one is found before anything is attacked.
         digest = data.digest(job.track_ids[: job.examples])
-        states = _work(job, registry, data, work, policy, progress)
-        result = _assemble(job, data, digest, states, gradients.quick(job, registry))
+        states = _work(job, data, work, policy, progress)
+        result = _assemble(job, data, digest, states, record(job))
         if save_adversarial or saved.is_file():
             write_atomically(saved, pack(job, _adversarial(job, states)))
-        write_atomically(runtime_path(path), _runtime(states, policy))
         result.write(path)
     return path
-
-
-def runtime_path(result: Path) -> Path:
-    """Where the times and the memory of a result's run lie; they differ from run to run."""
-    return result.with_name(f"runtime-{result.stem}.json")
 
 
 def is_complete(job: Job, out: Path) -> bool:
@@ -194,23 +180,22 @@ def is_complete(job: Job, out: Path) -> bool:
 
 
 def missing_gradients(job: Job, out: Path) -> int:
-    """Image gradients that `job` has still to take, for an estimate."""
-    path = job.path(out)
+    """Gradient evaluations that `job` has still to take, for an estimate."""
     if is_complete(job, out):
         return 0
-    work = out / ".work" / path.relative_to(out).with_suffix("")
+    work = _work_folder(job, out)
     if _request(work) != job.identity():
-        return job.gradients
+        return job.gradient_evaluations
     return _missing(job, [_State.read(_group_path(work, i)) for i in range(len(job.groups))])
 
 
 def _missing(job: Job, states: list[_State]) -> int:
-    """Image gradients that are still to be taken."""
+    """Gradient evaluations that are still to be taken."""
     return sum(
-        len(ids) * job.passes.gradients
+        len(ids) * job.evaluations.gradient
         for ids, state in zip(job.groups, states, strict=True)
         for attack in range(job.attacks)
-        if attack not in state.adversarial
+        if attack not in state.images
     )
 
 
@@ -247,13 +232,15 @@ def _covers(held: Result, job: Job) -> bool:
     return len(held.ids) >= job.examples and len(held.draws) >= job.draws
 
 
+def _work_folder(job: Job, out: Path) -> Path:
+    return out / ".work" / job.path(out).relative_to(out).with_suffix("")
+
+
 def _group_path(work: Path, index: int) -> Path:
     return work / f"group-{index:05d}.safetensors"
 
 
-def _work(
-    job: Job, registry: Registry, data: DataSet, work: Path, policy: Policy, progress: Progress
-) -> list[_State]:
+def _work(job: Job, data: DataSet, work: Path, policy: Policy, progress: Progress) -> list[_State]:
     device = torch.device(job.device)
     states = [_State.read(_group_path(work, index)) for index in range(len(job.groups))]
     progress.start(_missing(job, states))
@@ -262,74 +249,49 @@ def _work(
         todo = list(_pieces(job, state))
         if not todo:
             continue
-        target = target or _Target.build(job, registry, policy)
+        target = target or _Target.build(job, policy)
         images, labels = data.select(ids)
         group = Group(images.to(device), labels.to(device), ids)
-        for piece in todo:
-            _execute(piece, job, target, group, state, progress)
+        for kind, number in todo:
+            if kind == "attack":
+                _attack(number, job, target, group, state, progress)
+            else:
+                _evaluate(number, job, target, group, state)
             state.write(_group_path(work, index))
     return states
 
 
 def _pieces(job: Job, state: _State) -> Iterator[tuple[str, int]]:
-    """What has still to be done for a group, in order: attacks, and verdicts on victim draws."""
+    """What has still to be done for a group, in order: attacks, and evaluations at victim draws."""
     for draw in range(job.draws):
-        if draw < job.attacks and draw not in state.adversarial:
+        if draw < job.attacks and draw not in state.images:
             yield "attack", draw
-        if draw not in state.robust:
-            yield "judge", draw
+        if draw not in state.adversarial:
+            yield "evaluate", draw
 
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """The defense that judges, and what the attack differentiates in its place."""
+    """The defense that is evaluated, and what the attack differentiates in its place."""
 
     defense: Defense
     searched: Defense
-    source: Defense | None = None
-    """Another defense, in which a transfer attack searches."""
+    sources: dict[str, Defense]
+    """Other defenses in which the attack searches."""
 
     @classmethod
-    def build(cls, job: Job, registry: Registry, policy: Policy) -> "_Target":
-        """Both on the job's device; the same object where the gradient is exact."""
-        device = torch.device(job.device)
+    def build(cls, job: Job, policy: Policy) -> "_Target":
+        """All on the job's device; the same object where the gradient is exact."""
         # float32 means float32: no shortened products in convolutions.
         torch.backends.cudnn.allow_tf32 = False
-        defense = registry.build_defense(job.defense, job.track, device=device, policy=policy)
-        searched = gradients.differentiated(
-            registry, job.defense, job.track, defense, job.effort, device=device, policy=policy
-        )
-        source = None
-        if job.source is not None:
-            source = registry.build_defense(job.source, job.track, device=device, policy=policy)
-        return cls(defense, searched, source)
+        defense = job.defense(policy=policy)
+        return cls(defense, job.searched(defense, policy=policy), job.other_defenses(policy=policy))
 
     @property
     def calls(self) -> int:
-        """Network calls so far."""
+        """Calls of the denoising networks so far; other defenses have a count of their own."""
         own = 0 if self.searched is self.defense else self.searched.counter.images
         return self.defense.counter.images + own
-
-
-def _execute(
-    piece: tuple[str, int],
-    job: Job,
-    target: _Target,
-    group: Group,
-    state: _State,
-    progress: Progress,
-) -> None:
-    kind, number = piece
-    start = time.perf_counter()
-    if group.images.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    if kind == "attack":
-        _attack(number, job, target, group, state, progress)
-    else:
-        _judge(number, job, target, group, state)
-    state.seconds += time.perf_counter() - start
-    if group.images.is_cuda:
-        state.peak_bytes = max(state.peak_bytes, torch.cuda.max_memory_allocated())
 
 
 def _attack(
@@ -338,115 +300,103 @@ def _attack(
     before = target.calls
     found = evaluate.attack(
         target.searched,
-        attacks.build(job.threat.entry.attack, job.effort, target.source),
+        job.attack(),
         group,
-        budget_of(job),
+        job.budget(),
         frozenset(Site(site) for site in job.knows),
         seed=job.seed,
         victim_draw=number,
-        rows=job.rows,
+        max_batch=job.max_batch,
         tick=progress.tick,
+        sources=target.sources,
     )
-    passes = int((found.gradients + found.looks).sum())
-    calls = (target.calls - before) // max(1, passes)
-    state.adversarial[number] = found.images.cpu()
+    evaluations = int((found.gradient + found.forward).sum())
+    state.searched_nfe = (target.calls - before) // max(1, evaluations)
+    state.images[number] = found.images.cpu()
     state.nonzero[number] = found.nonzero
     if found.verdict is not None:
         state.package[number] = found.verdict
-    state.gradients[number], state.looks[number] = found.gradients * calls, found.looks * calls
+    state.gradient[number], state.forward[number] = found.gradient, found.forward
 
 
-def _judge(number: int, job: Job, target: _Target, group: Group, state: _State) -> None:
-    before = target.calls
-    adversarial = state.adversarial[number if job.knows else 0].to(group.images)
-    looks = [(group.images, number), (adversarial, number)]
+def _evaluate(number: int, job: Job, target: _Target, group: Group, state: _State) -> None:
+    before = target.defense.counter.images
+    adversarial = state.images[number if job.knows else 0].to(group.images)
+    evaluations = [(group.images, number), (adversarial, number)]
     if job.knows:
-        looks += [(adversarial, FRESH + i) for i in range(FRESH_DRAWS)]
-    right = [
-        evaluate.judge(target.defense, images, group, seed=job.seed, draw=draw).cpu()
-        for images, draw in looks
+        evaluations += [(adversarial, FRESH + i) for i in range(FRESH_DRAWS)]
+    classes = [
+        evaluate.predict(target.defense, images, group.ids, seed=job.seed, draw=draw).cpu()
+        for images, draw in evaluations
     ]
-    state.clean[number], state.robust[number] = right[:2]
+    state.clean[number], state.adversarial[number] = classes[:2]
     if job.knows:
-        state.fresh[number] = torch.stack(right[2:], dim=1)
-    state.judging_calls += target.calls - before
-    state.judged += len(looks) * len(group.ids)
+        state.fresh[number] = torch.stack(classes[2:], dim=1)
+    calls = target.defense.counter.images - before
+    state.nfe = calls // (len(evaluations) * len(group.ids))
 
 
 def _assemble(
-    job: Job, data: DataSet, digest: str, states: list[_State], check: GradientCheck | None
+    job: Job, data: DataSet, digest: str, states: list[_State], checked: Conformance
 ) -> Result:
     draws, attacked = range(job.draws), range(job.attacks)
 
     def columns(kind: str) -> list[Any]:
-        """One row per image of the job, one column per draw."""
-        numbers = attacked if kind == "package" else draws
+        """One row per image of the job, one column per draw or attack."""
+        numbers = attacked if kind in _BY_ATTACK else draws
         groups = [torch.stack([getattr(s, kind)[d] for d in numbers], dim=1) for s in states]
         rows: list[Any] = torch.cat(groups)[: job.examples].tolist()
         return rows
 
-    def total(kind: str) -> Tensor:
-        """Of each image of the job, over all attacks."""
+    def totals(kind: str) -> Tensor:
+        """A number for each image of the job, over all attacks."""
         groups = [torch.stack([getattr(s, kind)[a] for a in attacked]).sum(0) for s in states]
         return torch.cat(groups)[: job.examples]
 
     ids = job.track_ids[: job.examples]
-    per_purification = sum(s.judging_calls for s in states) // sum(s.judged for s in states)
-    verdicts = job.draws * (2 + (FRESH_DRAWS if job.knows else 0)) * job.examples
-    gradients = total("gradients")
+    labels = data.labels_of(ids)
+    predicted = Predicted(
+        clean=columns("clean"),
+        adversarial=columns("adversarial"),
+        fresh=columns("fresh") if job.knows else None,
+    )
+    follows = job.search.gradient is not None
+    identity = job.identity()
     return Result(
-        schema=SCHEMA,
-        track=job.track.name,
-        defense=job.defense.name,
-        threat=job.threat.name,
-        seed=job.seed,
-        norm=job.track.entry.norm,
-        eps=job.eps,
-        sites=job.sites,
-        knows=job.knows,
-        attack=job.threat.entry.attack,
-        effort=job.effort,
-        options=job.options,
+        schema=2,
+        **{key: identity[key] for key in ("track", "defense", "threat", "attack", "setting")},
+        **{key: identity[key] for key in ("seed", "norm", "eps", "sites", "knows")},
+        **{key: identity[key] for key in ("effort", "gradient", "options")},
         surrogate=job.surrogate,
         overrides=job.overrides,
         ids=ids,
-        labels=data.labels_of(ids),
+        labels=labels,
         draws=list(draws),
-        clean=columns("clean"),
-        robust=columns("robust"),
-        fresh=columns("fresh") if job.knows else None,
-        zero_gradient=(total("nonzero") == 0).tolist() if "gradient" in job.effort else None,
+        predicted=predicted,
+        zero_gradient=(totals("nonzero") == 0).tolist() if follows else None,
         package_robust=columns("package") if states[0].package else None,
-        gradient_check=check,
-        network_calls=NetworkCalls(
-            per_purification=per_purification,
-            gradient=int(gradients.sum()),
-            judging=int(total("looks").sum()) + per_purification * verdicts,
+        evaluations=EvaluationCounts(
+            gradient=totals("gradient").tolist(),
+            forward=totals("forward").tolist(),
+            nfe=max(state.nfe for state in states),
+            searched_nfe=max(state.searched_nfe for state in states),
         ),
+        conformance=checked,
         arithmetic=Arithmetic(
             device=torch.device(job.device).type,  # type: ignore[arg-type]
             dtype="float32",
             batch_size=job.batch_size,
-            rows=job.rows,
+            max_batch=job.max_batch,
         ),
         provenance=provenance(job, digest),
+        digest=outcome_digest(ids, labels, list(draws), predicted),
     )
 
 
 def _adversarial(job: Job, states: list[_State]) -> Tensor:
     """``(attacks, n, c, h, w)``."""
     attacked = range(job.attacks)
-    return torch.cat([torch.stack([s.adversarial[a] for a in attacked]) for s in states], dim=1)
-
-
-def _runtime(states: list[_State], policy: Policy) -> str:
-    record = {
-        "seconds": round(sum(s.seconds for s in states), 3),
-        "peak_device_bytes": max(s.peak_bytes for s in states) or None,
-        "checkpointing": policy,
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    return json.dumps(record, indent=1) + "\n"
+    return torch.cat([torch.stack([s.images[a] for a in attacked]) for s in states], dim=1)
 
 
 @contextmanager

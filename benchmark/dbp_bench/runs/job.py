@@ -1,38 +1,30 @@
-"""A job: one defense under one threat model on one track for one seed, with every default filled.
+"""A job: one defense under one threat model and attack on one track for one seed, all resolved.
 
-Resolving one imports no torch, so that plans and refusals are quick.
+Names, entries, options and weights are resolved once; from then on the job builds what is needed.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from dbp_bench import __version__, data
+from dbp_bench import __version__, attacks, data
 from dbp_bench.entries import outside
-from dbp_bench.entries.registry import (
-    EFFORTS,
-    KNOWN_DRAWS,
-    CheckpointRef,
-    DefenseEntry,
-    Effort,
-    Entry,
-    NetworkRef,
-    Registry,
-    Setting,
-    Surrogate,
-    Threat,
-    Track,
-    check_eps,
-    explain,
-)
-from dbp_bench.errors import BadEntry, BadRequest, did_you_mean
-from dbp_bench.passes import Passes, Setup
-from dbp_bench.result import Result, result_path, searched_effort
-from dbp_bench.weights import files as weight_files
-from dbp_bench.weights import store
+from dbp_bench.entries.build import Subject
+from dbp_bench.entries.fields import Entry, check_eps
+from dbp_bench.entries.registry import Registry
+from dbp_bench.entries.threat import GRADIENT, KNOWN_DRAWS, AttackSetting, Threat, is_outside
+from dbp_bench.errors import BadEntry, BadRequest, UnknownName, did_you_mean
+from dbp_bench.result import Result, attack_label, result_path, searched_effort
+
+if TYPE_CHECKING:
+    import torch
+
+    from dbp_bench.data import DataSet
+    from dbp_bench.defense import Defense
+    from dbp_bench.memory import Policy
+    from dbp_bench.threat import Attack, Budget, Evaluations, Setup
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,52 +32,116 @@ class Overrides:
     """What the user set against the entries; None leaves the entry's."""
 
     effort: dict[str, Any] = field(default_factory=dict)
+    """Options of the attack."""
+    gradient: str | None = None
     eps: float | None = None
     draws: int | None = None
     examples: int | None = None
     batch_size: int | None = None
-    rows: int | None = None
+    max_batch: int | None = None
 
     def names(self) -> list[str]:
         """The fields that change what is measured."""
-        single = ("eps", "draws", "batch_size", "rows")
+        single = ("gradient", "eps", "draws", "batch_size", "max_batch")
         return sorted([*self.effort, *(n for n in single if getattr(self, n) is not None)])
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The attack of a job, with its options."""
+
+    attack: "Attack"
+    name: str
+    """Such as ``pgd``, ``torchattacks:PGD`` or ``my_package.module:MyAttack``."""
+    setting: Entry[AttackSetting] | None
+    """The named setting that it was asked for by."""
+    effort: dict[str, Any]
+    """All options, with their values."""
+    gradient: str | None
+    """What it differentiates (see :data:`dbp_bench.entries.threat.Gradient`); None where it follows
+    no gradient."""
+
+    @property
+    def label(self) -> str:
+        """How paths and tables name it."""
+        return attack_label(self.name, self.setting.name if self.setting else None)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """All that decides the outcomes, except the arithmetic of the machine."""
 
-    track: Entry[Track]
-    defense: Entry[DefenseEntry]
+    subject: Subject
     threat: Entry[Threat]
-    setting: Setting
+    search: Search
+    sources: Mapping[str, Subject]
+    """Other defenses that the attack searches in, by name."""
     seed: int
     device: str
     eps: float
     knows: list[str]
-    effort: dict[str, Any]
     draws: int
     track_ids: list[int]
     """All images of the track: groups are cut from these, whatever number is asked for."""
     examples: int
     batch_size: int
-    rows: int
+    max_batch: int
     overrides: list[str]
-    source: Entry[DefenseEntry] | None = None
-    """The defense that a transfer attack searches in."""
     code: dict[str, str] = field(default_factory=dict)
     """sha256 of the code outside dbp-bench that the entries name, by top-level module."""
+
+    # ------------------------------------------------------------------------- what it builds
+
+    def defense(
+        self, *, policy: "Policy" = "auto", dtype: "torch.dtype | None" = None
+    ) -> "Defense":
+        """The defense that is evaluated, on the job's device."""
+        return self.subject.defense(device=self.device, policy=policy, dtype=dtype)
+
+    def searched(
+        self,
+        evaluated: "Defense",
+        *,
+        policy: "Policy" = "auto",
+        dtype: "torch.dtype | None" = None,
+    ) -> "Defense":
+        """What the attack differentiates in place of the `evaluated` defense; often the same."""
+        gradient = self.search.gradient or "exact"
+        return self.subject.searched(
+            evaluated, gradient, device=self.device, policy=policy, dtype=dtype
+        )
+
+    def other_defenses(self, *, policy: "Policy" = "auto") -> dict[str, "Defense"]:
+        """The other defenses that the attack searches in, by name."""
+        return {
+            name: subject.defense(device=self.device, policy=policy)
+            for name, subject in self.sources.items()
+        }
+
+    def data(self) -> "DataSet":
+        """The track's images and labels, after a check that they are there, in order."""
+        return self.subject.data(verified=True)
+
+    def budget(self) -> "Budget":
+        """The ball around each image that the attack searches."""
+        return self.subject.budget(self.eps)
+
+    def attack(self) -> "Attack":
+        """The attack."""
+        return self.search.attack
+
+    # ------------------------------------------------------------------------- what it counts
+
+    @property
+    def label(self) -> str:
+        """How messages name it: defense, threat and, where it is not the threat's own, attack."""
+        own = self.search.name == self.threat.entry.attack and self.search.setting is None
+        return f"{self.subject.name} / {self.threat.name}{'' if own else f' / {self.search.label}'}"
 
     @property
     def sites(self) -> list[str]:
         """Where the defense draws noise, sorted."""
-        return sorted(self.defense.entry.sites)
-
-    @property
-    def label(self) -> str:
-        """For messages."""
-        return f"{self.defense.name} / {self.threat.name}"
+        return self.subject.sites
 
     @property
     def groups(self) -> list[list[int]]:
@@ -99,51 +155,38 @@ class Job:
         return self.draws if self.knows else 1
 
     @property
-    def copies(self) -> int:
-        """Gradient draws that are computed per step: one where nothing is hidden."""
-        return 1 if self.knows == self.sites else int(self.effort.get("eot", 1))
+    def samples(self) -> int:
+        """EoT samples that are computed in each step: one where nothing is hidden."""
+        return 1 if self.knows == self.sites else int(self.search.effort.get("eot", 1))
 
     @property
-    def _searched(self) -> tuple[Effort, Setup]:
-        """The effort, and what it is spent on: of a transfer attack, its source."""
-        hidden = self.knows != self.sites if self.source is None else bool(self.source.entry.sites)
-        track = self.track.entry
-        setup = Setup(hidden, track.norm, self.eps, data.facts_of(track.data).classes)
-        return EFFORTS[self.threat.entry.attack].model_validate(self.effort), setup
+    def setup(self) -> "Setup":
+        """What decides, beside its options, how many evaluations the attack takes."""
+        return _setup(self.subject, self.knows, self.eps, self.sources)
 
     @property
-    def passes(self) -> Passes:
-        """That one attack takes of one image: of a transfer attack, through its source."""
-        effort, setup = self._searched
-        return effort.passes(setup)
+    def evaluations(self) -> "Evaluations":
+        """The evaluations that one attack takes of one image."""
+        return self.search.attack.evaluations(self.setup)
 
     @property
-    def misfit(self) -> str | None:
-        """Why the attack cannot run on this defense and track, and what would do."""
-        effort, setup = self._searched
-        return effort.misfit(setup)
-
-    @property
-    def gradients(self) -> int:
-        """Image gradients that the whole job takes, padding included."""
-        images = sum(len(group) for group in self.groups)
-        return images * self.attacks * self.passes.gradients
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """How the defense is set up, as recorded."""
-        return self.setting.recorded
+    def gradient_evaluations(self) -> int:
+        """The gradient evaluations of the whole job, padding included."""
+        return sum(map(len, self.groups)) * self.attacks * self.evaluations.gradient
 
     @property
     def surrogate(self) -> dict[str, Any] | None:
-        """What is differentiated in place of the defense, where the effort says so."""
-        if self.effort.get("gradient") != "declared-surrogate":
+        """What is differentiated in place of the defense, where its entry declares it."""
+        if self.search.gradient != "declared-surrogate":
             return None
-        return declared_surrogate(self.defense, self.track.name).model_dump()
+        return self.subject.surrogate.model_dump()
+
+    # --------------------------------------------------------------------- what identifies it
 
     def path(self, out: Path) -> Path:
         """Where the result goes, below the folder `out`."""
-        return result_path(out, self.track.name, self.defense.name, self.threat.name, self.seed)
+        track, defense = self.subject.track.name, self.subject.name
+        return result_path(out, track, defense, self.threat.name, self.search.label, seed=self.seed)
 
     def identity(self, *, planned: bool = False) -> dict[str, Any]:
         """What must be equal for results to be continued; images and draws can be added.
@@ -153,55 +196,103 @@ class Job:
         Raises:
             BadWeights: A checkpoint isn't in the cache, and it isn't only planned.
         """
-        sha256 = _sha256_if_there if planned else _sha256
-        networks = {k: sha256(ref) for k, ref in sorted(self.setting.refs.items())}
-        if self.source is not None:
-            setting = self.source.entry.setting(
-                self.track.name, self.source.name, str(self.source.path)
-            )
-            for key, ref in sorted(setting.refs.items()):
-                networks[f"source.{key}"] = sha256(ref)
+        weights = self.subject.weights(planned=planned)
+        for name, source in self.sources.items():
+            found = source.weights(planned=planned)
+            weights |= {f"{name}.{role}": v for role, v in found.items() if role != "classifier"}
         return {
             "dbp_bench": __version__,
-            "track": self.track.name,
-            "defense": self.defense.name,
+            "track": self.subject.track.name,
+            "defense": self.subject.name,
             "threat": self.threat.name,
+            "attack": self.search.name,
+            "setting": self.search.setting.name if self.search.setting else None,
             "seed": self.seed,
-            "norm": self.track.entry.norm,
+            "norm": self.subject.track.entry.norm,
             "eps": self.eps,
             "sites": self.sites,
             "knows": self.knows,
-            "attack": self.threat.entry.attack,
-            "effort": self.effort,
-            "options": self.options,
+            "effort": self.search.effort,
+            "gradient": self.search.gradient,
+            "options": self.subject.setting.recorded,
             **({} if self.surrogate is None else {"surrogate": self.surrogate}),
-            "weights": {"classifier": sha256(self.track.entry.classifier), **networks},
+            "weights": weights,
             **({"code": self.code} if self.code else {}),
             "device": self.device,
             "batch_size": self.batch_size,
-            "rows": self.rows,
+            "max_batch": self.max_batch,
+        }
+
+    def entry_digests(self) -> dict[str, str]:
+        """The sha256 of the entry files."""
+        setting = self.search.setting
+        return {
+            "track": self.subject.track.sha256,
+            "defense": self.subject.entry.sha256,
+            "threat": self.threat.sha256,
+            **({} if setting is None else {"attack": setting.sha256}),
+            **{f"source.{name}": s.entry.sha256 for name, s in self.sources.items()},
         }
 
     def same_setting(self, other: "Job") -> bool:
         """Whether `other` measures all of this, under another threat's name."""
-        mine, its = (
-            {
-                **job.identity(planned=True),
-                "threat": "",
-                "effort": searched_effort(job.effort, job.knows, job.sites),
-            }
-            for job in (self, other)
-        )
+        mine, its = (_measured(job.identity(planned=True)) for job in (self, other))
         return mine == its and other.draws >= self.draws and other.examples >= self.examples
 
+    def measured_elsewhere(self, out: Path) -> Path | None:
+        """A result in `out` for the same setting, under another threat's name."""
+        own = self.path(out)
+        for path in sorted(own.parents[2].glob(f"*/{self.search.label}/{own.name}")):
+            if path == own:
+                continue
+            held = Result.read(path)
+            same = _measured(identity_of(held)) == _measured(self.identity())
+            if same and len(held.draws) >= self.draws and len(held.ids) >= self.examples:
+                return path
+        return None
 
-def _sha256(ref: NetworkRef | CheckpointRef) -> str | None:
-    return ref.sha256
+
+def _measured(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an `identity` that decides outcomes: not the threat's name, nor idle options."""
+    effort = searched_effort(identity["effort"], identity["knows"], identity["sites"])
+    return {**identity, "threat": "", "effort": effort}
 
 
-def _sha256_if_there(ref: NetworkRef | CheckpointRef) -> str | None:
-    there = isinstance(ref, NetworkRef) or store.has(ref.checkpoint)
-    return ref.sha256 if there else None
+def identity_of(result: Result) -> dict[str, Any]:
+    """The identity of the job that wrote `result`."""
+    names = ("track", "defense", "threat", "attack", "setting", "seed", "norm", "eps")
+    keys = (*names, "sites", "knows", "effort", "gradient", "options")
+    return {
+        "dbp_bench": result.provenance.dbp_bench,
+        **{key: getattr(result, key) for key in keys},
+        **({} if result.surrogate is None else {"surrogate": result.surrogate}),
+        "weights": result.provenance.weights,
+        **({"code": result.provenance.code} if result.provenance.code else {}),
+        "device": result.arithmetic.device,
+        "batch_size": result.arithmetic.batch_size,
+        "max_batch": result.arithmetic.max_batch,
+    }
+
+
+def refuse_other_request(asked: Mapping[str, Any], held: Mapping[str, Any], where: Path) -> None:
+    """Refuse to continue what was asked differently.
+
+    Raises:
+        BadRequest: It was; the message names the fields that differ.
+    """
+    fields = [
+        f"{key} is {held.get(key)!r} there, {value!r} asked"
+        for key, value in asked.items()
+        if held.get(key) != value
+    ]
+    if fields:
+        raise BadRequest(
+            f"{where} holds another request: {'; '.join(fields)}. Choose another --out, or replace "
+            "it with --no-resume."
+        )
+
+
+# ------------------------------------------------------------------------------------- resolving
 
 
 def resolve(
@@ -210,154 +301,164 @@ def resolve(
     defense: str,
     threat: str,
     *,
+    attack: str | None = None,
     seed: int,
     device: str,
     overrides: Overrides,
 ) -> Job:
     """The job that these names and options mean.
 
+    Args:
+        registry: All entries.
+        track: Name of the track.
+        defense: Name of the defense.
+        threat: Name of the threat model.
+        attack: An attack, or a named setting of one, in place of the threat's own.
+        seed: It decides every draw.
+        device: Where the job runs: "cpu" or "cuda".
+        overrides: Options set against the entries.
+
     Raises:
         UnknownName: No entry has one of the names.
         BadEntry: An entry doesn't say what it must.
-        BadRequest: An option can't be right.
+        BadRequest: An option can't be right, or the attack doesn't fit.
     """
-    track_entry, defense_entry = registry.track(track), registry.defense(defense)
-    threat_entry = registry.threat(threat)
-    declared = threat_entry.entry
-    effort = _effort(threat_entry, overrides)
+    subject, threat_entry = registry.subject(defense, track), registry.threat(threat)
+    declared, place = threat_entry.entry, subject.track.entry
     eps = declared.eps if overrides.eps is None else overrides.eps
-    eps = track_entry.entry.eps if eps is None else eps
+    eps = place.eps if eps is None else eps
     if eps < 0:
         raise BadRequest(f"--eps {eps:g}: a radius cannot be negative.")
     try:
-        check_eps(track_entry.entry.norm, eps)
+        check_eps(place.norm, eps)
     except ValueError as error:
         raise BadRequest(f"--{error}") from None
-    for name, least in (("draws", 1), ("batch_size", 1), ("rows", 1)):
+    for name in ("draws", "batch_size", "max_batch"):
         value = getattr(overrides, name)
-        if value is not None and value < least:
-            raise BadRequest(f"--{name.replace('_', '-')} {value}: must be {least} or more.")
+        if value is not None and value < 1:
+            raise BadRequest(f"--{name.replace('_', '-')} {value}: must be 1 or more.")
     if not 0 <= seed < 2**63:
         raise BadRequest(f"--seed {seed}: must be in 0 ... 2^63 - 1.")
-    sites = defense_entry.entry.sites
-    knows = declared.sites(sites)
+    knows = declared.sites(subject.sites)
     draws = overrides.draws or declared.draws
     if knows and draws < KNOWN_DRAWS:
         raise BadRequest(
             f"--draws {draws}: {threat} needs at least {KNOWN_DRAWS} known draws; one draw is one "
             "trajectory."
         )
-    unheard = declared.named_sites - set(sites)
-    if unheard and (unheard := unheard - registry.sites):
-        name = min(unheard)
+    unknown = declared.named_sites - set(subject.sites)
+    if unknown and (unknown := unknown - registry.sites):
+        name = min(unknown)
         raise BadEntry(
             f"{threat_entry.path}: knows: no defense draws noise at {name!r}."
             f"{did_you_mean(name, registry.sites)}"
         )
-    if effort.get("gradient") == "declared-surrogate":
-        declared_surrogate(defense_entry, track)
-    try:
-        ids = data.split_ids(track_entry.entry.data, track_entry.entry.split)
-    except BadEntry as error:
-        raise BadEntry(f"{track_entry.path}: {error}") from None
-    setting = defense_entry.entry.setting(track, defense, str(defense_entry.path))
-    source = _source(registry, effort, track)
-    job = Job(
-        track=track_entry,
-        defense=defense_entry,
+    search, sources = _search(registry, subject, threat_entry, attack, overrides, knows, eps)
+    ids = subject.ids()
+    dotted = [*subject.code(), *(path for s in sources.values() for path in s.code())]
+    if is_outside(search.name):
+        dotted.append(search.name)
+    return Job(
+        subject=subject,
         threat=threat_entry,
-        setting=setting,
+        search=search,
+        sources=sources,
         seed=seed,
         device=device,
         eps=eps,
         knows=knows,
-        effort=effort,
         # Without noise every draw is the same.
-        draws=draws if sites else 1,
+        draws=draws if subject.sites else 1,
         track_ids=ids,
         examples=len(data.first(ids, overrides.examples)),
-        batch_size=overrides.batch_size or track_entry.entry.batch_size,
-        rows=overrides.rows or track_entry.entry.rows,
+        batch_size=overrides.batch_size or place.batch_size,
+        max_batch=overrides.max_batch or place.max_batch,
         overrides=overrides.names(),
-        source=source,
-        code=outside.code(_dotted(track_entry, track, defense_entry, source), registry.folders),
+        code=outside.code(dotted, registry.folders),
     )
-    if job.misfit is not None:
-        raise BadRequest(f"{threat_entry.path}: {job.misfit}.")
-    return job
 
 
-def _dotted(track: Entry[Track], name: str, *defenses: Entry[DefenseEntry] | None) -> Iterator[str]:
-    """The code that entries name for the track called `name`."""
-    networks = [track.entry.classifier]
-    for defense in filter(None, defenses):
-        yield defense.entry.factory
-        networks += defense.entry.setting(name, defense.name, str(defense.path)).refs.values()
-    yield from (ref.network for ref in networks if isinstance(ref, NetworkRef))
-
-
-def declared_surrogate(defense: Entry[DefenseEntry], track: str) -> Surrogate:
-    """What attacks on `track` may differentiate in place of `defense`.
+def _search(
+    registry: Registry,
+    subject: Subject,
+    threat: Entry[Threat],
+    attack: str | None,
+    overrides: Overrides,
+    knows: list[str],
+    eps: float,
+) -> tuple[Search, dict[str, Subject]]:
+    """The attack that is asked for, and the other defenses that it searches in.
 
     Raises:
-        BadRequest: The entry declares nothing.
+        BadRequest: It doesn't fit what is known, the norm or the classes; or an option is wrong.
+        UnknownName: There is no such attack.
     """
-    surrogate = defense.entry.setting(track, defense.name, str(defense.path)).surrogate
-    if surrogate is None:
-        raise BadRequest(
-            f"gradient: declared-surrogate, but {defense.path} declares none for {track!r}. Take "
-            "exact, or add `surrogate: {options: ...}` to its setting."
-        )
-    return surrogate
-
-
-def _source(registry: Registry, effort: dict[str, Any], track: str) -> Entry[DefenseEntry] | None:
-    """The defense that an effort names as its source, with a setting for `track`."""
-    if "source" not in effort:
-        return None
-    source = registry.defense(effort["source"])
-    source.entry.setting(track, source.name, str(source.path))
-    return source
-
-
-def _effort(threat: Entry[Threat], overrides: Overrides) -> dict[str, Any]:
-    model = EFFORTS[threat.entry.attack]
-    for name in overrides.effort:
-        if name not in model.model_fields:
-            raise BadRequest(
-                f"--{name.replace('_', '-')}: attack {threat.entry.attack!r} of threat "
-                f"{threat.name!r} takes no such option; it takes "
-                f"{', '.join(model.model_fields)}."
+    declared, where = threat.entry, str(threat.path)
+    setting = None
+    name, effort, gradient = declared.attack, declared.effort, declared.gradient
+    if attack is not None and attack != declared.attack:
+        if attack in registry.settings:
+            setting = registry.setting(attack)
+            where = str(setting.path)
+            name, effort, gradient = (
+                setting.entry.attack,
+                setting.entry.effort,
+                setting.entry.gradient,
             )
+        else:
+            _check_attack(attack, registry.settings)
+            name, effort, gradient, where = attack, {}, "exact", "--attack"
+    gradient = overrides.gradient or gradient
+    if not re.match(GRADIENT, gradient):
+        raise BadRequest(
+            f"--gradient {gradient!r}: exact, bpda, declared-surrogate, or surrogate:N with the "
+            "number of steps."
+        )
+    made = registry.builder.attack(name, {**effort, **overrides.effort}, where)
+    if gradient == "declared-surrogate":
+        _ = subject.surrogate
+    sources = {
+        source: registry.subject(source, subject.track.name)
+        for source in getattr(made, "sources", ())
+    }
+    setup = _setup(subject, knows, eps, sources)
+    unfit = made.unfit(setup)
+    if unfit is not None:
+        raise BadRequest(f"{subject.name} / {threat.name} / {name}: {unfit}.")
     try:
-        effort = model.model_validate({**threat.entry.effort, **overrides.effort})
-    except ValidationError as error:
-        raise BadRequest(f"{threat.name}: {explain(error, model)}") from None
-    return effort.model_dump()
+        effort = attacks.described(name, made)
+    except ValueError as error:
+        raise BadEntry(f"{where}: {error}.") from None
+    follows = made.evaluations(setup).gradient > 0
+    return Search(made, name, setting, effort, gradient if follows else None), sources
 
 
-_BORROWED = {"autoattack", "torchattacks"}
-"""Attacks of optional packages."""
-
-
-def refuse_borrowed(job: Job) -> None:
-    """Refuse a job whose attack is another package's and can't run, before anything is computed.
-
-    Raises:
-        BadEntry: The package has no such attack, or it takes other options.
-        BadExtra: The package isn't there.
-        AttackFailed: The attack doesn't search in the norm of the track.
-    """
-    parts = [*job.effort.get("members", []), job.effort.get("search", {})]
-    if not _BORROWED & {job.threat.entry.attack, *(part.get("attack") for part in parts)}:
+def _check_attack(name: str, settings: Iterable[str]) -> None:
+    if is_outside(name):
         return
-    from dbp_bench import attacks, threat
-
     try:
-        budget = threat.budget(job.track.entry.norm, job.eps)
-        attacks.check(job.threat.entry.attack, job.effort, budget)
-    except BadEntry as error:
-        raise BadEntry(f"{job.threat.path}: {error}") from None
+        attacks.check_name(name)
+    except UnknownName:
+        known = [*attacks.names(), *settings]
+        raise UnknownName(
+            f"no attack {name!r}.{did_you_mean(name, known)} One of your own is named as "
+            "package.module:Class."
+        ) from None
+
+
+def _setup(
+    subject: Subject, knows: list[str], eps: float, sources: Mapping[str, Subject]
+) -> "Setup":
+    from dbp_bench.threat import Setup
+
+    track = subject.track.entry
+    return Setup(
+        hidden=knows != subject.sites,
+        norm=track.norm,
+        eps=eps,
+        classes=data.facts_of(track.data).classes,
+        sources={name: bool(source.sites) for name, source in sources.items()},
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,6 +475,7 @@ def plan(
     defenses: Sequence[str],
     threats: Sequence[str],
     *,
+    attack: str | None = None,
     seed: int,
     device: str,
     overrides: Overrides,
@@ -387,20 +489,27 @@ def plan(
     names = _names("--defense", defenses, registry.defenses)
     if "all" in names:
         entries = {name: registry.defense(name).entry for name in sorted(registry.defenses)}
-        names = [n for n, e in entries.items() if any(track in s.tracks for s in e.settings)]
+        names = [name for name, entry in entries.items() if track in entry.tracks]
         if not names:
             raise BadRequest(f"--defense all: no defense has a setting for track {track!r}.")
-    attacks = _names("--threat", threats, registry.threats)
-    if "all" in attacks:
-        attacks = [t for t in sorted(registry.threats) if registry.threat(t).entry.protocol]
+    threat_names = _names("--threat", threats, registry.threats)
+    if "all" in threat_names:
+        threat_names = registry.protocol
     planned: list[Planned] = []
     for defense in names:
         jobs = [
-            resolve(registry, track, defense, threat, seed=seed, device=device, overrides=overrides)
-            for threat in attacks
+            resolve(
+                registry,
+                track,
+                defense,
+                threat,
+                attack=attack,
+                seed=seed,
+                device=device,
+                overrides=overrides,
+            )
+            for threat in threat_names
         ]
-        for job in jobs:
-            refuse_borrowed(job)
         done: list[Job] = []
         for job in sorted(jobs, key=_by_generality):
             twin = next((other for other in done if job.same_setting(other)), None)
@@ -408,66 +517,6 @@ def plan(
             if twin is None:
                 done.append(job)
     return planned
-
-
-def measured_elsewhere(job: Job, registry: Registry, out: Path) -> Job | None:
-    """A threat under whose name `out` holds a result for the same setting as `job`."""
-    for threat in registry.threats:
-        path = result_path(out, job.track.name, job.defense.name, threat, job.seed)
-        if threat == job.threat.name or not path.is_file():
-            continue
-        other = replace(job, threat=registry.threat(threat))
-        result = Result.read(path)
-        effort = searched_effort(job.effort, job.knows, job.sites)
-        same = {**other.identity(), "effort": effort} == {
-            **identity_of(result),
-            "effort": searched_effort(result.effort, result.knows, result.sites),
-        }
-        if same and len(result.draws) >= job.draws and len(result.ids) >= job.examples:
-            return other
-    return None
-
-
-def identity_of(result: Result) -> dict[str, Any]:
-    """The identity of the job that wrote `result`."""
-    return {
-        "dbp_bench": result.provenance.dbp_bench,
-        "track": result.track,
-        "defense": result.defense,
-        "threat": result.threat,
-        "seed": result.seed,
-        "norm": result.norm,
-        "eps": result.eps,
-        "sites": result.sites,
-        "knows": result.knows,
-        "attack": result.attack,
-        "effort": result.effort,
-        "options": result.options,
-        **({} if result.surrogate is None else {"surrogate": result.surrogate}),
-        "weights": result.provenance.weights,
-        **({"code": result.provenance.code} if result.provenance.code else {}),
-        "device": result.arithmetic.device,
-        "batch_size": result.arithmetic.batch_size,
-        "rows": result.arithmetic.rows,
-    }
-
-
-def refuse_other_request(asked: dict[str, Any], held: dict[str, Any], where: Path) -> None:
-    """Refuse to continue what was asked differently.
-
-    Raises:
-        BadRequest: It was; the message names the fields that differ.
-    """
-    fields = [
-        f"{key} is {held.get(key)!r} there, {value!r} asked"
-        for key, value in asked.items()
-        if held.get(key) != value
-    ]
-    if fields:
-        raise BadRequest(
-            f"{where} holds another request: {'; '.join(fields)}. Choose another --out, or replace "
-            "it with --no-resume."
-        )
 
 
 def _names(option: str, asked: Sequence[str], known: Iterable[str]) -> list[str]:
@@ -488,20 +537,4 @@ def _by_generality(job: Job) -> tuple[bool, int, int, str]:
     """The plainest name of a setting first: nothing known, everything known, then the rest."""
     knows = job.threat.entry.knows
     order = {"none": 0, "all": 1}.get(knows, 2) if isinstance(knows, str) else 2
-    return job.eps == 0, order, -job.effort.get("eot", 1), job.threat.name
-
-
-def weights_of(job: Job) -> dict[str, str]:
-    """sha256 of every weights file that the entries name."""
-    return dict(job.identity()["weights"])
-
-
-def entry_digests(job: Job) -> dict[str, str]:
-    """sha256 of the three entry files."""
-    source = {} if job.source is None else {"source": weight_files.digest(job.source.path)}
-    return {
-        "track": weight_files.digest(job.track.path),
-        "defense": weight_files.digest(job.defense.path),
-        "threat": weight_files.digest(job.threat.path),
-        **source,
-    }
+    return job.eps == 0, order, -int(job.search.effort.get("eot", 1)), job.threat.name

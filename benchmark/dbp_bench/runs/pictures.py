@@ -11,19 +11,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from dbp_bench.data import load_data
 from dbp_bench.defense import Defense
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult
 from dbp_bench.noise import VICTIM, Tape
 from dbp_bench.reporting.samples import NOTE, SCHEMA, Sample, Samples, png, samples_path
 from dbp_bench.result import Result
-from dbp_bench.runs.replay import again
+from dbp_bench.runs.replay import attack_again, job_of
 
 IMAGES: Final = 4
-"""Of the track's first, that are shown."""
-TOLERATED: Final = 0.02
-"""The share of outcomes that rounding on another kind of machine may change."""
+"""How many of the track's first images are shown."""
 
 
 def make_samples(path: Path, registry: Registry, device: str) -> Path:
@@ -37,19 +34,17 @@ def make_samples(path: Path, registry: Registry, device: str) -> Path:
         BadRequest: The entries say something else today than they did for the result.
     """
     result = Result.read(path)
+    job = job_of(result, path, registry, device)
     with TemporaryDirectory() as scratch:
-        found = again(result, path, registry, device, Path(scratch))
-    if found.differing > TOLERATED * found.compared:
+        found = attack_again(result, job, Path(scratch))
+    if found.comparison.fault is not None:
         raise BadResult(
-            f"{path}: attacked again with its own seeds, {found.differing} of {found.compared} "
-            f"outcomes of the first {len(found.result.ids)} images are others than it says: it was "
-            "made with other code, or edited. Nothing was written; `dbp-bench run --no-resume` "
+            f"{path}: {found.comparison.fault}. Nothing was written; `dbp-bench run --no-resume` "
             "makes it anew."
         )
-    track, defense = registry.track(result.track), registry.defense(result.defense)
-    built = registry.build_defense(defense, track, device=device)
+    built = job.defense()
     ids, draw = result.ids[:IMAGES], result.draws[0]
-    clean, labels = load_data(track.entry.data, registry.data).select(ids)
+    clean, labels = job.data().select(ids)
     adversarial = found.adversarial[0, : len(ids)]
     tape = Tape.make(result.seed, VICTIM, ids, draw)
     with torch.no_grad():
@@ -66,8 +61,8 @@ def make_samples(path: Path, registry: Registry, device: str) -> Path:
         seed=result.seed,
         draw=draw,
         result_sha256=sha256(path.read_bytes()).hexdigest(),
-        compared=found.compared,
-        differing=found.differing,
+        compared=found.comparison.outcomes,
+        differing=found.comparison.differing,
         images=[
             Sample(
                 id=ids[i],

@@ -10,11 +10,11 @@ import torch
 
 from dbp_bench import __version__
 from dbp_bench.result import Provenance
-from dbp_bench.runs.job import Job, entry_digests, weights_of
+from dbp_bench.runs.job import Job
 
 
 def provenance(job: Job, data: str) -> Provenance:
-    """Of what `job` computes here on the data set whose digest is `data`."""
+    """The provenance of what `job` computes here on the data set whose digest is `data`."""
     commit, dirty = _git()
     return Provenance(
         dbp_bench=__version__,
@@ -24,8 +24,8 @@ def provenance(job: Job, data: str) -> Provenance:
         python=platform.python_version(),
         device_name=device_name(job.device),
         threads=torch.get_num_threads(),
-        entries=entry_digests(job),
-        weights=weights_of(job),
+        entries=job.entry_digests(),
+        weights=job.identity()["weights"],
         data=data,
         code=job.code or None,
     )
@@ -33,14 +33,17 @@ def provenance(job: Job, data: str) -> Provenance:
 
 def _packages(job: Job) -> list[str]:
     """Installed packages that the numbers depend on."""
-    borrowed = {"autoattack": "pyautoattack", "torchattacks": "torchattacks"}
-    own = borrowed.get(job.threat.entry.attack.partition(":")[0])
-    extra = [own] if own and find_spec(own) else []
-    return ["torch", "numpy", "safetensors", *extra]
+    third_party = {"autoattack": "pyautoattack", "torchattacks": "torchattacks"}
+    named = [
+        package
+        for name, package in third_party.items()
+        if name in f"{job.search.name} {job.search.effort}"
+    ]
+    return ["torch", "numpy", "safetensors", *(name for name in named if find_spec(name))]
 
 
 def device_name(device: str) -> str:
-    """What the device calls itself."""
+    """The name of the device, as it gives it itself."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

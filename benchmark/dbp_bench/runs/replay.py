@@ -1,30 +1,39 @@
-"""Makes a part of a stored result again from its own seeds, to look at it and to check it."""
+"""Do a part of a stored result again, and compare: re-evaluate its images, or attack them anew.
 
+Everything that checks a result uses this: re-evaluation of saved images, verification, pictures.
+On the same kind of machine all outcomes are equal. Elsewhere rounding may change a few, and how
+many is bounded for each kind of outcome and each direction by itself, so that none can stand in for
+another.
+"""
+
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
-from safetensors.torch import load_file
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from dbp_bench import evaluate
+from dbp_bench.defense import Defense
 from dbp_bench.entries.registry import Registry
-from dbp_bench.result import Result
-from dbp_bench.runs.execute import execute
+from dbp_bench.errors import BadRequest, BadWeights
+from dbp_bench.evaluate import FRESH
+from dbp_bench.result import Kind, Result
 from dbp_bench.runs.job import Job, Overrides, identity_of, refuse_other_request, resolve
-from dbp_bench.runs.saved import adversarial_path
+from dbp_bench.runs.provenance import device_name
 
+TOLERATED = 0.02
+"""The share of the outcomes of one kind that rounding on another kind of machine may change, in
+each direction."""
 
-@dataclass(frozen=True, slots=True)
-class Again:
-    """The first images of a result, attacked and judged anew."""
-
-    result: Result
-    adversarial: Tensor
-    """``(attacks, n, c, h, w)`` in [0, 1]: one attack for each known draw, else one."""
-    compared: int
-    """Outcomes."""
-    differing: int
-    """Of these, how many are others than the stored ones."""
+_SLACK = 1e-6
+"""By how much rounding in float32 may leave the budget."""
 
 
 def job_of(
@@ -45,51 +54,295 @@ def job_of(
     """
     asked = Overrides(
         effort={k: v for k, v in result.effort.items() if k in result.overrides},
+        gradient=result.gradient if "gradient" in result.overrides else None,
         eps=result.eps,
         draws=len(result.draws) if result.sites else None,
         examples=examples or len(result.ids),
         batch_size=result.arithmetic.batch_size,
-        rows=result.arithmetic.rows,
+        max_batch=result.arithmetic.max_batch,
     )
-    names = (result.track, result.defense, result.threat)
-    job = resolve(registry, *names, seed=result.seed, device=device, overrides=asked)
-    held = {**identity_of(result), "device": job.device}
-    refuse_other_request(job.identity(), held, path)
+    job = resolve(
+        registry,
+        result.track,
+        result.defense,
+        result.threat,
+        attack=result.setting or result.attack,
+        seed=result.seed,
+        device=device,
+        overrides=asked,
+    )
+    job = replace(job, overrides=result.overrides)
+    refuse_other_request(job.identity(), {**identity_of(result), "device": device}, path)
     return job
 
 
-def again(result: Result, path: Path, registry: Registry, device: str, scratch: Path) -> Again:
-    """Attack and judge the first group of images of `result` with its own seeds.
+# ----------------------------------------------------------------------- adversarial images, saved
 
-    Outcomes are equal on the same kind of machine; elsewhere rounding may change a few.
+
+def adversarial_path(result: Path) -> Path:
+    """Where the adversarial images of a result lie."""
+    return result.with_name(f"adversarial-{result.stem}.safetensors")
+
+
+def pack(job: Job, images: Tensor) -> bytes:
+    """Adversarial images ``(attacks, n, c, h, w)`` with their ids and where they come from."""
+    tensors = {
+        "images": images[:, : job.examples].contiguous(),
+        "ids": torch.tensor(job.track_ids[: job.examples]),
+    }
+    return save(tensors, metadata={"request": json.dumps(job.identity())})
+
+
+class Saved(NamedTuple):
+    """Saved adversarial images, and what they were made from."""
+
+    images: Tensor
+    """``(attacks, n, c, h, w)``, inside the budget and [0, 1]."""
+    clean: Tensor
+    """``(n, c, h, w)`` in [0, 1]."""
+    ids: list[int]
+
+
+def read_saved(path: Path, job: Job) -> Saved:
+    """The adversarial images in a file that ``--save-adversarial`` wrote for `job`.
+
+    Raises:
+        BadWeights: The file isn't one of adversarial images.
+        BadRequest: The file is of another request, or an image is outside the budget or the pixel
+            box, or unknown to the track.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            request = json.loads(file.metadata()["request"])
+            images, ids = file.get_tensor("images"), file.get_tensor("ids").tolist()
+        request = {**request, "device": job.device}
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise BadWeights(f"{path}: not a file of adversarial images ({error}).") from None
+    refuse_other_request(job.identity(), request, path)
+    if ids != job.track_ids[: len(ids)] or not ids:
+        name = job.subject.track.name
+        raise BadRequest(f"{path}: the ids are not the first images of track {name}.")
+    clean, _ = job.data().select(ids)
+    if len(images) == 0 or images.shape[1:] != clean.shape or images.dtype != clean.dtype:
+        raise BadRequest(
+            f"{path}: images of shape {tuple(images.shape[1:])} in {images.dtype}, not "
+            f"{tuple(clean.shape)} in {clean.dtype}."
+        )
+    ball = job.budget()
+    for found in images:
+        size = float(ball.size(found - clean).max())
+        inside = bool(((found >= 0) & (found <= 1)).all())
+        if not (inside and size <= ball.eps + _SLACK):
+            raise BadRequest(
+                f"{path}: images outside the budget: {job.subject.track.entry.norm} {size:.6g} "
+                f"against eps {ball.eps:g}, or outside [0, 1]."
+            )
+    return Saved(images, clean, ids)
+
+
+def as_8_bit(saved: Saved, job: Job) -> tuple[Saved, int]:
+    """The images as a file of 256 grey levels would hold them, and how many left the budget so.
+
+    They are rounded to whole numbers of 1/255, then projected, since rounding can leave the budget
+    by half a level.
+    """
+    ball, clean = job.budget(), saved.clean
+    rounded = (saved.images * 255).round() / 255
+    outside = sum(int((ball.size(found - clean) > ball.eps + _SLACK).sum()) for found in rounded)
+    images = torch.stack([ball.project(found, clean) for found in rounded])
+    return saved._replace(images=images), outside
+
+
+def predict_saved(
+    defense: Defense, images: Tensor, ids: Sequence[int], job: Job, draws: Sequence[int]
+) -> Tensor:
+    """The classes ``(n, draws)`` that `defense` predicts for `images` ``(n, c, h, w)``.
+
+    They are evaluated at victim `draws`, in the groups in which `job` evaluates them.
+    """
+    found = []
+    for start in range(0, len(ids), job.batch_size):
+        part = slice(start, start + job.batch_size)
+        batch = images[part].to(job.device)
+        each = [
+            evaluate.predict(defense, batch, ids[part], seed=job.seed, draw=draw).cpu()
+            for draw in draws
+        ]
+        found.append(torch.stack(each, dim=1))
+    return torch.cat(found)
+
+
+def reevaluated(result: Result, saved: Saved, job: Job, defense: Defense) -> dict[Kind, Tensor]:
+    """The predicted classes of `result`, by kind, evaluated again on the images in `saved`."""
+
+    def classes(images: Tensor, draws: Sequence[int]) -> Tensor:
+        return predict_saved(defense, images, saved.ids, job, draws)
+
+    found: dict[Kind, Tensor] = {"clean": classes(saved.clean, result.draws)}
+    if not result.knows:
+        found["adversarial"] = classes(saved.images[0], result.draws)
+        return found
+    fresh = [FRESH + i for i in range(result.classes("fresh").shape[2])]
+    by_draw = [
+        classes(images, [draw, *fresh])
+        for images, draw in zip(saved.images, result.draws, strict=True)
+    ]
+    found["adversarial"] = torch.stack([each[:, 0] for each in by_draw], dim=1)
+    found["fresh"] = torch.stack([each[:, 1:] for each in by_draw], dim=1)
+    return found
+
+
+# ------------------------------------------------------------------------------- attacked again
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """A part of a result, attacked and evaluated anew."""
+
+    result: Result
+    adversarial: Tensor
+    """``(attacks, n, c, h, w)`` in [0, 1]: one attack for each known draw, else one."""
+    comparison: "Comparison"
+
+
+def attack_again(
+    result: Result, job: Job, scratch: Path, groups: Sequence[int] | None = None
+) -> Again:
+    """Attack and evaluate some groups of images of `result` with its own seeds, and compare.
 
     Args:
         result: A stored result.
-        path: Its file, for messages.
-        registry: Where its entries come from.
-        device: Where to run.
+        job: The job that wrote it.
         scratch: An empty folder, for what a run leaves.
+        groups: Numbers of the groups; the first one if not given.
 
     Raises:
-        BadRequest: The entries say something else today than they did for `result`.
         AttackFailed: The attack or the defense gave numbers that can't be used.
     """
-    images = min(result.arithmetic.batch_size, len(result.ids))
-    job = job_of(result, path, registry, device, examples=images)
-    file = execute(job, registry, scratch, save_adversarial=True)
+    from dbp_bench.runs.execute import execute  # which uses this module
+
+    numbers = [0] if groups is None else groups
+    ids = [id_ for number in numbers for id_ in job.groups[number] if id_ in set(result.ids)]
+    part = replace(job, track_ids=ids, examples=len(ids))
+    file = execute(part, scratch, save_adversarial=True)
     found = Result.read(file)
-    differing = compared = 0
-    for kind in ("clean", "robust", "fresh"):
-        mine, theirs = _flat(getattr(found, kind)), _flat((getattr(result, kind) or [])[:images])
-        compared += len(theirs)
-        differing += sum(a != b for a, b in zip(mine, theirs, strict=True))
+    rows = [result.ids.index(id_) for id_ in ids]
+    kinds: list[Kind] = ["clean", "adversarial"]
+    if result.knows:
+        kinds.append("fresh")
+    classes = {kind: torch.from_numpy(found.classes(kind)) for kind in kinds}
     adversarial = load_file(adversarial_path(file))["images"]
-    return Again(found, adversarial, compared, differing)
+    return Again(found, adversarial, compare(result, classes, job.device, rows))
 
 
-def _flat(rows: Sequence[object] | None) -> list[object]:
-    """All outcomes of a table, whatever its depth."""
-    flat: list[object] = []
-    for row in rows or []:
-        flat += _flat(row) if isinstance(row, list) else [row]
-    return flat
+# ------------------------------------------------------------------------------------ comparing
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How outcomes of one kind differ from those that a result states."""
+
+    outcomes: int
+    lost: int
+    """Stated right, found wrong."""
+    gained: int
+    """Stated wrong, found right."""
+    other: int
+    """Wrong both times, of another class."""
+    allowed: int
+    """How many may differ, in each of the three ways."""
+
+    def __add__(self, more: "Difference") -> "Difference":
+        """The difference of two sets of outcomes."""
+        return Difference(
+            self.outcomes + more.outcomes,
+            self.lost + more.lost,
+            self.gained + more.gained,
+            self.other + more.other,
+            self.allowed + more.allowed,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Outcomes that were computed again, by kind, against those that a result states."""
+
+    kinds: dict[Kind, Difference]
+
+    @property
+    def outcomes(self) -> int:
+        """How many were compared."""
+        return sum(each.outcomes for each in self.kinds.values())
+
+    @property
+    def differing(self) -> int:
+        """How many differ."""
+        return sum(each.lost + each.gained + each.other for each in self.kinds.values())
+
+    @property
+    def fault(self) -> str | None:
+        """Which kind of outcome differs by more than rounding explains; None where none does."""
+        for kind, each in self.kinds.items():
+            for how, count in (
+                ("stated as right are wrong", each.lost),
+                ("stated as wrong are right", each.gained),
+                ("are of another wrong class", each.other),
+            ):
+                if count > each.allowed:
+                    return (
+                        f"computed again, {count} of {each.outcomes} {kind} outcomes {how} "
+                        f"({each.allowed} may be, on this machine): edited by hand, or made with "
+                        "other code"
+                    )
+        return None
+
+    def __add__(self, more: "Comparison") -> "Comparison":
+        """The comparison of both."""
+        kinds = dict(self.kinds)
+        for kind, each in more.kinds.items():
+            kinds[kind] = kinds[kind] + each if kind in kinds else each
+        return Comparison(kinds)
+
+
+def compare(
+    stated: Result,
+    found: dict[Kind, Tensor],
+    device: str,
+    rows: Sequence[int] | None = None,
+) -> Comparison:
+    """Compare predicted classes `found`, by kind, with those of the images in `rows` of `stated`.
+
+    Args:
+        stated: A stored result.
+        found: Classes of the images in `rows`, in the shape of the result's.
+        device: Where they were computed.
+        rows: Images of the result; all of them if not given.
+    """
+    kept = np.arange(len(stated.ids)) if rows is None else np.asarray(rows, dtype=int)
+    exact = same_machine(stated, device)
+    labels = np.asarray(stated.labels)[kept]
+    kinds: dict[Kind, Difference] = {}
+    for kind, classes in found.items():
+        mine, theirs = classes.numpy(), stated.classes(kind)[kept]
+        truth = labels.reshape(-1, *[1] * (mine.ndim - 1))
+        right, was_right = mine == truth, theirs == truth
+        other = ~right & ~was_right & (mine != theirs) & stated.classes_recorded
+        kinds[kind] = Difference(
+            outcomes=int(mine.size),
+            lost=int((was_right & ~right).sum()),
+            gained=int((~was_right & right).sum()),
+            other=int(other.sum()),
+            allowed=0 if exact else ceil(TOLERATED * mine.size),
+        )
+    return Comparison(kinds)
+
+
+def same_machine(result: Result, device: str) -> bool:
+    """Whether this machine computes what `result` was made with, bit for bit as far as is known."""
+    made = result.provenance
+    return (
+        result.arithmetic.device == torch.device(device).type
+        and made.device_name == device_name(device)
+        and made.packages.get("torch") == torch.__version__
+        and made.threads == torch.get_num_threads()
+    )

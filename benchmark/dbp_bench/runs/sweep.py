@@ -11,18 +11,19 @@ from math import prod, sqrt
 from pathlib import Path
 
 from dbp_bench.data import facts_of
-from dbp_bench.entries.registry import Registry, number
+from dbp_bench.declaration import number
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, ZeroGradient, did_you_mean
 from dbp_bench.reporting.findings import SCHEMA, Findings, Flag, Interval, Measured, findings_path
 from dbp_bench.reporting.statistics import Bootstrap, Estimate, Replicates
 from dbp_bench.result import Result
-from dbp_bench.runs.job import Job, Overrides, refuse_borrowed, resolve
+from dbp_bench.runs.job import Job, Overrides, resolve
 
 AXES = ("steps", "eot", "eps")
 """What can be swept over."""
 
 BLACK_BOX = "black-box"
-"""The axis whose second value is another threat, one that follows no gradient."""
+"""The axis whose second value is another attack, one that follows no gradient."""
 
 Execute = Callable[[Job, Path], Path]
 """Runs a job below a folder and gives the path of its result."""
@@ -77,6 +78,7 @@ def plan(
     track: str,
     defense: str,
     threat: str,
+    attack: str | None,
     axis: str,
     values: Sequence[float],
     *,
@@ -92,7 +94,14 @@ def plan(
 
     def job(changed: Overrides) -> Job:
         return resolve(
-            registry, track, defense, threat, seed=seed, device=device, overrides=changed
+            registry,
+            track,
+            defense,
+            threat,
+            attack=attack,
+            seed=seed,
+            device=device,
+            overrides=changed,
         )
 
     def at(value: float) -> Job:
@@ -101,14 +110,13 @@ def plan(
         return job(replace(overrides, effort={**overrides.effort, axis: int(value)}))
 
     own = job(overrides)
-    refuse_borrowed(own)
     if axis == "eot" and own.knows == own.sites:
         raise BadRequest(
             f"--over eot: nothing is hidden from {threat} in {defense}, so that every gradient "
             "draw is the same. Sweep over steps or eps."
         )
     at(max(values))  # refuses what this attack doesn't take
-    held = own.eps if axis == "eps" else own.effort[axis]
+    held = own.eps if axis == "eps" else own.search.effort[axis]
     if axis != "eps" and max(values) <= held:
         raise BadRequest(
             f"--over {axis}={max(values):g}: none is above the {held:g} of {threat}, and only "
@@ -124,32 +132,38 @@ def against(
     track: str,
     defense: str,
     threat: str,
+    attack: str | None,
     black: str,
     *,
     seed: int,
     device: str,
     overrides: Overrides,
 ) -> Sweep:
-    """The comparison of `threat` with `black`, which follows no gradient, on the same images.
+    """The comparison of an attack with the attack `black`, which follows no gradient.
+
+    Both know the same, and attack the same images.
 
     Raises:
-        BadRequest: It follows gradients, or knows draws that are hidden from `threat`.
+        BadRequest: `black` follows gradients.
     """
-    own, other = (
-        resolve(registry, track, defense, name, seed=seed, device=device, overrides=overrides)
-        for name in (threat, black)
-    )
-    for job in (own, other):
-        refuse_borrowed(job)
-    if "gradient" in other.effort:
-        raise BadRequest(f"--black-box {black}: it follows gradients, so it shows no masking.")
-    hidden = sorted(set(other.knows) - set(own.knows))
-    if hidden:
-        raise BadRequest(
-            f"--black-box {black}: it knows {', '.join(hidden)}, which is hidden from {threat}; "
-            "doing better by knowing more shows nothing."
+
+    def job(name: str | None, changed: Overrides) -> Job:
+        return resolve(
+            registry,
+            track,
+            defense,
+            threat,
+            attack=name,
+            seed=seed,
+            device=device,
+            overrides=changed,
         )
-    standard = Point(threat, own, "sweeps/standard")
+
+    own = job(attack, overrides)
+    other = job(black, replace(overrides, effort={}))
+    if other.search.gradient is not None:
+        raise BadRequest(f"--black-box {black}: it follows gradients, so it shows no masking.")
+    standard = Point(own.search.label, own, "sweeps/standard")
     return Sweep(BLACK_BOX, standard, [standard, Point(black, other, f"sweeps/{BLACK_BOX}")])
 
 
@@ -172,15 +186,17 @@ def run(sweep: Sweep, out: Path, execute: Execute) -> Findings:
             continue
         results.append(Result.read(path))
         files.append(path.relative_to(out).as_posix())
-    found = judge(sweep, results, files)
+    found = assess(sweep, results, files)
     own = sweep.standard.job
     found.write(
-        findings_path(out, own.track.name, own.defense.name, own.threat.name, own.seed, sweep.axis)
+        findings_path(
+            out, own.subject.track.name, own.subject.name, own.threat.name, own.seed, sweep.axis
+        )
     )
     return found
 
 
-def judge(sweep: Sweep, results: Sequence[Result | None], files: Sequence[str | None]) -> Findings:
+def assess(sweep: Sweep, results: Sequence[Result | None], files: Sequence[str | None]) -> Findings:
     """What the `results` of the points of `sweep` say; None where all gradients were zero.
 
     Args:
@@ -215,8 +231,8 @@ def judge(sweep: Sweep, results: Sequence[Result | None], files: Sequence[str | 
     notes: list[str] = []
     return Findings(
         schema=SCHEMA,
-        track=own.track.name,
-        defense=own.defense.name,
+        track=own.subject.track.name,
+        defense=own.subject.name,
         threat=own.threat.name,
         seed=own.seed,
         axis=sweep.axis,  # type: ignore[arg-type]
@@ -231,9 +247,9 @@ def judge(sweep: Sweep, results: Sequence[Result | None], files: Sequence[str | 
 
 
 def _accuracy(bootstrap: Bootstrap, result: Result, job: Job) -> Replicates:
-    """Of the images and the draws that were asked for; a result may hold more."""
-    rows = [row[: job.draws] for row in result.robust[: job.examples]]
-    return bootstrap.mean([sum(row) for row in rows], job.draws)
+    """The accuracy on the images and draws that were asked for; a result may hold more."""
+    right = result.right("adversarial")[: job.examples, : job.draws]
+    return bootstrap.mean(right.sum(1).tolist(), job.draws)
 
 
 def _zero(result: Result, job: Job) -> float | None:
@@ -251,7 +267,7 @@ def _flags(
     if sweep.axis in ("steps", "eot") and falls:
         yield Flag(name="not-converged", message=_fall(sweep.axis, standard, last))
     if sweep.axis == BLACK_BOX and falls:
-        yield Flag(name="black-box-stronger", message=_fall("the threat", standard, last))
+        yield Flag(name="black-box-stronger", message=_fall("the attack", standard, last))
     if sweep.axis == "eps" and last.accuracy is not None:
         above = last.accuracy.low > chance
         needed = _any_picture(sweep.standard.job)
@@ -300,10 +316,10 @@ def _chance(job: Job) -> float:
     """
     if job.knows == job.sites:
         return 0.0
-    return 1 / facts_of(job.track.entry.data).classes
+    return 1 / facts_of(job.subject.track.entry.data).classes
 
 
 def _any_picture(job: Job) -> float:
     """The eps at which every image can become plain grey, and no image tells its class."""
-    pixels = prod(facts_of(job.track.entry.data).shape)
-    return {"linf": 0.5, "l2": 0.5 * sqrt(pixels), "l1": 0.5 * pixels}[job.track.entry.norm]
+    pixels = prod(facts_of(job.subject.track.entry.data).shape)
+    return {"linf": 0.5, "l2": 0.5 * sqrt(pixels), "l1": 0.5 * pixels}[job.subject.track.entry.norm]

@@ -28,4 +28,5 @@ def checked(kind: type[T]) -> type[T]:
     which is a ValueError.
     """
     strict = ConfigDict(strict=True, extra="forbid")
-    return dataclass(frozen=True, slots=True, config=strict)(kind)
+    made: type[T] = dataclass(frozen=True, slots=True, config=strict)(kind)  # type: ignore[assignment]
+    return made

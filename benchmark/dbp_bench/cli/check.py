@@ -1,0 +1,158 @@
+"""The command ``check``: of a defense, of its gradient, and of this installation."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dbp_bench.cli.app import (
+    DIAGNOSE,
+    AsJson,
+    Data,
+    Device,
+    Entries,
+    TrackName,
+    Trust,
+    app,
+)
+from dbp_bench.cli.shared import console, device_of, registry_of
+from dbp_bench.errors import BadRequest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dbp_bench.checks.gradients import Agreement, Request
+
+
+@app.command(rich_help_panel=DIAGNOSE)
+def check(
+    defense: Annotated[
+        str | None, typer.Argument(help="A defense, or all.", show_default=False)
+    ] = None,
+    track: TrackName = "digits-linf",
+    gradients: Annotated[
+        bool,
+        typer.Option(
+            "--gradients", help="Compare each kind of gradient with the exact one, in float64."
+        ),
+    ] = False,
+    environment: Annotated[
+        bool,
+        typer.Option("--environment", help="What is installed; and a tiny golden case, run again."),
+    ] = False,
+    images: Annotated[int, typer.Option(help="Of --gradients: the first N images.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of --gradients: decides every draw of noise.")] = 0,
+    loss: Annotated[str, typer.Option(help="Of --gradients: ce, margin or dlr.")] = "ce",
+    surrogate_steps: Annotated[
+        int | None,
+        typer.Option(help="Of --gradients: steps of the surrogate; half of the defense's."),
+    ] = None,
+    device: Device = "auto",
+    data: Data = None,
+    entries: Entries = None,
+    trust_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Test a defense against the rules that every defense must keep. Exit code 1: a test failed."""
+    if environment:
+        _environment(as_json)
+        return
+    if defense is None:
+        raise BadRequest("name a defense, or all; or add --environment.")
+    registry = registry_of(entries, trust_code, data)
+    if gradients:
+        from dbp_bench.checks.gradients import request
+
+        subject = registry.subject(defense, track)
+        asked = request(
+            subject, images=images, seed=seed, loss=loss, surrogate_steps=surrogate_steps
+        )
+        _gradients(asked, device_of(device), as_json)
+        return
+    names = [defense]
+    if defense == "all":
+        names = [n for n in registry.defenses if track in registry.defense(n).entry.tracks]
+    from dbp_bench.checks.conformance import check_subject
+
+    found = {name: dict(check_subject(registry.subject(name, track))) for name in names}
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        for name, tests in found.items():
+            for title, fault in tests.items():
+                verdict = f"FAIL  {name}: {title}: {fault}" if fault else f"pass  {name}: {title}"
+                print(verdict)
+    if any(fault for tests in found.values() for fault in tests.values()):
+        raise typer.Exit(1)
+
+
+def _environment(as_json: bool) -> None:
+    from dbp_bench.checks.doctor import examine, render
+
+    findings = examine()
+    print(json.dumps(findings, indent=1) if as_json else render(findings))
+    if not findings["ok"]:
+        raise typer.Exit(1)
+
+
+def _gradients(asked: "Request", device: str, as_json: bool) -> None:
+    from dbp_bench.checks.gradients import check as measure
+
+    found = measure(asked, device)
+    subject, short = asked.subject, asked.surrogate_steps
+    if as_json:
+        head = {
+            "defense": subject.name,
+            "track": subject.track.name,
+            "images": asked.images,
+            "seed": asked.seed,
+            "loss": asked.loss,
+            "dtype": "float64",
+            "steps": asked.steps,
+            "surrogate_steps": short,
+            "exact": found.exact,
+        }
+        print(json.dumps({**head, **asdict(found)}, indent=1))
+    else:
+        say = console(False)
+        names = {"surrogate": f"surrogate, {short} of {asked.steps} steps"}
+        say.print(
+            f"{subject.name} on {subject.track.name}: {asked.loss} gradients at the first "
+            f"{asked.images} images, unattacked; float64, seed {asked.seed}.",
+            highlight=False,
+            markup=False,
+        )
+        rows = [(names.get(row.mode, row.mode), row) for row in found.modes]
+        rows += [("exact, other draws (noise floor)", row) for row in found.noise_floor]
+        _show_agreement(say, rows)
+        errors = ", ".join(
+            "no gradient" if error is None else f"{error:.1e}" for error in found.difference_errors
+        )
+        say.print(
+            f"exact against central differences, relative error by image: {errors}"
+            f"{'' if found.exact else '  FAIL'}",
+            highlight=False,
+        )
+    if not found.exact:
+        raise typer.Exit(1)
+
+
+def _show_agreement(say: "Console", rows: "Sequence[tuple[str, Agreement]]") -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("gradient")
+    for name in ("draws", "cosine [95 %]", "equal signs % [95 %]", "images"):
+        table.add_column(name, justify="right")
+    for name, row in rows:
+        cosine = row.cosine
+        table.add_row(
+            name,
+            str(row.draws),
+            "" if cosine is None else f"{cosine.value:.3f} [{cosine.low:.3f}, {cosine.high:.3f}]",
+            "" if row.sign is None else row.sign.percent(),
+            str(row.images),
+        )
+    say.print(table)

@@ -1,0 +1,80 @@
+"""The command ``list``: what there is, and what an entry says."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dbp_bench.cli.app import EVALUATE, AsJson, Entries, app
+from dbp_bench.cli.shared import registry_of
+from dbp_bench.errors import UnknownName, did_you_mean
+
+if TYPE_CHECKING:
+    from dbp_bench.entries.fields import Entry
+
+
+@app.command("list", rich_help_panel=EVALUATE)
+def list_entries(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="defenses, threats, attacks or tracks; or the name of one, to show its entry.",
+        ),
+    ] = None,
+    entries: Entries = None,
+    as_json: AsJson = False,
+) -> None:
+    """List defenses, threat models, attacks and tracks, or show what one entry says."""
+    from dbp_bench import attacks
+
+    registry = registry_of(entries)
+    readers: dict[str, tuple[dict[str, Path], Callable[[str], Entry[Any]]]] = {
+        "defenses": (registry.defenses, registry.defense),
+        "threats": (registry.threats, registry.threat),
+        "attacks": (registry.settings, registry.setting),
+        "tracks": (registry.tracks, registry.track),
+    }
+    if name is not None and name not in readers:
+        _show(name, readers)
+        return
+    titles = {
+        what: {each: read(each).entry.title for each in names}
+        for what, (names, read) in readers.items()
+        if name in (None, what)
+    }
+    if "attacks" in titles:
+        titles["attacks"] |= {own: _title(own) for own in attacks.names()}
+    if as_json:
+        print(json.dumps(titles, indent=1))
+        return
+    for what, found in titles.items():
+        print(what)
+        width = max(map(len, found), default=0)
+        for each, title in sorted(found.items()):
+            print(f"  {each:<{width}}  {title}")
+
+
+def _title(attack: str) -> str:
+    """The first sentence of the module of an attack, which is read and not imported."""
+    import ast
+
+    from dbp_bench import attacks
+
+    path = Path(next(iter(attacks.__path__))) / f"{attack.replace('-', '_')}.py"
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0].rstrip(".")
+
+
+def _show(
+    name: str, readers: "dict[str, tuple[dict[str, Path], Callable[[str], Entry[Any]]]]"
+) -> None:
+    """Print the entries called `name`, with the files they are in."""
+    found = [read(name) for names, read in readers.values() if name in names]
+    if not found:
+        known = [*readers, *(each for names, _ in readers.values() for each in names)]
+        raise UnknownName(f"no entry {name!r}.{did_you_mean(name, known)}")
+    for entry in found:
+        print(f"# {entry.path}  (sha256 {entry.sha256[:16]}...)")
+        print(entry.path.read_text(encoding="utf-8").rstrip())

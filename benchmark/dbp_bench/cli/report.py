@@ -1,0 +1,73 @@
+"""The commands ``report`` and ``compare``: from result files to tables and tests."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dbp_bench.cli.app import REPORT, AsJson, Entries, Quiet, Results, app
+from dbp_bench.cli.shared import console, registry_of
+from dbp_bench.errors import BadRequest
+
+
+@app.command(rich_help_panel=REPORT)
+def report(
+    results: Results = Path("results"),
+    out: Annotated[Path, typer.Option(help="Where the leaderboards go.")] = Path("leaderboards"),
+    track: Annotated[str | None, typer.Option(help="One track only.")] = None,
+    sort: Annotated[
+        str, typer.Option(help="hidden (EoT accuracy, as the field does) or known (DW-box).")
+    ] = "hidden",
+    outcomes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the outcomes of all results to this CSV file instead, one row per image "
+            "and draw.",
+            show_default=False,
+        ),
+    ] = None,
+    entries: Entries = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make leaderboards (CSV, Markdown, LaTeX, an HTML page) from results."""
+    from dbp_bench.reporting.records import load
+    from dbp_bench.reporting.report import outcomes_csv, write_leaderboards
+
+    if sort not in ("hidden", "known"):
+        raise BadRequest(f"--sort {sort!r}: hidden or known.")
+    say = console(quiet)
+    if outcomes is not None:
+        outcomes_csv([record.path for record in load(results, track)], outcomes)
+        say.print(str(outcomes), highlight=False, markup=False, soft_wrap=True)
+        return
+    paths = write_leaderboards(
+        results,
+        out,
+        track,
+        sort="known" if sort == "known" else "hidden",
+        registry=registry_of(entries),
+    )
+    for path in paths:
+        say.print(str(path), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(rich_help_panel=REPORT)
+def compare(
+    a: Annotated[
+        str,
+        typer.Argument(help="A result file, a folder, or defense, defense/threat, threat."),
+    ],
+    b: Annotated[str, typer.Argument(help="The same, to compare with.")],
+    results: Results = Path("results"),
+    track: Annotated[str | None, typer.Option(help="Of names; not needed if there is one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare results, defenses or threat models: paired difference, tests, changed images."""
+    from dbp_bench.reporting import compare as comparing
+
+    found = comparing.compare(comparing.side(a, results, track), comparing.side(b, results, track))
+    if as_json:
+        print(json.dumps(comparing.to_table(found), indent=1))
+        return
+    print("\n".join(comparing.in_words(found)))

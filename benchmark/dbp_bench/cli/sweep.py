@@ -1,0 +1,115 @@
+"""The command ``sweep``: one attack at several efforts or budgets."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dbp_bench.cli.app import (
+    DIAGNOSE,
+    AsJson,
+    Attack,
+    Data,
+    Device,
+    Entries,
+    Quiet,
+    TrackName,
+    Trust,
+    app,
+)
+from dbp_bench.cli.shared import console, device_of, percent, progress_bar, registry_of
+from dbp_bench.errors import BadRequest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dbp_bench.reporting.findings import Findings
+    from dbp_bench.runs.job import Job
+
+
+@app.command(rich_help_panel=DIAGNOSE)
+def sweep(
+    defense: Annotated[str, typer.Argument(help="A defense.")],
+    threat: Annotated[str, typer.Option(help="A threat model.")],
+    attack: Attack = None,
+    over: Annotated[
+        list[str] | None,
+        typer.Option(help="steps=20,40,100, eot=1,10,40 or eps=0.1,0.2,0.5; can be repeated."),
+    ] = None,
+    black_box: Annotated[
+        str | None,
+        typer.Option(
+            help="An attack without gradients to compare with, or none.  [default: square]",
+            show_default=False,
+        ),
+    ] = None,
+    track: TrackName = "digits-linf",
+    seed: Annotated[int, typer.Option(help="Decides every draw of noise.")] = 0,
+    out: Annotated[Path, typer.Option(help="The folder of results.")] = Path("results"),
+    examples: Annotated[int | None, typer.Option(help="The first N images of the track.")] = None,
+    draws: Annotated[int | None, typer.Option(help="Draws that evaluate an image.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images evaluated together.")] = None,
+    device: Device = "auto",
+    data: Data = None,
+    entries: Entries = None,
+    trust_code: Trust = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Test for a weak attack or a masked gradient: more steps, more samples, larger budgets."""
+    from functools import partial
+
+    from dbp_bench.runs import sweep as sweeps
+    from dbp_bench.runs.execute import execute
+    from dbp_bench.runs.job import Overrides
+
+    registry = registry_of(entries, trust_code, data)
+    say = console(quiet or as_json)
+    overrides = Overrides(examples=examples, draws=draws, batch_size=batch_size)
+    common: dict[str, Any] = {"seed": seed, "device": device_of(device), "overrides": overrides}
+    names = (registry, track, defense, threat, attack)
+    planned = [sweeps.plan(*names, *sweeps.parse(text), **common) for text in over or []]
+    if black_box != "none":
+        planned.append(sweeps.against(*names, black_box or "square", **common))
+    if not planned:
+        raise BadRequest("--over names nothing. Write it as steps=20,40,100.")
+
+    def run_one(label: str, job: "Job", folder: Path) -> Path:
+        with progress_bar(say, label) as progress:
+            return execute(job, folder, progress=progress)
+
+    found = [
+        sweeps.run(item, out, partial(run_one, f"{defense} / {threat} / {item.axis}"))
+        for item in planned
+    ]
+    if as_json:
+        print(json.dumps([item.model_dump(mode="json", by_alias=True) for item in found], indent=1))
+        return
+    _show_sweeps(say, found)
+
+
+def _show_sweeps(say: "Console", found: "Sequence[Findings]") -> None:
+    from rich.table import Table
+
+    for item in found:
+        table = Table(box=None, pad_edge=False)
+        for name in (item.axis, "robust % [95 %]", "falls by [95 %]", "zero gradient %"):
+            table.add_column(name, justify="right")
+        for row in item.values:
+            mark = " *" if row.value == item.standard else ""
+            table.add_row(
+                f"{row.value if isinstance(row.value, str) else f'{row.value:g}'}{mark}",
+                percent(None if row.accuracy is None else row.accuracy.model_dump()),
+                percent(None if row.fall is None else row.fall.model_dump()),
+                "" if row.zero_gradient is None else f"{100 * row.zero_gradient:.1f}",
+            )
+        say.print(table)
+        for flag in item.flags:
+            say.print(f"FLAG {flag.name}: {flag.message}.", highlight=False, soft_wrap=True)
+        for note in item.notes:
+            say.print(f"undecided: {note}.", highlight=False, soft_wrap=True)
+        if not item.flags and not item.notes:
+            say.print("no flag.", highlight=False)
+    say.print("* as the threat model says. falls by: from there, on the same images.", style="dim")

@@ -1,0 +1,96 @@
+"""A defense: the purifier, its networks and options on each track."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dbp_bench.declaration import Strict
+from dbp_bench.entries.fields import AnyNetwork, AnyRef, DottedPath, Names, Options
+from dbp_bench.errors import did_you_mean
+
+OWN_CLASSIFIER = "defense.classifier"
+"""Beside "classifier", which is the track's: its results are compared by that."""
+
+
+class Surrogate(Strict):
+    """What attacks may differentiate in place of a defense, where its authors say so."""
+
+    options: Options = Field(min_length=1)
+    """Options of the defense that are others here."""
+    votes: int = Field(default=1, ge=1)
+    """Purifications of each image."""
+
+
+class Setting(Strict):
+    """How a defense is set up on some tracks."""
+
+    tracks: Names = Field(min_length=1)
+    options: Options
+    """Options of the factory: the fields of its class."""
+    networks: dict[str, AnyNetwork]
+    """The networks that the factory takes, by argument name."""
+    votes: int = Field(default=1, ge=1)
+    """Independent purifications of each image, whose majority decides. May be left out."""
+    resize: int | None = Field(default=None, ge=1)
+    """The side of the square images that the purifier takes; null for the track's own. May be left
+    out."""
+    surrogate: Surrogate | None = None
+    """What ``gradient: declared-surrogate`` differentiates. May be left out."""
+    classifier: AnyNetwork | None = None
+    """In place of the track's, for models that are robust by their training. May be left out."""
+
+    @property
+    def refs(self) -> dict[str, AnyRef]:
+        """Every network of the set-up, by the name under which a result records its weights."""
+        own = {} if self.classifier is None else {OWN_CLASSIFIER: self.classifier}
+        return {**self.networks, **own}
+
+    @model_validator(mode="after")
+    def _one_value_each(self) -> Self:
+        for name in self.networks:
+            if name in self.options:
+                raise ValueError(f"{name!r} is both an option and a network")
+        for name in ("votes", "resize"):
+            if name in self.options:
+                raise ValueError(f"options: {name}: stands beside options, not among them")
+        for name in self.surrogate.options if self.surrogate else ():
+            if name not in self.options:
+                hint = did_you_mean(name, self.options).rstrip(".")
+                raise ValueError(f"surrogate.options: no option {name!r}.{hint}")
+        return self
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a result says of the set-up: options, and votes and resize where there are any."""
+        more = {"votes": self.votes} if self.votes > 1 else {}
+        return {**self.options, **more, **({"resize": self.resize} if self.resize else {})}
+
+
+class DefenseEntry(Strict):
+    """A purifier, and how it is set up on each track."""
+
+    title: str
+    kind: Literal["control", "defense"]
+    paper: str | None
+    factory: DottedPath
+    """``module:Class``; called with the networks and the options, it gives a purifier."""
+    sites: Names
+    """Where it draws noise; ``[]`` for a deterministic one."""
+    settings: list[Setting] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _one_setting_each(self) -> Self:
+        tracks = [track for setting in self.settings for track in setting.tracks]
+        for track in tracks:
+            if tracks.count(track) > 1:
+                raise ValueError(f"settings: track {track!r} has two")
+        return self
+
+    def setting(self, track: str) -> Setting | None:
+        """The setting for `track`; None where there is none."""
+        return next((s for s in self.settings if track in s.tracks), None)
+
+    @property
+    def tracks(self) -> list[str]:
+        """All tracks that it has a setting for."""
+        return [track for setting in self.settings for track in setting.tracks]
