@@ -308,7 +308,7 @@ def _plan(
     for job, _, _ in costs[:1]:
         say.print(
             f"{job.subject.track.entry.norm} eps {job.eps:g}, seed {job.seed}, {job.device}; "
-            f"groups of {job.batch_size} images, at most {job.max_batch} images x samples in one pass.",
+            f"groups of {job.batch_size} images, at most {job.max_batch} images x samples a pass.",
             highlight=False,
         )
     _show_limits(say, [(job, cost) for job, _, cost in costs if cost is not None])
