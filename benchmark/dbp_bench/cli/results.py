@@ -71,12 +71,13 @@ def report(
 ) -> None:
     """Make leaderboards (CSV, Markdown, LaTeX, an HTML page) from results."""
     from dbp_bench.reporting.report import write_leaderboards
+    from dbp_bench.submission.hub import local
 
     if sort not in ("hidden", "known"):
         raise BadRequest(f"--sort {sort!r}: hidden or known.")
     registry = registry_of(entries)
     paths = write_leaderboards(
-        results, out, track, sort="known" if sort == "known" else "hidden", registry=registry
+        local(results), out, track, sort="known" if sort == "known" else "hidden", registry=registry
     )
     say = console(quiet)
     for path in paths:

@@ -1,28 +1,22 @@
-"""Commands of a submission: new, submit, verify, pull, push."""
+"""Commands of a submission: new, submit, verify."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from dbp_bench.cli.app import AsJson, Data, Device, Entries, Quiet, Results, TrackName, Trust, app
-from dbp_bench.cli.shared import console, device_of, registry_of
+from dbp_bench.cli.app import AsJson, Data, Device, Entries, Results, TrackName, Trust, app
+from dbp_bench.cli.shared import device_of, registry_of
 from dbp_bench.errors import BadRequest
 
-if TYPE_CHECKING:
-    from dbp_bench.submission import hub
+SHARE = "Share"
+"""The panel of the help in which these commands stand."""
 
-new = typer.Typer(help="Start something of one's own.", no_args_is_help=True)
-app.add_typer(new, name="new")
+new = typer.Typer(help="Start a defense of your own.", no_args_is_help=True)
+app.add_typer(new, name="new", rich_help_panel=SHARE)
 
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
-Remote = Annotated[str, typer.Argument(help="hf://datasets/owner/name, or a folder.")]
-NoResults = Annotated[bool, typer.Option("--no-results", help="Leave results out.")]
-WeightsFolder = Annotated[
-    Path | None,
-    typer.Option("--weights", help="A folder of safetensors files; left out if not given."),
-]
 
 
 @new.callback()
@@ -48,7 +42,7 @@ def defense(
     print(f"Next: dbp-bench check {entry} --entries {out or name} --trust-code")
 
 
-@app.command()
+@app.command(rich_help_panel=SHARE)
 def submit(
     defense: Annotated[str, typer.Argument(help="A defense.")],
     track: TrackName = "digits-linf",
@@ -62,21 +56,21 @@ def submit(
     ] = False,
     upload: Annotated[
         str | None,
-        typer.Option(help="Also put it into this Hugging Face data set repository (owner/name)."),
+        typer.Option(help="Open a pull request on this Hugging Face data set (owner/name)."),
     ] = None,
     force: Force = False,
     data: Data = None,
     entries: Entries = None,
 ) -> None:
     """Bundle a defense with its results, check all of it, and say what to put in a pull request."""
-    from dbp_bench.submission import bundle, hub
+    from dbp_bench.submission import hub
+    from dbp_bench.submission import submit as submitting
 
-    if upload is not None:
-        hub.repo_of(upload.removeprefix(hub.HUB))
+    repo = hub.repo_of(upload) if upload is not None else None
     out = out or Path(f"{track}-{defense}.zip")
     if out.suffix != ".zip":
         raise BadRequest(f"--out {out}: a bundle is a .zip file.")
-    manifest, sha256 = bundle.submit(
+    manifest, sha256 = submitting.submit(
         registry_of(entries, data=data),
         defense,
         track,
@@ -86,17 +80,26 @@ def submit(
         force=force,
     )
     print(f"{out}: {len(manifest.files)} files, all checked.\n")
-    print(bundle.request(manifest, out, sha256))
-    if upload is not None:
-        print(f"\nuploaded: {hub.upload(out, upload)}")
+    title = submitting.title(manifest)
+    if repo is None:
+        print(f"Title: {title}\n\nAttach {out.name}, or link to where it lies. In the text:\n")
+        print(submitting.description(manifest, out.name, sha256))
+    else:
+        text = submitting.description(manifest, hub.place_of(out, repo), sha256)
+        print(f"opened: {hub.propose(out, repo, title, text)}")
 
 
-@app.command()
+@app.command(rich_help_panel=SHARE)
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="A file that `dbp-bench submit` wrote.")],
+    bundle: Annotated[
+        str,
+        typer.Argument(
+            help="A file that `dbp-bench submit` wrote, or hf://datasets/owner/name/path[@revision]."
+        ),
+    ],
     replay: Annotated[
         bool,
-        typer.Option("--replay", help="Judge the adversarial images again, on fresh draws too."),
+        typer.Option("--replay", help="Evaluate the adversarial images again, on fresh draws too."),
     ] = False,
     attack: Annotated[
         float | None,
@@ -116,22 +119,23 @@ def verify(
     """Verify a bundle; its code runs only if replayed or attacked. Exit code 1: refused."""
     from dbp_bench.submission import archive
     from dbp_bench.submission import verify as verifying
+    from dbp_bench.submission.hub import local
 
     if attack is not None and not 0 < attack <= 1:
         raise BadRequest(f"--attack {attack:g}: a share of the images, above 0 and up to 1.")
     on = device_of(device) if replay or attack is not None else None
     try:
-        with archive.opened(bundle) as held:
+        with archive.opened(local(bundle)) as held:
             found = verifying.check(held, entries or [], trust_code=trust_code, data=data)
-            replayed = verifying.replay(found, held, on) if on and replay else None
-            attacked = verifying.attack(found, held, attack, on) if on and attack else None
+            replayed = verifying.replay(found, on) if on and replay else None
+            attacked = verifying.attack(found, attack, on) if on and attack else None
             record = verifying.record_of(
-                found, held, replayed=replayed, attacked=attacked, share=attack, device=on
+                found, replayed=replayed, attacked=attacked, share=attack, device=on
             )
             placed = verifying.place(held, record, into, force=force) if into else None
     except archive.Refused as refused:
         if as_json:
-            print(json.dumps({"bundle": str(bundle), "refused": str(refused)}))
+            print(json.dumps({"bundle": bundle, "refused": str(refused)}))
         else:
             print(f"{bundle}: refused: {refused}")
         raise typer.Exit(1) from None
@@ -140,63 +144,36 @@ def verify(
         return
     for line in record.checks:
         print(f"pass  {line}")
-    for word, seen in (("replayed", replayed), ("attacked again", attacked)):
-        if seen is not None:
+    for word, compared in (("replayed", replayed), ("attacked again", attacked)):
+        if compared is not None:
             print(
-                f"pass  {word}: {seen.differing} of {seen.outcomes} outcomes are others than "
-                f"stated ({seen.allowed} may be, on this machine)"
+                f"pass  {word}: {compared.differing} of {compared.outcomes} outcomes are others "
+                f"than stated ({compared.allowed} may be, on this machine)"
             )
     print(f"{bundle}: {record.level}  sha256 {record.bundle[:16]}...")
     if placed is not None:
         print(placed)
 
 
-@app.command()
-def push(
-    remote: Remote,
-    results: Results = Path("results"),
-    no_results: NoResults = False,
-    weights: WeightsFolder = None,
-    force: Force = False,
-    quiet: Quiet = False,
-) -> None:
-    """Put results, and weights, where others can pull them from."""
-    from dbp_bench.submission import hub
+# ----------------------------------------------------------------------------- names that are gone
 
-    for folder in (None if no_results else results, weights):
-        if folder is not None and not folder.is_dir():
-            raise BadRequest(f"{folder}: no such folder.")
-    moved = hub.push(hub.remote_of(remote), None if no_results else results, weights, force=force)
-    _say(moved, "pushed", remote, quiet)
+_GONE = {
+    "push": "`dbp-bench submit --upload owner/name` proposes a bundle to a data set.",
+    "pull": "`dbp-bench report --results hf://datasets/owner/name/path` reads results from there.",
+}
 
 
-@app.command()
-def pull(
-    remote: Remote,
-    results: Results = Path("results"),
-    no_results: NoResults = False,
-    weights: WeightsFolder = None,
-    only: Annotated[
-        str | None, typer.Option(help="What starts like this, such as a track or track/defense.")
-    ] = None,
-    force: Force = False,
-    quiet: Quiet = False,
-) -> None:
-    """Get results, and weights, from where others pushed them; all is checked first."""
-    from dbp_bench.submission import hub
+def _gone(name: str, instead: str) -> None:
+    """Let the command called `name` say what took its place, whatever it is given."""
 
-    moved = hub.pull(
-        hub.remote_of(remote), None if no_results else results, weights, match=only, force=force
+    @app.command(
+        name,
+        hidden=True,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     )
-    _say(moved, "pulled", remote, quiet)
+    def _say() -> None:
+        raise BadRequest(f"`dbp-bench {name}` is gone: {instead}")
 
 
-def _say(moved: "hub.Moved", word: str, remote: str, quiet: bool) -> None:
-    say = console(quiet)
-    for name in moved.moved:
-        say.print(name, highlight=False, soft_wrap=True)
-    say.print(
-        f"{remote}: {len(moved.moved)} files {word}, {len(moved.there)} were there.",
-        highlight=False,
-        soft_wrap=True,
-    )
+for _name, _instead in _GONE.items():
+    _gone(_name, _instead)
