@@ -36,10 +36,14 @@ class Fake:
     def api(self) -> "Fake":
         return self
 
+    def dataset_info(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
+        _bind(API.dataset_info, self, *args, **kwargs)
+        return SimpleNamespace(sha=kwargs["revision"] or "main")
+
     def list_repo_files(self, *args: Any, **kwargs: Any) -> list[str]:
         _bind(API.list_repo_files, self, *args, **kwargs)
         assert (args[0], kwargs["repo_type"]) == ("owner/name", "dataset")
-        top = self.folder / (kwargs["revision"] or "main")
+        top = self.folder / kwargs["revision"]
         return [p.relative_to(top).as_posix() for p in sorted(top.rglob("*")) if p.is_file()]
 
     def snapshot_download(self, *args: Any, **kwargs: Any) -> str:
@@ -52,7 +56,7 @@ class Fake:
         for name in names:
             if name not in self.lost and any(fnmatch(name, pattern) for pattern in patterns):
                 (cached / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.folder / (kwargs["revision"] or "main") / name, cached / name)
+                shutil.copyfile(self.folder / kwargs["revision"] / name, cached / name)
         return str(cached)
 
     def upload_file(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
@@ -195,7 +199,7 @@ def test_a_hub_that_is_not_reached(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(fake, "list_repo_files", fail)
+    monkeypatch.setattr(fake, "dataset_info", fail)
     monkeypatch.setattr(fake, "upload_file", fail)
     said = command("verify", f"{REPO}/b.zip")
     assert (said.code, said.out) == (2, "")

@@ -52,8 +52,10 @@ def local(place: str | Path) -> Path:
 def _download(repo: str, path: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
-    # Listed first: without a connection, a snapshot may be returned of which files are missing.
-    names = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
+    # Listed first, at one commit: where the connection fails, a snapshot from before may be
+    # returned, of another commit or with files missing.
+    commit = HfApi().dataset_info(repo, revision=revision).sha
+    names = HfApi().list_repo_files(repo, repo_type="dataset", revision=commit)
     wanted = [name for name in names if not path or name == path or name.startswith(f"{path}/")]
     if not wanted:
         raise BadRequest(
@@ -62,7 +64,7 @@ def _download(repo: str, path: str, revision: str | None) -> Path:
     folder = snapshot_download(
         repo,
         repo_type="dataset",
-        revision=revision,
+        revision=commit,
         allow_patterns=[path, f"{path}/*"] if path else None,
     )
     for name in wanted:
