@@ -1,357 +1,264 @@
-"""Results and weights go out and come back whole, or not at all."""
+"""Files of a Hugging Face data set are read whole or not at all; a bundle is proposed to one."""
 
 import inspect
-import json
 import shutil
-from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import pytest
-import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors.torch import save_file
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from dbp_bench.errors import BadRequest, BadResult, BadWeights, DbpError
-from dbp_bench.reporting.badge import Verification
+from dbp_bench.errors import BadRequest, BadResult
+from dbp_bench.reporting.records import load
 from dbp_bench.submission import hub
-from dbp_bench.submission.hub import INDEX, Folder, Hub, NotReached, pull, push, remote_of
-from dbp_bench.weights.files import digest
+from dbp_bench.submission.hub import NotReached, local
 from records import make, save
 
 if TYPE_CHECKING:
     from conftest import Command
 
-EOT = "results/toy-linf/both/eot/seed-0.json"
-NULL = "results/toy-linf/both/null/seed-0.json"
+REPO = "hf://datasets/owner/name"
+API, SNAPSHOT = huggingface_hub.HfApi, huggingface_hub.snapshot_download
+
+
+class Fake:
+    """The hub in a folder: one folder for each revision, called as the real one can be."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lost: set[str] = set()
+        """Files that a download leaves out, as one that was broken off does."""
+        self.uploaded: dict[str, Any] = {}
+
+    def api(self) -> "Fake":
+        return self
+
+    def dataset_info(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
+        _bind(API.dataset_info, self, *args, **kwargs)
+        return SimpleNamespace(sha=kwargs["revision"] or "main")
+
+    def list_repo_files(self, *args: Any, **kwargs: Any) -> list[str]:
+        _bind(API.list_repo_files, self, *args, **kwargs)
+        assert (args[0], kwargs["repo_type"]) == ("owner/name", "dataset")
+        top = self.folder / kwargs["revision"]
+        return [p.relative_to(top).as_posix() for p in sorted(top.rglob("*")) if p.is_file()]
+
+    def snapshot_download(self, *args: Any, **kwargs: Any) -> str:
+        _bind(SNAPSHOT, *args, **kwargs)
+        cached = self.folder / "cache"
+        names = self.list_repo_files(
+            args[0], repo_type=kwargs["repo_type"], revision=kwargs["revision"]
+        )
+        patterns = kwargs["allow_patterns"] or ["*"]
+        for name in names:
+            if name not in self.lost and any(fnmatch(name, pattern) for pattern in patterns):
+                (cached / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.folder / kwargs["revision"] / name, cached / name)
+        return str(cached)
+
+    def upload_file(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
+        _bind(API.upload_file, self, *args, **kwargs)
+        self.uploaded = kwargs
+        return SimpleNamespace(pr_url="https://hub/datasets/owner/name/discussions/3")
+
+
+def _bind(method: Any, *args: Any, **kwargs: Any) -> None:
+    inspect.signature(method).bind(*args, **kwargs)
 
 
 @pytest.fixture
-def mine(tmp_path: Path) -> Path:
-    """Results and weights of one's own."""
-    save(tmp_path / "mine/results", make("both", "eot", 0.5), make("both", "null", 1.0))
-    beside = tmp_path / "mine" / EOT
-    beside.with_name("runtime-seed-0.json").write_text("{}")
-    (tmp_path / "mine/results/.work").mkdir()
-    (tmp_path / "mine/results/.work/x.json").write_text("{}")
-    (tmp_path / "mine/results/notes.txt").write_text("not a result")
-    (tmp_path / "mine/weights").mkdir()
-    save_file({"a": torch.zeros(2)}, tmp_path / "mine/weights/net.safetensors")
-    return tmp_path / "mine"
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """A hub whose data set owner/name holds results, and a bundle in a pull request."""
+    made = Fake(tmp_path / "hub")
+    save(made.folder / "main/results", make("both", "eot", 0.5), make("both", "null", 1.0))
+    (made.folder / "main/README.md").write_text("read me")
+    (made.folder / "refs/pr/3/bundles").mkdir(parents=True)
+    (made.folder / "refs/pr/3/bundles/b.zip").write_bytes(b"bundle")
+    monkeypatch.setattr(huggingface_hub, "HfApi", made.api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
+    return made
 
 
-@pytest.fixture
-def remote(mine: Path, tmp_path: Path) -> Folder:
-    """A remote that holds all of it."""
-    folder = Folder(tmp_path / "remote")
-    push(folder, mine / "results", mine / "weights")
-    return folder
+# ---------------------------------------------------------------------------------------- reading
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def relist(remote: Folder, change: Callable[[dict[str, str]], object]) -> None:
-    """Change the files that the index of `remote` lists."""
-    path = remote.path / INDEX
-    table = json.loads(path.read_text())
-    change(table["files"])
-    path.write_text(json.dumps(table))
-
-
-def test_what_is_pushed_can_be_pulled(mine: Path, remote: Folder, tmp_path: Path) -> None:
-    names = [
-        EOT.replace("seed", "runtime-seed"),
-        EOT,
-        NULL,
-        "weights/net.safetensors",
-    ]
-    assert sorted(contents(remote.path)) == sorted([*names, INDEX])
-    table = json.loads((remote.path / INDEX).read_text())
-    assert table["files"] == {name: digest(mine / name) for name in names}
-    new = tmp_path / "new"
-    moved = pull(remote, new / "results", new / "weights")
-    assert moved.moved == sorted(names)
-    assert contents(new) == {name: (mine / name).read_bytes() for name in names}
-    again = pull(remote, new / "results", new / "weights")
-    assert (again.moved, again.there) == ([], sorted(names))
-
-
-def test_a_second_push_adds(mine: Path, remote: Folder) -> None:
-    save(mine / "results", make("both", "whitebox", 0.7))
-    moved = push(remote, mine / "results", None)
-    assert moved.moved == ["results/toy-linf/both/whitebox/seed-0.json"]
-    assert EOT in moved.there
-    table = json.loads((remote.path / INDEX).read_text())
-    assert set(table["files"]) == {*moved.moved, *moved.there, "weights/net.safetensors"}
-    assert push(remote, mine / "results", None).moved == []
-
-
-def test_parts_of_a_remote(remote: Folder, tmp_path: Path) -> None:
-    assert pull(remote, None, tmp_path / "w").moved == ["weights/net.safetensors"]
-    moved = pull(remote, tmp_path / "r", None, match="toy-linf/both/null").moved
-    assert moved == [NULL]
-    with pytest.raises(BadRequest, match="nothing to pull: it holds 4 files, none that fit"):
-        pull(remote, tmp_path / "r", None, match="cifar")
-
-
-def test_a_different_file_is_replaced_only_if_asked(
-    mine: Path, remote: Folder, tmp_path: Path
-) -> None:
-    save(mine / "results", make("both", "eot", 0.6))
-    before = contents(remote.path)
-    with pytest.raises(BadRequest, match=f"{EOT}: the remote holds a different one"):
-        push(remote, mine / "results", None)
-    assert contents(remote.path) == before
-    here = contents(mine)
-    with pytest.raises(BadRequest, match="a different file is here"):
-        pull(remote, mine / "results", mine / "weights")
-    assert contents(mine) == here
-    pull(remote, mine / "results", None, force=True)
-    assert (mine / EOT).read_bytes() == before[EOT]
-    save(mine / "results", make("both", "eot", 0.7))
-    push(remote, mine / "results", None, force=True)
-    assert (remote.path / EOT).read_bytes() == (mine / EOT).read_bytes()
-    new = tmp_path / "new"
-    assert EOT in pull(remote, new, None).moved
+@pytest.mark.parametrize("place", ["results", "./a/../b", "/a/b", "b@c.zip", "d:e"])
+def test_a_path_is_left_alone(place: str) -> None:
+    assert local(place) == Path(place)
+    assert local(Path(place)) == Path(place)
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("place", "found"),
     [
-        "results/../../out.json",
-        "/results/a",
-        "results\\x",
-        "results//x",
-        "other/x",
-        "results",
-        "results/.git/hooks",
+        (f"{REPO}/results", "results"),
+        (f"{REPO}/results/", "results"),
+        (REPO, ""),
+        (f"{REPO}@main", ""),
+        (f"{REPO}@main/results", "results"),
+        (f"{REPO}/bundles/b.zip@refs/pr/3", "bundles/b.zip"),
+        (f"{REPO}@refs/pr/3/bundles/b.zip", "bundles/b.zip"),
+        (f"{REPO}/README.md", "README.md"),
     ],
 )
-def test_a_path_that_leaves_its_folder(name: str, remote: Folder, tmp_path: Path) -> None:
-    relist(remote, lambda files: files.update({name: "0" * 64}))
-    with pytest.raises(BadResult, match="a path that leaves its folder"):
-        pull(remote, tmp_path / "new/results", tmp_path / "new/weights")
-    assert not (tmp_path / "new").exists()
+def test_a_place_is_downloaded(place: str, found: str, fake: Fake) -> None:
+    path = local(place)
+    assert path == fake.folder / "cache" / found
+    revision = "refs/pr/3" if "refs/pr/3" in place else "main"
+    theirs = fake.folder / revision / found
+    if theirs.is_file():
+        assert path.read_bytes() == theirs.read_bytes()
+    there = {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    assert there == {p.relative_to(theirs): p.read_bytes() for p in theirs.rglob("*.*")}
+    # What a command line gives as a path has one slash less.
+    assert local(Path(place)) == path
 
 
-def _damage(remote: Folder) -> None:
-    (remote.path / NULL).write_bytes((remote.path / NULL).read_bytes() + b" ")
+def test_only_what_is_asked_for_is_downloaded(fake: Fake) -> None:
+    local(f"{REPO}/results/toy-linf/both/null")
+    found = [p for p in (fake.folder / "cache").rglob("*") if p.is_file()]
+    assert [p.parent.name for p in found] == ["null"]
 
 
-def _lose(remote: Folder) -> None:
-    (remote.path / NULL).unlink()
-
-
-def _link_out(remote: Folder) -> None:
-    shutil.copyfile(remote.path / NULL, remote.path.parent / "secret")
-    (remote.path / NULL).unlink()
-    (remote.path / NULL).symlink_to(remote.path.parent / "secret")
-
-
-def _replace(name: str, content: bytes) -> Callable[[Folder], None]:
-    """Another file, that the index agrees with."""
-
-    def change(remote: Folder) -> None:
-        (remote.path / name).parent.mkdir(parents=True, exist_ok=True)
-        (remote.path / name).write_bytes(content)
-        relist(remote, lambda files: files.update({name: digest(remote.path / name)}))
-
-    return change
-
-
-def _misplace(remote: Folder) -> None:
-    _replace(NULL, (remote.path / EOT).read_bytes())(remote)
-
-
-def _verified_elsewhere(remote: Folder) -> None:
-    record = Verification(
-        schema=1,
-        level="checked",
-        dbp_bench="0",
-        bundle="0",
-        track="toy-linf",
-        defense="other",
-        checks=[],
-        replay=None,
-        attack=None,
-        share=None,
-        device_name=None,
-        files={},
-    )
-    content = record.model_dump_json(by_alias=True).encode()
-    _replace("results/toy-linf/both/verification.json", content)(remote)
+def test_a_part_of_what_is_asked_for_is_refused(fake: Fake) -> None:
+    """A folder in the cache from before is no answer where the rest of it can't be had."""
+    lost = "results/toy-linf/both/null/seed-0.json"
+    fake.lost = {lost}
+    with pytest.raises(NotReached, match=f"{lost} was not downloaded"):
+        local(f"{REPO}/results")
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("place", "reason"),
     [
-        (_damage, f"{NULL}: not the file that index.json lists"),
-        (_lose, f"{NULL}: listed in index.json, but not there"),
-        (_link_out, f"{NULL}: listed in index.json, but not there"),
-        (_misplace, f"{NULL}: says that it is {EOT}"),
-        (_replace(NULL, b'{"schema": 0}'), "schema 0, this version reads 1"),
-        (_replace(NULL, b"{"), "not a JSON file"),
-        (_replace("weights/net.safetensors", b"\x80\x02pickle"), "not a safetensors file"),
-        (_replace("weights/net.pt", b"PK"), "not JSON"),
-        (_replace("results/toy-linf/both/x.py", b"x"), "not a file of results or weights"),
-        (_replace("results/toy-linf/both/verification.json", b"{}"), "not a verification"),
-        (_verified_elsewhere, "verification.json: of other on toy-linf"),
-        (_replace(INDEX, b"{}"), "index.json: schema: is missing"),
+        ("s3://bucket/x", "give a path, or hf://datasets/owner/name"),
+        ("hf://models/a/b", "give a path, or"),
+        ("hf://datasets/owner", "give a path, or"),
+        ("hf://datasets/owner/../x", "give a path, or"),
+        (f"{REPO}@main/results@other", "give a path, or"),
+        (f"{REPO}/results/../../x", "give a plain path"),
+        (f"{REPO}/a/*", "give a plain path"),
+        (f"{REPO}/nowhere", "no nowhere in it"),
+        (f"{REPO}/result", "no result in it"),
+        (f"{REPO}@other", "no files in it at other"),
     ],
 )
-def test_nothing_unsound_is_placed(
-    change: Callable[[Folder], None], reason: str, remote: Folder, tmp_path: Path
-) -> None:
-    if reason.startswith("index.json: schema"):
-        (remote.path / INDEX).write_bytes(b"{}")
-    else:
-        change(remote)
-    with pytest.raises(DbpError) as error:
-        pull(remote, tmp_path / "new/results", tmp_path / "new/weights")
-    assert reason in str(error.value)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "new").exists()
+def test_a_place_that_is_none(place: str, reason: str, fake: Fake) -> None:
+    with pytest.raises(BadRequest, match=reason) as refusal:
+        local(place)
+    assert "\n" not in str(refusal.value)
+    assert not (fake.folder / "cache").exists()
 
 
-def test_nothing_unsound_is_pushed(mine: Path, tmp_path: Path) -> None:
-    remote = Folder(tmp_path / "remote")
-    (mine / "weights/net.safetensors").write_bytes(b"\x80\x02")
-    with pytest.raises(BadWeights, match="not a safetensors file"):
-        push(remote, mine / "results", mine / "weights")
-    (mine / NULL).write_text("{}")
-    with pytest.raises(BadResult, match="no key 'schema'"):
-        push(remote, mine / "results", None)
-    with pytest.raises(BadRequest, match="nothing to push"):
-        push(remote, tmp_path / "nowhere", None)
-    assert not remote.path.exists()
+def test_what_is_read_from_the_hub_is_checked(fake: Fake) -> None:
+    assert len(load(local(f"{REPO}/results"))) == 2
+    (fake.folder / "main/results/toy-linf/both/eot/seed-0.json").write_text("{}")
+    with pytest.raises(BadResult, match="not a result"):
+        load(local(f"{REPO}/results"))
 
 
-def test_no_remote(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(BadRequest, match=r"no index\.json there"):
-        pull(Folder(tmp_path / "empty"), tmp_path / "r", None)
-    for name in ("s3://bucket", "hf://models/a/b", "hf://datasets/a", "hf://datasets/a/../b"):
-        with pytest.raises(BadRequest, match="give "):
-            remote_of(name)
-    assert remote_of("hf://datasets/owner/name") == Hub("owner/name")
-    assert remote_of("some/folder") == Folder(Path("some/folder"))
-
-
-def test_commands(command: "Command", mine: Path, tmp_path: Path) -> None:
-    there = tmp_path / "there"
-    said = command(
-        "push", there, "--results", mine / "results", "--weights", mine / "weights", "--quiet"
-    )
-    assert said == (0, "", "")
-    said = command("pull", there, "--results", tmp_path / "got", "--only", "toy-linf")
+def test_commands_read_from_the_hub(fake: Fake, command: "Command", tmp_path: Path) -> None:
+    place = f"{REPO}/bundles/b.zip@refs/pr/3"
+    said = command("verify", place)
+    assert (said.code, said.err) == (1, "")
+    assert said.out.startswith(f"{place}: refused: not a sound zip archive")
+    save(fake.folder / "main/results", make("none", "eot", 0.05, sites=()))
+    said = command("report", "--results", f"{REPO}/results", "--out", tmp_path / "out")
     assert (said.code, said.err) == (0, "")
-    assert said.out.splitlines()[-1] == f"{there}: 3 files pulled, 0 were there."
-    assert (tmp_path / "got/toy-linf/both/eot/seed-0.json").is_file()
-    said = command("push", there, "--results", tmp_path / "nowhere")
-    assert (said.code, said.out) == (2, "")
-    assert "no such folder" in said.err
+    assert "both," in (tmp_path / "out/toy-linf.csv").read_text()
 
 
-# ------------------------------------------------------------------------------------- the hub
-
-
-class FakeApi:
-    """The hub in a folder, called as the real one can be."""
-
-    folder: Path
-
-    def _bind(self, method: str, *args: Any, **kwargs: Any) -> None:
-        real = getattr(huggingface_hub.HfApi, method)
-        inspect.signature(real).bind(self, *args, **kwargs)
-
-    def create_repo(self, *args: Any, **kwargs: Any) -> None:
-        self._bind("create_repo", *args, **kwargs)
-        assert kwargs["repo_type"] == "dataset"
-
-    def create_commit(self, *args: Any, **kwargs: Any) -> None:
-        self._bind("create_commit", *args, **kwargs)
-        assert kwargs["repo_type"] == "dataset"
-        for operation in kwargs["operations"]:
-            path = self.folder / operation.path_in_repo
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(operation.path_or_fileobj, path)
-
-    def upload_file(self, *args: Any, **kwargs: Any) -> None:
-        self._bind("upload_file", *args, **kwargs)
-        path = self.folder / kwargs["path_in_repo"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(kwargs["path_or_fileobj"], path)
-
-
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a hub that isn't there."""
-    FakeApi.folder = tmp_path / "hub"
-
-    def download(*args: Any, **kwargs: Any) -> str:
-        inspect.signature(real).bind(*args, **kwargs)
-        assert kwargs["repo_type"] == "dataset"
-        path = FakeApi.folder / args[1]
-        if not path.is_file():
-            raise EntryNotFoundError("no such file")
-        return str(path)
-
-    real = huggingface_hub.hf_hub_download
-    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    return FakeApi.folder
-
-
-def test_to_and_from_the_hub(fake: Path, mine: Path, tmp_path: Path) -> None:
-    remote = Hub("owner/name")
-    moved = push(remote, mine / "results", mine / "weights")
-    assert set(contents(fake)) == {*moved.moved, INDEX}
-    new = tmp_path / "new"
-    assert pull(remote, new / "results", new / "weights").moved == moved.moved
-    assert (new / EOT).read_bytes() == (mine / EOT).read_bytes()
-
-
-def test_a_bundle_is_uploaded(fake: Path, tmp_path: Path) -> None:
-    (tmp_path / "b.zip").write_bytes(b"bundle")
-    assert hub.upload(tmp_path / "b.zip", "owner/name") == "hf://datasets/owner/name/bundles/b.zip"
-    assert contents(fake) == {"bundles/b.zip": b"bundle"}
-    with pytest.raises(BadRequest, match="owner/name"):
-        hub.upload(tmp_path / "b.zip", "name")
+def _error(kind: type[Exception]) -> Exception:
+    """An error of the hub's client, whose constructors want an HTTP response."""
+    error = kind.__new__(kind)
+    Exception.__init__(error, "404")
+    return error
 
 
 @pytest.mark.parametrize(
     ("error", "cause"),
     [
-        (LocalEntryNotFoundError("offline"), "no connection to the hub"),
-        (
-            ConnectionError("refused\nmany lines"),
-            "ConnectionError: refused. Look at the connection",
-        ),
-        (RuntimeError(), "RuntimeError. Look at"),
+        (ConnectionError("refused\nmany lines"), "ConnectionError: refused. Check the connection"),
+        (RuntimeError(), "RuntimeError. Check the connection"),
+        (_error(RepositoryNotFoundError), "no such data set repository, or it is private"),
+        (_error(RevisionNotFoundError), "it has no such revision"),
     ],
 )
-def test_without_a_network(
+def test_a_hub_that_is_not_reached(
     error: Exception,
     cause: str,
-    mine: Path,
+    fake: Fake,
     command: "Command",
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    def fail(*_: Any, **__: Any) -> str:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    for verb in ("pull", "push"):
-        said = command(verb, "hf://datasets/owner/name", "--results", mine / "results")
-        assert (said.code, said.out) == (2, "")
-        assert cause in said.err
-        assert said.err.count("\n") == 1
-    with pytest.raises(NotReached):
-        Hub("owner/name").read(INDEX, mine / "x")
+    monkeypatch.setattr(fake, "dataset_info", fail)
+    monkeypatch.setattr(fake, "upload_file", fail)
+    said = command("verify", f"{REPO}/b.zip")
+    assert (said.code, said.out) == (2, "")
+    assert said.err.count("\n") == 1
+    assert cause in said.err
+    assert "give a folder on this machine" in said.err
+    with pytest.raises(NotReached, match=cause) as refusal:
+        hub.propose(tmp_path / "b.zip", "owner/name", "title", "text")
+    assert "b.zip to a pull request by hand." in str(refusal.value)
+
+
+# -------------------------------------------------------------------------------------- proposing
+
+
+def test_a_bundle_is_proposed(fake: Fake, tmp_path: Path) -> None:
+    url = hub.propose(tmp_path / "b.zip", "owner/name", "Submit it", "| a |")
+    assert url == "https://hub/datasets/owner/name/discussions/3"
+    assert fake.uploaded == {
+        "path_or_fileobj": tmp_path / "b.zip",
+        "path_in_repo": "bundles/b.zip",
+        "repo_id": "owner/name",
+        "repo_type": "dataset",
+        "commit_message": "Submit it",
+        "commit_description": "| a |",
+        "create_pr": True,
+    }
+    # Where it is put is where it is read from.
+    place = hub.place_of(tmp_path / "b.zip", "owner/name")
+    assert local(place.replace("N", "3")).read_bytes() == b"bundle"
+
+
+def test_a_repository_that_is_none(fake: Fake) -> None:
+    assert hub.repo_of("owner/name") == hub.repo_of(REPO) == "owner/name"
+    for name in ("name", "owner/name/x", "a b/c", "../x", ""):
+        with pytest.raises(BadRequest, match="give a repository as owner/name"):
+            hub.repo_of(name)
+
+
+def test_without_a_login_nothing_is_bundled(
+    fake: Fake, command: "Command", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    said = command("submit", "ddpm", "--upload", "owner/name")
+    assert (said.code, said.out) == (2, "")
+    assert said.err.count("\n") == 1
+    assert f"{REPO}: no login on this machine. Log in with `hf auth login`" in said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "instead"),
+    [
+        (["push", "folder", "--results", "x"], "submit --upload owner/name"),
+        (["pull", REPO, "--no-results"], "report --results hf://datasets/owner/name/path"),
+    ],
+)
+def test_old_commands_name_the_new_ones(
+    arguments: list[str], instead: str, command: "Command"
+) -> None:
+    said = command(*arguments)
+    assert (said.code, said.out) == (2, "")
+    assert said.err.count("\n") == 1
+    assert f"`dbp-bench {instead}`" in said.err

@@ -1,17 +1,16 @@
 """A defense from its first line to its badge, and every bundle that must not get one."""
 
-import io
 import json
 import shutil
-import stat
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -21,14 +20,15 @@ from safetensors.torch import load_file, save_file
 import dbp_bench.data
 from dbp_bench import __version__
 from dbp_bench.entries.registry import Registry
-from dbp_bench.errors import BadEntry, BadRequest, BadResult, DbpError
+from dbp_bench.errors import BadEntry, BadRequest, BadResult
 from dbp_bench.reporting.badge import FILE, Verification, badge_of
 from dbp_bench.reporting.records import read_record
 from dbp_bench.runs import execute as runner
 from dbp_bench.runs.job import Overrides, plan
 from dbp_bench.runs.saved import adversarial_path
-from dbp_bench.submission import archive, bundle, scaffold, verify
+from dbp_bench.submission import again, archive, claims, scaffold, verify
 from dbp_bench.submission.archive import Manifest, Refused
+from dbp_bench.submission.submit import submit
 
 if TYPE_CHECKING:
     from conftest import Command
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 TRACK, NAME = "digits-linf", "my-defense"
 OWN = f"results/{TRACK}/{NAME}"
 NULL, EOT, DWBOX = (f"{OWN}/{threat}/seed-0.json" for threat in ("null", "eot", "dwbox"))
-IDS = dbp_bench.data.split_ids("digits", "test")[:12]
+IDS = dbp_bench.data.split_ids("digits", "test")[:8]
 Edit = Callable[[Path], None]
 
 
@@ -55,7 +55,7 @@ class Made:
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_and_clean() -> Iterator[None]:
-    """A track of 12 images, and code that counts as released."""
+    """A track of 8 images, and code that counts as released."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dbp_bench.data, "split_ids", lambda *_: list(IDS))
         patch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
@@ -73,7 +73,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     for item in plan(registry, TRACK, [NAME], ["all"], seed=0, device="cpu", overrides=overrides):
         if item.instead is None:
             runner.execute(item.job, registry, top / "results", save_adversarial=True)
-    bundle.submit(registry, NAME, TRACK, top / "results", top / "bundle.zip")
+    submit(registry, NAME, TRACK, top / "results", top / "bundle.zip")
     return Made(top / "mine", top / "results", top / "bundle.zip")
 
 
@@ -94,7 +94,7 @@ def forged(made: Made, out: Path, edit: Edit, *, remake: bool = True) -> Path:
         results = [path for name, path in files.items() if Path(name).name.startswith("seed-")]
         try:
             records = [read_record(path) for path in results]
-            table["summary"] = {k: v.model_dump() for k, v in verify.summarise(records).items()}
+            table["summary"] = {k: v.model_dump() for k, v in claims.summarise(records).items()}
         except BadResult:
             pass
     archive.write(out / "forged.zip", Manifest.model_validate(table), files)
@@ -231,7 +231,7 @@ def test_new_overwrites_nothing(tmp_path: Path) -> None:
 
 
 def test_an_equal_bundle_has_equal_bytes(made: Made, tmp_path: Path) -> None:
-    bundle.submit(made.registry, NAME, TRACK, made.results, tmp_path / "again.zip")
+    submit(made.registry, NAME, TRACK, made.results, tmp_path / "again.zip")
     assert (tmp_path / "again.zip").read_bytes() == made.bundle.read_bytes()
 
 
@@ -247,7 +247,7 @@ def test_a_bundle_holds_all_that_the_results_come_from(made: Made) -> None:
         for name in results:
             assert f"{Path(name).parent}/adversarial-seed-0.safetensors" in held.files
         robust = json.loads((held.folder / EOT).read_text())["robust"]
-        assert held.manifest.summary["eot"].robust == round(sum(map(sum, robust)) / (12 * 9), 6)
+        assert held.manifest.summary["eot"].robust == round(sum(map(sum, robust)) / (8 * 9), 6)
 
 
 def test_from_bundle_to_badge(made: Made, tmp_path: Path, command: "Command") -> None:
@@ -265,27 +265,25 @@ def test_from_bundle_to_badge(made: Made, tmp_path: Path, command: "Command") ->
         assert badge_of(own) == badge
         assert "my_defense" not in sys.modules
     assert f"{made.bundle}: re-attacked" in said.out
-    # A closer look at the same bundle stands.
+    # A record of the same bundle that says more stands.
     assert command("verify", made.bundle, "--into", results).code == 0
     assert badge_of(own) == "re-attacked"
     record = Verification.read(own / FILE)
     assert record.dbp_bench == __version__
     assert record.attack is not None
-    # One group of 4: null, whitebox and eot each judge clean and adversarial images at 9 draws;
+    # One group of 4: null, whitebox and eot each evaluate clean and adversarial images at 9 draws;
     # dwbox at 3, and at 3 fresh ones.
     assert record.attack.outcomes == 4 * (3 * 18 + 6 + 9)
     assert (record.attack.differing, record.attack.allowed) == (0, 0)
     assert set(record.files) == {f"{t}/seed-0.json" for t in ("dwbox", "eot", "null", "whitebox")}
-    assert {p.name for p in own.rglob("*") if p.is_file()} == {
-        *(FILE, "seed-0.json", "runtime-seed-0.json"),
-    }
+    assert {p.name for p in own.rglob("*") if p.is_file()} == {FILE, "seed-0.json"}
 
 
 def test_a_replay_compares_every_outcome(made: Made) -> None:
     with archive.opened(made.bundle) as held:
         found = verify.check(held, trust_code=True)
-        seen = verify.replay(found, held, "cpu")
-    assert (seen.outcomes, seen.differing, seen.allowed) == (12 * (3 * 18 + 6 + 9), 0, 0)
+        seen = verify.replay(found, "cpu")
+    assert (seen.outcomes, seen.differing, seen.allowed) == (8 * (3 * 18 + 6 + 9), 0, 0)
 
 
 def test_code_runs_only_when_it_is_trusted(made: Made, command: "Command") -> None:
@@ -300,22 +298,24 @@ def test_code_runs_only_when_it_is_trusted(made: Made, command: "Command") -> No
 
 def test_a_replay_runs_the_code_of_the_bundle(made: Made, tmp_path: Path) -> None:
     """Not that of a module of the same name which is imported already, or installed."""
-    (tmp_path / "my_defense.py").write_text("def build(*, level, blur): raise ValueError('other')")
+    (tmp_path / "my_defense.py").write_text(
+        "def Purifier(*, level, blur): raise ValueError('other')"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(tmp_path)
         import my_defense as other  # type: ignore[import-not-found]
 
         with archive.opened(made.bundle) as held:
             found = verify.check(held, trust_code=True)
-            assert verify.replay(found, held, "cpu").differing == 0
+            assert verify.replay(found, "cpu").differing == 0
         assert sys.modules["my_defense"] is other
     sys.modules.pop("my_defense")
 
 
 def test_shares_of_groups() -> None:
-    assert verify.chosen_groups(6, 0.1, "a") == verify.chosen_groups(6, 0.1, "a")
-    assert [len(verify.chosen_groups(20, s, "a")) for s in (0.01, 0.1, 0.5, 1)] == [1, 2, 10, 20]
-    chosen = {tuple(verify.chosen_groups(6, 0.1, str(i))) for i in range(50)}
+    assert again.chosen_groups(6, 0.1, "a") == again.chosen_groups(6, 0.1, "a")
+    assert [len(again.chosen_groups(20, s, "a")) for s in (0.01, 0.1, 0.5, 1)] == [1, 2, 10, 20]
+    chosen = {tuple(again.chosen_groups(6, 0.1, str(i))) for i in range(50)}
     assert chosen == {(i,) for i in range(6)}
 
 
@@ -352,6 +352,14 @@ def test_submit_says_what_is_missing(made: Made, tmp_path: Path, command: "Comma
     assert "its adversarial images were not saved" in lacking
     assert "--threat eot --track digits-linf --seed 0 --save-adversarial" in lacking
     assert "--batch-size 4" in lacking
+    eot = held / TRACK / NAME / "eot/seed-0.json"
+    rewrite(str(eot.relative_to(held)), _first_images)(held)
+    cut = said(held)
+    assert "4 images x 9 draws; the protocol takes 8 x 9. Complete it: dbp-bench run" in cut
+    shutil.copyfile(made.results / eot.relative_to(held), eot)
+    shutil.copyfile(adversarial_path(made.results / eot.relative_to(held)), adversarial_path(eot))
+    shutil.copyfile(eot, eot.with_name("seed-1.json"))
+    assert "no result for dwbox, null, whitebox (the null attack), seed 1. Make it" in said(held)
     shutil.rmtree(held / TRACK / NAME / "null")
     assert "no result for null (the null attack)" in said(held)
 
@@ -364,10 +372,8 @@ def test_submit_refuses_results_of_other_code(
     shutil.copytree(made.folder, tmp_path / "mine")
     with (tmp_path / "mine/my_defense.py").open("a") as file:
         file.write("\n# changed since\n")
-    with pytest.raises(BadRequest, match="holds another request: code is"):
-        bundle.submit(
-            Registry([tmp_path / "mine"]), NAME, TRACK, made.results, tmp_path / "out.zip"
-        )
+    with pytest.raises(Refused, match="made with other code than the source of my_defense in the"):
+        submit(Registry([tmp_path / "mine"]), NAME, TRACK, made.results, tmp_path / "out.zip")
     assert not (tmp_path / "out.zip").exists()
 
 
@@ -377,7 +383,7 @@ def test_submit_refuses_what_a_verifier_would(made: Made, tmp_path: Path) -> Non
     name = NULL.removeprefix("results/")
     rewrite(name, flip("robust"))(results)
     with pytest.raises(Refused, match="doesn't reproduce the clean accuracy"):
-        bundle.submit(made.registry, NAME, TRACK, results, tmp_path / "out.zip")
+        submit(made.registry, NAME, TRACK, results, tmp_path / "out.zip")
     assert [p.name for p in tmp_path.iterdir()] == ["results"]
 
 
@@ -385,9 +391,9 @@ def test_submit_overwrites_only_if_asked(made: Made, tmp_path: Path) -> None:
     out = tmp_path / "out.zip"
     out.write_text("mine")
     with pytest.raises(BadRequest, match="exists"):
-        bundle.submit(made.registry, NAME, TRACK, made.results, out)
+        submit(made.registry, NAME, TRACK, made.results, out)
     assert out.read_text() == "mine"
-    bundle.submit(made.registry, NAME, TRACK, made.results, out, force=True)
+    submit(made.registry, NAME, TRACK, made.results, out, force=True)
     assert out.read_bytes() == made.bundle.read_bytes()
 
 
@@ -403,15 +409,42 @@ def test_submit_prints_a_pull_request(made: Made, tmp_path: Path, command: "Comm
     assert command("submit", NAME, "--out", tmp_path / "x.tar").code == 2
 
 
+def test_submit_opens_a_pull_request(
+    made: Made, tmp_path: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def upload_file(**kwargs: Any) -> SimpleNamespace:
+        asked.update(kwargs)
+        return SimpleNamespace(pr_url="https://hub/discussions/3")
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(upload_file=upload_file))
+    out = tmp_path / "out.zip"
+    said = command(
+        *("submit", NAME, "--entries", made.folder, "--results", made.results, "--out", out),
+        *("--upload", "owner/name"),
+    )
+    assert (said.code, said.err) == (0, "")
+    assert said.out.splitlines()[-1] == "opened: https://hub/discussions/3"
+    assert asked["repo_id"] == "owner/name"
+    assert asked["commit_message"] == f"Submit {NAME} on {TRACK}"
+    assert asked["path_or_fileobj"].read_bytes() == made.bundle.read_bytes()
+    assert archive.facts(out).sha256 in asked["commit_description"]
+    command_there = "dbp-bench verify hf://datasets/owner/name/bundles/out.zip@refs/pr/N --replay"
+    assert command_there in asked["commit_description"]
+
+
 def test_the_protocol_of_a_defense_with_two_sites_has_six_threat_models() -> None:
-    planned = verify.required(Registry(), TRACK, "ddpm", 0)
+    asked = claims.protocol(Registry(), TRACK, "ddpm")
     threats = {"null", "whitebox", "eot", "dw-fwd", "dw-rev", "dwbox"}
-    assert set(verify.missing(planned, set())) == threats
-    assert verify.missing(planned, threats - {"dw-rev"}) == ["dw-rev"]
+    assert set(asked.missing(set())) == threats
+    assert asked.missing(threats - {"dw-rev"}) == ["dw-rev"]
+    assert asked.null == {"null"}
     # DDIM draws forward noise only: forward known is everything known, under either name.
-    planned = verify.required(Registry(), TRACK, "ddim", 0)
-    assert set(verify.missing(planned, set())) == {"null", "whitebox", "eot", "dwbox"}
-    assert verify.missing(planned, {"null", "whitebox", "dw-rev", "dw-fwd"}) == []
+    asked = claims.protocol(Registry(), TRACK, "ddim")
+    assert set(asked.missing(set())) == {"null", "whitebox", "eot", "dwbox"}
+    assert asked.missing({"null", "whitebox", "dw-rev", "dw-fwd"}) == []
 
 
 # -------------------------------------------------------------------------------- forged bundles
@@ -476,6 +509,11 @@ def _move_seed(folder: Path) -> None:
         path.rename(path.with_name(path.name.replace("seed-0", "seed-7")))
     for path in folder.glob("results/*/*/*/seed-7.json"):
         rewrite(str(path.relative_to(folder)), lambda t: t.update(seed=7))(folder)
+
+
+def _first_images(table: dict[str, Any]) -> None:
+    for key in ("ids", "labels", "clean", "robust", "fresh", "zero_gradient"):
+        table[key] = table[key] and table[key][:4]
 
 
 def _outside_ball(images: torch.Tensor) -> torch.Tensor:
@@ -583,17 +621,9 @@ FORGERIES: dict[str, tuple[Edit, str]] = {
     ),
     "other images": (
         every(lambda t: t["ids"].reverse()),
-        "not exactly the 12 of track digits-linf, in order",
+        "not exactly the 8 of track digits-linf, in order",
     ),
-    "fewer images": (
-        every(
-            lambda t: t.update(
-                {k: t[k] and t[k][:8] for k in ("ids", "labels", "clean", "robust", "fresh")},
-                zero_gradient=t["zero_gradient"] and t["zero_gradient"][:8],
-            )
-        ),
-        "8 images, not exactly the 12",
-    ),
+    "fewer images": (every(_first_images), "4 images, not exactly the 8"),
     "fewer draws": (
         rewrite(
             EOT,
@@ -612,10 +642,10 @@ FORGERIES: dict[str, tuple[Edit, str]] = {
     "clean outcome flipped": (rewrite(DWBOX, flip("clean")), "other clean outcomes at the same"),
     "image outside the ball": (_images(EOT, _outside_ball), "images outside the budget"),
     "image outside the box": (_images(EOT, lambda x: x + 1e-3), "images outside the budget"),
-    "an image left out": (_images(EOT, lambda x: x[:, :8]), "images of shape"),
+    "an image left out": (_images(EOT, lambda x: x[:, :4]), "images of shape"),
     "a known draw left out": (
         _images(DWBOX, lambda x: x[:2]),
-        "2 x 12 adversarial images, not 3 x 12",
+        "2 x 8 adversarial images, not 3 x 8",
     ),
     "images of another request": (
         _copy(
@@ -684,31 +714,33 @@ def test_stated_accuracies_are_computed_again(made: Made, tmp_path: Path) -> Non
     assert "states accuracies of results that aren't there" in verdict(found)
 
 
-def refused(path: Path, how: Callable[[verify.Verified, archive.Bundle], object]) -> str:
-    """Why a bundle that passes the checks is refused by `how`; "" if it isn't."""
+def refused(path: Path, how: Callable[[verify.Verified], object], threat: str = "eot") -> str:
+    """Why a bundle that passes the checks is refused for `threat` by `how`; "" if it isn't."""
     with archive.opened(path) as held:
         found = verify.check(held, trust_code=True)
+        only = [claim for claim in found.claims if claim.result.threat == threat]
+        assert len(only) == 1
         try:
-            how(found, held)
+            how(replace(found, claims=only))
         except Refused as error:
             return str(error)
     return ""
 
 
-def replayed(found: verify.Verified, held: archive.Bundle) -> object:
-    return verify.replay(found, held, "cpu")
+def replayed(found: verify.Verified) -> object:
+    return verify.replay(found, "cpu")
 
 
-def attacked(found: verify.Verified, held: archive.Bundle) -> object:
-    return verify.attack(found, held, 1.0, "cpu")
+def attacked(found: verify.Verified) -> object:
+    return verify.attack(found, 1.0, "cpu")
 
 
 def test_one_flipped_outcome_is_found_by_replaying(made: Made, tmp_path: Path) -> None:
     """With the manifest made anew, nothing else contradicts it: `checked` doesn't see it."""
     path = forged(made, tmp_path, rewrite(EOT, flip("robust", 5, 3)))
-    reason = "eot/seed-0.json: computed again, 1 of 216 outcomes are others than it says (0 may be"
+    reason = "eot/seed-0.json: computed again, 1 of 144 outcomes are others than it says (0 may be"
     assert reason in refused(path, replayed)
-    reason = "eot/seed-0.json: computed again, 1 of 216 outcomes"
+    reason = "eot/seed-0.json: computed again, 1 of 144 outcomes"
     assert reason in refused(path, attacked)
 
 
@@ -717,7 +749,9 @@ def test_one_flipped_fresh_outcome_is_found_by_replaying(made: Made, tmp_path: P
         table["fresh"][2][1][0] = not table["fresh"][2][1][0]
 
     path = forged(made, tmp_path, rewrite(DWBOX, edit))
-    assert "dwbox/seed-0.json: computed again, 1 of 180 outcomes" in refused(path, replayed)
+    assert "dwbox/seed-0.json: computed again, 1 of 120 outcomes" in refused(
+        path, replayed, "dwbox"
+    )
 
 
 def test_a_weak_attack_is_found_only_by_attacking(made: Made, tmp_path: Path) -> None:
@@ -745,28 +779,26 @@ def test_other_images_of_equal_outcomes_are_found_by_attacking(made: Made, tmp_p
 def test_on_another_machine_rounding_is_allowed_for(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "device_name", lambda _: "another")
+    monkeypatch.setattr(again, "device_name", lambda _: "another")
     one = forged(made, tmp_path / "one", rewrite(EOT, flip("robust", 5, 3)))
     assert refused(one, replayed) == ""
 
     def edit(table: dict[str, Any]) -> None:
-        for draw in range(6):
+        for draw in range(4):
             flip("robust", 5, draw)(table)
 
-    six = forged(made, tmp_path / "six", rewrite(EOT, edit))
-    # 2 % of 216, rounded up.
-    assert "6 of 216 outcomes are others than it says (5 may be" in refused(six, replayed)
+    four = forged(made, tmp_path / "four", rewrite(EOT, edit))
+    # 2 % of 144, rounded up.
+    assert "4 of 144 outcomes are others than it says (3 may be" in refused(four, replayed)
 
 
 def test_an_accuracy_that_fresh_draws_deny(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where each outcome is allowed for: wrong everywhere by more than four errors."""
-    monkeypatch.setattr(verify, "device_name", lambda _: "another")
-    monkeypatch.setattr(verify, "TOLERATED", 1.0)
-    path = forged(
-        made, tmp_path, rewrite(EOT, lambda t: t.update(robust=[[not c for c in [False] * 9]] * 12))
-    )
+    monkeypatch.setattr(again, "device_name", lambda _: "another")
+    monkeypatch.setattr(again, "TOLERATED", 1.0)
+    path = forged(made, tmp_path, rewrite(EOT, lambda t: t.update(robust=[[True] * 9] * 8)))
     assert "further apart than 4 standard errors" in refused(path, replayed)
 
 
@@ -781,103 +813,7 @@ def test_a_defense_that_ships_keeps_its_name(made: Made, tmp_path: Path) -> None
 
 
 def test_versions_that_can_be_verified() -> None:
-    assert __version__ in verify.ACCEPTED
-
-
-# ----------------------------------------------------------------------------- hostile archives
-
-
-def _zip(out: Path, write: Callable[[zipfile.ZipFile], object]) -> Path:
-    with zipfile.ZipFile(out / "hostile.zip", "w") as held:
-        write(held)
-    return out / "hostile.zip"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "../out.txt",
-        "/out.txt",
-        "a/../../out.txt",
-        "a\\..\\out.txt",
-        "C:out",
-        "a//b",
-        ".hidden",
-        "a/",
-    ],
-)
-def test_a_path_that_leaves_its_folder(
-    name: str, tmp_path: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "scratch").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
-    path = _zip(tmp_path, lambda z: z.writestr(name, "x"))
-    said = command("verify", path)
-    assert (said.code, said.err) == (1, "")
-    assert "a path that leaves the bundle's folder, or isn't plain" in said.out
-    assert said.out.count("\n") == 1
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["hostile.zip", "scratch"]
-
-
-def test_a_link(tmp_path: Path) -> None:
-    info = zipfile.ZipInfo("link")
-    info.external_attr = (stat.S_IFLNK | 0o777) << 16
-    assert "a link or a special file" in verdict(_zip(tmp_path, lambda z: z.writestr(info, "/etc")))
-
-
-def test_a_compressed_file_is_no_bomb(tmp_path: Path) -> None:
-    path = _zip(tmp_path, lambda z: z.writestr("bomb", b"\0" * (1 << 20), zipfile.ZIP_DEFLATED))
-    assert path.stat().st_size < 4096
-    assert "bomb: compressed; a bundle stores its files" in verdict(path)
-
-
-def test_files_that_overlap(tmp_path: Path) -> None:
-    """Two names for one run of bytes: larger inside than out."""
-    whole = io.BytesIO()
-    with zipfile.ZipFile(whole, "w") as held:
-        held.writestr("a" * 8, b"x" * 5000)
-        held.writestr("b" * 8, b"y")
-    raw = bytearray(whole.getvalue())
-    # The central directory's second record: sizes, and where the file begins.
-    first = raw.index(b"PK\x01\x02")
-    second = raw.index(b"PK\x01\x02", first + 4)
-    raw[second + 16 : second + 28] = raw[first + 16 : first + 28]
-    raw[second + 42 : second + 46] = raw[first + 42 : first + 46]
-    (tmp_path / "overlap.zip").write_bytes(raw)
-    assert "its files overlap" in verdict(tmp_path / "overlap.zip")
-
-
-def test_a_name_that_stands_twice(tmp_path: Path) -> None:
-    def write(held: zipfile.ZipFile) -> None:
-        held.writestr("A", "1")
-        held.writestr("a", "2")
-
-    assert "stands twice" in verdict(_zip(tmp_path, write))
-
-
-def test_a_file_that_is_also_a_folder(tmp_path: Path) -> None:
-    def write(held: zipfile.ZipFile) -> None:
-        held.writestr("a", "1")
-        held.writestr("a/b", "2")
-
-    assert "both a file and a folder" in verdict(_zip(tmp_path, write))
-
-
-def test_archives_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "no.zip"
-    path.write_text("no")
-    assert "not a sound zip archive" in verdict(path)
-    assert "no manifest.json" in verdict(_zip(tmp_path, lambda z: z.writestr("a", "")))
-    for text in ("[", "[]", '{"schema": 2}', "[" * 100_000):
-        with zipfile.ZipFile(tmp_path / "manifest.zip", "w") as held:
-            held.writestr("manifest.json", text)
-        assert "manifest.json: " in verdict(tmp_path / "manifest.zip")
-    with pytest.raises(BadRequest, match="no such file"):
-        verdict(tmp_path / "nowhere.zip")
-    monkeypatch.setattr(archive, "MOST_FILES", 0)
-    assert "1 files, more than 0" in verdict(_zip(tmp_path, lambda z: z.writestr("a", "")))
-    monkeypatch.setattr(archive, "LARGEST", 1)
-    assert "more than the" in verdict(path)
+    assert __version__ in claims.ACCEPTED
 
 
 def test_a_damaged_bundle(made: Made, tmp_path: Path) -> None:
@@ -896,7 +832,7 @@ def test_a_damaged_bundle(made: Made, tmp_path: Path) -> None:
 def placed(made: Made, tmp_path: Path) -> Path:
     """A folder of results with a verification."""
     with archive.opened(made.bundle) as held:
-        record = verify.record_of(verify.check(held), held)
+        record = verify.record_of(verify.check(held))
         verify.place(held, record, tmp_path / "results")
     return tmp_path / f"results/{TRACK}/{NAME}"
 
@@ -933,7 +869,7 @@ def test_results_are_not_replaced_unless_asked(made: Made, placed: Path) -> None
     path.write_text("mine")
     results = placed.parents[1]
     with archive.opened(made.bundle) as held:
-        record = verify.record_of(verify.check(held), held)
+        record = verify.record_of(verify.check(held))
         with pytest.raises(BadRequest, match="holds another result"):
             verify.place(held, record, results)
         assert path.read_text() == "mine"
@@ -947,7 +883,3 @@ def test_a_refused_bundle_places_nothing(made: Made, tmp_path: Path, command: "C
     assert said.code == 1
     assert "the null attack" in json.loads(said.out)["refused"]
     assert not (tmp_path / "results").exists()
-
-
-def test_refusals_are_errors_of_ours() -> None:
-    assert issubclass(Refused, DbpError)

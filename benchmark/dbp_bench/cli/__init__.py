@@ -16,7 +16,19 @@ from dbp_bench.cli.app import app
 from dbp_bench.errors import AttackFailed, DbpError
 
 # Each module adds its commands to the app, in the order of the help.
-from dbp_bench.cli import list, run, report, check, sweep, analyze, submission, training, weights  # isort: skip
+from dbp_bench.cli import (
+    list,
+    run,
+    report,
+    check,
+    sweep,
+    analyze,
+    new,
+    submit,
+    verify,
+    training,
+    weights,
+)  # isort: skip
 
 __all__ = [
     "analyze",
@@ -24,11 +36,13 @@ __all__ = [
     "check",
     "list",
     "main",
+    "new",
     "report",
     "run",
-    "submission",
+    "submit",
     "sweep",
     "training",
+    "verify",
     "weights",
 ]
 

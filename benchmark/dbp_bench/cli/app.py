@@ -75,7 +75,13 @@ Data = Annotated[
         show_default=False,
     ),
 ]
-Results = Annotated[Path, typer.Option("--results", help="The folder of results.")]
+Results = Annotated[
+    Path,
+    typer.Option(
+        "--results", help="The folder of results, or hf://datasets/owner/name[/path][@revision]."
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]

@@ -33,16 +33,17 @@ def report(
     """Make leaderboards (CSV, Markdown, LaTeX, an HTML page) from results."""
     from dbp_bench.reporting.records import load
     from dbp_bench.reporting.report import outcomes_csv, write_leaderboards
+    from dbp_bench.submission.hub import local
 
     if sort not in ("hidden", "known"):
         raise BadRequest(f"--sort {sort!r}: hidden or known.")
     say = console(quiet)
     if outcomes is not None:
-        outcomes_csv([record.path for record in load(results, track)], outcomes)
+        outcomes_csv([record.path for record in load(local(results), track)], outcomes)
         say.print(str(outcomes), highlight=False, markup=False, soft_wrap=True)
         return
     paths = write_leaderboards(
-        results,
+        local(results),
         out,
         track,
         sort="known" if sort == "known" else "hidden",

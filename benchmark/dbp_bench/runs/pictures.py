@@ -1,57 +1,45 @@
-"""Makes the pictures of a stored result, and checks the result on the way."""
+"""Makes the pictures of a stored result: clean, adversarial, noised and purified images."""
 
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from dbp_bench.defense import Defense
-from dbp_bench.entries.registry import Registry
-from dbp_bench.errors import BadResult
 from dbp_bench.noise import VICTIM, Tape
 from dbp_bench.reporting.samples import NOTE, SCHEMA, Sample, Samples, png, samples_path
 from dbp_bench.result import Result
-from dbp_bench.runs.replay import attack_again, job_of
+from dbp_bench.runs.job import Job
+from dbp_bench.runs.replay import Again
 
 IMAGES: Final = 4
 """How many of the track's first images are shown."""
 
 
-def make_samples(path: Path, registry: Registry, device: str) -> Path:
-    """Write the samples of the result at `path` beside it.
+def write_pictures(path: Path, result: Result, job: Job, again: Again) -> Path:
+    """Write the pictures of the `result` at `path` beside it.
 
-    Its first group of images is attacked again with its own seeds, and the outcomes are compared
-    with the stored ones: a spot check of the result.
-
-    Raises:
-        BadResult: It isn't a result, or too many outcomes are others than it says.
-        BadRequest: The entries say something else today than they did for the result.
+    Args:
+        path: The file of the result.
+        result: What it holds.
+        job: The job that wrote it.
+        again: The first group of its images, attacked again: these are pictured.
     """
-    result = Result.read(path)
-    job = job_of(result, path, registry, device)
-    with TemporaryDirectory() as scratch:
-        found = attack_again(result, job, Path(scratch))
-    if found.comparison.fault is not None:
-        raise BadResult(
-            f"{path}: {found.comparison.fault}. Nothing was written; `dbp-bench run --no-resume` "
-            "makes it anew."
-        )
     built = job.defense()
     ids, draw = result.ids[:IMAGES], result.draws[0]
     clean, labels = job.data().select(ids)
-    adversarial = found.adversarial[0, : len(ids)]
+    adversarial = again.adversarial[0, : len(ids)]
     tape = Tape.make(result.seed, VICTIM, ids, draw)
     with torch.no_grad():
         with first_input() as seen:
-            purified = built.purifier(adversarial.to(device), tape)
+            purified = built.purifier(adversarial.to(job.device), tape)
         noised = _to_images(seen[0]) if seen and seen[0].shape == adversarial.shape else None
-        said = [_classes(built, images.to(device), tape) for images in (clean, adversarial)]
+        said = [_classes(built, images.to(job.device), tape) for images in (clean, adversarial)]
     samples = Samples(
         schema=SCHEMA,
         note=NOTE,
@@ -61,8 +49,8 @@ def make_samples(path: Path, registry: Registry, device: str) -> Path:
         seed=result.seed,
         draw=draw,
         result_sha256=sha256(path.read_bytes()).hexdigest(),
-        compared=found.comparison.outcomes,
-        differing=found.comparison.differing,
+        compared=again.comparison.outcomes,
+        differing=again.comparison.differing,
         images=[
             Sample(
                 id=ids[i],

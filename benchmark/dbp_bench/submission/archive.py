@@ -1,7 +1,7 @@
-"""Bundles as files: zip archives that are equal where their contents are, opened without trust.
+"""A bundle as a zip archive: written so that equal contents give equal bytes, opened without trust.
 
 Files in a bundle are stored, not compressed: so the archive's bytes don't depend on a compressor,
-and no archive holds more than it weighs.
+and no archive unpacks to more than its own size.
 """
 
 import json
@@ -18,13 +18,13 @@ from typing import Any, Final, Literal
 from pydantic import Field, ValidationError
 
 from dbp_bench.declaration import Strict, explain
-from dbp_bench.entries.registry import Name, Sha256
+from dbp_bench.entries.fields import Name, Sha256
 from dbp_bench.errors import BadRequest, DbpError
 from dbp_bench.weights.files import digest
 
 MANIFEST: Final = "manifest.json"
 LARGEST: Final = 8 << 30
-"""Bytes of a bundle."""
+"""The most bytes that a bundle may have."""
 MOST_FILES: Final = 2000
 _MANIFEST_LARGEST: Final = 4 << 20
 _EPOCH: Final = (1980, 1, 1, 0, 0, 0)
@@ -35,14 +35,14 @@ class Refused(DbpError):
 
 
 class FileFacts(Strict):
-    """Of a file in a bundle."""
+    """The sha256 and the size of a file in a bundle."""
 
     sha256: Sha256
     bytes: int = Field(ge=0)
 
 
 class Summary(Strict):
-    """What a bundle states of one threat model, over all its seeds."""
+    """The accuracies that a bundle states for one threat model, over all its seeds."""
 
     images: int
     draws: int
@@ -51,7 +51,7 @@ class Summary(Strict):
 
 
 class Manifest(Strict):
-    """What is in a bundle."""
+    """What a bundle says that it holds: the file manifest.json in it."""
 
     schema_version: Literal[1] = Field(alias="schema")
     dbp_bench: str
@@ -61,20 +61,20 @@ class Manifest(Strict):
     summary: dict[str, Summary]
     """By threat model."""
     files: dict[str, FileFacts]
-    """By path: every file of the bundle but this one."""
+    """Every file of the bundle but this one, by path."""
 
     def to_json(self) -> str:
-        """As written to a file."""
+        """The text of the file."""
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1) + "\n"
 
 
 def facts(path: Path) -> FileFacts:
-    """Of the file at `path`."""
+    """The facts of the file at `path`."""
     return FileFacts(sha256=digest(path), bytes=path.stat().st_size)
 
 
 def write(path: Path, manifest: Manifest, files: Mapping[str, Path]) -> None:
-    """Write a bundle of `files`, by their path in it; equal bytes for equal contents."""
+    """Write a bundle with these `files`, given by their paths in it."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(_info(MANIFEST), manifest.to_json())
         for name, source in sorted(files.items()):
@@ -95,7 +95,7 @@ def _info(name: str) -> zipfile.ZipInfo:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An opened bundle: its files, whose hashes are those of its manifest."""
+    """An opened bundle: a folder of files whose hashes are those of its manifest."""
 
     folder: Path
     manifest: Manifest
@@ -103,13 +103,13 @@ class Bundle:
 
     @property
     def files(self) -> list[str]:
-        """Paths of its files."""
+        """The paths of its files, sorted."""
         return sorted(self.manifest.files)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Bundle]:
-    """The bundle in the file at `path`, in a folder that is gone afterwards; nothing in it is run.
+    """Unpack the bundle at `path` into a folder that is removed afterwards, and run nothing of it.
 
     Raises:
         BadRequest: There is no such file.
@@ -140,7 +140,7 @@ def opened(path: Path) -> Iterator[Bundle]:
 
 
 def _safe(infos: list[zipfile.ZipInfo], size: int) -> list[zipfile.ZipInfo]:
-    """Refuse an archive that would leave its folder, or hold more than it weighs."""
+    """Refuse an archive that would write outside its folder, or unpack to more than its size."""
     if len(infos) > MOST_FILES:
         raise Refused(f"{len(infos)} files, more than {MOST_FILES}.")
     names: set[str] = set()
@@ -159,7 +159,7 @@ def _safe(infos: list[zipfile.ZipInfo], size: int) -> list[zipfile.ZipInfo]:
                 "`dbp-bench submit`."
             )
         if name.casefold() in names:
-            raise Refused(f"{name}: stands twice.")
+            raise Refused(f"{name}: is in it twice.")
         names.add(name.casefold())
     if sum(info.file_size for info in infos) > size:
         raise Refused("its files overlap: they are larger than the archive.")
@@ -167,7 +167,7 @@ def _safe(infos: list[zipfile.ZipInfo], size: int) -> list[zipfile.ZipInfo]:
 
 
 def safe_path(name: str) -> bool:
-    """Whether `name` is a plain relative path of printable ASCII, inside its folder."""
+    """Whether `name` is a plain relative path of printable ASCII that stays inside its folder."""
     path = PurePosixPath(name)
     return (
         0 < len(name) <= 400

@@ -1,4 +1,4 @@
-"""Starts a defense of one's own: an entry, a module and a README that already pass the checks."""
+"""Starts a defense of your own: an entry, a module and a README that already pass the checks."""
 
 import keyword
 import os
@@ -23,7 +23,7 @@ _FILES: Final = {
 
 
 def names(name: str, registry: Registry) -> tuple[str, str]:
-    """The entry's name and the module's, of a defense called `name`: my-defense and my_defense.
+    """The names of the entry and the module of a defense, such as my-defense and my_defense.
 
     Raises:
         BadRequest: It can't be both, or is taken.

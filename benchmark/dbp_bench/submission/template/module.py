@@ -1,6 +1,6 @@
 """A purifier to start from: noise, then a Gaussian blur.
 
-The rules of the house, which `dbp-bench check` tests:
+The entry names the class, and its fields are the options. `dbp-bench check` tests these rules:
 
 - Images come in as (b, c, h, w) in [0, 1] and leave in the same shape and range.
 - Every random number comes from noise.normal(site, step, like). Number the steps: asking twice for
@@ -10,6 +10,7 @@ The rules of the house, which `dbp-bench check` tests:
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,12 @@ class Purifier:
 
     level: float
     blur: float
-    sites: frozenset[Site] = frozenset({FORWARD})
+    sites: ClassVar[frozenset[Site]] = frozenset({FORWARD})
+
+    def __post_init__(self) -> None:
+        """Refuse options that can't be right."""
+        if self.level < 0 or self.blur <= 0:
+            raise ValueError(f"level {self.level:g} must be 0 or more, blur {self.blur:g} above 0")
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
         """Purified images (b, c, h, w) in [0, 1] for `images` (b, c, h, w) in [0, 1]."""
@@ -32,17 +38,10 @@ class Purifier:
         return self._blurred(noisy).clamp(0, 1)
 
     def _blurred(self, images: Tensor) -> Tensor:
-        """Each channel convolved with a Gaussian that sums to 1; the border is repeated."""
+        """Each channel convolved with a Gaussian that sums to 1; pixels repeat at the border."""
         at = torch.arange(-1, 2, dtype=images.dtype, device=images.device)
         line = (-0.5 * (at / self.blur) ** 2).exp()
         kernel = line[:, None] * line[None, :]
         channels = images.shape[1]
         weight = (kernel / kernel.sum()).expand(channels, 1, 3, 3)
         return conv2d(pad(images, (1, 1, 1, 1), mode="replicate"), weight, groups=channels)
-
-
-def build(*, level: float, blur: float) -> Purifier:
-    """The purifier, from the options of the entry; what can't be right is a ValueError."""
-    if level < 0 or blur <= 0:
-        raise ValueError(f"level {level:g} must be 0 or more, blur {blur:g} above 0")
-    return Purifier(level, blur)
