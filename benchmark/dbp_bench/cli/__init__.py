@@ -12,23 +12,23 @@ from typing import Annotated
 import typer
 
 from dbp_bench import __version__
-from dbp_bench.cli.app import app
-from dbp_bench.errors import AttackFailed, DbpError
 
 # Each module adds its commands to the app, in the order of the help.
 from dbp_bench.cli import (
-    list,
-    run,
-    report,
-    check,
-    sweep,
     analyze,
+    check,
+    list,
     new,
+    report,
+    run,
     submit,
-    verify,
+    sweep,
     training,
+    verify,
     weights,
 )  # isort: skip
+from dbp_bench.cli.app import app
+from dbp_bench.errors import AttackFailed, DbpError
 
 __all__ = [
     "analyze",

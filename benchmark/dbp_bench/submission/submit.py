@@ -118,8 +118,8 @@ def _results(registry: Registry, subject: Subject, results: Path) -> list[Path]:
         if lacking := asked.missing(there):
             null = " (the null attack)" if asked.null & set(lacking) else ""
             raise BadRequest(
-                f"{results / subject.track.name / subject.name}: no result for {', '.join(lacking)}{null}, seed "
-                f"{seed}. Make it: {_command(jobs[lacking[0]], lacking, results)}"
+                f"{results / subject.track.name / subject.name}: no result for "
+                f"{', '.join(lacking)}{null}, seed {seed}. Make it: {_command(jobs[lacking[0]], lacking, results)}"
             )
         for name, job in there.items():
             path = job.path(results)
