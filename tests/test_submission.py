@@ -23,10 +23,13 @@ from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadEntry, BadRequest, BadResult
 from dbp_bench.reporting.badge import FILE, Verification, badge_of
 from dbp_bench.reporting.records import read_record
+from dbp_bench.result import outcome_digest
 from dbp_bench.runs import execute as runner
+from dbp_bench.runs import replay
 from dbp_bench.runs.job import Overrides, plan
-from dbp_bench.runs.saved import adversarial_path
-from dbp_bench.submission import again, archive, claims, scaffold, verify
+from dbp_bench.runs.replay import adversarial_path
+from dbp_bench.submission import archive, claims, scaffold, verify
+from dbp_bench.submission.again import chosen_groups
 from dbp_bench.submission.archive import Manifest, Refused
 from dbp_bench.submission.submit import submit
 
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 
 TRACK, NAME = "digits-linf", "my-defense"
 OWN = f"results/{TRACK}/{NAME}"
-NULL, EOT, DWBOX = (f"{OWN}/{threat}/seed-0.json" for threat in ("null", "eot", "dwbox"))
+NULL, EOT, DWBOX = (f"{OWN}/{threat}/pgd/seed-0.json" for threat in ("null", "eot", "dwbox"))
 IDS = dbp_bench.data.split_ids("digits", "test")[:8]
 Edit = Callable[[Path], None]
 
@@ -72,7 +75,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     overrides = Overrides(batch_size=4)
     for item in plan(registry, TRACK, [NAME], ["all"], seed=0, device="cpu", overrides=overrides):
         if item.instead is None:
-            runner.execute(item.job, registry, top / "results", save_adversarial=True)
+            runner.execute(item.job, top / "results", save_adversarial=True)
     submit(registry, NAME, TRACK, top / "results", top / "bundle.zip")
     return Made(top / "mine", top / "results", top / "bundle.zip")
 
@@ -107,6 +110,9 @@ def rewrite(name: str, change: Callable[[dict[str, Any]], object]) -> Edit:
     def edit(folder: Path) -> None:
         table = json.loads((folder / name).read_text())
         change(table)
+        if "digest" in table and "draws" in table:  # as a forger would
+            outcomes = (table[key] for key in ("ids", "labels", "draws", "predicted"))
+            table["digest"] = outcome_digest(*outcomes)
         (folder / name).write_text(json.dumps(table))
 
     return edit
@@ -116,7 +122,7 @@ def every(change: Callable[[dict[str, Any]], object]) -> Edit:
     """Change every result."""
 
     def edit(folder: Path) -> None:
-        for path in folder.glob("results/*/*/*/seed-*.json"):
+        for path in folder.glob("results/*/*/*/*/seed-*.json"):
             rewrite(str(path.relative_to(folder)), change)(folder)
 
     return edit
@@ -124,7 +130,8 @@ def every(change: Callable[[dict[str, Any]], object]) -> Edit:
 
 def flip(kind: str, image: int = 0, draw: int = 0) -> Callable[[dict[str, Any]], None]:
     def change(table: dict[str, Any]) -> None:
-        table[kind][image][draw] = not table[kind][image][draw]
+        label, row = table["labels"][image], table["predicted"][kind][image]
+        row[draw] = (label + 1) % 10 if row[draw] == label else label
 
     return change
 
@@ -148,7 +155,7 @@ def test_the_new_defense_passes_its_checks(made: Made, command: "Command") -> No
     assert (said.code, said.err) == (0, "")
     assert said.out.count("pass ") == 9
     assert "FAIL" not in said.out
-    assert command("check-grad", NAME, "--images", "2", *trusted).code == 0
+    assert command("check", NAME, "--gradients", "--images", "2", *trusted).code == 0
 
 
 MISTAKES = {
@@ -194,7 +201,7 @@ def test_sites_that_entry_and_purifier_tell_differently(made: Made, tmp_path: Pa
     )
     registry = Registry([made.folder, tmp_path], trust_code=True)
     with pytest.raises(BadEntry, match=r"sites: \['forward', 'reverse'\], but the purifier decl"):
-        registry.build_defense(registry.defense("two"), registry.track(TRACK))
+        registry.subject("two", TRACK).defense()
 
 
 @pytest.mark.parametrize(
@@ -246,8 +253,8 @@ def test_a_bundle_holds_all_that_the_results_come_from(made: Made) -> None:
         assert [Path(n).parent.name for n in results] == ["dwbox", "eot", "null", "whitebox"]
         for name in results:
             assert f"{Path(name).parent}/adversarial-seed-0.safetensors" in held.files
-        robust = json.loads((held.folder / EOT).read_text())["robust"]
-        assert held.manifest.summary["eot"].robust == round(sum(map(sum, robust)) / (8 * 9), 6)
+        right = read_record(held.folder / EOT).result.right("adversarial")
+        assert held.manifest.summary["eot"].robust == round(float(right.mean()), 6)
 
 
 def test_from_bundle_to_badge(made: Made, tmp_path: Path, command: "Command") -> None:
@@ -313,9 +320,9 @@ def test_a_replay_runs_the_code_of_the_bundle(made: Made, tmp_path: Path) -> Non
 
 
 def test_shares_of_groups() -> None:
-    assert again.chosen_groups(6, 0.1, "a") == again.chosen_groups(6, 0.1, "a")
-    assert [len(again.chosen_groups(20, s, "a")) for s in (0.01, 0.1, 0.5, 1)] == [1, 2, 10, 20]
-    chosen = {tuple(again.chosen_groups(6, 0.1, str(i))) for i in range(50)}
+    assert chosen_groups(6, 0.1, "a") == chosen_groups(6, 0.1, "a")
+    assert [len(chosen_groups(20, s, "a")) for s in (0.01, 0.1, 0.5, 1)] == [1, 2, 10, 20]
+    chosen = {tuple(chosen_groups(6, 0.1, str(i))) for i in range(50)}
     assert chosen == {(i,) for i in range(6)}
 
 
@@ -347,12 +354,12 @@ def test_submit_says_what_is_missing(made: Made, tmp_path: Path, command: "Comma
     assert "--trust-code" in empty
     held = tmp_path / "results"
     shutil.copytree(made.results, held)
-    (held / TRACK / NAME / "eot/adversarial-seed-0.safetensors").unlink()
+    (held / TRACK / NAME / "eot/pgd/adversarial-seed-0.safetensors").unlink()
     lacking = said(held)
     assert "its adversarial images were not saved" in lacking
     assert "--threat eot --track digits-linf --seed 0 --save-adversarial" in lacking
     assert "--batch-size 4" in lacking
-    eot = held / TRACK / NAME / "eot/seed-0.json"
+    eot = held / TRACK / NAME / "eot/pgd/seed-0.json"
     rewrite(str(eot.relative_to(held)), _first_images)(held)
     cut = said(held)
     assert "4 images x 9 draws; the protocol takes 8 x 9. Complete it: dbp-bench run" in cut
@@ -381,7 +388,7 @@ def test_submit_refuses_what_a_verifier_would(made: Made, tmp_path: Path) -> Non
     results = tmp_path / "results"
     shutil.copytree(made.results, results)
     name = NULL.removeprefix("results/")
-    rewrite(name, flip("robust"))(results)
+    rewrite(name, flip("adversarial"))(results)
     with pytest.raises(Refused, match="doesn't reproduce the clean accuracy"):
         submit(made.registry, NAME, TRACK, results, tmp_path / "out.zip")
     assert [p.name for p in tmp_path.iterdir()] == ["results"]
@@ -505,15 +512,20 @@ def _copy(source: str, target: str) -> Edit:
 
 
 def _move_seed(folder: Path) -> None:
-    for path in folder.glob("results/*/*/*/*seed-0*"):
+    for path in folder.glob("results/*/*/*/*/*seed-0*"):
         path.rename(path.with_name(path.name.replace("seed-0", "seed-7")))
-    for path in folder.glob("results/*/*/*/seed-7.json"):
+    for path in folder.glob("results/*/*/*/*/seed-7.json"):
         rewrite(str(path.relative_to(folder)), lambda t: t.update(seed=7))(folder)
 
 
 def _first_images(table: dict[str, Any]) -> None:
-    for key in ("ids", "labels", "clean", "robust", "fresh", "zero_gradient"):
+    tables = table["predicted"]
+    for key in ("ids", "labels", "zero_gradient"):
         table[key] = table[key] and table[key][:4]
+    for kind in tables:
+        tables[kind] = tables[kind] and tables[kind][:4]
+    for kind in ("gradient", "forward"):
+        table["evaluations"][kind] = table["evaluations"][kind][:4]
 
 
 def _outside_ball(images: torch.Tensor) -> torch.Tensor:
@@ -529,18 +541,18 @@ FORGERIES: dict[str, tuple[Edit, str]] = {
     "no entry": (_drop(f"entries/defenses/{NAME}.yaml"), "the entry is missing"),
     "no source": (_drop("entries/my_defense.py"), "the source of my_defense"),
     "no images": (
-        _drop(f"{OWN}/eot/adversarial-seed-0.safetensors"),
+        _drop(f"{OWN}/eot/pgd/adversarial-seed-0.safetensors"),
         "its adversarial images are missing",
     ),
     "chosen seed": (_move_seed, "seeds 7: must be 0"),
     "another threat": (
         _then(
-            _copy(EOT, f"{OWN}/lf/seed-0.json"),
+            _copy(EOT, f"{OWN}/lf/pgd/seed-0.json"),
             _copy(
-                f"{OWN}/eot/adversarial-seed-0.safetensors",
-                f"{OWN}/lf/adversarial-seed-0.safetensors",
+                f"{OWN}/eot/pgd/adversarial-seed-0.safetensors",
+                f"{OWN}/lf/pgd/adversarial-seed-0.safetensors",
             ),
-            rewrite(f"{OWN}/lf/seed-0.json", lambda t: t.update(threat="lf")),
+            rewrite(f"{OWN}/lf/pgd/seed-0.json", lambda t: t.update(threat="lf")),
         ),
         "not a threat model of the protocol",
     ),
@@ -548,8 +560,11 @@ FORGERIES: dict[str, tuple[Edit, str]] = {
         rewrite(EOT, lambda t: t.update(defense="ddpm")),
         "says that it is results/digits-linf/ddpm",
     ),
-    "other schema": (rewrite(EOT, lambda t: t.update(schema=0)), "schema 0, this version reads 1"),
-    "missing key": (rewrite(EOT, lambda t: t.pop("draws")), "eot/seed-0.json: draws"),
+    "other schema": (
+        rewrite(EOT, lambda t: t.update(schema=0)),
+        "schema 0, this version reads 1 and 2",
+    ),
+    "missing key": (rewrite(EOT, lambda t: t.pop("draws")), "eot/pgd/seed-0.json: draws"),
     "weaker attack, said": (
         rewrite(EOT, lambda t: (t["effort"].update(steps=1), t.update(overrides=["steps"]))),
         "set against the protocol: steps",
@@ -629,14 +644,16 @@ FORGERIES: dict[str, tuple[Edit, str]] = {
             EOT,
             lambda t: t.update(
                 draws=t["draws"][:8],
-                clean=[row[:8] for row in t["clean"]],
-                robust=[row[:8] for row in t["robust"]],
+                predicted={
+                    kind: rows and [row[:8] for row in rows]
+                    for kind, rows in t["predicted"].items()
+                },
             ),
         ),
         "draws [0, 1, 2, 3, 4, 5, 6, 7], not 0 ... 8",
     ),
     "null outcome flipped": (
-        rewrite(NULL, flip("robust")),
+        rewrite(NULL, flip("adversarial")),
         "the null attack doesn't reproduce the clean accuracy",
     ),
     "clean outcome flipped": (rewrite(DWBOX, flip("clean")), "other clean outcomes at the same"),
@@ -649,8 +666,8 @@ FORGERIES: dict[str, tuple[Edit, str]] = {
     ),
     "images of another request": (
         _copy(
-            f"{OWN}/whitebox/adversarial-seed-0.safetensors",
-            f"{OWN}/eot/adversarial-seed-0.safetensors",
+            f"{OWN}/whitebox/pgd/adversarial-seed-0.safetensors",
+            f"{OWN}/eot/pgd/adversarial-seed-0.safetensors",
         ),
         "holds another request: threat is",
     ),
@@ -688,7 +705,7 @@ def test_a_bundle_that_is_only_packed_anew_passes(made: Made, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (rewrite(EOT, flip("robust")), "edited by hand after the bundle was made"),
+        (rewrite(EOT, flip("adversarial")), "edited by hand after the bundle was made"),
         (_append("entries/my_defense.py", "#"), "edited by hand after the bundle was made"),
         (_drop(EOT), "listed but not there"),
         (_append("entries/more.py", "#"), "there but not listed"),
@@ -737,19 +754,22 @@ def attacked(found: verify.Verified) -> object:
 
 def test_one_flipped_outcome_is_found_by_replaying(made: Made, tmp_path: Path) -> None:
     """With the manifest made anew, nothing else contradicts it: `checked` doesn't see it."""
-    path = forged(made, tmp_path, rewrite(EOT, flip("robust", 5, 3)))
-    reason = "eot/seed-0.json: computed again, 1 of 144 outcomes are others than it says (0 may be"
+    path = forged(made, tmp_path, rewrite(EOT, flip("adversarial", 5, 3)))
+    reason = (
+        "eot/pgd/seed-0.json: computed again, 1 of 144 outcomes are others than it says (0 may be"
+    )
     assert reason in refused(path, replayed)
-    reason = "eot/seed-0.json: computed again, 1 of 144 outcomes"
+    reason = "eot/pgd/seed-0.json: computed again, 1 of 144 outcomes"
     assert reason in refused(path, attacked)
 
 
 def test_one_flipped_fresh_outcome_is_found_by_replaying(made: Made, tmp_path: Path) -> None:
     def edit(table: dict[str, Any]) -> None:
-        table["fresh"][2][1][0] = not table["fresh"][2][1][0]
+        label, row = table["labels"][2], table["predicted"]["fresh"][2][1]
+        row[0] = (label + 1) % 10 if row[0] == label else label
 
     path = forged(made, tmp_path, rewrite(DWBOX, edit))
-    assert "dwbox/seed-0.json: computed again, 1 of 120 outcomes" in refused(
+    assert "dwbox/pgd/seed-0.json: computed again, 1 of 120 outcomes" in refused(
         path, replayed, "dwbox"
     )
 
@@ -760,11 +780,11 @@ def test_a_weak_attack_is_found_only_by_attacking(made: Made, tmp_path: Path) ->
     def edit(folder: Path) -> None:
         clean = load_file(adversarial_path(folder / NULL))["images"]
         _images(EOT, lambda _: clean)(folder)
-        rewrite(EOT, lambda t: t.update(robust=t["clean"]))(folder)
+        rewrite(EOT, lambda t: t["predicted"].update(adversarial=t["predicted"]["clean"]))(folder)
 
     path = forged(made, tmp_path, edit)
     assert refused(path, replayed) == ""
-    assert "eot/seed-0.json: computed again" in refused(path, attacked)
+    assert "eot/pgd/seed-0.json: computed again" in refused(path, attacked)
 
 
 def test_other_images_of_equal_outcomes_are_found_by_attacking(made: Made, tmp_path: Path) -> None:
@@ -779,26 +799,30 @@ def test_other_images_of_equal_outcomes_are_found_by_attacking(made: Made, tmp_p
 def test_on_another_machine_rounding_is_allowed_for(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(again, "device_name", lambda _: "another")
-    one = forged(made, tmp_path / "one", rewrite(EOT, flip("robust", 5, 3)))
+    monkeypatch.setattr(replay, "device_name", lambda _: "another")
+    one = forged(made, tmp_path / "one", rewrite(EOT, flip("adversarial", 5, 3)))
     assert refused(one, replayed) == ""
 
     def edit(table: dict[str, Any]) -> None:
         for draw in range(4):
-            flip("robust", 5, draw)(table)
+            flip("adversarial", 5, draw)(table)
 
     four = forged(made, tmp_path / "four", rewrite(EOT, edit))
     # 2 % of 144, rounded up.
     assert "4 of 144 outcomes are others than it says (3 may be" in refused(four, replayed)
 
 
+def _all_right(table: dict[str, Any]) -> None:
+    table["predicted"]["adversarial"] = [[label] * 9 for label in table["labels"]]
+
+
 def test_an_accuracy_that_fresh_draws_deny(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where each outcome is allowed for: wrong everywhere by more than four errors."""
-    monkeypatch.setattr(again, "device_name", lambda _: "another")
-    monkeypatch.setattr(again, "TOLERATED", 1.0)
-    path = forged(made, tmp_path, rewrite(EOT, lambda t: t.update(robust=[[True] * 9] * 8)))
+    monkeypatch.setattr(replay, "device_name", lambda _: "another")
+    monkeypatch.setattr(replay, "TOLERATED", 1.0)
+    path = forged(made, tmp_path, rewrite(EOT, _all_right))
     assert "further apart than 4 standard errors" in refused(path, replayed)
 
 
@@ -839,15 +863,15 @@ def placed(made: Made, tmp_path: Path) -> Path:
 
 def test_a_badge_is_lost_with_the_results_it_was_given_to(placed: Path) -> None:
     assert badge_of(placed) == "checked"
-    path = placed / "eot/seed-0.json"
+    path = placed / "eot/pgd/seed-0.json"
     held = path.read_bytes()
     path.write_bytes(held + b"\n")
     assert badge_of(placed) == "self-reported"
     path.write_bytes(held)
     assert badge_of(placed) == "checked"
-    (placed / "eot/seed-1.json").write_bytes(held)
+    (placed / "eot/pgd/seed-1.json").write_bytes(held)
     assert badge_of(placed) == "self-reported"
-    (placed / "eot/seed-1.json").unlink()
+    (placed / "eot/pgd/seed-1.json").unlink()
     path.unlink()
     assert badge_of(placed) == "self-reported"
 
@@ -865,7 +889,7 @@ def test_a_badge_of_another_defense_or_none(placed: Path) -> None:
 
 
 def test_results_are_not_replaced_unless_asked(made: Made, placed: Path) -> None:
-    path = placed / "eot/seed-0.json"
+    path = placed / "eot/pgd/seed-0.json"
     path.write_text("mine")
     results = placed.parents[1]
     with archive.opened(made.bundle) as held:
