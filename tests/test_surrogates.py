@@ -12,7 +12,7 @@ from dbp_bench.checks.gradients import check, differentiated, request
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadEntry, BadRequest
 from dbp_bench.noise import Tape
-from dbp_bench.purifiers.gradual import Gradual, Stage
+from dbp_bench.purifiers.gradual import Gradual
 from dbp_bench.purifiers.resize import Resized
 from dbp_bench.result import Result
 from dbp_bench.runs.execute import execute
@@ -28,7 +28,7 @@ ENTRY = yaml.safe_load(
 title: Gradual
 kind: defense
 paper: https://arxiv.org/abs/2303.09051
-factory: dbp_bench.purifiers.gradual:gradual
+factory: dbp_bench.purifiers.gradual:Gradual
 sites: [forward, reverse]
 settings:
   - tracks: [digits-linf]
@@ -69,7 +69,7 @@ def test_what_is_attacked_is_the_surrogate_that_is_declared(tmp_path: Path) -> N
     searched = differentiated(registry, defense, track, judged, DECLARED)
     for made, stages, votes in ((judged, STAGES, 3), (searched, SHORT, 1)):
         assert isinstance(made.purifier, Gradual)
-        assert made.purifier.stages == [Stage(**stage) for stage in stages]
+        assert made.purifier.stages == stages
         assert made.votes == votes
     assert isinstance(searched.purifier, Gradual)
     assert searched.purifier.eta == 1
