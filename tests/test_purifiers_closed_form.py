@@ -78,7 +78,7 @@ def test_the_ode_of_diffpure_has_order_one() -> None:
     t, a = LEVEL / 1000, continuous_signal(LEVEL)
     start = a**0.5 * (2 * x - 1) + (1 - a) ** 0.5 * tape().normal(FORWARD, 0, x)
     # The score is not defined at time 0; what is left from 1e-6 on moves by less than 1e-6.
-    (want,) = runge_kutta(vp_slope(data), (start,), t, 1e-6, 1000)
+    (want,) = runge_kutta(vp_slope(data), (start,), t, 1e-6, 300)
 
     def error(steps: int) -> float:
         net = NoiseNet(data, continuous_signal)
@@ -126,7 +126,7 @@ def test_ddim_has_order_one(name: str) -> None:
     start = discrete_signal(LEVEL) ** 0.5 * (2 * x - 1)
     start = start + (1 - discrete_signal(LEVEL)) ** 0.5 * tape().normal(FORWARD, 0, x)
     # The score is not defined at depth 0; what is left from 1e-6 on moves by less than 1e-6.
-    (want,) = runge_kutta(signal_slope(data), (start,), top, 1e-6, 1000)
+    (want,) = runge_kutta(signal_slope(data), (start,), top, 1e-6, 300)
 
     def error(steps: int) -> float:
         net = NoiseNet(data, discrete_signal)
@@ -156,7 +156,7 @@ def test_the_order_between_two_noise_levels(name: str, order: int) -> None:
     data, x = mixture(), two_pixels()
     top, half = discrete_signal(512), discrete_signal(256)
     start = top**0.5 * (2 * x - 1) + (1 - top) ** 0.5 * tape().normal(FORWARD, 0, x)
-    (want,) = runge_kutta(signal_slope(data), (start,), -log(top), -log(half), 1000)
+    (want,) = runge_kutta(signal_slope(data), (start,), -log(top), -log(half), 100)
 
     def error(steps: int) -> float:
         return float((after_half_way(name, steps, x, data) - want).abs().max())
@@ -221,7 +221,7 @@ def test_the_solvers_of_edm_have_their_orders(kind: str, solver: Solver, shrinks
             (z,) = state
             return ((z - data.expected(z, 1.0, sigma**2)) / sigma,)
 
-        (lowest,) = runge_kutta(slope, (start,), HIGH, LOW, 1000)
+        (lowest,) = runge_kutta(slope, (start,), HIGH, LOW, 200)
     else:
         ratio = ((VARIANCE + LOW**2) / (VARIANCE + HIGH**2)) ** 0.5
         lowest = MEAN + ratio * (start - MEAN)
@@ -282,7 +282,7 @@ def test_the_sde_of_edm_has_weak_order_one() -> None:
         return rate * away, 2 * rate * variance + 2 * churn * (size * sigma) ** 2
 
     begin = (2 * x - 1)[0] - MEAN
-    away, variance = runge_kutta(slope, (begin, torch.full_like(begin, HIGH**2)), 0.0, 1.0, 1000)
+    away, variance = runge_kutta(slope, (begin, torch.full_like(begin, HIGH**2)), 0.0, 1.0, 200)
     last = VARIANCE / (VARIANCE + LOW**2)
     want = MEAN + last * away, last**2 * variance
 
@@ -322,7 +322,7 @@ def limit(
         return -moves, -grows
 
     begin = top**0.5 * mean, top * variance + 1 - top
-    ended = runge_kutta(slope, begin, -log(top), 0.0, 500)
+    ended = runge_kutta(slope, begin, -log(top), 0.0, 200)
     return ended[0], ended[1]
 
 

@@ -21,7 +21,7 @@ from own_entries import folder
 from toys import uniform
 
 DECLARED = {"gradient": "declared-surrogate"}
-STAGES = [{"t_star": 30, "steps": 3, "times": 2}, {"t_star": 60, "steps": 4, "times": 1}]
+STAGES = [{"t_star": 30, "steps": 2, "times": 2}, {"t_star": 60, "steps": 3, "times": 1}]
 SHORT = [{"t_star": 30, "steps": 1, "times": 1}, {"t_star": 60, "steps": 2, "times": 1}]
 ENTRY = yaml.safe_load(
     """
@@ -56,7 +56,7 @@ def entries(path: Path, **setting: Any) -> Registry:
 
 
 def job(registry: Registry, effort: dict[str, Any], defense: str = "mine") -> Job:
-    overrides = Overrides({"steps": 1, "eot": 1, **effort}, examples=4, batch_size=4)
+    overrides = Overrides({"steps": 1, "eot": 1, **effort}, draws=2, examples=4, batch_size=4)
     return resolve(
         registry, "digits-linf", defense, "eot", seed=0, device="cpu", overrides=overrides
     )
@@ -94,8 +94,8 @@ def test_a_run_records_it_and_nothing_where_none_is_used(tmp_path: Path) -> None
     assert result.effort["gradient"] == "declared-surrogate"
     assert result.effort["surrogate_steps"] is None
     (exact, short) = calls.values()
-    assert exact.per_purification == short.per_purification == 3 * (3 + 3 + 4)
-    assert (exact.gradient, short.gradient) == (4 * 30, 4 * 3)
+    assert exact.per_purification == short.per_purification == 3 * (2 + 2 + 3)
+    assert (exact.gradient, short.gradient) == (4 * 21, 4 * 3)
     assert result.gradient_check is not None
     assert all(c is not None and c < 0.999 for c in result.gradient_check.cosine)
 
