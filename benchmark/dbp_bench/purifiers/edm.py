@@ -84,7 +84,7 @@ class EDM:
         return [0.0, *reversed(below), self.sigma_max]
 
     def gamma(self, sigma: float) -> float:
-        """By which share of itself the noise level `sigma` grows before its step."""
+        """The share of itself by which the noise level `sigma` grows before its step."""
         if not self.s_min <= sigma <= self.s_max:
             return 0.0
         return min(self.s_churn / self.steps, sqrt(2) - 1)
