@@ -2,6 +2,7 @@
 
 from ast import literal_eval
 from collections.abc import Callable, Mapping
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import TypeVar
@@ -45,7 +46,7 @@ def drawn(
         if name.endswith("num_batches_tracked"):
             weights[name] = torch.tensor(0)
             continue
-        value = normal(1, prod(shape), seed=seed, dtype=dtype).view(shape)
+        value = _numbers(prod(shape), seed, dtype).view(shape)
         if name.endswith("running_var"):
             value = 1 + value**2
         elif len(shape) > 1:
@@ -54,6 +55,12 @@ def drawn(
             value = 0.3 * value + (1 if name.endswith("weight") else 0)
         weights[name] = value
     return weights
+
+
+@cache
+def _numbers(count: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Standard normal numbers ``(1, count)``, drawn once."""
+    return normal(1, count, seed=seed, dtype=dtype)
 
 
 def filled(network: N) -> N:

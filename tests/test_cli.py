@@ -226,7 +226,7 @@ NO_TRUST = ["--entries", "mine"]
 def entries(where: Path) -> None:
     threat = yaml.safe_load(Registry().threats["eot"].read_text())
     track = yaml.safe_load(Registry().tracks["digits-linf"].read_text())
-    defense = toy_defense("dbp_bench.purifiers.controls:noise_only", ["forward"], t_star=100)
+    defense = toy_defense("dbp_bench.purifiers.controls:NoiseOnly", ["forward"], t_star=100)
     folder(
         where / "mine",
         defenses={"foreign": toy_defense("elsewhere:make", []), "half": defense},

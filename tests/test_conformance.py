@@ -264,7 +264,7 @@ BREAK_ONE_RULE: list[tuple[Run, str, str]] = [
     (never_reverse, SITES, "declares [reverse] but never draws there"),
     (same_step, ONCE, "site 'forward', step 0 more than once"),
     (unused, MATTERS, "another draw at site 'reverse' changes nothing"),
-    (late_binding, STEP, "def reverse(z, i=i)"),
+    (late_binding, STEP, "at the number that it is given"),
     (hidden_guide, STEP, "take every tensor that carries a gradient as an argument"),
     (towards_the_batch, BATCH, "alone"),
     (shares_noise, BATCH, "one row per image"),

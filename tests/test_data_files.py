@@ -497,7 +497,7 @@ def own(small: Facts, tmp_path: Path) -> Path:
         "demonstration": True,
         "note": "A toy.",
     }
-    defense = toy_defense("dbp_bench.purifiers.controls:Identity", [])
+    defense = toy_defense("dbp_bench.purifiers.controls:Unpurified", [])
     defense["settings"][0]["tracks"] = ["small-linf"]
     return entries_folder(folder, tracks={"small-linf": track}, defenses={"bare": defense})
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -41,9 +42,8 @@ class Shrinking:
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
         source = to_diffusion(images)
         forward = Diffusion(Schedule().signal(), source, noise.normal(FORWARD, 0, source))
-        z = forward(LEVELS[0])
-        for level in LEVELS[1:]:
-            z = memory.step(lambda z: SHRINK * z, z, level=level, forward=forward)
+        start, grid = forward(LEVELS[0]), pairwise(LEVELS)
+        z = memory.descend(lambda i, t, s, z: SHRINK * z, start, grid, forward=forward)
         return to_images(z, clamp=False)
 
 

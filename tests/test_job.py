@@ -129,7 +129,7 @@ def test_site_that_no_defense_has(tmp_path: Path) -> None:
 
 def test_site_of_ones_own_defense(tmp_path: Path) -> None:
     table = yaml.safe_load(SHIPPED.threats["dw-fwd"].read_text())
-    mine = toy_defense("dbp_bench.purifiers.controls:none", ["vote"])
+    mine = toy_defense("dbp_bench.purifiers.controls:Unpurified", ["vote"])
     folder(tmp_path, attacks={"mine": table | {"knows": ["vote"]}}, defenses={"voting": mine})
     registry = Registry([tmp_path])
     assert job("voting", "mine", registry).knows == ["vote"]
@@ -139,7 +139,7 @@ def test_site_of_ones_own_defense(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("key", "value"), [("data", "digit"), ("split", "tset")])
 def test_track_of_unknown_images(tmp_path: Path, key: str, value: str) -> None:
     table = yaml.safe_load(SHIPPED.tracks[TRACK].read_text()) | {key: value}
-    defense = toy_defense("dbp_bench.purifiers.controls:none", [])
+    defense = toy_defense("dbp_bench.purifiers.controls:Unpurified", [])
     defense["settings"][0]["tracks"] = ["mine"]
     folder(tmp_path, tracks={"mine": table}, defenses={"toy": defense})
     with pytest.raises(BadEntry, match=rf"mine\.yaml: .*{value!r}\. Did you mean"):
@@ -229,7 +229,7 @@ def test_plan_of_an_unknown_track() -> None:
 
 def test_all_are_those_with_a_setting_for_the_track(tmp_path: Path) -> None:
     table = yaml.safe_load(SHIPPED.tracks[TRACK].read_text())
-    defense = toy_defense("dbp_bench.purifiers.controls:none", [])
+    defense = toy_defense("dbp_bench.purifiers.controls:Unpurified", [])
     folder(tmp_path, tracks={"mine": table})
 
     def names() -> list[str]:

@@ -1,5 +1,6 @@
 """Checkpointing and recording change what is kept, never what is computed, drawn or counted."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import groupby
 from typing import Any, cast
@@ -13,7 +14,7 @@ from dbp_bench.defense import Defense
 from dbp_bench.memory import CallCounter, Policy
 from dbp_bench.noise import FORWARD, GUIDANCE, Noise, Site, Tape
 from dbp_bench.purifiers.schedule import Schedule
-from toys import SAMPLERS, Recorder, CachedTape, Small, SmallDenoiser, sampler, ssim, uniform
+from toys import SAMPLERS, LoggedNoise, Recorder, Small, SmallDenoiser, sampler, uniform
 
 N = 3
 KEPT: Policy = "none"
@@ -50,7 +51,7 @@ def test_step_checkpointing_is_plain_autograd_bit_for_bit(name: str) -> None:
 def test_recomputation_replays_states_steps_and_noise(name: str) -> None:
     rounds = 2 if name == "gdmp" else 1
     calls = 4 * rounds
-    noise = CachedTape(tape())
+    noise = LoggedNoise(tape())
     defense, network = build(name, REDONE)
     run(defense, noise)
 
@@ -81,12 +82,12 @@ def test_a_gradient_that_needs_the_noise_again_gets_the_same() -> None:
     """The control: with noise that can't be replayed, the same gradient comes out wrong."""
 
     def gradient(policy: Policy, noise: Noise) -> Tensor:
-        defense, _ = build("gdmp", policy, distance_gradient=ssim, scale=30.0)
+        defense, _ = build("gdmp", policy, distance="ssim", window=3, scale=30.0)
         return run(defense, noise)[1]
 
-    remembered = CachedTape(tape())
-    assert torch.equal(gradient(REDONE, remembered), gradient(KEPT, tape()))
-    guides = [step for site, step, _ in remembered.log if site == GUIDANCE]
+    logged = LoggedNoise(tape())
+    assert torch.equal(gradient(REDONE, logged), gradient(KEPT, tape()))
+    guides = [step for site, step, _ in logged.log if site == GUIDANCE]
     assert sorted(guides) == [i for i in (0, 1, 2, 4, 5, 6) for _ in range(2)]
     assert not torch.equal(gradient(REDONE, Forgetful()), gradient(KEPT, Forgetful()))
 
@@ -161,11 +162,15 @@ def test_without_checkpointing_memory_grows_by_the_same_at_every_step(name: str)
     assert sizes[40] - sizes[20] == 20 * per_step
 
 
-def test_with_checkpointing_memory_grows_by_the_stored_states_alone() -> None:
+@pytest.mark.parametrize(("name", "states"), [("ddpm", [1, 5, 20]), ("dpm-solver", [1, 9, 39])])
+def test_with_checkpointing_memory_grows_by_the_stored_states_alone(
+    name: str, states: list[int]
+) -> None:
+    """One state a step; a multistep method keeps the prediction of the step before, too."""
     x = uniform(N, 1, 4, 4).requires_grad_()
 
     def kept(steps: int) -> int:
-        defense, _ = build("ddpm", KEPT, steps)
+        defense, _ = build(name, KEPT, steps)
 
         def once() -> Tensor:
             with memory.checkpointing(True, defense.counter):
@@ -174,8 +179,9 @@ def test_with_checkpointing_memory_grows_by_the_stored_states_alone() -> None:
         return memory.activation_bytes(once)
 
     state = x.numel() * x.element_size()
-    shelves = [-(-k // memory.SHELF) * memory.SHELF for k in (1, 5, 20)]
-    assert [kept(k) for k in (1, 5, 20)] == [count * state for count in shelves]
+    whole = memory.STATES_PER_BUFFER
+    held = [-(-k // whole) * whole for k in states]
+    assert [kept(k) for k in (1, 5, 20)] == [count * state for count in held]
 
 
 def test_activation_bytes_of_a_known_graph() -> None:
@@ -274,7 +280,7 @@ def test_recording_changes_nothing_that_is_computed_drawn_or_counted(
     name: str, policy: Policy
 ) -> None:
     (quiet, _), (told, _) = build(name, policy), build(name, policy)
-    want, drawn, again = run(quiet, first := CachedTape(tape())), first.log, CachedTape(tape())
+    want, drawn, again = run(quiet, first := LoggedNoise(tape())), first.log, LoggedNoise(tape())
     with memory.recording() as states:
         found = run(told, again)
     assert len(states) == (8 if name == "gdmp" else 4), "none of a measurement, nor of a repetition"
@@ -302,19 +308,108 @@ def test_the_forward_process_is_asked_for_only_while_recording() -> None:
         asked.append(level)
         return torch.zeros(1)
 
-    one = torch.ones(1)
-    assert torch.equal(memory.step(torch.neg, one, level=3, forward=forward), -one)
+    def halve(i: int, t: int, s: int, z: Tensor) -> Tensor:
+        return z / 2
+
+    one, grid = torch.ones(1), [(9, 5), (5, 3)]
+    assert float(memory.descend(halve, one, grid, forward=forward)) == 0.25
     assert asked == []
     with memory.recording() as states:
-        memory.step(torch.neg, one, level=3, forward=forward)
-        memory.step(torch.neg, one)
-    assert asked == [3]
-    assert [(s.level, float(s.reverse)) for s in states] == [(3, -1.0)]
+        memory.descend(halve, one, grid, forward=forward)
+        memory.descend(halve, one, grid)
+    assert asked == [5, 3]
+    assert [(s.level, float(s.reverse)) for s in states] == [(5, 0.5), (3, 0.25)]
 
 
-def test_a_level_and_its_forward_process_go_together() -> None:
-    with pytest.raises(ValueError, match="level and forward go together"):
-        memory.step(torch.neg, torch.ones(1), level=3)
+# ------------------------------------------------------------------------------------- the descent
+
+
+def test_steps_are_numbered_and_given_their_levels() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def reverse(i: int, t: int, s: int, z: Tensor, other: Tensor) -> Tensor:
+        seen.append((i, t, s))
+        return z + other
+
+    end = memory.descend(reverse, torch.zeros(1), [(7, 4), (4, 0)], torch.ones(1), first=10)
+    assert float(end) == 2
+    assert seen == [(10, 7, 4), (11, 4, 0)]
+
+
+def gradient_of_a_descent(
+    by_step: bool, reverse: Callable[..., Any], begin: Callable[[Tensor], Any]
+) -> Tensor:
+    """The gradient in x of what `reverse` makes of ``begin(x)`` in four steps, beside a sum."""
+    x = uniform(N, 1, 4, 4).requires_grad_()
+    with memory.checkpointing(by_step, CallCounter()):
+        end = memory.descend(reverse, begin(x), [(4, 3), (3, 2), (2, 1), (1, 0)], x.sin())
+    (image, *_) = end if isinstance(end, tuple) else (end,)
+    (gradient,) = torch.autograd.grad(image.square().sum() + x.cos().sum(), x)
+    return gradient
+
+
+def two_states(i: int, t: int, s: int, state: tuple[Tensor, ...], guide: Tensor) -> Any:
+    """A two-step method: its state is what it was given, too, and nothing follows its last."""
+    z, *before = state
+    return (z * guide).sin() - sum(0.3 * old.cos() for old in before), z
+
+
+def often_guided(i: int, t: int, s: int, z: Tensor, guide: Tensor) -> Tensor:
+    """Takes the tensor that steps share three times."""
+    return 0.5 * z.sin() + guide * guide.exp() - (guide * z).cos()
+
+
+@pytest.mark.parametrize(
+    ("reverse", "begin"),
+    [
+        (two_states, lambda x: (0.7 * x,)),
+        (two_states, lambda x: (0.7 * x, x.exp())),
+        (often_guided, lambda x: 0.7 * x),
+    ],
+)
+def test_the_policies_agree_on_several_states_and_on_shared_tensors(
+    reverse: Callable[..., Any], begin: Callable[[Tensor], Any]
+) -> None:
+    kept, redone = (gradient_of_a_descent(by_step, reverse, begin) for by_step in (False, True))
+    assert torch.equal(kept, redone)
+    x = uniform(N, 1, 4, 4, dtype=torch.float64).requires_grad_()
+
+    def value(x: Tensor) -> Tensor:
+        state, guide = begin(x), x.sin()
+        for i in range(4):
+            state = reverse(i, 0, 0, state, guide)
+        image = state[0] if isinstance(state, tuple) else state
+        total: Tensor = image.square().sum() + x.cos().sum()
+        return total
+
+    (want,) = torch.autograd.grad(value(x), x)
+    torch.testing.assert_close(kept.double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_that_no_step_uses_is_no_obstacle() -> None:
+    """The gradient comes through one state alone, and the other has none."""
+
+    def reverse(i: int, t: int, s: int, state: tuple[Tensor, ...], guide: Tensor) -> Any:
+        return state[0] * guide, torch.ones_like(state[0])
+
+    for by_step in (False, True):
+        gradient = gradient_of_a_descent(by_step, reverse, lambda x: (x, x))
+        assert bool(gradient.isfinite().all())
+
+
+def test_a_step_that_captures_a_gradient_is_refused() -> None:
+    x = uniform(N, 1, 4, 4).requires_grad_()
+    guide = x.sin()
+
+    def reverse(i: int, t: int, s: int, z: Tensor) -> Tensor:
+        return z + guide
+
+    memory.descend(reverse, x, [(1, 0)])
+    with (
+        memory.checkpointing(True, CallCounter()),
+        pytest.raises(ValueError, match="'guide' carries a gradient, which a step loses"),
+    ):
+        memory.descend(reverse, x, [(1, 0)])
 
 
 def test_free_memory_is_a_positive_number_of_bytes() -> None:

@@ -266,28 +266,33 @@ def broken(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("file", "says"),
     [
-        ({"weights": torch.zeros(1)}, "no layers named all_modules"),
-        ({"model": {"conv1.weight": torch.zeros(1)}, "ema": {}}, "no layers named all_modules"),
-        (broken(ema={}), r"ema\.shadow_params, the averaged weights, is missing"),
-        (broken(ema={"shadow_params": [torch.zeros(1)] * 3}), "has 3 tensors for 368 parameters"),
+        (lambda: {"weights": torch.zeros(1)}, "no layers named all_modules"),
+        (lambda: {"model": {"conv1.weight": torch.zeros(1)}, "ema": {}}, "no layers named"),
+        (lambda: broken(ema={}), r"ema\.shadow_params, the averaged weights, is missing"),
         (
-            broken(ema={"shadow_params": [torch.zeros(1)] * 368}),
+            lambda: broken(ema={"shadow_params": [torch.zeros(1)] * 3}),
+            "has 3 tensors for 368 parameters",
+        ),
+        (
+            lambda: broken(ema={"shadow_params": [torch.zeros(1)] * 368}),
             r"all_modules\.0\.weight is \(64, 16\), its average \(1,\)",
         ),
         (
-            broken(ema={"shadow_params": [0.5] * 368}),
+            lambda: broken(ema={"shadow_params": [0.5] * 368}),
             r"all_modules\.0\.weight is \(64, 16\), its average None",
         ),
-        (checkpoint(hollow(asked_for(16, 3))), r"all_modules\.\d+\.\w+\.\w+ is missing"),
+        (lambda: checkpoint(hollow(asked_for(16, 3))), r"all_modules\.\d+\.\w+\.\w+ is missing"),
         (
-            hollow(asked_for(16, 2) | {"module.all_modules.7.NIN_2.W": (32,)}),
+            lambda: hollow(asked_for(16, 2) | {"module.all_modules.7.NIN_2.W": (32,)}),
             r"all_modules\.7\.NIN_2\.W is not \(32, 32\): made for another",
         ),
     ],
 )
-def test_a_file_that_is_no_such_checkpoint_says_why(file: dict[str, Any], says: str) -> None:
+def test_a_file_that_is_no_such_checkpoint_says_why(
+    file: Callable[[], dict[str, Any]], says: str
+) -> None:
     with pytest.raises(BadWeights, match=says):
-        songunet.from_score_sde(file, small())
+        songunet.from_score_sde(file(), small())
 
 
 def test_a_longer_network_is_refused() -> None:

@@ -272,7 +272,7 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
     (folder / "defenses").mkdir(parents=True)
     (folder / "defenses" / "mine.yaml").write_text(
         f"title: {json.dumps(HOSTILE)}\nkind: defense\npaper: 'javascript:alert(1)'\n"
-        "factory: dbp_bench.purifiers.controls:none\nsites: [forward, reverse]\n"
+        "factory: dbp_bench.purifiers.controls:Unpurified\nsites: [forward, reverse]\n"
         f"settings: [{{tracks: [{TRACK}], options: {{}}, networks: {{}}}}]\n"
     )
     hostile = HOSTILE.replace("/", "")

@@ -1,7 +1,6 @@
 """Samplers against the closed forms of Gaussian data, the papers' formulas, and their own grids."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from math import exp
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from dbp_bench.defense import Defense, Purifier
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, GUIDANCE, REVERSE, Site, Tape
-from dbp_bench.purifiers import controls, ddpm, guided, vpsde
+from dbp_bench.purifiers.controls import NoiseOnly, OneShot, Unpurified
 from dbp_bench.purifiers.ddpm import DDPM, Posterior, Variance
 from dbp_bench.purifiers.guided import GDMP, mse_gradient, ssim_gradient
 from dbp_bench.purifiers.schedule import Schedule, times, to_diffusion, to_images
@@ -23,9 +22,9 @@ from toys import (
     Echo,
     GaussianDenoiser,
     Impulse,
+    LoggedNoise,
     MixtureDenoiser,
     Recorder,
-    CachedTape,
     Silent,
     continuous_signal,
     discrete_signal,
@@ -125,7 +124,7 @@ def test_levels_and_number_of_network_calls(name: str, t_star: int, steps: int) 
     network = Recorder(GaussianDenoiser())
     purifier = sampler(name, network, t_star=t_star, steps=steps)
     defense = Defense(purifier, Echo(), [network])
-    noise = CachedTape(tape())
+    noise = LoggedNoise(tape())
     x = images()
     defense.logits(x, noise)
 
@@ -143,7 +142,7 @@ def test_levels_and_number_of_network_calls(name: str, t_star: int, steps: int) 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_noise_is_drawn_where_it_is_declared_and_never_twice(name: str) -> None:
     purifier = sampler(name, GaussianDenoiser(), steps=4)
-    noise = CachedTape(tape())
+    noise = LoggedNoise(tape())
     purifier(images(), noise)
     asked = [(site, step) for site, step, _ in noise.log]
     assert len(set(asked)) == len(asked)
@@ -158,7 +157,7 @@ def test_noise_is_drawn_where_it_is_declared_and_never_twice(name: str) -> None:
 def test_the_guidance_site_is_declared_only_where_the_target_is_noised() -> None:
     quiet = sampler("gdmp", GaussianDenoiser(), noisy_target=False)
     assert quiet.sites == {FORWARD, REVERSE}
-    noise = CachedTape(tape())
+    noise = LoggedNoise(tape())
     quiet(images(), noise)
     assert {site for site, _, _ in noise.log} == quiet.sites
     assert sampler("gdmp", GaussianDenoiser()).sites == {FORWARD, REVERSE, GUIDANCE}
@@ -236,7 +235,7 @@ def test_one_step_of_ddpm() -> None:
     for variance in variances:
         for t_star in (2, 3, 50, 200):
             denoiser.seen.clear()
-            noise = CachedTape(tape())
+            noise = LoggedNoise(tape())
             chain = DDPM(denoiser, t_star, t_star, variance, clip_x0=False, clamp_output=False)
             chain(images(), noise)
             (z, t), (after, _) = denoiser.seen[:2]
@@ -256,18 +255,18 @@ def test_strided_posterior(t: int, s: int) -> None:
     a_t, a_s = ABAR[t - 1], ABAR[s - 1]
     alpha = a_t / a_s
     precision = alpha / (1 - alpha) + 1 / (1 - a_s)  # z_t given z_s, and z_s given x0
-    small = Posterior.between(Schedule(), t, s, "small")
+    small = Posterior.between(t, s, "small")
     assert small.sigma**2 == pytest.approx(1 / precision)
     assert small.z_weight == pytest.approx(alpha**0.5 / (1 - alpha) / precision)
     assert small.x0_weight == pytest.approx(a_s**0.5 / (1 - a_s) / precision)
-    large = Posterior.between(Schedule(), t, s, "large")
+    large = Posterior.between(t, s, "large")
     assert large.sigma**2 == pytest.approx(1 - alpha)
     assert (large.x0_weight, large.z_weight) == (small.x0_weight, small.z_weight)
 
 
 @pytest.mark.parametrize("variance", ["large", "small"])
 def test_the_step_to_level_zero_is_the_denoised_image(variance: Variance) -> None:
-    law = Posterior.between(Schedule(), 25, 0, variance)
+    law = Posterior.between(25, 0, variance)
     assert law.x0_weight == pytest.approx(1)
     assert (law.z_weight, law.sigma) == (0, 0)
 
@@ -275,7 +274,7 @@ def test_the_step_to_level_zero_is_the_denoised_image(variance: Variance) -> Non
 def test_one_step_of_diffpure() -> None:
     """Euler-Maruyama on dz = (-beta z / 2 - beta score) dt + sqrt(beta) dw, backwards in time."""
     denoiser = Recorder(GaussianDenoiser(signal=continuous_signal))
-    noise = CachedTape(tape())
+    noise = LoggedNoise(tape())
     sampler("diffpure", denoiser, t_star=100, steps=4, **SOFT)(images(), noise)
     for i, (level, to) in enumerate([(100, 75), (75, 50), (50, 25)]):
         z, after = denoiser.seen[i][0], denoiser.seen[i + 1][0]
@@ -306,17 +305,17 @@ def test_clipping_and_clamping_are_what_the_options_say() -> None:
 def test_noise_only() -> None:
     """The forward noise of level t*, scaled back: sigma / 2 in [0, 1] pixels, and no more."""
     x, t = images(), 100
-    got = controls.noise_only(t_star=t, clamp_output=False)(x, tape())
+    got = NoiseOnly(t_star=t, clamp_output=False)(x, tape())
     sigma = ((1 - ABAR[t - 1]) / ABAR[t - 1]) ** 0.5
     assert sigma / 2 == pytest.approx(0.1694, abs=5e-5)
     torch.testing.assert_close(got, x + sigma / 2 * tape().normal(FORWARD, 0, x))
-    clamped = controls.noise_only(t_star=t, clamp_output=True)(x, tape())
+    clamped = NoiseOnly(t_star=t, clamp_output=True)(x, tape())
     torch.testing.assert_close(clamped, got.clamp(0, 1))
 
 
 def test_one_shot_is_the_posterior_mean() -> None:
     denoiser, x, t = Recorder(GaussianDenoiser()), images(), 150
-    got = controls.one_shot(denoiser, t_star=t, clamp_output=False)(x, tape())
+    got = OneShot(denoiser, t_star=t, clamp_output=False)(x, tape())
     z = ABAR[t - 1] ** 0.5 * (2 * x - 1) + (1 - ABAR[t - 1]) ** 0.5 * tape().normal(FORWARD, 0, x)
     assert isinstance(denoiser.denoiser, GaussianDenoiser)
     torch.testing.assert_close(2 * got - 1, denoiser.denoiser.posterior(z, t)[0])
@@ -327,7 +326,7 @@ def test_one_shot_is_the_posterior_mean() -> None:
 
 def test_no_purification() -> None:
     x = images()
-    nothing = controls.none()
+    nothing = Unpurified()
     assert torch.equal(nothing(x, tape()), x)
     assert nothing.sites == frozenset()
 
@@ -388,7 +387,7 @@ def test_one_guided_step() -> None:
     """The mean moves by -sigma^2 * scale * noise/signal * gradient, towards a noised target."""
     denoiser = Recorder(GaussianDenoiser())
     scale, x = 300.0, images()
-    noise = CachedTape(tape())
+    noise = LoggedNoise(tape())
     options = {**RAW, "t_star": 60, "steps": 60, "iterations": 1, "scale": scale}
     sampler("gdmp", denoiser, **options)(x, noise)
     z, after = denoiser.seen[0][0], denoiser.seen[1][0]
@@ -410,7 +409,7 @@ def test_every_iteration_of_gdmp_starts_from_the_last_and_is_guided_to_the_first
         return torch.zeros_like(z)
 
     denoiser, x = Recorder(GaussianDenoiser()), images()
-    noise = CachedTape(tape())
+    noise = LoggedNoise(tape())
     options = {**RAW, "distance_gradient": keep, "noisy_target": False, "iterations": 3}
     sampler("gdmp", denoiser, **options)(x, noise)
     chain = sampler("ddpm", denoiser, **RAW)
@@ -471,7 +470,7 @@ def test_the_gradient_of_gdmp_is_exact(distance: str, iterations: int, noisy_tar
     scale = 300.0 if distance == "mse" else 30.0
     options = {"iterations": iterations, "noisy_target": noisy_target, "scale": scale}
     x = images(2)
-    whole = mixture_gdmp(distance_gradient=DISTANCES[distance], **options)
+    whole = mixture_gdmp(distance=distance, window=3 if distance == "ssim" else None, **options)
     assert slope_error(whole, x) < 1e-7
 
 
@@ -535,22 +534,8 @@ def test_the_gradient_of_a_sampler_is_exact(name: str) -> None:
 
 # ----------------------------------------------------------------------------- bad options
 
-GUIDED = {"distance": "mse", "window": 3, "iterations": 1, "scale": 1.0, "noisy_target": True}
 
-
-def factory(make: Callable[..., Purifier], **options: object) -> Callable[..., Purifier]:
-    return partial(make, **options)
-
-
-FACTORIES: Mapping[str, Callable[..., Purifier]] = {
-    "ddpm": factory(ddpm.ddpm, variance="large", **RAW),
-    "ddim": factory(ddpm.ddim, **RAW),
-    "diffpure": factory(vpsde.diffpure, **SOFT),
-    "gdmp": factory(guided.gdmp, variance="large", **GUIDED, **RAW),
-}
-
-
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize(
     ("t_star", "steps", "message"),
     [
@@ -562,43 +547,29 @@ FACTORIES: Mapping[str, Callable[..., Purifier]] = {
     ],
 )
 def test_grids_that_cannot_be_are_refused(name: str, t_star: int, steps: int, message: str) -> None:
-    make = FACTORIES[name]
-    make(nn.Identity(), t_star=100, steps=10)
+    sampler(name, nn.Identity(), t_star=100, steps=10)
     with pytest.raises(BadEntry, match=message):
-        make(nn.Identity(), t_star=t_star, steps=steps)
+        sampler(name, nn.Identity(), t_star=t_star, steps=steps)
 
 
 @pytest.mark.parametrize("t_star", [0, 1001])
 def test_levels_that_cannot_be_are_refused(t_star: int) -> None:
     with pytest.raises(BadEntry, match="t_star"):
-        controls.noise_only(t_star=t_star, clamp_output=True)
+        NoiseOnly(t_star=t_star, clamp_output=True)
     with pytest.raises(BadEntry, match="t_star"):
-        controls.one_shot(GaussianDenoiser(), t_star=t_star, clamp_output=True)
+        OneShot(GaussianDenoiser(), t_star=t_star, clamp_output=True)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"window": 4}, "window: 4 is not odd"),
-        ({"window": -1}, "window: -1 is not odd and positive"),
+        ({"distance": "ssim", "window": 4}, "window: 4 is not odd"),
+        ({"distance": "ssim", "window": -1}, "window: -1 is not odd and positive"),
+        ({"distance": "ssim"}, "window: goes with distance: ssim"),
+        ({"window": 7}, "window: goes with distance: ssim, and is left out elsewhere"),
         ({"iterations": 0}, "iterations: 0 is not positive"),
     ],
 )
 def test_guidance_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(BadEntry, match=message):
-        FACTORIES["gdmp"](nn.Identity(), t_star=100, steps=10, **changes)
-
-
-def test_factories_pass_their_options_on() -> None:
-    network, x = GaussianDenoiser(), images()
-    for name, make in FACTORIES.items():
-        changes = {"iterations": 1, "scale": 1.0} if name == "gdmp" else {}
-        options = SOFT if name == "diffpure" else RAW
-        want = sampler(name, network, t_star=70, steps=3, **options, **changes)
-        got = make(network, t_star=70, steps=3)
-        assert torch.equal(got(x, tape()), want(x, tape()))
-    by_ssim = FACTORIES["gdmp"](network, t_star=70, steps=3, distance="ssim", scale=20.0)
-    want = sampler(
-        "gdmp", network, t_star=70, steps=3, iterations=1, scale=20.0, distance_gradient=ssim, **RAW
-    )
-    assert torch.equal(by_ssim(x, tape()), want(x, tape()))
+        sampler("gdmp", nn.Identity(), **changes)

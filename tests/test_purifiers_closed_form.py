@@ -7,7 +7,7 @@ variance are computed exactly and compared with those of their continuous limit.
 
 from collections.abc import Callable
 from functools import cache
-from math import exp, log
+from math import exp, log, log2
 from typing import Any
 
 import pytest
@@ -25,11 +25,15 @@ from closed_forms import (
     orders,
     runge_kutta,
 )
+from dbp_bench import memory
 from dbp_bench.defense import Purifier
 from dbp_bench.noise import FORWARD, Tape
-from dbp_bench.purifiers import ddpm, edm, gradual, guided, vpsde
-from dbp_bench.purifiers.edm import Solver
-from toys import continuous_signal, discrete_signal, normal, uniform
+from dbp_bench.purifiers.ddpm import DDIM
+from dbp_bench.purifiers.edm import EDM, Solver
+from dbp_bench.purifiers.gradual import Gradual
+from dbp_bench.purifiers.guided import GDMP
+from dbp_bench.purifiers.vpsde import DiffPure
+from toys import continuous_signal, discrete_signal, normal, sampler, uniform
 
 MEAN, VARIANCE = 0.2, 0.09
 DATA = gaussian(MEAN, VARIANCE)
@@ -74,12 +78,12 @@ def test_the_ode_of_diffpure_has_order_one() -> None:
     t, a = LEVEL / 1000, continuous_signal(LEVEL)
     start = a**0.5 * (2 * x - 1) + (1 - a) ** 0.5 * tape().normal(FORWARD, 0, x)
     # The score is not defined at time 0; what is left from 1e-6 on moves by less than 1e-6.
-    (want,) = runge_kutta(vp_slope(data), (start,), t, 1e-6, 1000)
+    (want,) = runge_kutta(vp_slope(data), (start,), t, 1e-6, 300)
 
     def error(steps: int) -> float:
         net = NoiseNet(data, continuous_signal)
-        purifier = vpsde.diffpure_ode(
-            net, t_star=LEVEL, steps=steps, clamp_output=False, forward="continuous"
+        purifier = DiffPure(
+            net, t_star=LEVEL, steps=steps, clamp_output=False, forward="continuous", ode=True
         )
         return distance(purifier, x, want)
 
@@ -95,45 +99,114 @@ def test_the_ode_of_diffpure_keeps_standard_scores_of_gaussian_data() -> None:
 
     def error(steps: int) -> float:
         net = NoiseNet(DATA, continuous_signal)
-        purifier = vpsde.diffpure_ode(
-            net, t_star=LEVEL, steps=steps, clamp_output=False, forward="continuous"
+        purifier = DiffPure(
+            net, t_star=LEVEL, steps=steps, clamp_output=False, forward="continuous", ode=True
         )
         return distance(purifier, x, want)
 
     assert orders(error, [128, 256, 512]) == pytest.approx([2, 2], abs=0.2)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "gradual"])
-def test_ddim_has_order_one(sampler: str) -> None:
-    """Its limit is the probability flow in the logarithm of the signal, which its grid follows."""
-    data, x = mixture(), two_pixels()
-    top = -log(discrete_signal(LEVEL))
-    start = discrete_signal(LEVEL) ** 0.5 * (2 * x - 1)
-    start = start + (1 - discrete_signal(LEVEL)) ** 0.5 * tape().normal(FORWARD, 0, x)
+def signal_slope(data: Mixture) -> Callable[[float, State], State]:
+    """The same flow by the depth -log(signal), which the grids of integer levels follow."""
 
     def slope(depth: float, state: State) -> State:
         (z,), a = state, exp(-depth)
         score = (a**0.5 * data.expected(z, a, 1 - a) - z) / (1 - a)
         return (-0.5 * z - 0.5 * score,)
 
+    return slope
+
+
+@pytest.mark.parametrize("name", ["ddim", "gradual"])
+def test_ddim_has_order_one(name: str) -> None:
+    """Its limit is the probability flow in the logarithm of the signal, which its grid follows."""
+    data, x = mixture(), two_pixels()
+    top = -log(discrete_signal(LEVEL))
+    start = discrete_signal(LEVEL) ** 0.5 * (2 * x - 1)
+    start = start + (1 - discrete_signal(LEVEL)) ** 0.5 * tape().normal(FORWARD, 0, x)
     # The score is not defined at depth 0; what is left from 1e-6 on moves by less than 1e-6.
-    (want,) = runge_kutta(slope, (start,), top, 1e-6, 1000)
+    (want,) = runge_kutta(signal_slope(data), (start,), top, 1e-6, 300)
 
     def error(steps: int) -> float:
         net = NoiseNet(data, discrete_signal)
         purifier: Purifier
-        if sampler == "ddim":
-            purifier = ddpm.ddim(net, t_star=LEVEL, steps=steps, **RAW)
+        if name == "ddim":
+            purifier = DDIM(net, t_star=LEVEL, steps=steps, **RAW)
         else:
             stages = [{"t_star": LEVEL, "steps": steps, "times": 1}]
-            purifier = gradual.gradual(net, stages=stages, eta=0.0, clamp_output=False)
+            purifier = Gradual(net, stages=stages, eta=0.0, clamp_output=False)
         return distance(purifier, x, want)
 
     assert orders(error, [128, 256, 512]) == pytest.approx([2, 2], abs=0.2)
 
 
+def after_half_way(name: str, steps: int, x: Tensor, data: Mixture) -> Tensor:
+    """Where a sampler that begins at level 512 is at level 256."""
+    purifier = sampler(name, NoiseNet(data, discrete_signal), t_star=512, steps=steps, **RAW)
+    with memory.recording() as states:
+        purifier(x, tape())
+    (found,) = [state.reverse for state in states if state.level == 256]
+    return found
+
+
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpm-solver", 2)])
+def test_the_order_between_two_noise_levels(name: str, order: int) -> None:
+    """The error at level 256 falls as steps^-1 and as steps^-2, the first of which is DDIM's."""
+    data, x = mixture(), two_pixels()
+    top, half = discrete_signal(512), discrete_signal(256)
+    start = top**0.5 * (2 * x - 1) + (1 - top) ** 0.5 * tape().normal(FORWARD, 0, x)
+    (want,) = runge_kutta(signal_slope(data), (start,), -log(top), -log(half), 100)
+
+    def error(steps: int) -> float:
+        return float((after_half_way(name, steps, x, data) - want).abs().max())
+
+    exponents = [log2(ratio) for ratio in orders(error, [16, 32, 64])]
+    assert exponents == pytest.approx([order] * 2, abs=0.05)
+
+
+def test_dpm_solver_begins_and_ends_with_ddim() -> None:
+    """Its first step, and all of it where there is one step alone."""
+    data, x = mixture(), two_pixels()
+    torch.testing.assert_close(
+        after_half_way("dpm-solver", 2, x, data), after_half_way("ddim", 2, x, data)
+    )
+    one, other = (
+        sampler(name, NoiseNet(data, discrete_signal), t_star=LEVEL, steps=1, **RAW)(x, tape())
+        for name in ("dpm-solver", "ddim")
+    )
+    torch.testing.assert_close(one, other)
+
+
+def test_two_steps_of_dpm_solver() -> None:
+    """Lu et al. 2022, algorithm 2, lines 5 to 9, by hand; the last step is the prediction."""
+    data, x = mixture(), two_pixels()
+    net = NoiseNet(data, discrete_signal)
+    with memory.recording() as states:
+        sampler("dpm-solver", net, t_star=60, steps=3, **RAW)(x, tape())
+    alpha = {t: discrete_signal(t) ** 0.5 for t in (60, 40, 20)}
+    sigma = {t: (1 - discrete_signal(t)) ** 0.5 for t in alpha}
+    lam = {t: log(alpha[t] / sigma[t]) for t in alpha}
+
+    def predicted(z: Tensor, t: int) -> Tensor:
+        eps = net(z, torch.full((4,), t - 1.0, dtype=F64))
+        image: Tensor = (z - sigma[t] * eps) / alpha[t]
+        return image
+
+    z0 = alpha[60] * (2 * x - 1) + sigma[60] * tape().normal(FORWARD, 0, x)
+    first = predicted(z0, 60)
+    h1, h2 = lam[40] - lam[60], lam[20] - lam[40]
+    z1 = sigma[40] / sigma[60] * z0 - alpha[40] * (exp(-h1) - 1) * first
+    torch.testing.assert_close(states[0].reverse, z1, rtol=1e-10, atol=1e-10)
+    second, r = predicted(z1, 40), h1 / h2
+    image = (1 + 1 / (2 * r)) * second - 1 / (2 * r) * first
+    z2 = sigma[20] / sigma[40] * z1 - alpha[20] * (exp(-h2) - 1) * image
+    torch.testing.assert_close(states[1].reverse, z2, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(states[2].reverse, predicted(z2, 20), rtol=1e-10, atol=1e-10)
+
+
 HIGH, LOW = 2.0, 0.1
-EDM: dict[str, Any] = {"sigma_max": HIGH, "sigma_min": LOW, "rho": 7.0, "clamp_output": False}
+KARRAS: dict[str, Any] = {"sigma_max": HIGH, "sigma_min": LOW, "rho": 7.0, "clamp_output": False}
 
 
 @pytest.mark.parametrize(("solver", "shrinks"), [("euler", 2), ("heun", 4)])
@@ -148,7 +221,7 @@ def test_the_solvers_of_edm_have_their_orders(kind: str, solver: Solver, shrinks
             (z,) = state
             return ((z - data.expected(z, 1.0, sigma**2)) / sigma,)
 
-        (lowest,) = runge_kutta(slope, (start,), HIGH, LOW, 1000)
+        (lowest,) = runge_kutta(slope, (start,), HIGH, LOW, 200)
     else:
         ratio = ((VARIANCE + LOW**2) / (VARIANCE + HIGH**2)) ** 0.5
         lowest = MEAN + ratio * (start - MEAN)
@@ -156,7 +229,7 @@ def test_the_solvers_of_edm_have_their_orders(kind: str, solver: Solver, shrinks
 
     def error(steps: int) -> float:
         net = ImageNet(data)
-        return distance(edm.edm_ode(net, steps=steps, solver=solver, **EDM), x, want)
+        return distance(EDM(net, steps=steps, solver=solver, **KARRAS), x, want)
 
     # The grid has one interval less than steps.
     counts = [33, 65, 129] if solver == "euler" else [17, 33, 65]
@@ -189,9 +262,7 @@ def test_the_sde_of_diffpure_has_weak_order_one() -> None:
 
     def errors(steps: int) -> tuple[float, float]:
         net = NoiseNet(gaussian(MEAN, width), continuous_signal)
-        purifier = vpsde.diffpure(
-            net, t_star=256, steps=steps, clamp_output=False, forward="continuous"
-        )
+        purifier = DiffPure(net, t_star=256, steps=steps, clamp_output=False, forward="continuous")
         return worst(moments(purifier, x), (mean, variance))
 
     for ratios in each_order(errors, [64, 128, 256]):
@@ -211,13 +282,13 @@ def test_the_sde_of_edm_has_weak_order_one() -> None:
         return rate * away, 2 * rate * variance + 2 * churn * (size * sigma) ** 2
 
     begin = (2 * x - 1)[0] - MEAN
-    away, variance = runge_kutta(slope, (begin, torch.full_like(begin, HIGH**2)), 0.0, 1.0, 1000)
+    away, variance = runge_kutta(slope, (begin, torch.full_like(begin, HIGH**2)), 0.0, 1.0, 200)
     last = VARIANCE / (VARIANCE + LOW**2)
     want = MEAN + last * away, last**2 * variance
 
     def errors(steps: int) -> tuple[float, float]:
         noise: dict[str, Any] = {"s_churn": churn, "s_min": 0.0, "s_max": 100.0, "s_noise": size}
-        purifier = edm.edm_sde(ImageNet(DATA), steps=steps, solver="heun", **EDM, **noise)
+        purifier = EDM(ImageNet(DATA), steps=steps, solver="heun", **KARRAS, **noise)
         return worst(moments(purifier, x), want)
 
     for ratios in each_order(errors, [65, 129, 257]):
@@ -251,7 +322,7 @@ def limit(
         return -moves, -grows
 
     begin = top**0.5 * mean, top * variance + 1 - top
-    ended = runge_kutta(slope, begin, -log(top), 0.0, 500)
+    ended = runge_kutta(slope, begin, -log(top), 0.0, 200)
     return ended[0], ended[1]
 
 
@@ -280,7 +351,7 @@ def test_generalised_ddim_has_weak_order_one(eta: float) -> None:
             {"t_star": 384, "steps": steps, "times": 1},
         ]
         net = NoiseNet(DATA, discrete_signal)
-        purifier = gradual.gradual(net, stages=stages, eta=eta, clamp_output=False)
+        purifier = Gradual(net, stages=stages, eta=eta, clamp_output=False)
         return worst(moments(purifier, x), want)
 
     mean_ratios, variance_ratios = each_order(errors, [32, 64, 128])
@@ -294,13 +365,11 @@ def test_generalised_ddim_has_weak_order_one(eta: float) -> None:
 PULL = 0.7
 
 
-def gdmp(steps: int, **changes: Any) -> guided.GDMP:
+def gdmp(steps: int, **changes: Any) -> GDMP:
     """Guided by the mean squared error of two pixels."""
     options = {"variance": "large", "noisy_target": False, "iterations": 2, "scale": 2 * PULL}
     net = NoiseNet(DATA, discrete_signal)
-    return guided.gdmp(
-        net, distance="mse", window=3, t_star=256, steps=steps, **RAW, **{**options, **changes}
-    )
+    return GDMP(net, distance="mse", t_star=256, steps=steps, **RAW, **{**options, **changes})
 
 
 @pytest.mark.parametrize("variance", ["large", "small"])

@@ -11,8 +11,8 @@ from dbp_bench.checks.conformance import CHECKS, fault
 from dbp_bench.defense import Defense
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, REVERSE, Tape
-from dbp_bench.purifiers.edm import EDM, edm_ode, edm_sde
-from toys import CachedTape, Silent, Small, normal, uniform
+from dbp_bench.purifiers.edm import EDM
+from toys import LoggedNoise, Silent, Small, normal, uniform
 
 GRID: dict[str, Any] = {"sigma_max": 0.5, "sigma_min": 0.002, "rho": 7.0, "steps": 50}
 ODE: dict[str, Any] = {**GRID, "solver": "heun", "clamp_output": True}
@@ -40,12 +40,11 @@ def karras(i: int, n: int = 50) -> float:
 
 
 def test_the_grid_is_that_of_equation_5() -> None:
-    grid = edm_ode(network(), **ODE).grid()
-    assert len(grid) == 50
-    assert [sigma for sigma, _ in grid] == pytest.approx([karras(i) for i in range(50)], rel=1e-12)
-    assert [to for _, to in grid[:-1]] == [sigma for sigma, _ in grid[1:]]
-    assert grid[0][0] == 0.5
-    assert grid[-1][1] == 0
+    levels = EDM(network(), **ODE).levels()
+    assert len(levels) == 51
+    assert levels[:0:-1] == pytest.approx([karras(i) for i in range(50)], rel=1e-12)
+    assert levels[50] == 0.5
+    assert levels[0] == 0
 
 
 @pytest.mark.parametrize(("solver", "calls"), [("heun", 99), ("euler", 50)])
@@ -53,7 +52,7 @@ def test_the_grid_is_that_of_equation_5() -> None:
 def test_network_calls(solver: str, calls: int, churned: bool) -> None:
     net = network()
     options = {**(SDE if churned else ODE), "solver": solver}
-    purifier = (edm_sde if churned else edm_ode)(net, **options)
+    purifier = EDM(net, **options)
     defense = Defense(purifier, Small().double(), [net])
     defense.logits(images(), tape())
     assert defense.counter.images == 3 * calls
@@ -62,7 +61,7 @@ def test_network_calls(solver: str, calls: int, churned: bool) -> None:
 
 def test_noise_is_drawn_at_the_steps_within_the_limits_alone() -> None:
     """At 0.5, above S_max, and below S_min there is none: sites say so, and so do the addresses."""
-    purifier, noise = edm_sde(network(), **SDE), CachedTape(tape())
+    purifier, noise = EDM(network(), **SDE), LoggedNoise(tape())
     purifier(images(), noise)
     churned = [i for i in range(50) if 0.01 <= karras(i) <= 0.46]
     assert 0 not in churned
@@ -70,8 +69,8 @@ def test_noise_is_drawn_at_the_steps_within_the_limits_alone() -> None:
     drawn = [(site, step) for site, step, _ in noise.log]
     assert drawn == [(FORWARD, 0), *((REVERSE, i) for i in churned)]
     assert purifier.sites == {FORWARD, REVERSE}
-    noise = CachedTape(tape())
-    quiet = edm_ode(network(), **ODE)
+    noise = LoggedNoise(tape())
+    quiet = EDM(network(), **ODE)
     quiet(images(), noise)
     assert [(site, step) for site, step, _ in noise.log] == [(FORWARD, 0)]
     assert quiet.sites == {FORWARD}
@@ -86,7 +85,7 @@ def test_the_noise_is_not_scaled_with_the_image() -> None:
             return torch.zeros_like(z)
 
     x = images()
-    edm_ode(First(), **ODE)(x, tape())
+    EDM(First(), **ODE)(x, tape())
     want = 2 * x - 1 + 0.5 * tape().normal(FORWARD, 0, x)
     torch.testing.assert_close(seen[0], want, rtol=1e-12, atol=1e-12)
 
@@ -95,9 +94,9 @@ def test_two_steps_of_algorithm_2() -> None:
     """From 0.5 to the lowest level with Heun's correction, and from there to 0 without."""
     net = network()
     options = {**SDE, "steps": 2, "s_max": 1.0, "s_min": 0.0, "s_churn": 0.3, "clamp_output": False}
-    noise = CachedTape(tape())
+    noise = LoggedNoise(tape())
     x = images()
-    got = 2 * edm_sde(net, **options)(x, noise) - 1
+    got = 2 * EDM(net, **options)(x, noise) - 1
     drawn = {(site, step): n for site, step, n in noise.log}
     z = 2 * x - 1 + 0.5 * drawn[FORWARD, 0]
     for i, (t, after) in enumerate([(0.5, 0.002), (0.002, 0.0)]):
@@ -114,7 +113,7 @@ def test_two_steps_of_algorithm_2() -> None:
 
 def test_the_growth_of_a_level_has_a_limit() -> None:
     """Algorithm 2, line 4: sqrt(2) - 1 at most, however much is to be churned."""
-    purifier = edm_sde(network(), **{**SDE, "s_churn": 1000.0})
+    purifier = EDM(network(), **{**SDE, "s_churn": 1000.0})
     purifier(images(), Silent())
     net = purifier.denoiser
     assert isinstance(net, ImageNet)
@@ -123,7 +122,7 @@ def test_the_growth_of_a_level_has_a_limit() -> None:
 
 def test_one_step_is_the_denoised_image() -> None:
     net, x = network(), images()
-    got = edm_ode(net, **{**ODE, "steps": 1, "clamp_output": False})(x, tape())
+    got = EDM(net, **{**ODE, "steps": 1, "clamp_output": False})(x, tape())
     z = 2 * x - 1 + 0.5 * tape().normal(FORWARD, 0, x)
     want = (net(z, torch.full((3,), 0.5, dtype=F64)) + 1) / 2
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -138,7 +137,7 @@ def curved() -> ImageNet:
 def test_it_conforms(title: str, churned: bool) -> None:
     options = {**(SDE if churned else ODE), "steps": 5, "clamp_output": False}
     net = curved()
-    purifier = (edm_sde if churned else edm_ode)(net, **options)
+    purifier = EDM(net, **options)
     defense = Defense(purifier, Small().double(), [net])
     assert fault(CHECKS[title], defense, images()) is None
 
@@ -151,22 +150,16 @@ def test_it_conforms(title: str, churned: bool) -> None:
         ({"sigma_min": 0.0}, "sigma_min: 0.0 is not above 0"),
         ({"sigma_min": 0.6}, "sigma_min: 0.6 is not above 0 and below sigma_max = 0.5"),
         ({"s_noise": 0.0}, "s_noise: 0.0 is not positive"),
-        ({"s_churn": 0.0}, r"s_churn: 0.0 at levels 0.01 ... 0.46 adds noise at no step; use edm_"),
+        ({"s_churn": 0.0}, r"s_churn: 0.0 at levels 0.01 ... 0.46 adds noise at no step; leave"),
         ({"s_min": 0.47}, "adds noise at no step"),
     ],
 )
 def test_options_that_cannot_be_right(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(BadEntry, match=message):
-        edm_sde(network(), **{**SDE, **changes})
+        EDM(network(), **{**SDE, **changes})
 
 
-def test_factories_pass_their_options_on() -> None:
-    made = edm_sde(network(), **SDE)
-    assert isinstance(made, EDM)
-    assert (made.sigma_max, made.sigma_min, made.rho, made.steps) == (0.5, 0.002, 7.0, 50)
-    churn = made.churn
-    assert (churn.s_churn, churn.s_min, churn.s_max, churn.s_noise) == (6.0, 0.01, 0.46, 1.007)
-    assert made.solver == "heun"
-    assert made.clamp_output
+def test_the_output_is_clamped_on_request() -> None:
     x = 4 * images() - 1.5
-    assert float(made(x, tape()).max()) <= 1
+    assert float(EDM(network(), **SDE)(x, tape()).max()) <= 1
+    assert float(EDM(network(), **{**SDE, "clamp_output": False})(x, tape()).max()) > 1

@@ -11,8 +11,8 @@ from dbp_bench.checks.conformance import CHECKS, fault
 from dbp_bench.defense import Defense, Purifier
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site, Tape
-from dbp_bench.purifiers.gradual import gradual
-from toys import CachedTape, Small, discrete_signal, normal, sampler, uniform
+from dbp_bench.purifiers.gradual import Gradual
+from toys import LoggedNoise, Small, discrete_signal, normal, sampler, uniform
 
 Stages = list[dict[str, int]]
 
@@ -22,11 +22,10 @@ def stages(*rows: tuple[int, int, int]) -> Stages:
 
 
 PUBLISHED: dict[str, tuple[Stages, int]] = {
-    "cifar": (stages((30, 30, 4), (50, 50, 2), (125, 125, 2)), 470),
-    "imagenet": (stages((30, 30, 4), (50, 50, 2), (200, 200, 2)), 620),
     "svhn": (stages((30, 30, 4), (50, 50, 2), (80, 80, 2)), 380),
-    "cifar surrogate": (stages((30, 1, 1), (50, 1, 1), (125, 5, 1)), 7),
+    "surrogate": (stages((30, 1, 1), (50, 1, 1), (125, 5, 1)), 7),
 }
+"""Those of CIFAR-10 and ImageNet are entries: their calls are counted with the entries'."""
 
 
 def images(n: int = 3) -> Tensor:
@@ -42,19 +41,18 @@ def network() -> NoiseNet:
 
 
 def made(rows: Stages, net: NoiseNet | None = None, eta: float = 1.0) -> Purifier:
-    return gradual(net or network(), stages=rows, eta=eta, clamp_output=False)
+    return Gradual(net or network(), stages=rows, eta=eta, clamp_output=False)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_calls_and_integer_grids(name: str) -> None:
     """The grid n-1, 2n-1, ..., T-1 of 0-based steps, downwards, once for each time."""
     rows, calls = PUBLISHED[name]
-    net, noise = network(), CachedTape(tape())
-    purifier = gradual(net, stages=rows, eta=1.0, clamp_output=False)
+    net, noise = network(), LoggedNoise(tape())
+    purifier = Gradual(net, stages=rows, eta=1.0, clamp_output=False)
     defense = Defense(purifier, Small().double(), [net])
     defense.logits(images(), noise)
     assert defense.counter.images == 3 * calls
-    assert purifier.calls == calls
     want = []
     for row in rows:
         n = row["t_star"] // row["steps"]
@@ -78,7 +76,7 @@ def test_every_run_begins_at_the_level_of_its_noise() -> None:
 
     x = images()
     net = Keep(gaussian(0.2, 0.09), discrete_signal)
-    gradual(net, stages=stages((30, 30, 1)), eta=1.0, clamp_output=False)(x, tape())
+    Gradual(net, stages=stages((30, 30, 1)), eta=1.0, clamp_output=False)(x, tape())
     a = discrete_signal(30)
     want = a**0.5 * (2 * x - 1) + (1 - a) ** 0.5 * tape().normal(FORWARD, 0, x)
     torch.testing.assert_close(seen[0], want, rtol=1e-12, atol=1e-12)
@@ -87,7 +85,7 @@ def test_every_run_begins_at_the_level_of_its_noise() -> None:
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_one_step(eta: float) -> None:
     """Song et al. 2021, equations 12 and 16, from index 124 to index 99."""
-    net, noise, x = network(), CachedTape(tape()), images()
+    net, noise, x = network(), LoggedNoise(tape()), images()
     seen: list[Tensor] = []
     net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     made(stages((125, 5, 1)), net, eta)(x, noise)

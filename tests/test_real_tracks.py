@@ -23,8 +23,7 @@ from dbp_bench.entries.registry import OWN_CLASSIFIER, CheckpointRef, Registry, 
 from dbp_bench.errors import BadWeights
 from dbp_bench.networks import adm, ho, songunet, wrn
 from dbp_bench.noise import Tape
-from dbp_bench.purifiers.edm import edm_ode
-from dbp_bench.purifiers.gradual import gradual
+from dbp_bench.purifiers.edm import EDM
 from dbp_bench.purifiers.guided import published_scale
 from dbp_bench.purifiers.resize import Resized
 from dbp_bench.purifiers.schedule import Schedule
@@ -148,12 +147,6 @@ def test_the_entry_makes_as_many_calls_as_published(
     assert bool(purified.isfinite().all())
     want: Any = CALLS[name]
     assert network.count * built.votes == (want[track] if isinstance(want, dict) else want)
-
-
-def test_gradual_noise_scheduling_on_svhn_takes_380_calls() -> None:
-    stages = [(30, 30, 4), (50, 50, 2), (80, 80, 2)]
-    tables = [{"t_star": t, "steps": n, "times": k} for t, n, k in stages]
-    assert gradual(Counting(3), stages=tables, eta=1.0, clamp_output=False).calls == 380
 
 
 @pytest.mark.parametrize(
@@ -647,7 +640,7 @@ def test_the_automatic_policy_needs_no_room_for_all_steps(monkeypatch: pytest.Mo
 def test_the_states_of_edm_are_those_of_its_levels() -> None:
     """With a network that knows the image, the reverse process is the forward process."""
     images = uniform(1, 3, 8, 8, seed=3).double()
-    purifier = edm_ode(
+    purifier = EDM(
         lambda z, sigma: 2 * images - 1,
         sigma_max=0.5,
         sigma_min=0.002,

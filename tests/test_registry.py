@@ -298,7 +298,7 @@ def build(tmp_path: Path, *, trust: bool = False, **changes: Any) -> Any:
         "title": "Toy",
         "kind": "control",
         "paper": None,
-        "factory": "dbp_bench.purifiers.controls:noise_only",
+        "factory": "dbp_bench.purifiers.controls:NoiseOnly",
         "sites": ["forward"],
         "settings": [
             {

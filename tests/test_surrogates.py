@@ -12,7 +12,7 @@ from dbp_bench.checks.gradients import check, differentiated, request
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadEntry, BadRequest
 from dbp_bench.noise import Tape
-from dbp_bench.purifiers.gradual import Gradual, Stage
+from dbp_bench.purifiers.gradual import Gradual
 from dbp_bench.purifiers.resize import Resized
 from dbp_bench.result import Result
 from dbp_bench.runs.execute import execute
@@ -21,14 +21,14 @@ from own_entries import folder
 from toys import uniform
 
 DECLARED = {"gradient": "declared-surrogate"}
-STAGES = [{"t_star": 30, "steps": 3, "times": 2}, {"t_star": 60, "steps": 4, "times": 1}]
+STAGES = [{"t_star": 30, "steps": 2, "times": 2}, {"t_star": 60, "steps": 3, "times": 1}]
 SHORT = [{"t_star": 30, "steps": 1, "times": 1}, {"t_star": 60, "steps": 2, "times": 1}]
 ENTRY = yaml.safe_load(
     """
 title: Gradual
 kind: defense
 paper: https://arxiv.org/abs/2303.09051
-factory: dbp_bench.purifiers.gradual:gradual
+factory: dbp_bench.purifiers.gradual:Gradual
 sites: [forward, reverse]
 settings:
   - tracks: [digits-linf]
@@ -56,7 +56,7 @@ def entries(path: Path, **setting: Any) -> Registry:
 
 
 def job(registry: Registry, effort: dict[str, Any], defense: str = "mine") -> Job:
-    overrides = Overrides({"steps": 1, "eot": 1, **effort}, examples=4, batch_size=4)
+    overrides = Overrides({"steps": 1, "eot": 1, **effort}, draws=2, examples=4, batch_size=4)
     return resolve(
         registry, "digits-linf", defense, "eot", seed=0, device="cpu", overrides=overrides
     )
@@ -69,7 +69,7 @@ def test_what_is_attacked_is_the_surrogate_that_is_declared(tmp_path: Path) -> N
     searched = differentiated(registry, defense, track, judged, DECLARED)
     for made, stages, votes in ((judged, STAGES, 3), (searched, SHORT, 1)):
         assert isinstance(made.purifier, Gradual)
-        assert made.purifier.stages == [Stage(**stage) for stage in stages]
+        assert made.purifier.stages == stages
         assert made.votes == votes
     assert isinstance(searched.purifier, Gradual)
     assert searched.purifier.eta == 1
@@ -94,8 +94,8 @@ def test_a_run_records_it_and_nothing_where_none_is_used(tmp_path: Path) -> None
     assert result.effort["gradient"] == "declared-surrogate"
     assert result.effort["surrogate_steps"] is None
     (exact, short) = calls.values()
-    assert exact.per_purification == short.per_purification == 3 * (3 + 3 + 4)
-    assert (exact.gradient, short.gradient) == (4 * 30, 4 * 3)
+    assert exact.per_purification == short.per_purification == 3 * (2 + 2 + 3)
+    assert (exact.gradient, short.gradient) == (4 * 21, 4 * 3)
     assert result.gradient_check is not None
     assert all(c is not None and c < 0.999 for c in result.gradient_check.cosine)
 

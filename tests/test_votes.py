@@ -28,11 +28,11 @@ from toys import (
     Echo,
     GaussianDenoiser,
     Linear,
+    LoggedNoise,
     Made,
     MixtureDenoiser,
     Noisy,
     Recorder,
-    CachedTape,
     Small,
     distinct,
     normal,
@@ -145,12 +145,12 @@ def test_a_number_of_votes_that_cannot_be(votes: int) -> None:
 
 
 def test_each_vote_has_noise_of_its_own_and_the_first_that_of_no_vote() -> None:
-    x, noise = uniform(3, 1, 2, 2), CachedTape(tape(3))
+    x, noise = uniform(3, 1, 2, 2), LoggedNoise(tape(3))
     Defense(Noisy(1, 1), Small(), votes=4).logits(x, noise)
     steps = [step for site, step, _ in noise.log if site == REVERSE]
     assert steps == [0, STEPS_PER_VOTE, 2 * STEPS_PER_VOTE, 3 * STEPS_PER_VOTE]
     assert distinct(torch.cat([drawn for _, _, drawn in noise.log])) == 3 * 4 * 2
-    plain = CachedTape(tape(3))
+    plain = LoggedNoise(tape(3))
     Defense(Noisy(1, 1), Small()).logits(x, plain)
     for (site, step, one), (other, number, two) in zip(plain.log, noise.log[:2], strict=True):
         assert (site, step) == (other, number)
@@ -212,7 +212,7 @@ def test_a_vote_without_steps_of_its_own_would_not_conform() -> None:
     x = uniform(3, 1, 4, 4)
 
     class Again(Defense):
-        def _ballots(self, images: Tensor, noise: Noise) -> Tensor:
+        def _votes(self, images: Tensor, noise: Noise) -> Tensor:
             return torch.stack([self.classifier(self.purifier(images, noise)) for _ in "12"], 1)
 
     found = fault(CHECKS["asks for each draw once"], Again(Noisy(1, 1), Small(), votes=2), x)
@@ -289,7 +289,7 @@ def test_bpda_votes_as_often_as_the_defense(tmp_path: Path) -> None:
 
 def entries(path: Path, **setting: Any) -> tuple[Registry, Any]:
     """A registry with the defense `voter`, forward noise on the digits."""
-    table = toy_defense("dbp_bench.purifiers.controls:noise_only", ["forward"])
+    table = toy_defense("dbp_bench.purifiers.controls:NoiseOnly", ["forward"])
     table["settings"][0]["options"] = {"t_star": 400, "clamp_output": False}
     table["settings"][0] |= setting
     registry = Registry([folder(path, defenses={"voter": table})])

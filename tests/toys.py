@@ -14,6 +14,7 @@ from dbp_bench.defense import Denoiser
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site, Tape, seeded
 from dbp_bench.purifiers.ddpm import DDIM, DDPM
+from dbp_bench.purifiers.dpm_solver import DPMSolver
 from dbp_bench.purifiers.guided import GDMP, mse_gradient, ssim_gradient
 from dbp_bench.purifiers.vpsde import DiffPure
 
@@ -183,7 +184,7 @@ class MixtureDenoiser(nn.Module):
 
 
 class Recorder(nn.Module):
-    """A denoiser that remembers its inputs, with the step as a number."""
+    """A denoiser that keeps its inputs, with the step as a number."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
@@ -229,23 +230,33 @@ class Made:
         return self.run(images, noise)
 
 
+@dataclass(frozen=True)
+class GuidedBy(GDMP):
+    """GDMP whose guidance is another function of state and target."""
+
+    distance_gradient: Callable[[Tensor, Tensor], Tensor] = mse_gradient  # type: ignore[assignment]
+
+
 class Small4(NamedTuple):
-    """The options that the four samplers share, small."""
+    """The options that all samplers share, small."""
 
     t_star: int = 60
     steps: int = 4
 
 
-def sampler(name: str, denoiser: Denoiser, **changes: Any) -> DDPM | DDIM | DiffPure | GDMP:
+def sampler(
+    name: str, denoiser: Denoiser, **changes: Any
+) -> DDPM | DDIM | DPMSolver | DiffPure | GDMP:
     """The sampler called `name`, at small size, with some options changed."""
     kinds: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         "ddpm": (DDPM, {"variance": "large", "clip_x0": True}),
         "ddim": (DDIM, {"clip_x0": True}),
+        "dpm-solver": (DPMSolver, {"clip_x0": True}),
         "diffpure": (DiffPure, {}),
         "gdmp": (
             GDMP,
             {
-                "distance_gradient": mse_gradient,
+                "distance": "mse",
                 "iterations": 2,
                 "scale": 200.0,
                 "noisy_target": True,
@@ -255,11 +266,13 @@ def sampler(name: str, denoiser: Denoiser, **changes: Any) -> DDPM | DDIM | Diff
         ),
     }
     make, options = kinds[name]
+    if "distance_gradient" in changes:
+        make = GuidedBy
     options = {**Small4()._asdict(), **options, "clamp_output": True, **changes}
     return make(denoiser, **options)  # type: ignore[no-any-return]
 
 
-SAMPLERS = ["ddpm", "ddim", "diffpure", "gdmp"]
+SAMPLERS = ["ddpm", "ddim", "dpm-solver", "diffpure", "gdmp"]
 
 
 def ssim(z: Tensor, target: Tensor) -> Tensor:
@@ -291,7 +304,7 @@ class Impulse:
 
 
 @dataclass
-class CachedTape:
+class LoggedNoise:
     """The draws of a tape, and a list of what was asked for and given."""
 
     tape: Tape

@@ -45,7 +45,7 @@ NO_MAJORITY = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Ballot:
+class VoteNoise:
     """The noise of one vote: each vote has a range of step numbers of its own.
 
     The numbers go to whatever noise there is, so that each vote is drawn, revealed and guessed like
@@ -56,7 +56,7 @@ class Ballot:
     vote: int
 
     def normal(self, site: Site, step: int, like: Tensor) -> Tensor:
-        """Standard normal noise like `like`, of this vote."""
+        """Standard normal noise like `like`, for this vote."""
         return self.noise.normal(site, self.vote * STEPS_PER_VOTE + step, like)
 
 
@@ -98,8 +98,8 @@ class Defense:
         self.votes = votes
         self.counter = CallCounter()
         self.policy = policy
-        self._row_bytes: int | None = None
-        self._row_limit: int | None = None
+        self._image_bytes: int | None = None
+        self._image_limit: int | None = None
         self.networks = list(networks)
         for network in [classifier, *self.networks]:
             network.eval().requires_grad_(False)
@@ -119,7 +119,7 @@ class Defense:
     def logits(self, images: Tensor, noise: Noise) -> Tensor:
         """Logits ``(b, k)`` for `images` ``(b, c, h, w)`` in [0, 1].
 
-        Of several votes, the logarithms of the mean probabilities.
+        With several votes they are the logarithms of the mean probabilities.
         """
         with memory.checkpointing(self._by_step(images), self.counter):
             return self._logits(images, noise)
@@ -131,16 +131,16 @@ class Defense:
             AttackFailed: A logit is not finite.
         """
         if self.votes == 1:
-            ballots = self.logits(images, noise)[:, None]
+            votes = self.logits(images, noise)[:, None]
         else:
             with memory.checkpointing(self._by_step(images), self.counter):
-                ballots = self._ballots(images, noise)
-        if not bool(ballots.isfinite().all()):
+                votes = self._votes(images, noise)
+        if not bool(votes.isfinite().all()):
             raise AttackFailed("the defense returned logits that are not finite (NaN or infinite).")
-        named = ballots.argmax(2)
+        named = votes.argmax(2)
         if self.votes == 1:
             return named[:, 0]
-        counts = F.one_hot(named, ballots.shape[2]).sum(1)
+        counts = F.one_hot(named, votes.shape[2]).sum(1)
         most, winner = counts.max(1)
         tied = (counts == most[:, None]).sum(1) > 1
         return winner.masked_fill(tied, NO_MAJORITY)
@@ -148,20 +148,21 @@ class Defense:
     def _logits(self, images: Tensor, noise: Noise) -> Tensor:
         if self.votes == 1:
             return self.classifier(self.purifier(images, noise))  # type: ignore[no-any-return]
-        return self._ballots(images, noise).log_softmax(2).logsumexp(1) - log(self.votes)
+        return self._votes(images, noise).log_softmax(2).logsumexp(1) - log(self.votes)
 
-    def _ballots(self, images: Tensor, noise: Noise) -> Tensor:
+    def _votes(self, images: Tensor, noise: Noise) -> Tensor:
         """Logits ``(b, votes, k)`` of each vote."""
-        ballots = [Ballot(noise, vote) for vote in range(self.votes)]
-        return torch.stack([self.classifier(self.purifier(images, one)) for one in ballots], 1)
+        noises = [VoteNoise(noise, vote) for vote in range(self.votes)]
+        return torch.stack([self.classifier(self.purifier(images, one)) for one in noises], 1)
 
     def activation_bytes(self, image: Tensor, limit: int | None = None) -> int:
         """Bytes kept per image for one gradient when nothing is checkpointed.
 
-        Where they are more than `limit`, some number above; see :func:`memory.activation_bytes`.
+        Where they are more than `limit`, some number above it; see
+        :func:`memory.activation_bytes`.
         """
-        known = self._row_bytes
-        if known is None or (self._row_limit is not None and (limit is None or known <= limit)):
+        known = self._image_bytes
+        if known is None or (self._image_limit is not None and (limit is None or known <= limit)):
             before = self.counter.images
             tape = Tape.make(0, "memory", [0])
             x = image[:1].detach().requires_grad_()
@@ -173,8 +174,8 @@ class Defense:
             with torch.enable_grad():
                 known = memory.activation_bytes(once, limit)
             self.counter.images = before
-            self._row_bytes = known
-            self._row_limit = limit if limit is not None and known > limit else None
+            self._image_bytes = known
+            self._image_limit = limit if limit is not None and known > limit else None
         return known
 
     def _by_step(self, images: Tensor) -> bool:
@@ -198,7 +199,7 @@ class StraightThrough:
 
     @property
     def sites(self) -> frozenset[Site]:
-        """Of the purifier."""
+        """The sites at which the purifier draws noise."""
         return self.purifier.sites
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
@@ -209,7 +210,7 @@ class StraightThrough:
 
 
 class Identity:
-    """No purification: the bare classifier."""
+    """No purification: the base classifier."""
 
     sites: frozenset[Site] = frozenset()
 

@@ -1,11 +1,12 @@
 """What a purification keeps for a gradient, and shows of its way; never what it computes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,8 +39,8 @@ class CallCounter:
             self.paused = False
 
 
-class _Shelf:
-    """Keeps states side by side in a few large buffers.
+class StateBuffer:
+    """Keeps copies of states side by side in a few large buffers.
 
     States that stayed where they were computed, among temporaries of all sizes, would leave holes
     that the C allocator cannot use again: the peak would grow many times as fast as the states.
@@ -54,11 +55,14 @@ class _Shelf:
         buffer = self._buffer
         fits = buffer.shape[1:] == state.shape and buffer.dtype == state.dtype
         if not fits or buffer.device != state.device or self._used == len(buffer):
-            self._buffer, self._used = state.new_empty(SHELF, *state.shape), 0
+            self._buffer, self._used = state.new_empty(STATES_PER_BUFFER, *state.shape), 0
         # .data: a version counter of its own, or the next state would seem to overwrite this one.
         kept = self._buffer[self._used].data
         self._used += 1
         return kept.copy_(state)
+
+
+STATES_PER_BUFFER = 8
 
 
 class State(NamedTuple):
@@ -72,10 +76,7 @@ class State(NamedTuple):
     """``(b, c, h, w)`` in diffusion space: what the step returned."""
 
 
-SHELF = 8
-"""States in one buffer."""
-
-_shelf: ContextVar[_Shelf | None] = ContextVar("shelf of the running defense", default=None)
+_buffer: ContextVar[StateBuffer | None] = ContextVar("buffer of the running defense", default=None)
 _counter: ContextVar[CallCounter | None] = ContextVar(
     "counter of the running defense", default=None
 )
@@ -85,19 +86,20 @@ _states: ContextVar[list[State] | None] = ContextVar("record of the running defe
 @contextmanager
 def checkpointing(by_step: bool, counter: CallCounter) -> Iterator[None]:
     """Run the steps of :func:`step` under this policy, counting calls in `counter`."""
-    tokens = _shelf.set(_Shelf() if by_step else None), _counter.set(counter)
+    tokens = _buffer.set(StateBuffer() if by_step else None), _counter.set(counter)
     try:
         yield
     finally:
-        _shelf.reset(tokens[0])
+        _buffer.reset(tokens[0])
         _counter.reset(tokens[1])
 
 
 @contextmanager
 def recording() -> Iterator[list[State]]:
-    """The states of the reverse steps that run inside, in order, with their graphs.
+    """The states after the reverse steps that run inside, in order, with their graphs.
 
-    Only steps that say their level are among them. What is computed stays the same.
+    Only steps of :func:`descend` that is told the forward process are recorded. What is computed
+    stays the same.
     """
     states: list[State] = []
     token = _states.set(states)
@@ -107,50 +109,83 @@ def recording() -> Iterator[list[State]]:
         _states.reset(token)
 
 
-def step(
-    function: Callable[..., Tensor],
-    state: Tensor,
-    *others: Tensor,
-    level: int | None = None,
-    forward: Callable[[int], Tensor] | None = None,
-) -> Tensor:
-    """``function(state, *others)``, of which the policy `step` keeps only the arguments.
+S = TypeVar("S", Tensor, tuple[Tensor, ...])
+"""The state of a sampler: an image, or an image first and then what a multistep method keeps."""
 
-    `function` must draw its noise from a tape inside: the recomputation then replays it.
+
+def descend(
+    reverse: Callable[..., S],
+    state: S,
+    grid: Iterable[tuple[int, int]],
+    *others: Tensor,
+    forward: Callable[[int], Tensor] | None = None,
+    first: int = 0,
+) -> S:
+    """The last state of a sampler that takes `state` down the noise levels of `grid`.
+
+    The loop of every sampler: each step runs under the policy of the defense, and is recorded.
 
     Args:
-        function: One step of a sampler.
-        state: What the step changes.
-        others: Tensors from outside the step through which a gradient may flow.
-        level: The noise level of what the step returns; None where it has none.
-        forward: The forward process that is undone, by level: its state like `state`. Called only
-            while :func:`recording`.
+        reverse: One step: ``reverse(i, t, s, state, *others)`` is the state at level `s` for
+            `state` at level `t`. It draws its noise inside, at the step number `i`, from a tape: a
+            recomputation then replays it. A tensor that carries a gradient comes as an argument.
+        state: Where the first step begins: ``(b, c, h, w)`` in diffusion space; for a multistep
+            method a tuple of tensors, that image first.
+        grid: The levels (t, s) of each step. Integers; steps left where levels are none.
+        others: Tensors from outside the sampler through which a gradient may flow.
+        forward: The forward process that is undone: its state ``(b, c, h, w)`` at a level. Called
+            only while :func:`recording`.
+        first: The number of the first step.
 
     Raises:
-        ValueError: `function` captured a tensor that carries a gradient, which would be lost; or
-            one of `level` and `forward` is given without the other.
+        ValueError: `reverse` captured a tensor that carries a gradient, which would be lost.
     """
-    if (level is None) != (forward is None):
-        raise ValueError("memory.step: level and forward go together; give both or neither.")
-    out = _step(function, state, *others)
+    for i, (t, s) in enumerate(grid, first):
+        state = _recorded(step(partial(reverse, i, t, s), state, *others), s, forward)
+    return state
+
+
+def _recorded(state: S, level: int, forward: Callable[[int], Tensor] | None) -> S:
+    """`state`, after it has been recorded where somebody asked for that."""
     states = _states.get()
-    if states is None or level is None or forward is None:
-        return out
-    states.append(State(level, forward(level), out))
+    if states is None or forward is None:
+        return state
+    image = state[0] if isinstance(state, tuple) else state
+    states.append(State(level, forward(level), image))
     # An alias: its gradient adds up what comes through later steps before that of the record is
     # added, whatever the policy, so that policies round alike.
-    return out.view_as(out)
+    alias = image.view_as(image)
+    return (alias, *state[1:]) if isinstance(state, tuple) else alias
 
 
-def _step(function: Callable[..., Tensor], state: Tensor, *others: Tensor) -> Tensor:
-    shelf, counter = _shelf.get(), _counter.get()
-    inputs = (state, *others)
-    if shelf is None or not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
-        return function(*inputs)
+def step(function: Callable[..., S], state: S, *others: Tensor) -> S:
+    """``function(state, *others)``, of which the policy `step` keeps only the arguments.
+
+    For what is no descent along a grid; see :func:`descend` for the arguments.
+
+    Raises:
+        ValueError: `function` captured a tensor that carries a gradient, which would be lost.
+    """
+    parts: tuple[Tensor, ...] = state if isinstance(state, tuple) else (state,)
+    inputs = (*parts, *others)
+    buffer, counter = _buffer.get(), _counter.get()
+    if buffer is None or not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+        # Aliases: what a step gives to the gradient of a shared tensor is summed up within the step
+        # first, as it is where the step is recomputed, so that policies round alike.
+        return function(state, *(other.view_as(other) for other in others))
     for name, value in _captured(function):
         if isinstance(value, Tensor) and value.requires_grad:
-            raise ValueError(f"pass {name!r} to memory.step: it carries a gradient.")
-    out: Tensor = _Checkpointed.apply(function, shelf, counter, *inputs)  # type: ignore[no-untyped-call]
+            raise ValueError(
+                f"{name!r} carries a gradient, which a step loses that captures it: give it to "
+                "memory.descend or memory.step as an argument."
+            )
+
+    def flat(*tensors: Tensor) -> S:
+        """`function` of tensors alone, as autograd takes them."""
+        first = tensors[: len(parts)] if isinstance(state, tuple) else tensors[0]
+        return function(first, *tensors[len(parts) :])
+
+    out: S = _Checkpointed.apply(flat, buffer, counter, len(parts), *inputs)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -164,50 +199,59 @@ class _Checkpointed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        function: Callable[..., Tensor],
-        shelf: _Shelf,
+        function: Callable[..., Tensor | tuple[Tensor, ...]],
+        buffer: StateBuffer,
         counter: CallCounter | None,
-        state: Tensor,
-        *others: Tensor,
-    ) -> Tensor:
+        parts: int,
+        *inputs: Tensor,
+    ) -> Tensor | tuple[Tensor, ...]:
         ctx.function, ctx.counter = function, counter
-        ctx.save_for_backward(shelf.keep(state), *others)
-        return function(state, *others)
+        ctx.set_materialize_grads(False)
+        # The first `parts` are the state, which only this step needs; the others are shared.
+        ctx.save_for_backward(*(buffer.keep(part) for part in inputs[:parts]), *inputs[parts:])
+        return function(*inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[3:]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[4:]
         inputs = [
             tensor.detach().requires_grad_(want)
             for tensor, want in zip(ctx.saved_tensors, wanted, strict=True)
         ]
         with torch.enable_grad(), ctx.counter.recomputing() if ctx.counter else nullcontext():
             out = ctx.function(*inputs)
-        found = iter(
-            torch.autograd.grad(
-                out, [t for t in inputs if t.requires_grad], gradient, materialize_grads=True
-            )
+        # What no later step uses has no gradient, and gives none.
+        outs = out if isinstance(out, tuple) else (out,)
+        used = [(o, g) for o, g in zip(outs, gradients, strict=True) if g is not None]
+        found = torch.autograd.grad(
+            [o for o, _ in used],
+            [tensor for tensor in inputs if tensor.requires_grad],
+            [g for _, g in used],
+            allow_unused=True,
         )
-        return (None, None, None, *(next(found) if want else None for want in wanted))
+        given = iter(found)
+        return (None, None, None, None, *(next(given) if want else None for want in wanted))
 
 
-def _captured(function: Callable[..., Tensor]) -> Iterator[tuple[str, object]]:
+def _captured(function: Callable[..., object]) -> Iterator[tuple[str, object]]:
     """Names and values that a function holds beside its arguments."""
+    while isinstance(function, partial):
+        function = function.func
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
     if code is not None and cells is not None:
         yield from zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=True)
 
 
-class _Enough(Exception):
+class _LimitReached(Exception):
     """More is kept than was asked about."""
 
 
 def activation_bytes(function: Callable[[], Tensor], limit: int | None = None) -> int:
     """Bytes that autograd keeps for the backward pass of ``function()``.
 
-    Of one that keeps more than `limit`, some number above: it is left when it gets there, for all
-    of a large network's steps fit in no memory.
+    Where they are more than `limit`, the result is some number above it: the call is left when it
+    gets there, because all steps of a large network fit in no memory.
     """
     seen: dict[int, int] = {}
     total = 0
@@ -219,7 +263,7 @@ def activation_bytes(function: Callable[[], Tensor], limit: int | None = None) -
             total += storage.nbytes() - seen.get(storage.data_ptr(), 0)
             seen[storage.data_ptr()] = storage.nbytes()
         if limit is not None and total > limit:
-            raise _Enough
+            raise _LimitReached
         return tensor
 
     unrecorded = _states.set(None)
@@ -227,7 +271,7 @@ def activation_bytes(function: Callable[[], Tensor], limit: int | None = None) -
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = function()
-    except _Enough:
+    except _LimitReached:
         pass
     finally:
         _states.reset(unrecorded)
@@ -251,5 +295,5 @@ def is_exhausted(error: BaseException) -> bool:
     """Whether `error` is an allocation that failed, on a GPU or on the processor."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # Of the processor, torch has no class.
+    # torch has no class for a failure on the processor.
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

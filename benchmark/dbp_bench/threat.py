@@ -500,7 +500,7 @@ def _usable(states: Sequence[State], rows: int) -> Sequence[State]:
         raise AttackFailed(
             "the purifier shows no states between its noise and its output, one for each image, "
             "that carry a gradient, so no deviation can be attacked: take attack pgd (as in threat "
-            "eot), or give its calls of memory.step a level and a forward process."
+            "eot), or let memory.descend run its steps, with the forward process."
         )
     return states
 

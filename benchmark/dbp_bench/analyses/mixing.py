@@ -6,7 +6,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from dbp_bench.defense import Ballot, Defense, Purifier
+from dbp_bench.defense import Defense, Purifier, VoteNoise
 from dbp_bench.noise import Noise, Site, Tape
 
 
@@ -61,8 +61,8 @@ class PartlyKnown:
         if n % rows and n != 1:
             raise ValueError(f"{n} images for {rows} known draws.")
         known: Noise = self.known[torch.arange(n) * rows // n]
-        if isinstance(noise, Ballot):
-            known = Ballot(known, noise.vote)
+        if isinstance(noise, VoteNoise):
+            known = VoteNoise(known, noise.vote)
         return self.purifier(images, Mixed(known, noise, self.k))
 
 

@@ -293,9 +293,9 @@ def check_checkpointing(defense: Defense, images: Tensor) -> None:
     if not (_same(logits, by_step_logits) and _same(gradient, by_step)):
         raise NotConforming(
             "step checkpointing changes the logits or the gradient: a step does something else "
-            "when it is recomputed. A function given to memory.step must draw its noise inside, at "
-            "a step number that is bound when it is made (def reverse(z, i=i)), and take every "
-            "tensor that carries a gradient as an argument."
+            "when it is recomputed. Let memory.descend number the steps: a step must draw its "
+            "noise inside, at the number that it is given, and take every tensor that carries a "
+            "gradient as an argument."
         )
 
 

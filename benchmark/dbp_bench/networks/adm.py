@@ -18,15 +18,15 @@ class ADM(nn.Module):
     the log-variance of the reverse step is (Nichol and Dhariwal 2021, equation 15).
 
     Args:
-        channels: Times the first multiplier, at full resolution.
-        multipliers: Of the channels, one per resolution; each resolution has half the last one's.
+        channels: The width at full resolution, times the first multiplier.
+        multipliers: Factors of the channels at the full resolution, half of it, and so on.
         blocks: Residual blocks per resolution on the way down; one more on the way up.
         attention: The factors of downsampling at which blocks attend.
-        head_channels: Of every attention head.
+        head_channels: Channels of every attention head.
         residual_resampling: Resample in residual blocks (ADM), or by convolutions (iDDPM).
-        steps: Of the chain that the network was trained on: it takes ``1000 t / steps``.
-        dropout: In every residual block, when training.
-        image_channels: Of z.
+        steps: Length of the chain that it was trained on; the network takes ``1000 t / steps``.
+        dropout: The rate in every residual block, when training.
+        image_channels: Channels of z.
         learned_variance: Without it, the noise alone, ``(b, c, h, w)``.
     """
 
@@ -196,15 +196,15 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 def imagenet256() -> ADM:
-    """ADM's unconditional network of 256 x 256 ImageNet: 552,814,086 parameters."""
+    """ADM's unconditional network for 256 x 256 ImageNet: 552,814,086 parameters."""
     return ADM(256, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32), residual_resampling=True)
 
 
 def iddpm_cifar10() -> ADM:
-    """Improved DDPM's unconditional network of CIFAR-10, of 4000 steps: 52,546,438 parameters."""
+    """Improved DDPM's unconditional network for CIFAR-10, 4000 steps: 52,546,438 parameters."""
     return ADM(128, (1, 2, 2, 2), 3, (2, 4), residual_resampling=False, steps=4000, dropout=0.3)
 
 
 def small32() -> ADM:
-    """A small one for trials on 32 x 32 images, without the variance: 1,922,755 parameters."""
+    """A small network for trials on 32 x 32 images, without the variance: 1,922,755 parameters."""
     return ADM(32, (1, 2, 2), 2, (2,), 32, residual_resampling=True, learned_variance=False)

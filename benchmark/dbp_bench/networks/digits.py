@@ -1,10 +1,9 @@
 """Small networks for the embedded 8 x 8 digits: a residual MLP denoiser and a CNN classifier."""
 
-import math
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dbp_bench.networks.parts import sinusoids
 
 
 class ResidualMLP(nn.Module):
@@ -20,7 +19,8 @@ class ResidualMLP(nn.Module):
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         """See the class."""
         # Every image of a batch is at one level when purifying: embed that level once.
-        emb = self.embed(_sinusoids(t[:1] if bool((t == t[0]).all()) else t))
+        one = t[:1] if bool((t == t[0]).all()) else t
+        emb = self.embed(sinusoids(one, 64, endpoint=False))
         h = self.first(z.flatten(1))
         for block in self.blocks:
             h = block(h, emb)
@@ -37,13 +37,6 @@ class _Block(nn.Module):
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
         out = self.second(F.silu(self.first(self.norm(h) + emb)))
         return h + out  # type: ignore[no-any-return]
-
-
-def _sinusoids(t: Tensor) -> Tensor:
-    """Sine and cosine features ``(b, 64)`` of steps ``(b,)`` (Vaswani et al. 2017)."""
-    half = torch.arange(32, dtype=t.dtype, device=t.device)
-    angles = t[:, None] * torch.exp(-math.log(10000) / 32 * half)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class DigitsCNN(nn.Module):

@@ -18,13 +18,13 @@ class HoUNet(nn.Module):
     """Noise prediction ``(b, c, h, w)`` for z ``(b, c, h, w)`` in [-1, 1] and 0-based steps t.
 
     Args:
-        channels: At full resolution.
-        multipliers: Of the channels, one per resolution; each resolution has half the last one's.
+        channels: The width at full resolution.
+        multipliers: Factors of the channels at the full resolution, half of it, and so on.
         blocks: Residual blocks per resolution on the way down; one more on the way up.
         attention: The resolutions, counted from 0 at the full one, whose blocks attend.
-        groups: Of every group norm.
-        dropout: In every residual block, when training.
-        image_channels: Of z.
+        groups: Number of groups of every group norm.
+        dropout: The rate in every residual block, when training.
+        image_channels: Channels of z.
     """
 
     def __init__(
@@ -288,10 +288,10 @@ def _pesser_level(way: str, level: str, top: int) -> int:
 
 
 def cifar10() -> HoUNet:
-    """The published network of 32 x 32 images: 35,746,307 parameters."""
+    """The published network for 32 x 32 images: 35,746,307 parameters."""
     return HoUNet()
 
 
 def small32() -> HoUNet:
-    """A small one for trials on 32 x 32 images: 2,499,603 parameters."""
+    """A small network for trials on 32 x 32 images: 2,499,603 parameters."""
     return HoUNet(channels=48, multipliers=(1, 2, 2), blocks=1, groups=16)

@@ -20,16 +20,16 @@ class SongUNet(nn.Module):
     """Output ``(b, c, h, w)`` for inputs ``(b, c, h, w)`` and noise levels ``(b,)``.
 
     Args:
-        resolution: Of the images trained on; it counts for the layers' names and for `attention`.
-        channels: At full resolution.
-        multipliers: Of the channels, one per resolution; each resolution has half the last one's.
+        resolution: Side of the images trained on; it counts for layers' names and `attention`.
+        channels: The width at full resolution.
+        multipliers: Factors of the channels at the full resolution, half of it, and so on.
         blocks: Residual blocks per resolution on the way down; one more on the way up.
         attention: The resolutions, in pixels, at which blocks attend.
-        dropout: In every residual block, when training.
-        image_channels: Of the images.
-        classes: Of a class-conditional network; 0 for an unconditional one.
-        augmentations: Of the labels that tell the network in training how an image was augmented.
-            Their layer is kept, for the files have it, and unused: images here never are.
+        dropout: The rate in every residual block, when training.
+        image_channels: Channels of the images.
+        classes: Number of classes of a conditional network; 0 for an unconditional one.
+        augmentations: Size of the labels that tell the network in training how an image was
+            augmented. Their layer is in the files, so it is kept, and it is never used.
     """
 
     def __init__(
@@ -357,25 +357,25 @@ def _attention(start: str, weights: Mapping[str, Tensor], target: str) -> dict[s
 
 
 def ddpmpp_deep_cifar10() -> DDPMpp:
-    """score_sde's DDPM++ deep, VP, continuous, of CIFAR-10: 106,632,579 parameters."""
+    """The deep DDPM++ of score_sde for CIFAR-10, VP, continuous: 106,632,579 parameters."""
     return DDPMpp(SongUNet(multipliers=(1, 2, 2, 2), blocks=8))
 
 
 def ddpmpp_small32() -> DDPMpp:
-    """A small one for trials on 32 x 32 images: 1,754,147 parameters."""
+    """A small network for trials on 32 x 32 images: 1,754,147 parameters."""
     return DDPMpp(SongUNet(channels=32, multipliers=(1, 2, 2), blocks=2))
 
 
 def edm_cifar10() -> EDMPrecond:
-    """EDM's unconditional VP network of CIFAR-10: 55,733,891 parameters."""
+    """EDM's unconditional VP network for CIFAR-10: 55,733,891 parameters."""
     return EDMPrecond(SongUNet(dropout=0.13, augmentations=9))
 
 
 def edm_cifar10_conditional() -> EDMPrecond:
-    """EDM's class-conditional VP network of CIFAR-10: 55,735,299 parameters."""
+    """EDM's class-conditional VP network for CIFAR-10: 55,735,299 parameters."""
     return EDMPrecond(SongUNet(dropout=0.13, augmentations=9, classes=10))
 
 
 def edm_small32() -> EDMPrecond:
-    """A small one for trials on 32 x 32 images: as many parameters as `ddpmpp_small32`."""
+    """A small network for trials on 32 x 32 images, as large as `ddpmpp_small32`."""
     return EDMPrecond(SongUNet(channels=32, multipliers=(1, 2, 2), blocks=2))

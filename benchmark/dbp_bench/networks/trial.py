@@ -30,20 +30,20 @@ class Patched(nn.Module):
 
 
 def ddpm_tiny32() -> Patched:
-    """For 32 x 32 images: 1,119,148 parameters, 0.07 G multiplications."""
+    """A denoiser for 32 x 32 images: 1,119,148 parameters, 0.07 G multiplications."""
     return Patched(HoUNet(32, (1, 2, 2), blocks=1, groups=16, dropout=0.0, image_channels=12))
 
 
 def wrn_10_2() -> WideResNet:
-    """Of CIFAR-10, normalises: 303,706 parameters, 0.045 G multiplications."""
+    """A classifier for CIFAR-10, which normalises: 303,706 parameters, 0.045 G multiplications."""
     return WideResNet(10, 2, normalise=CIFAR10)
 
 
 def wrn_10_2_cifar100() -> WideResNet:
-    """As `wrn_10_2`, of CIFAR-100."""
+    """The same as `wrn_10_2` for CIFAR-100."""
     return WideResNet(10, 2, 100, normalise=CIFAR100)
 
 
 def wrn_16_4_cifar100() -> WideResNet:
-    """As :func:`dbp_bench.networks.wrn.wrn_16_4`, of CIFAR-100."""
+    """The same as :func:`dbp_bench.networks.wrn.wrn_16_4` for CIFAR-100."""
     return WideResNet(16, 4, 100, normalise=CIFAR100)

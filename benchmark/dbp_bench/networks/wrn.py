@@ -30,8 +30,8 @@ class WideResNet(nn.Module):
         width: Channels, as a multiple of 16, 32 and 64.
         classes: Number of classes.
         layout: The variant; see :data:`Layout`.
-        normalise: What images are normalised by inside; None for images as they come.
-        dropout: Between the convolutions of a block, when training.
+        normalise: Statistics that images are normalised by inside; None for images as they come.
+        dropout: The rate between the convolutions of a block, when training.
 
     Raises:
         BadEntry: There is no network of this depth.
@@ -147,7 +147,7 @@ def _unwrapped(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _with_counts(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state`, with the batch norms' counts, of training alone, that old files lack."""
+    """`state`, with the batch norms' counts, which old files lack and only training uses."""
     means = [name for name in state if name.endswith(".running_mean")]
     counts = {
         name.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for name in means
@@ -159,7 +159,7 @@ def _with_counts(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def wrn_28_10() -> WideResNet:
-    """RobustBench's "Standard" of CIFAR-10 takes images as they come: 36,479,194 parameters."""
+    """RobustBench's "Standard" for CIFAR-10, on images as they come: 36,479,194 parameters."""
     return WideResNet(28, 10)
 
 
@@ -174,5 +174,5 @@ def meliketoy_28_10_cifar100() -> WideResNet:
 
 
 def wrn_16_4() -> WideResNet:
-    """A small one for trials on CIFAR-10, which normalises."""
+    """A small network for trials on CIFAR-10, which normalises."""
     return WideResNet(16, 4, normalise=CIFAR10)

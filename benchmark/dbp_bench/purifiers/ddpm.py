@@ -8,7 +8,7 @@ the network's own noise where the image was clipped (`consistent_noise: false`).
 
 from dataclasses import dataclass
 from math import log
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from dbp_bench.defense import Denoiser
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site
 from dbp_bench.purifiers.schedule import (
+    LINEAR,
     Diffusion,
-    Schedule,
     predict,
     times,
     to_diffusion,
@@ -38,8 +38,6 @@ class Posterior:
     is in between, where the network says (Nichol and Dhariwal 2021, equation 15); see `deviation`.
     """
 
-    t: int
-    signal: float
     x0_weight: float
     z_weight: float
     sigma: float
@@ -48,25 +46,30 @@ class Posterior:
     """Logarithms of the least and the largest variance, where it is learned."""
 
     @classmethod
-    def between(cls, schedule: Schedule, t: int, s: int, variance: Variance) -> "Posterior":
+    def between(cls, t: int, s: int, variance: Variance) -> "Posterior":
         """The step from level `t` to level `s`; the step to level 0 adds no noise."""
-        table = schedule.signal()
-        a_t, a_s = table[t], table[s]
+        a_t, a_s = LINEAR.signal()[t], LINEAR.signal()[s]
         alpha = a_t / a_s
         beta = 1 - alpha
         small = beta * (1 - a_s) / (1 - a_t)
         spread = small if variance == "small" else beta
         return cls(
-            t=t,
-            signal=a_t,
             x0_weight=a_s**0.5 * beta / (1 - a_t),
             z_weight=alpha**0.5 * (1 - a_s) / (1 - a_t),
             sigma=spread**0.5 if s > 0 else 0.0,
             bounds=(log(small), log(beta)) if variance == "learned" and s > 0 else None,
         )
 
+    def mean(self, x0: Tensor, z: Tensor) -> Tensor:
+        """The mean ``(b, c, h, w)`` of z_s, given the image `x0` and the state `z` at level t."""
+        return self.x0_weight * x0 + self.z_weight * z
+
     def deviation(self, share: Tensor | None) -> float | Tensor:
-        """Of the noise; for a learned variance, by what the network says: `share`, -1 to 1.
+        """The standard deviation of the noise.
+
+        Args:
+            share: Where a learned variance is between its bounds, from -1 to 1; None where the
+                network doesn't say.
 
         Raises:
             BadEntry: The variance is learned and the network doesn't say.
@@ -90,16 +93,17 @@ class Denoised(NamedTuple):
     """See :meth:`Posterior.deviation`."""
 
 
-def denoise(denoiser: Denoiser, z: Tensor, t: int, signal: float, clip: bool) -> Denoised:
+def denoise(denoiser: Denoiser, z: Tensor, t: int, clip: bool) -> Denoised:
     """What `denoiser` says of `z` ``(b, c, h, w)`` at level `t`."""
+    a_t = LINEAR.signal()[t]
     eps, share = predict(denoiser, z, times(t, z))
-    x0: Tensor = (z - (1 - signal) ** 0.5 * eps) / signal**0.5
+    x0: Tensor = (z - (1 - a_t) ** 0.5 * eps) / a_t**0.5
     return Denoised(x0.clamp(-1, 1) if clip else x0, eps, share)
 
 
-def _pairs(schedule: Schedule, t_star: int, steps: int, published: bool) -> list[tuple[int, int]]:
-    """The grid of levels, (from, to)."""
-    return (schedule.published_grid if published else schedule.grid)(t_star, steps)
+def _grid(t_star: int, steps: int, published: bool) -> list[tuple[int, int]]:
+    """The levels (from, to) of each step."""
+    return (LINEAR.published_grid if published else LINEAR.grid)(t_star, steps)
 
 
 @dataclass(frozen=True)
@@ -112,28 +116,34 @@ class DDPM:
     variance: Variance
     clip_x0: bool
     clamp_output: bool
-    schedule: Schedule = Schedule()
-    sites: frozenset[Site] = frozenset({FORWARD, REVERSE})
     published_grid: bool = False
     """See :meth:`Schedule.published_grid`."""
 
+    sites: ClassVar[frozenset[Site]] = frozenset({FORWARD, REVERSE})
+
+    def __post_init__(self) -> None:
+        """Refuse a grid that cannot be."""
+        _grid(self.t_star, self.steps, self.published_grid)
+
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
         """Purified images ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1]."""
-        source = to_diffusion(images)
-        forward = Diffusion(self.schedule.signal(), source, noise.normal(FORWARD, 0, source))
-        pairs = _pairs(self.schedule, self.t_star, self.steps, self.published_grid)
-        z = forward(pairs[0][0])
-        for i, (t, s) in enumerate(pairs):
-            law = Posterior.between(self.schedule, t, s, self.variance)
+        x = to_diffusion(images)
+        grid = _grid(self.t_star, self.steps, self.published_grid)
+        # Equation 4: the state at any level, with one draw of noise.
+        forward = Diffusion(LINEAR.signal(), x, noise.normal(FORWARD, 0, x))
 
-            def reverse(z: Tensor, i: int = i, law: Posterior = law) -> Tensor:
-                x0, _, share = denoise(self.denoiser, z, law.t, law.signal, self.clip_x0)
-                mean: Tensor = law.x0_weight * x0 + law.z_weight * z
-                if not law.sigma:
-                    return mean
-                return mean + law.deviation(share) * noise.normal(REVERSE, i, z)
+        def reverse(i: int, t: int, s: int, z: Tensor) -> Tensor:
+            # Equation 15: the image that the predicted noise stands for.
+            x0, _, share = denoise(self.denoiser, z, t, self.clip_x0)
+            # Equation 7: the mean of z_s.
+            law = Posterior.between(t, s, self.variance)
+            mean = law.mean(x0, z)
+            if s == 0:
+                return mean
+            # Algorithm 2, lines 3 and 4: noise, but in the last step.
+            return mean + law.deviation(share) * noise.normal(REVERSE, i, z)
 
-            z = memory.step(reverse, z, level=s, forward=forward)
+        z = memory.descend(reverse, forward(grid[0][0]), grid, forward=forward)
         return to_images(z, self.clamp_output)
 
 
@@ -146,75 +156,37 @@ class DDIM:
     steps: int
     clip_x0: bool
     clamp_output: bool
-    schedule: Schedule = Schedule()
-    sites: frozenset[Site] = frozenset({FORWARD})
     published_grid: bool = False
     """See :meth:`Schedule.published_grid`."""
     consistent_noise: bool = True
     """Whether the noise that is kept is that between z and the clipped image; else the network's
     own. The same where nothing is clipped."""
 
+    sites: ClassVar[frozenset[Site]] = frozenset({FORWARD})
+
+    def __post_init__(self) -> None:
+        """Refuse options that are out of range, or make no difference."""
+        _grid(self.t_star, self.steps, self.published_grid)
+        if not (self.consistent_noise or self.clip_x0):
+            raise BadEntry(
+                "consistent_noise: false makes no difference without clip_x0; leave it out."
+            )
+
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
         """Purified images ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1]."""
-        table = self.schedule.signal()
-        source = to_diffusion(images)
-        forward = Diffusion(table, source, noise.normal(FORWARD, 0, source))
-        pairs = _pairs(self.schedule, self.t_star, self.steps, self.published_grid)
-        z = forward(pairs[0][0])
-        for t, s in pairs:
+        x, a = to_diffusion(images), LINEAR.signal()
+        grid = _grid(self.t_star, self.steps, self.published_grid)
+        forward = Diffusion(a, x, noise.normal(FORWARD, 0, x))
 
-            def reverse(z: Tensor, t: int = t, s: int = s) -> Tensor:
-                x0, eps, _ = denoise(self.denoiser, z, t, table[t], self.clip_x0)
-                if self.consistent_noise:
-                    eps = (z - table[t] ** 0.5 * x0) / (1 - table[t]) ** 0.5
-                lower: Tensor = table[s] ** 0.5 * x0 + (1 - table[s]) ** 0.5 * eps
-                return lower
+        def reverse(_i: int, t: int, s: int, z: Tensor) -> Tensor:
+            # The predicted image, first term of equation 12.
+            x0, eps, _ = denoise(self.denoiser, z, t, self.clip_x0)
+            if self.consistent_noise:
+                # The noise that leads from that image to z.
+                eps = (z - a[t] ** 0.5 * x0) / (1 - a[t]) ** 0.5
+            # Equation 12 with sigma = 0: that image with that noise, at the lower level.
+            lower: Tensor = a[s] ** 0.5 * x0 + (1 - a[s]) ** 0.5 * eps
+            return lower
 
-            z = memory.step(reverse, z, level=s, forward=forward)
+        z = memory.descend(reverse, forward(grid[0][0]), grid, forward=forward)
         return to_images(z, self.clamp_output)
-
-
-def ddpm(
-    denoiser: Denoiser,
-    *,
-    t_star: int,
-    steps: int,
-    variance: Variance,
-    clip_x0: bool,
-    clamp_output: bool,
-    published_grid: bool = False,
-) -> DDPM:
-    """Build :class:`DDPM` from an entry's options."""
-    _pairs(Schedule(), t_star, steps, published_grid)
-    return DDPM(
-        denoiser, t_star, steps, variance, clip_x0, clamp_output, published_grid=published_grid
-    )
-
-
-def ddim(
-    denoiser: Denoiser,
-    *,
-    t_star: int,
-    steps: int,
-    clip_x0: bool,
-    clamp_output: bool,
-    published_grid: bool = False,
-    consistent_noise: bool = True,
-) -> DDIM:
-    """Build :class:`DDIM` from an entry's options.
-
-    Raises:
-        BadEntry: An option is out of range, or makes no difference.
-    """
-    _pairs(Schedule(), t_star, steps, published_grid)
-    if not (consistent_noise or clip_x0):
-        raise BadEntry("consistent_noise: false makes no difference without clip_x0; leave it out.")
-    return DDIM(
-        denoiser,
-        t_star,
-        steps,
-        clip_x0,
-        clamp_output,
-        published_grid=published_grid,
-        consistent_noise=consistent_noise,
-    )

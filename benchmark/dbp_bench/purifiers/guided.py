@@ -14,7 +14,7 @@ ImageNet its chain is respaced (`respaced`), its variance learned, and its targe
 is, neither noised nor scaled (`scale_target: false`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import log
@@ -29,7 +29,7 @@ from dbp_bench.defense import Denoiser
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, GUIDANCE, REVERSE, Noise, Site
 from dbp_bench.purifiers.ddpm import Posterior, Variance, denoise
-from dbp_bench.purifiers.schedule import Diffusion, Schedule, to_diffusion, to_images
+from dbp_bench.purifiers.schedule import LINEAR, Diffusion, Schedule, to_diffusion, to_images
 
 
 def published_scale(guide_scale: float, ptb: float) -> float:
@@ -89,7 +89,7 @@ class GDMP:
     """`iterations` times: diffuse to level `t_star`, sample back under guidance to the input."""
 
     denoiser: Denoiser
-    distance_gradient: Callable[[Tensor, Tensor], Tensor]
+    distance: Literal["mse", "ssim"]
     t_star: int
     steps: int
     iterations: int
@@ -98,7 +98,8 @@ class GDMP:
     variance: Variance
     clip_x0: bool
     clamp_output: bool
-    schedule: Schedule = Schedule()
+    window: int | None = None
+    """Side of the window of SSIM, in pixels; goes with it."""
     batch_mean: bool = False
     """Whether the distance is a mean over the images of the batch too: the guidance of each then
     depends on how many there are."""
@@ -111,6 +112,26 @@ class GDMP:
     respaced: int | None = None
     """Levels of the shorter chain that `t_star` and `steps` count in; null for all."""
 
+    def __post_init__(self) -> None:
+        """Refuse options that are out of range, or make no difference."""
+        chain = Schedule(levels=len(self._levels()) - 1)
+        chain.grid(self.t_star, self.steps)
+        if self.noise_ahead and self.t_star == chain.levels:
+            raise BadEntry(f"t_star: {self.t_star} has no level above it (noise_ahead).")
+        if self.guide_last and (self.steps == 1 or self.variance == "small"):
+            raise BadEntry(
+                "guide_last: makes no difference with variance: small, whose last step has none, "
+                "and needs two steps."
+            )
+        if self.noisy_target and not self.scale_target:
+            raise BadEntry("scale_target: false goes with noisy_target: false.")
+        if (self.window is None) == (self.distance == "ssim"):
+            raise BadEntry("window: goes with distance: ssim, and is left out elsewhere.")
+        if self.window is not None and (self.window < 1 or self.window % 2 == 0):
+            raise BadEntry(f"window: {self.window} is not odd and positive.")
+        if self.iterations < 1:
+            raise BadEntry(f"iterations: {self.iterations} is not positive.")
+
     @property
     def sites(self) -> frozenset[Site]:
         """Forward, reverse and, where the target is noised, guidance."""
@@ -118,126 +139,58 @@ class GDMP:
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
         """Purified images ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1]."""
-        source = to_diffusion(images)
-        levels = self._levels()
-        pairs = [(levels[t], levels[s]) for t, s in self.schedule.grid(self.t_star, self.steps)]
+        a, levels, source = LINEAR.signal(), self._levels(), to_diffusion(images)
+        grid = [(levels[t], levels[s]) for t, s in LINEAR.grid(self.t_star, self.steps)]
+
+        def reverse(i: int, t: int, s: int, z: Tensor, source: Tensor) -> Tensor:
+            # The mean of an unguided step, as in DDPM.
+            x0, _, share = denoise(self.denoiser, z, t, self.clip_x0)
+            law = Posterior.between(t, s, self.variance)
+            mean = law.mean(x0, z)
+            if s == 0 and not self.guide_last:
+                return mean
+            # The target: the image that is purified, at the level of z.
+            target = a[t] ** 0.5 * source if self.scale_target else source
+            if self.noisy_target:
+                target = target + (1 - a[t]) ** 0.5 * noise.normal(GUIDANCE, i, z)
+            # The guidance: -Var_t * s_t * grad_z D(z, target).
+            spread = law if s else self._last_spread(above=grid[-2][0], t=t)
+            level = ((1 - a[t]) / a[t]) ** 0.5
+            pull = spread.deviation(share) ** 2 * self.scale * level
+            if self.batch_mean:
+                pull = pull / len(z)
+            guided: Tensor = mean - pull * self.distance_gradient(z, target)
+            if s == 0:
+                return guided
+            return guided + law.deviation(share) * noise.normal(REVERSE, i, z)
+
         z = source
         for k in range(self.iterations):
-            forward = Diffusion(self.schedule.signal(), z, noise.normal(FORWARD, k, z))
-            z = forward(levels[self.t_star + self.noise_ahead])
-            for i, (t, s) in enumerate(pairs):
-                law = Posterior.between(self.schedule, t, s, self.variance)
-                guide = law
-                if not s and self.guide_last:
-                    guide = _guide_of_the_last(self.schedule, pairs[i - 1][0], t, self.variance)
-                index = k * self.steps + i
-
-                def reverse(
-                    z: Tensor,
-                    source: Tensor,
-                    index: int = index,
-                    law: Posterior = law,
-                    guide: Posterior = guide,
-                ) -> Tensor:
-                    x0, _, share = denoise(self.denoiser, z, law.t, law.signal, self.clip_x0)
-                    mean: Tensor = law.x0_weight * x0 + law.z_weight * z
-                    if not guide.sigma:
-                        return mean
-                    level = ((1 - law.signal) / law.signal) ** 0.5
-                    target = law.signal**0.5 * source if self.scale_target else source
-                    if self.noisy_target:
-                        fresh = noise.normal(GUIDANCE, index, z)
-                        target = target + (1 - law.signal) ** 0.5 * fresh
-                    pull = guide.deviation(share) ** 2 * self.scale * level
-                    if self.batch_mean:
-                        pull = pull / len(z)
-                    mean = mean - pull * self.distance_gradient(z, target)
-                    if not law.sigma:
-                        return mean
-                    return mean + law.deviation(share) * noise.normal(REVERSE, index, z)
-
-                z = memory.step(reverse, z, source, level=s, forward=forward)
+            forward = Diffusion(a, z, noise.normal(FORWARD, k, z))
+            start = forward(levels[self.t_star + self.noise_ahead])
+            z = memory.descend(reverse, start, grid, source, forward=forward, first=k * self.steps)
         return to_images(z, self.clamp_output)
 
+    def distance_gradient(self, z: Tensor, target: Tensor) -> Tensor:
+        """Gradient in `z` of each image's distance to its target; all ``(b, c, h, w)``."""
+        if self.window is None:
+            return mse_gradient(z, target)
+        return ssim_gradient(z, target, self.window)
+
     def _levels(self) -> Sequence[int]:
-        """The level of each of the chain's own levels."""
+        """The levels of the schedule that the levels of the chain are."""
         if self.respaced is None:
-            return range(self.schedule.levels + 1)
-        return self.schedule.respaced(self.respaced)
+            return range(LINEAR.levels + 1)
+        return LINEAR.respaced(self.respaced)
 
+    def _last_spread(self, above: int, t: int) -> Posterior:
+        """What scales the guidance in the step from level `t` to 0, where the variance is 0.
 
-def _guide_of_the_last(schedule: Schedule, above: int, t: int, variance: Variance) -> Posterior:
-    """Of the step from level `t` to 0, the variance that scales the guidance.
-
-    The posterior's own is 0 there; in its place stands that of the step before (Nichol and Dhariwal
-    2021, code), from level `above`: for `large`, and as the lower bound where it is learned.
-    """
-    law = Posterior.between(schedule, t, 0, variance)
-    before = Posterior.between(schedule, above, t, "small").sigma
-    beta = 1 - schedule.signal()[t]
-    bounds = (2 * log(before), log(beta)) if variance == "learned" else None
-    return replace(law, sigma=before, bounds=bounds)
-
-
-def gdmp(
-    denoiser: Denoiser,
-    *,
-    distance: Literal["mse", "ssim"],
-    window: int,
-    t_star: int,
-    steps: int,
-    iterations: int,
-    scale: float,
-    noisy_target: bool,
-    variance: Variance,
-    clip_x0: bool,
-    clamp_output: bool,
-    batch_mean: bool = False,
-    noise_ahead: bool = False,
-    guide_last: bool = False,
-    scale_target: bool = True,
-    respaced: int | None = None,
-) -> GDMP:
-    """Build :class:`GDMP` from an entry's options; `window` counts for SSIM alone.
-
-    Raises:
-        BadEntry: An option is out of range.
-    """
-    chain = Schedule()
-    if respaced is not None:
-        chain = Schedule(levels=len(chain.respaced(respaced)) - 1)
-    chain.grid(t_star, steps)
-    if noise_ahead and t_star == chain.levels:
-        raise BadEntry(f"t_star: {t_star} has no level above it (noise_ahead).")
-    if guide_last and (steps == 1 or variance == "small"):
-        raise BadEntry(
-            "guide_last: makes no difference with variance: small, whose last step has none, and "
-            "needs two steps."
-        )
-    if noisy_target and not scale_target:
-        raise BadEntry("scale_target: false goes with noisy_target: false.")
-    if window < 1 or window % 2 == 0:
-        raise BadEntry(f"window: {window} is not odd and positive.")
-    if iterations < 1:
-        raise BadEntry(f"iterations: {iterations} is not positive.")
-    distances: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "mse": mse_gradient,
-        "ssim": partial(ssim_gradient, window=window),
-    }
-    return GDMP(
-        denoiser,
-        distances[distance],
-        t_star,
-        steps,
-        iterations,
-        scale,
-        noisy_target,
-        variance,
-        clip_x0,
-        clamp_output,
-        batch_mean=batch_mean,
-        noise_ahead=noise_ahead,
-        guide_last=guide_last,
-        scale_target=scale_target,
-        respaced=respaced,
-    )
+        In its place stands that of the step before, from level `above` (Nichol and Dhariwal 2021,
+        code): for `large`, and as the lower bound where it is learned.
+        """
+        law = Posterior.between(t, 0, self.variance)
+        before = Posterior.between(above, t, "small").sigma
+        beta = 1 - LINEAR.signal()[t]
+        bounds = (2 * log(before), log(beta)) if self.variance == "learned" else None
+        return replace(law, sigma=before, bounds=bounds)

@@ -22,7 +22,7 @@ class Resized:
 
     @property
     def sites(self) -> frozenset[Site]:
-        """Of the purifier."""
+        """The sites at which the purifier draws noise."""
         return self.purifier.sites
 
     @property

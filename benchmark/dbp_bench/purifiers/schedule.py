@@ -1,11 +1,14 @@
 """Noise levels of a variance-preserving diffusion, addressed by integers.
 
 A level t counts noising steps: t = 0 is the clean image, t = T pure noise. Networks are trained on
-0-based steps, so the network that denoises level t is called at step t - 1.
+0-based steps, so the network that denoises level t is called at step t - 1. The signal at level t,
+`a_t` in the samplers, is what Ho et al. (2020) write as alpha-bar and Song et al. (2021) as alpha:
+``z_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise``.
 """
 
 import itertools
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,8 +28,7 @@ class Schedule:
 
     def signal(self) -> tuple[float, ...]:
         """The products of (1 - beta) for levels 0 ... T; the first is 1."""
-        betas = torch.linspace(self.beta_first, self.beta_last, self.levels, dtype=torch.float64)
-        return (1.0, *torch.cumprod(1 - betas, 0).tolist())
+        return _signal(self)
 
     def grid(self, t_star: int, steps: int) -> list[tuple[int, int]]:
         """`steps` pairs (from, to) of integer levels from `t_star` down to 0, evenly spaced.
@@ -48,7 +50,7 @@ class Schedule:
         at steps ``t_star, t_star - stride, ..., stride, 0``: ``steps + 1`` times.
 
         Raises:
-            BadEntry: As of :meth:`grid`; or `steps` does not divide `t_star`; or there is no level
+            BadEntry: As :meth:`grid`; or `steps` does not divide `t_star`; or there is no level
                 above `t_star`.
         """
         pairs = self.grid(t_star, steps)
@@ -71,6 +73,17 @@ class Schedule:
             raise BadEntry(f"respaced: {count} is not in 2 ... {self.levels} (the model's levels).")
         stride = (self.levels - 1) / (count - 1)
         return (0, *(round(i * stride) + 1 for i in range(count)))
+
+
+@cache
+def _signal(schedule: Schedule) -> tuple[float, ...]:
+    first, last = schedule.beta_first, schedule.beta_last
+    betas = torch.linspace(first, last, schedule.levels, dtype=torch.float64)
+    return (1.0, *torch.cumprod(1 - betas, 0).tolist())
+
+
+LINEAR = Schedule()
+"""The schedule of every purifier here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +120,7 @@ class Prediction(NamedTuple):
     """``(b, c, h, w)``."""
     share: Tensor | None
     """``(b, c, h, w)``: where between its bounds the step's log-variance is, from -1 to 1 (Nichol
-    and Dhariwal 2021, equation 15); None of a network that doesn't say."""
+    and Dhariwal 2021, equation 15); None where the network doesn't say."""
 
 
 def predict(denoiser: Denoiser, z: Tensor, t: Tensor) -> Prediction:

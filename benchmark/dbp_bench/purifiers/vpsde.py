@@ -5,7 +5,8 @@ integrates an adjoint SDE instead, whose gradient differs from that of the solve
 
 Published runs differ from the plain grid in small things, which are options here: the step that the
 network is told, where the last step ends and whether it adds noise, and which signal the forward
-noise has.
+noise has. They take as many steps as levels, end at ``t_end = 1e-5`` with noise, and tell the
+network `score-sde` labels (CIFAR-10) or `adm` labels (ImageNet).
 """
 
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from dbp_bench.defense import Denoiser
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site
 from dbp_bench.purifiers.schedule import (
+    LINEAR,
     Diffusion,
-    Schedule,
     predict,
     times,
     to_diffusion,
@@ -43,165 +44,75 @@ def continuous_signal(t: float) -> float:
     return exp(-0.5 * (BETA_MAX - BETA_MIN) * t * t - BETA_MIN * t)
 
 
-def _beta(t: float) -> float:
-    return BETA_MIN + (BETA_MAX - BETA_MIN) * t
-
-
-def _forward(schedule: Schedule, kind: Forward) -> tuple[float, ...]:
-    """The signal at every level."""
-    if kind == "discrete":
-        return schedule.signal()
-    return tuple(continuous_signal(t / schedule.levels) for t in range(schedule.levels + 1))
-
-
-def _score(denoiser: Denoiser, z: Tensor, level: int, levels: int, label: Label) -> Tensor:
-    """Of the marginal at `level`; the network predicts noise, the signal is the VP-SDE's."""
-    if label == "step":
-        t = times(level, z)
-    elif label == "adm":
-        t = times(level + 1, z)
-    else:
-        told = (levels - 1) * level / levels
-        t = torch.full((len(z),), told, dtype=z.dtype, device=z.device)
-    spread = 1 - continuous_signal(level / levels)
-    score: Tensor = -predict(denoiser, z, t).noise / spread**0.5
-    return score
-
-
 @dataclass(frozen=True)
 class DiffPure:
-    """Reverse VP-SDE from t*/T to 0 in `steps` Euler-Maruyama steps on an integer grid.
+    """The reverse VP-SDE from t*/T to `t_end` in `steps` Euler-Maruyama steps on an integer grid.
 
     With f = -beta(t) z / 2 and g^2 = beta(t), beta(t) = 0.1 + 19.9 t, a step back by dt is
     ``z - dt * (f - g^2 score) + sqrt(g^2 dt) * noise``; score = -eps / sqrt(1 - signal(t)), with
-    the continuous-time signal. The last step returns its mean, unless `last_noise` is set, and ends
-    at time `t_end`.
+    the continuous-time signal. The last step returns its mean, unless `last_noise` is set.
     """
 
     denoiser: Denoiser
     t_star: int
     steps: int
     clamp_output: bool
-    schedule: Schedule = Schedule()
-    sites: frozenset[Site] = frozenset({FORWARD, REVERSE})
     label: Label = "step"
     forward: Forward = "discrete"
     t_end: float = 0.0
     last_noise: bool = False
+    ode: bool = False
+    """Whether to follow the probability-flow ODE, dz/dt = f - g^2 score / 2 (Song et al. 2021,
+    equation 13), whose only noise is the forward noise."""
+
+    def __post_init__(self) -> None:
+        """Refuse options that are out of range, or make no difference."""
+        last, _ = LINEAR.grid(self.t_star, self.steps)[-1]
+        if not 0 <= self.t_end < last / LINEAR.levels:
+            raise BadEntry(
+                f"t_end: {self.t_end} is not in 0 ... {last / LINEAR.levels}, where the last step "
+                "begins."
+            )
+        if self.ode and self.last_noise:
+            raise BadEntry("last_noise: the ODE adds no noise at any step; leave it out.")
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """Forward and, for the SDE, reverse."""
+        return frozenset({FORWARD} if self.ode else {FORWARD, REVERSE})
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
         """Purified images ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1]."""
-        source, levels = to_diffusion(images), self.schedule.levels
-        signal = _forward(self.schedule, self.forward)
-        forward = Diffusion(signal, source, noise.normal(FORWARD, 0, source))
-        z = forward(self.t_star)
-        for i, (level, to) in enumerate(self.schedule.grid(self.t_star, self.steps)):
+        x, levels = to_diffusion(images), LINEAR.levels
+        signal = LINEAR.signal()
+        if self.forward == "continuous":
+            signal = tuple(continuous_signal(t / levels) for t in range(levels + 1))
+        forward = Diffusion(signal, x, noise.normal(FORWARD, 0, x))
 
-            def reverse(z: Tensor, i: int = i, level: int = level, to: int = to) -> Tensor:
-                dt = (level - to) / levels - (0.0 if to else self.t_end)
-                beta = _beta(level / levels)
-                score = _score(self.denoiser, z, level, levels, self.label)
-                mean: Tensor = z + dt * (0.5 * beta * z + beta * score)
-                size: float = (beta * dt) ** 0.5
-                if not to and not self.last_noise:
-                    return mean
-                return mean + size * noise.normal(REVERSE, i, z)
+        def reverse(i: int, level: int, to: int, z: Tensor) -> Tensor:
+            dt = (level - to) / levels - (0.0 if to else self.t_end)
+            beta = BETA_MIN + (BETA_MAX - BETA_MIN) * (level / levels)
+            score = self._score(z, level)
+            # The drift, backwards: -f + g^2 score; for the ODE with half the score.
+            share = 0.5 if self.ode else 1.0
+            mean: Tensor = z + dt * (0.5 * beta * z + share * beta * score)
+            if self.ode or not (to or self.last_noise):
+                return mean
+            # The diffusion: g sqrt(dt) times standard noise.
+            size: float = (beta * dt) ** 0.5
+            return mean + size * noise.normal(REVERSE, i, z)
 
-            z = memory.step(reverse, z, level=to, forward=forward)
+        grid = LINEAR.grid(self.t_star, self.steps)
+        z = memory.descend(reverse, forward(self.t_star), grid, forward=forward)
         return to_images(z, self.clamp_output)
 
-
-@dataclass(frozen=True)
-class DiffPureODE:
-    """The probability-flow ODE dz/dt = f - g^2 score / 2 from t*/T to `t_end` in Euler steps.
-
-    Song et al. 2021, equation 13; f, g, the score and the grid are those of :class:`DiffPure`. The
-    only noise is the forward noise.
-    """
-
-    denoiser: Denoiser
-    t_star: int
-    steps: int
-    clamp_output: bool
-    label: Label
-    forward: Forward
-    t_end: float
-    schedule: Schedule = Schedule()
-    sites: frozenset[Site] = frozenset({FORWARD})
-
-    def __call__(self, images: Tensor, noise: Noise) -> Tensor:
-        """Purified images ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1]."""
-        source, levels = to_diffusion(images), self.schedule.levels
-        signal = _forward(self.schedule, self.forward)
-        forward = Diffusion(signal, source, noise.normal(FORWARD, 0, source))
-        z = forward(self.t_star)
-        for level, to in self.schedule.grid(self.t_star, self.steps):
-
-            def reverse(z: Tensor, level: int = level, to: int = to) -> Tensor:
-                dt = (level - to) / levels - (0.0 if to else self.t_end)
-                beta = _beta(level / levels)
-                score = _score(self.denoiser, z, level, levels, self.label)
-                return z + dt * (0.5 * beta * z + 0.5 * beta * score)
-
-            z = memory.step(reverse, z, level=to, forward=forward)
-        return to_images(z, self.clamp_output)
-
-
-def diffpure(
-    denoiser: Denoiser,
-    *,
-    t_star: int,
-    steps: int,
-    clamp_output: bool,
-    label: Label = "step",
-    forward: Forward = "discrete",
-    t_end: float = 0.0,
-    last_noise: bool = False,
-) -> DiffPure:
-    """Build :class:`DiffPure` from an entry's options.
-
-    The published runs take as many steps as levels, end at ``t_end = 1e-5`` with noise, and tell
-    the network `score-sde` labels (CIFAR-10) or `adm` labels (ImageNet).
-
-    Raises:
-        BadEntry: An option is out of range.
-    """
-    _check(t_star, steps, t_end)
-    return DiffPure(
-        denoiser,
-        t_star,
-        steps,
-        clamp_output,
-        label=label,
-        forward=forward,
-        t_end=t_end,
-        last_noise=last_noise,
-    )
-
-
-def diffpure_ode(
-    denoiser: Denoiser,
-    *,
-    t_star: int,
-    steps: int,
-    clamp_output: bool,
-    label: Label = "step",
-    forward: Forward = "discrete",
-    t_end: float = 0.0,
-) -> DiffPureODE:
-    """Build :class:`DiffPureODE` from an entry's options; published runs end at 1e-5 too.
-
-    Raises:
-        BadEntry: An option is out of range.
-    """
-    _check(t_star, steps, t_end)
-    return DiffPureODE(denoiser, t_star, steps, clamp_output, label, forward, t_end)
-
-
-def _check(t_star: int, steps: int, t_end: float) -> None:
-    schedule = Schedule()
-    last, _ = schedule.grid(t_star, steps)[-1]
-    if not 0 <= t_end < last / schedule.levels:
-        raise BadEntry(
-            f"t_end: {t_end} is not in 0 ... {last / schedule.levels}, where the last step begins."
-        )
+    def _score(self, z: Tensor, level: int) -> Tensor:
+        """The score of z's marginal at `level`, by the predicted noise and the VP-SDE's signal."""
+        if self.label == "score-sde":
+            told = (LINEAR.levels - 1) * level / LINEAR.levels
+            t = torch.full((len(z),), told, dtype=z.dtype, device=z.device)
+        else:
+            t = times(level if self.label == "step" else level + 1, z)
+        spread = 1 - continuous_signal(level / LINEAR.levels)
+        score: Tensor = -predict(self.denoiser, z, t).noise / spread**0.5
+        return score
