@@ -117,9 +117,10 @@ def _results(registry: Registry, subject: Subject, results: Path) -> list[Path]:
             return found
         if lacking := asked.missing(there):
             null = " (the null attack)" if asked.null & set(lacking) else ""
+            make = _command(jobs[lacking[0]], lacking, results)
             raise BadRequest(
                 f"{results / subject.track.name / subject.name}: no result for "
-                f"{', '.join(lacking)}{null}, seed {seed}. Make it: {_command(jobs[lacking[0]], lacking, results)}"
+                f"{', '.join(lacking)}{null}, seed {seed}. Make it: {make}"
             )
         for name, job in there.items():
             path = job.path(results)
