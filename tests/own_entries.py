@@ -13,11 +13,17 @@ def folder(
     path: Path,
     *,
     defenses: Mapping[str, Any] | None = None,
-    attacks: Mapping[str, Any] | None = None,
+    threats: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
     tracks: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write these entries, by name, below `path`."""
-    kinds = {"defenses": defenses, "attacks": attacks, "tracks": tracks}
+    kinds = {
+        "defenses": defenses,
+        "attacks/threats": threats,
+        "attacks/settings": settings,
+        "tracks": tracks,
+    }
     for kind, entries in kinds.items():
         for name, table in (entries or {}).items():
             file = path / kind / f"{name}.yaml"
@@ -28,8 +34,8 @@ def folder(
 
 def on_digits(registry: Registry) -> list[str]:
     """The defenses with a setting for digits-linf, whose weights ship with the package."""
-    entries = {name: registry.defense(name).entry for name in sorted(registry.defenses)}
-    return [n for n, e in entries.items() if any("digits-linf" in s.tracks for s in e.settings)]
+    names = sorted(registry.defenses)
+    return [name for name in names if "digits-linf" in registry.defense(name).entry.tracks]
 
 
 def toy_defense(factory: str, sites: list[str], **options: Any) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dbp_bench import memory
-from dbp_bench.checks.conformance import AS_RUN, CHECKS, IN_FLOAT64, check_entry, fault
+from dbp_bench.checks import record
+from dbp_bench.checks.conformance import AS_RUN, CHECKS, IN_FLOAT64, check_subject, fault
 from dbp_bench.defense import Defense, Identity, Purifier
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import UnknownName
@@ -379,24 +380,20 @@ def test_gradients_that_are_slightly_wrong_are_wrong(scale: float) -> None:
     assert list(failed(toy(run))) == [GRADIENT]
 
 
-@pytest.mark.parametrize("path", ["state", "target"])
 @pytest.mark.parametrize("distance", ["mse", "ssim"])
-def test_guidance_with_one_path_detached_is_wrong(path: str, distance: str) -> None:
+def test_guidance_with_one_path_detached_is_wrong(distance: str) -> None:
     modes = 2 * uniform(3, 1, 4, 4, seed=5, dtype=torch.float64) - 1
+    network = MixtureDenoiser(modes)
     exact = mse_gradient if distance == "mse" else ssim
 
-    def guide(z: Tensor, target: Tensor) -> Tensor:
-        return exact(z.detach(), target) if path == "state" else exact(z, target.detach())
+    def found(guide: Callable[[Tensor, Tensor], Tensor]) -> str | None:
+        purifier = sampler("gdmp", network, distance_gradient=guide)
+        defense = Defense(purifier, Small().double(), [network])
+        return fault(CHECKS[GRADIENT], defense, IMAGES[:2].double())
 
-    network = MixtureDenoiser(modes)
-    purifiers = [sampler("gdmp", network, distance_gradient=g) for g in (exact, guide)]
-    faults = [
-        fault(CHECKS[GRADIENT], Defense(p, Small().double(), [network]), IMAGES.double())
-        for p in purifiers
-    ]
-    assert faults[0] is None
-    assert faults[1] is not None
-    assert "the gradient is wrong" in faults[1]
+    assert found(exact) is None
+    assert "the gradient is wrong" in str(found(lambda z, target: exact(z.detach(), target)))
+    assert "the gradient is wrong" in str(found(lambda z, target: exact(z, target.detach())))
 
 
 def test_kinks_are_not_wrong_gradients() -> None:
@@ -429,18 +426,61 @@ def test_checks_leave_the_process_and_the_defense_as_they_were() -> None:
     assert defense.policy == "step"
 
 
+# --------------------------------------------------------------------- the record of every run
+
+REPLAYS, ALONE, PROGRAM, INPUT = record.CHECKS
+
+
+def recorded(run: Run) -> dict[str, str]:
+    """The checks of the short record that a purifier fails, with the reason."""
+    found = record.examine(Defense(toy(run), Small()), IMAGES[:2])
+    assert list(found) == list(record.CHECKS)
+    return {name: reason for name, reason in found.items() if reason != "pass"}
+
+
+def test_a_good_defense_has_a_clean_record() -> None:
+    assert not recorded(good)
+
+
+@pytest.mark.parametrize(
+    ("run", "check", "reason"),
+    [
+        (own_generator(), REPLAYS, "two evaluations with the same draws differ"),
+        (off_tape, REPLAYS, "two evaluations with the same draws differ"),
+        (towards_the_batch, ALONE, "when an image is evaluated alone"),
+        (shares_noise, ALONE, "when an image is evaluated alone"),
+        (surrogate, PROGRAM, "when a gradient is asked for"),
+        (in_place, INPUT, "the purifier changes its input in place"),
+        (wrong_shape, REPLAYS, "it stopped with RuntimeError"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_cheating_defense_has_it_in_its_record(run: Run, check: str, reason: str) -> None:
+    found = recorded(run)
+    assert reason in found[check]
+    assert "\n" not in found[check]
+
+
+def test_each_of_the_short_checks_finds_its_own_fault_alone() -> None:
+    alone = {towards_the_batch: ALONE, shares_noise: ALONE, surrogate: PROGRAM}
+    for run, check in alone.items():
+        assert list(recorded(run)) == [check]
+    # What draws outside its tape differs from itself in every comparison.
+    assert INPUT not in recorded(own_generator())
+
+
 # --------------------------------------------------------------------------------- entries
 
 
 @pytest.mark.parametrize("name", on_digits(Registry()))
 def test_shipped_defense_conforms(name: str) -> None:
-    found = dict(check_entry(Registry(), name, "digits-linf"))
+    found = dict(check_subject(Registry().subject(name, "digits-linf")))
     assert list(found) == list(CHECKS)
     assert not any(found.values()), found
 
 
 def test_an_entry_that_does_not_exist_is_an_error_not_a_fault() -> None:
     with pytest.raises(UnknownName, match="Did you mean 'ddpm'"):
-        list(check_entry(Registry(), "ddpmm", "digits-linf"))
+        Registry().subject("ddpmm", "digits-linf")
     with pytest.raises(UnknownName, match="Did you mean 'digits-linf'"):
-        list(check_entry(Registry(), "ddpm", "digit-linf"))
+        Registry().subject("ddpm", "digit-linf")

@@ -46,7 +46,6 @@ def test_the_golden_case_passes_here() -> None:
     assert findings["golden"]["detail"].startswith(
         "Philox: known answers; draws on cpu: bit-equal; files: "
     )
-    assert findings["golden"]["seconds"] < 30
 
 
 def test_findings_say_what_is_installed() -> None:

@@ -48,7 +48,7 @@ def test_to_install_is_not_to_trust(site: Path) -> None:
     for trust, reason in ((False, "Add --trust-code to run it"), (True, "imported")):
         registry = Registry(trust_code=trust)
         with pytest.raises((BadEntry, RuntimeError), match=reason):
-            registry.build_defense(registry.defense("plugged"), registry.track("digits-linf"))
+            registry.subject("plugged", "digits-linf").defense()
     assert "plugged_in" not in sys.modules
 
 

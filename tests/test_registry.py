@@ -7,14 +7,20 @@ from typing import Any
 import pytest
 import yaml
 
-from dbp_bench.entries.registry import DefenseEntry, Registry, Threat, Track, read_yaml
+from dbp_bench.declaration import read_yaml
+from dbp_bench.entries.build import Builder
+from dbp_bench.entries.defense import DefenseEntry
+from dbp_bench.entries.registry import Registry
+from dbp_bench.entries.threat import AttackSetting, Threat
+from dbp_bench.entries.track import Track
 from dbp_bench.errors import BadEntry, UnknownName
-from own_entries import folder, on_digits
+from own_entries import folder, on_digits, toy_defense
 
 SHIPPED = Registry()
 
 MODELS: dict[str, tuple[Path, type[Any]]] = {
     "threat": (SHIPPED.threats["eot"], Threat),
+    "setting": (SHIPPED.settings["gradual-published"], AttackSetting),
     "defense": (SHIPPED.defenses["ddpm"], DefenseEntry),
     "track": (SHIPPED.tracks["digits-linf"], Track),
 }
@@ -48,6 +54,8 @@ def test_every_shipped_entry_loads() -> None:
         assert SHIPPED.defense(name).name == name
     for name in SHIPPED.threats:
         assert SHIPPED.threat(name).entry.title
+    for name in SHIPPED.settings:
+        assert SHIPPED.setting(name).entry.title
     for name in SHIPPED.tracks:
         demonstrates = name.startswith("digits-") or "jpeg" in name
         assert SHIPPED.track(name).entry.demonstration == demonstrates
@@ -56,9 +64,8 @@ def test_every_shipped_entry_loads() -> None:
 
 @pytest.mark.parametrize("defense", on_digits(SHIPPED))
 def test_every_shipped_defense_builds(defense: str) -> None:
-    entry = SHIPPED.defense(defense)
-    built = SHIPPED.build_defense(entry, SHIPPED.track("digits-linf"))
-    assert built.sites == frozenset(entry.entry.sites)
+    subject = SHIPPED.subject(defense, "digits-linf")
+    assert subject.defense().sites == frozenset(subject.sites)
 
 
 def test_unknown_name_gets_a_suggestion() -> None:
@@ -68,12 +75,28 @@ def test_unknown_name_gets_a_suggestion() -> None:
         SHIPPED.threat("dwbx")
     with pytest.raises(UnknownName, match=r"no track 'mnist'\. Known: cifar10-jpeg-linf, "):
         SHIPPED.track("mnist")
+    with pytest.raises(UnknownName, match=r"no attack setting 'ensemble'. Did you mean 'ensemble-"):
+        SHIPPED.setting("ensemble")
+
+
+def test_many_names_are_not_all_said(tmp_path: Path) -> None:
+    """Where there are many, a mistake gets the nearest one and the command that lists them."""
+    (tmp_path / "defenses").mkdir()
+    registry = Registry([tmp_path])
+    with pytest.raises(UnknownName) as caught:
+        registry.defense("adt")
+    lists = "`dbp-bench list defenses` lists them."
+    assert str(caught.value) == f"no defense 'adt'. Did you mean 'addt'? {lists}"
+    with pytest.raises(UnknownName) as caught:
+        registry.defense("mnist")
+    assert str(caught.value) == f"no defense 'mnist'. {lists}"
 
 
 def test_defense_without_a_setting_for_the_track() -> None:
-    entry = SHIPPED.defense("ddpm").entry
-    with pytest.raises(UnknownName, match=r"no setting for track 'digits-lin'.*'digits-linf'"):
-        entry.setting("digits-lin", "ddpm", "here")
+    assert SHIPPED.defense("gradual").entry.setting("digits-linf") is None
+    says = r"defense 'gradual' has no setting for track 'cifar10-jpeg-linf'.*'cifar10-linf'"
+    with pytest.raises(UnknownName, match=says):
+        SHIPPED.subject("gradual", "cifar10-jpeg-linf")
 
 
 # ------------------------------------------------------------------------------------- YAML
@@ -81,12 +104,20 @@ def test_defense_without_a_setting_for_the_track() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "key"),
-    [(kind, key) for kind in MODELS for key in table(kind)],
+    [(kind, key) for kind in MODELS for key in table(kind) if key != "gradient"],
 )
 def test_missing_key(tmp_path: Path, kind: str, key: str) -> None:
     keys = table(kind)
     del keys[key]
     assert refused(tmp_path / "x.yaml", kind, yaml.safe_dump(keys)) == f"{key}: is missing."
+
+
+@pytest.mark.parametrize("kind", ["threat", "setting"])
+def test_the_gradient_that_is_left_out_is_the_exact_one(tmp_path: Path, kind: str) -> None:
+    path, keys = tmp_path / "x.yaml", table(kind)
+    del keys["gradient"]
+    path.write_text(yaml.safe_dump(keys))
+    assert read_yaml(path, MODELS[kind][1]).gradient == "exact"
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -128,6 +159,9 @@ def test_unknown_key(tmp_path: Path, kind: str) -> None:
         ),
         ("threat", "knows", ["Forward"], "knows.0: string should match"),
         ("threat", "attack", "pdg", "attack: no attack 'pdg'. Did you mean 'pgd'?"),
+        ("setting", "attack", "pdg", "attack: no attack 'pdg'. Did you mean 'pgd'?"),
+        ("threat", "gradient", "surrogate", "gradient: string should match"),
+        ("setting", "gradient", "surrogate:0", "gradient: string should match"),
         ("defense", "sites", ["forward", "forward"], "sites: 'forward' stands twice."),
         ("defense", "factory", "dbp_bench.purifiers", "factory: string should match"),
         ("defense", "settings", [], "settings: list should have at least 1 item"),
@@ -146,29 +180,18 @@ def test_ill_typed_value(tmp_path: Path, kind: str, key: str, value: object, say
 @pytest.mark.parametrize(
     ("effort", "says"),
     [
-        ({"steps": 0}, "effort.steps: input should be greater than or equal to 1, not 0."),
-        ({"steps": True}, "effort.steps: input should be a valid integer, not True."),
-        ({"stepz": 1}, "effort.stepz: is unknown. Did you mean 'steps'?"),
-        (
-            {"loss": "cee"},
-            "effort.loss: input should be 'ce', 'margin', 'dlr', 'ce-targeted', ",
-        ),
-        ({"restarts": 2}, "effort.restarts: more than 1 needs random_start"),
+        ({"steps": 0}, "steps: input should be greater than or equal to 1, not 0."),
+        ({"steps": True}, "steps: input should be a valid integer, not True."),
+        ({"stepz": 1}, "stepz: is unknown. Did you mean 'steps'?"),
+        ({"loss": "cee"}, "loss: input should be 'ce', 'margin', 'dlr', 'ce-targeted', "),
+        ({"restarts": 2}, "restarts: more than 1 needs random_start"),
     ],
 )
-def test_effort_that_the_attack_does_not_take(
-    tmp_path: Path, effort: dict[str, Any], says: str
-) -> None:
-    keys = table("threat")
-    keys["effort"] |= effort
-    assert refused(tmp_path / "x.yaml", "threat", yaml.safe_dump(keys)).startswith(says)
-
-
-def test_missing_effort(tmp_path: Path) -> None:
-    keys = table("threat")
-    del keys["effort"]["eot"]
-    message = refused(tmp_path / "x.yaml", "threat", yaml.safe_dump(keys))
-    assert message == "effort.eot: is missing."
+def test_effort_that_the_attack_does_not_take(effort: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadEntry) as caught:
+        Builder().attack("pgd", effort, "mine.yaml")
+    assert str(caught.value).startswith(f"mine.yaml: pgd: {says}")
+    assert "\n" not in str(caught.value)
 
 
 def test_too_few_known_draws(tmp_path: Path) -> None:
@@ -262,8 +285,19 @@ def test_which_sites_are_known() -> None:
 
 
 def test_folder_without_entries(tmp_path: Path) -> None:
-    with pytest.raises(BadEntry, match="no folder defenses/, attacks/ or tracks/"):
+    says = "no folder defenses/, attacks/threats/, attacks/settings/ or tracks/ in it"
+    with pytest.raises(BadEntry, match=says):
         Registry([tmp_path])
+
+
+@pytest.mark.parametrize("kind", ["threats", "settings"])
+def test_attacks_lie_in_two_folders(tmp_path: Path, kind: str) -> None:
+    folder(tmp_path, defenses={"toy": toy_defense("nowhere:make", [])})
+    path = tmp_path / "attacks/mine.yaml"
+    path.parent.mkdir()
+    path.write_text("title: mine")
+    with pytest.raises(BadEntry, match=r"mine\.yaml: move it to attacks/threats/ if .*settings/"):
+        getattr(Registry([tmp_path]), kind)
 
 
 def test_name_that_is_taken(tmp_path: Path) -> None:
@@ -315,7 +349,7 @@ def build(tmp_path: Path, *, trust: bool = False, **changes: Any) -> Any:
             keys[key] = value
     folder(tmp_path, defenses={"toy": keys})
     registry = Registry([tmp_path], trust_code=trust)
-    return registry.build_defense(registry.defense("toy"), registry.track("digits-linf"))
+    return registry.subject("toy", "digits-linf").defense()
 
 
 def test_code_from_outside_runs_only_when_trusted(
@@ -347,14 +381,20 @@ def test_code_from_outside_runs_only_when_trusted(
         ({"options": {"t_star": 100}}, "missing a required argument: 'clamp_output'"),
         (
             {"options": {"t_star": 100, "clamp_output": True, "stepz": 1}},
-            "unexpected keyword argument 'stepz'. It takes: t_star, clamp_output.",
+            "unexpected keyword argument 'stepz'. It takes: t_star, clamp_output",
         ),
-        ({"options": {"t_star": 5000, "clamp_output": True}}, "factory dbp_bench"),
+        (
+            {"options": {"t_star": 1.5, "clamp_output": True}},
+            "options.t_star: input should be a valid integer, not 1.5.",
+        ),
+        (
+            {"options": {"t_star": 100, "clamp_output": 1}},
+            "options.clamp_output: input should be a valid boolean, not 1.",
+        ),
         ({"sites": ["reverse"]}, "sites: ['reverse'], but the purifier declares ['forward']."),
         ({"factory": "dbp_bench.purifiers.controls:nothing"}, "cannot be imported"),
-        ({"factory": "dbp_bench.nowhere:nothing"}, "cannot be imported"),
+        ({"factory": "dbp_bench.purifiers.nowhere:nothing"}, "cannot be imported"),
         ({"factory": "dbp_bench.purifiers.ddpm:__doc__"}, "is not a function or a class."),
-        ({"factory": "dbp_bench.entries.registry:import_module"}, "is not a part of dbp-bench"),
         ({"factory": "os:system"}, "Add --trust-code"),
     ],
 )
@@ -365,16 +405,107 @@ def test_factory_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], says
     assert "\n" not in str(caught.value)
 
 
+def test_a_value_that_the_factory_refuses(tmp_path: Path) -> None:
+    entry = SHIPPED.defense("ddpm").entry.model_dump(by_alias=True)
+    entry["settings"] = [s for s in entry["settings"] if "digits-linf" in s["tracks"]]
+    entry["settings"][0]["options"]["t_star"] = 5000
+    folder(tmp_path, defenses={"toy": entry})
+    with pytest.raises(BadEntry, match=r"toy\.yaml: dbp_bench\.purifiers\.\S+: .*5000"):
+        Registry([tmp_path]).subject("toy", "digits-linf").defense()
+
+
+# ----------------------------------------------------------------- only what is registered is named
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        "dbp_bench.cli.submit:submit",
+        "dbp_bench.submission.hub:propose",
+        "dbp_bench.result:write_atomically",
+        "dbp_bench.nowhere:nothing",
+        "dbp_bench.purifiers:ddpm",
+        "dbp_bench.purifiersx:x",
+        "dbp_bench.networks.digits:ResidualMLP",
+        "dbp_bench.attacks.pgd:PGD",
+        "dbp_bench:errors",
+    ],
+)
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_factory_is_a_purifier_of_ours_or_foreign_code(
+    tmp_path: Path, factory: str, trust: bool
+) -> None:
+    """Any other function of the package might do harm with the arguments of an entry."""
+    with pytest.raises(BadEntry) as caught:
+        build(tmp_path, trust=trust, factory=factory)
+    message = str(caught.value)
+    assert message == f"{tmp_path}/defenses/toy.yaml: {factory} is not in dbp_bench.purifiers."
+
+
+@pytest.mark.parametrize(
+    "factory",
+    ["dbp_bench.purifiers.controls:Tensor", "dbp_bench.purifiers.controls:dataclass"],
+)
+def test_what_a_purifier_s_module_imports_is_no_factory(tmp_path: Path, factory: str) -> None:
+    with pytest.raises(BadEntry, match="is not defined there, but in "):
+        build(tmp_path, factory=factory)
+
+
+def test_a_network_is_one_of_ours_or_foreign_code(tmp_path: Path) -> None:
+    track = table("track")
+    for number, network in enumerate(
+        ("dbp_bench.purifiers.controls:NoiseOnly", "dbp_bench.weights.files:load", "os:system")
+    ):
+        toy = toy_defense("dbp_bench.purifiers.controls:NoiseOnly", ["forward"])
+        toy["settings"][0] |= {
+            "tracks": ["mine"],
+            "options": {"t_star": 100, "clamp_output": True},
+        }
+        mine = track | {"classifier": track["classifier"] | {"network": network}}
+        where = folder(tmp_path / str(number), defenses={"toy": toy}, tracks={"mine": mine})
+        says = "code from outside" if network == "os:system" else r"is not in dbp_bench\.networks"
+        with pytest.raises(BadEntry, match=rf"mine\.yaml: {network} {says}|{says}"):
+            Registry([where]).subject("toy", "mine").defense()
+
+
+@pytest.mark.parametrize(
+    ("attack", "says"),
+    [
+        ("dbp_bench.cli.submit:submit", "is not in dbp_bench.attacks."),
+        ("dbp_bench.purifiers.controls:NoiseOnly", "is not in dbp_bench.attacks."),
+        ("dbp_bench.attacks.pgd:Callable", "is not defined there, but in "),
+        ("dbp_bench.attacks.pgd:SELECTION", "is not a function or a class."),
+        ("os:system", "is code from outside dbp-bench. Add --trust-code to run it."),
+    ],
+)
+def test_an_attack_is_one_of_ours_or_foreign_code(attack: str, says: str) -> None:
+    with pytest.raises(BadEntry) as caught:
+        Builder().attack(attack, {}, "mine.yaml")
+    assert str(caught.value).startswith(f"mine.yaml: {attack} {says}")
+
+
+def test_what_is_no_attack_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "no_attack_here.py").write_text("class Empty: pass\n")
+    with pytest.raises(BadEntry, match="no_attack_here:Empty is not an attack: it has no method"):
+        Builder((tmp_path,), trust_code=True).attack("no_attack_here:Empty", {}, "--attack")
+
+
 def test_reading_imports_no_torch() -> None:
+    """Entries, results and reports are read without torch; only building and planning take it."""
     code = (
         "import sys\n"
         "from dbp_bench import result, errors\n"
         "from dbp_bench.entries import registry\n"
-        "from dbp_bench.runs import job\n"
         "from dbp_bench.reporting import report\n"
         "r = registry.Registry()\n"
-        "job.plan(r, 'digits-linf', ['all'], ['all'], seed=0, device='cpu',"
-        " overrides=job.Overrides())\n"
+        "for read, names in ((r.defense, r.defenses), (r.threat, r.threats), (r.track, r.tracks),"
+        " (r.setting, r.settings)):\n"
+        "    for name in names:\n"
+        "        assert read(name).sha256\n"
+        "for name in r.defenses:\n"
+        "    for track in r.defense(name).entry.tracks:\n"
+        "        assert r.subject(name, track).ids()\n"
         "assert 'torch' not in sys.modules, 'torch is imported'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,12 +1,11 @@
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -23,11 +22,11 @@ from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import AttackFailed, BadRequest, BadWeights
 from dbp_bench.evaluate import Attacked
 from dbp_bench.memory import Policy
-from dbp_bench.result import Result, json_schema, write_atomically
+from dbp_bench.result import Conformance, Result, json_schema, write_atomically
 from dbp_bench.runs import execute as runner
-from dbp_bench.runs.execute import Progress, execute, runtime_path
+from dbp_bench.runs.execute import Progress, execute
 from dbp_bench.runs.job import Job, Overrides, resolve
-from dbp_bench.runs.saved import adversarial_path, rejudge
+from dbp_bench.runs.replay import adversarial_path, read_saved, reevaluated
 from own_entries import folder, toy_defense
 
 SHIPPED = Registry()
@@ -35,11 +34,12 @@ SMALL: dict[str, Any] = {"effort": {"steps": 2, "eot": 2}, "examples": 8, "batch
 
 
 def job(
-    defense: str = "ddim",
+    defense: str = "oneshot",
     threat: str = "dwbox",
     seed: int = 0,
     registry: Registry = SHIPPED,
     track: str = "digits-linf",
+    attack: str | None = None,
     **changes: Any,
 ) -> Job:
     """A small request: two groups of four images."""
@@ -48,6 +48,7 @@ def job(
         track,
         defense,
         threat,
+        attack=attack,
         seed=seed,
         device="cpu",
         overrides=Overrides(**{**SMALL, **changes}),
@@ -60,7 +61,27 @@ def _no_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def records() -> dict[str, Conformance]:
+    """The conformance record of every request so far."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _one_record_each(monkeypatch: pytest.MonkeyPatch, records: dict[str, Conformance]) -> None:
+    """The conformance record is a function of the request: it is made once for each."""
+    make = runner.record
+
+    def record(asked: Job) -> Conformance:
+        key = json.dumps(asked.identity())
+        if key not in records:
+            records[key] = make(asked)
+        return records[key]
+
+    monkeypatch.setattr(runner, "record", record)
+
+
+@pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes]:
     """The bytes that an uninterrupted run of a job writes."""
     made: dict[str, bytes] = {}
@@ -68,7 +89,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes]:
     def run(asked: Job) -> bytes:
         key = repr((asked.identity(), asked.examples, asked.draws, asked.overrides))
         if key not in made:
-            made[key] = execute(asked, SHIPPED, tmp_path_factory.mktemp("once")).read_bytes()
+            made[key] = execute(asked, tmp_path_factory.mktemp("once")).read_bytes()
         return made[key]
 
     return run
@@ -96,68 +117,92 @@ def files(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("defense", "threat", "calls", "gradients", "looks"),
+    ("defense", "threat", "nfe", "gradients"),
     [
-        # per purification; images x steps x copies x attacks; verdicts per image
-        ("ddim", "dwbox", 10, 8 * 2 * 3, 3 * 5),
-        ("ddpm", "eot", 10, 8 * 2 * 2, 9 * 2),
-        ("ddpm", "dw-fwd", 10, 8 * 2 * 2 * 3, 3 * 5),
-        ("noise-only", "whitebox", 0, 8 * 2 * 2, 9 * 2),
-        ("oneshot", "dwbox", 1, 8 * 2 * 3, 3 * 5),
-        ("none", "eot", 0, 8 * 2, 2),
+        # NFE; and for each image, steps x EoT samples x attacks
+        ("ddim", "dwbox", 10, 2 * 3),
+        ("ddpm", "eot", 10, 2 * 2),
+        ("ddpm", "dw-fwd", 10, 2 * 2 * 3),
+        ("noise-only", "whitebox", 0, 2 * 2),
+        ("oneshot", "dwbox", 1, 2 * 3),
+        ("none", "eot", 0, 2),
     ],
 )
 def test_a_small_request(
-    tmp_path: Path, defense: str, threat: str, calls: int, gradients: int, looks: int
+    tmp_path: Path, defense: str, threat: str, nfe: int, gradients: int
 ) -> None:
     asked = job(defense, threat)
     ticked: list[int] = []
     started: list[int] = []
-    path = execute(
-        asked, SHIPPED, tmp_path, progress=Progress(start=started.append, tick=ticked.append)
-    )
-    assert path == tmp_path / "digits-linf" / defense / threat / "seed-0.json"
+    progress = Progress(start=started.append, tick=ticked.append)
+    path = execute(asked, tmp_path, progress=progress)
+    assert path == tmp_path / "digits-linf" / defense / threat / "pgd" / "seed-0.json"
     jsonschema.validate(json.loads(path.read_text()), json_schema())
     result = Result.read(path)
     assert result.ids == asked.track_ids[:8]
+    assert result.labels == load_data("digits").labels_of(result.ids)
     assert result.draws == list(range(asked.draws))
     assert result.knows == asked.knows
-    assert result.network_calls.per_purification == calls
-    assert result.network_calls.gradient == gradients * calls
-    assert result.network_calls.judging == 8 * looks * calls
-    assert started == [gradients] == [sum(ticked)] == [asked.gradients]
+    assert (result.evaluations.nfe, result.evaluations.searched_nfe) == (nfe, nfe)
+    assert result.evaluations.gradient == 8 * [gradients]
+    assert result.evaluations.forward == 8 * [0]
+    assert started == [8 * gradients] == [sum(ticked)] == [asked.gradient_evaluations]
     assert result.provenance.weights == asked.identity()["weights"]
-    assert sum(map(sum, result.robust)) <= sum(map(sum, result.clean))
-    if result.fresh is not None:
-        assert {len(draw) for row in result.fresh for draw in row} == {runner.FRESH_DRAWS}
-    times = json.loads(runtime_path(path).read_text())
-    assert times["seconds"] > 0
+    assert result.right("adversarial").sum() <= result.right("clean").sum()
+    if result.knows:
+        assert result.classes("fresh").shape == (8, asked.draws, runner.FRESH_DRAWS)
+    assert result.conformance is not None
+    assert set(result.conformance.checks.values()) == {"pass"}
+
+
+def test_of_an_attack_without_gradients_forward_evaluations_count(tmp_path: Path) -> None:
+    asked = job("oneshot", "dwbox", attack="square", effort={"n_queries": 4})
+    path = execute(asked, tmp_path)
+    assert path == tmp_path / "digits-linf/oneshot/dwbox/square/seed-0.json"
+    result = Result.read(path)
+    assert (result.attack, result.setting, result.gradient) == ("square", None, None)
+    assert result.evaluations.gradient == 8 * [0]
+    assert isinstance(result.evaluations.forward, list)
+    needed = asked.evaluations.forward * asked.attacks
+    assert all(0 < count <= needed for count in result.evaluations.forward)
+    assert result.zero_gradient is None
+    assert (result.evaluations.nfe, result.evaluations.searched_nfe) == (1, 1)
 
 
 @pytest.mark.parametrize("track", ["digits-linf", "digits-l2"])
 @pytest.mark.parametrize("defense", ["none", "ddim", "ddpm", "noise-only"])
 def test_the_null_attack_gives_the_clean_outcomes(tmp_path: Path, defense: str, track: str) -> None:
-    asked = job(defense, "null", track=track)
-    path = execute(asked, SHIPPED, tmp_path, save_adversarial=True)
+    asked = job(defense, "null", track=track, effort={"steps": 1, "eot": 1}, draws=2)
+    path = execute(asked, tmp_path, save_adversarial=True)
     result = Result.read(path)
     assert result.eps == 0
-    assert result.robust == result.clean
+    assert result.predicted.adversarial == result.predicted.clean
     images = load_file(adversarial_path(path))["images"]
     assert images[0].equal(load_data("digits").select(result.ids)[0])
 
 
+def outcomes(content: bytes) -> dict[str, Any]:
+    """Predicted classes, by kind."""
+    predicted: dict[str, Any] = json.loads(content)["predicted"]
+    return predicted
+
+
 def test_part_of_a_group_is_evaluated_in_the_whole_group(once: Callable[..., bytes]) -> None:
-    part, whole = (json.loads(once(job(examples=n))) for n in (6, 8))
-    for key in ("ids", "labels", "clean", "robust", "fresh", "zero_gradient"):
-        assert part[key] == whole[key][:6]
-    assert part["network_calls"]["gradient"] * 8 == whole["network_calls"]["gradient"] * 6
+    part, whole = (once(job(examples=n)) for n in (6, 8))
+    mine, all_of_it = json.loads(part), json.loads(whole)
+    for key in ("ids", "labels", "zero_gradient"):
+        assert mine[key] == all_of_it[key][:6]
+    for kind, rows in outcomes(part).items():
+        assert rows == outcomes(whole)[kind][:6]
+    for key in ("gradient", "forward"):
+        assert mine["evaluations"][key] == all_of_it["evaluations"][key][:6]
 
 
 def test_seed_decides(once: Callable[..., bytes]) -> None:
     asked = job("noise-only", "dwbox")
-    again, other = (json.loads(once(j)) for j in (asked, replace(asked, seed=1)))
-    outcomes = ("clean", "robust", "fresh")
-    assert [again[key] for key in outcomes] != [other[key] for key in outcomes]
+    first, other = (once(j) for j in (asked, replace(asked, seed=1)))
+    assert outcomes(first) != outcomes(other)
+    assert json.loads(first)["digest"] != json.loads(other)["digest"]
 
 
 # ------------------------------------------------------------------------- killed and resumed
@@ -168,7 +213,7 @@ class Killed(BaseException):
 
 
 PIECES = 2 * 3 * 2
-"""Groups x draws x (attack, verdict)."""
+"""Groups x draws x (attack, evaluation)."""
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -178,9 +223,9 @@ def test_stopped_at_every_piece_of_work(
     once: Callable[..., bytes],
     when: str,
 ) -> None:
-    asked, write = job("oneshot", "dwbox"), write_atomically
-    # The request, every piece, the adversarial images, the times; the result is written last.
-    for k in range(1 + PIECES + 2):
+    asked, write = job("noise-only", "dwbox"), write_atomically
+    # The request, every piece, the adversarial images; the result is written last, by itself.
+    for k in range(1 + PIECES + 1):
         out = tmp_path / str(k)
         count = 0
 
@@ -194,20 +239,15 @@ def test_stopped_at_every_piece_of_work(
 
         monkeypatch.setattr(runner, "write_atomically", stop)
         with pytest.raises(Killed):
-            execute(asked, SHIPPED, out, save_adversarial=True)
+            execute(asked, out, save_adversarial=True)
         monkeypatch.setattr(runner, "write_atomically", write)
         assert not asked.path(out).exists()
         started: list[int] = []
-        path = execute(
-            asked,
-            SHIPPED,
-            out,
-            save_adversarial=True,
-            progress=Progress(start=started.append),
-        )
+        progress = Progress(start=started.append)
+        path = execute(asked, out, save_adversarial=True, progress=progress)
         assert path.read_bytes() == once(asked)
         assert adversarial_path(path).is_file()
-        # Pieces alternate between attack and verdict, each attack taking 4 x 2 gradients.
+        # Attacks, of 4 x 2 gradient evaluations each, and evaluations take turns.
         pieces = min(max(0, k - (when == "before")), PIECES)
         assert started == [(PIECES // 2 - (pieces + 1) // 2) * 4 * 2]
 
@@ -215,8 +255,8 @@ def test_stopped_at_every_piece_of_work(
 def test_stopped_within_a_piece_of_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, once: Callable[..., bytes]
 ) -> None:
-    asked = job("oneshot", "dwbox")
-    for verb in ("attack", "judge"):
+    asked = job("noise-only", "dwbox")
+    for verb in ("attack", "predict"):
         original = getattr(evaluate, verb)
         for k in (0, 3, 5):
             out = tmp_path / f"{verb}{k}"
@@ -235,62 +275,55 @@ def test_stopped_within_a_piece_of_work(
 
             monkeypatch.setattr(evaluate, verb, stop)
             with pytest.raises(Killed):
-                execute(asked, SHIPPED, out)
+                execute(asked, out)
             monkeypatch.setattr(evaluate, verb, original)
-            assert execute(asked, SHIPPED, out).read_bytes() == once(asked)
+            assert execute(asked, out).read_bytes() == once(asked)
 
 
-def spawn(*arguments: object, threads: int = 1) -> subprocess.Popen[str]:
-    code = "from dbp_bench.cli import main; main()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "run", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
-    )
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
 def test_killed_processes(tmp_path: Path) -> None:
-    """Real signals at random times; the last run ends, and nothing differs."""
-    asked = job("ddpm", "dwbox", effort={"steps": 16}, examples=60)
-    options = ["--defense", "ddpm", "--threat", "dwbox", "--steps", 16, "--examples", 60]
-    options += ["--batch-size", 4, "--out", tmp_path]
-    work = tmp_path / ".work/digits-linf/ddpm/dwbox/seed-0"
-    times = random.Random(0)
+    """Real signals to processes that are far from done; each is continued, and nothing differs."""
+    changes: dict[str, Any] = {"effort": {"steps": 4}}
+    asked = job("oneshot", "dwbox", **changes)
+    options = "run --defense oneshot --threat dwbox --set steps=4 --batch-size 4 --examples 360"
+    command = [sys.executable, "-c", "from dbp_bench.cli import main; main()", *options.split()]
 
-    def stored() -> set[tuple[str, int]]:
-        return {(path.name, path.stat().st_mtime_ns) for path in work.glob("group-*")}
+    def work(out: Path) -> Path:
+        return out / ".work" / asked.path(out).relative_to(out).with_suffix("")
 
-    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
-        before = stored()
-        with spawn(*options) as process:
-            os.setpriority(os.PRIO_PROCESS, process.pid, 5)  # on a busy machine, too, we are first
-            # At work: beyond what an earlier run had left.
-            while process.poll() is None and stored() <= before:
-                time.sleep(0.002)
-            time.sleep(times.uniform(0, 0.1))
-            process.send_signal(number)
-            _, said = process.communicate(timeout=300)
-        assert not asked.path(tmp_path).exists(), "the run ended before the signal"
-        assert stored()
-        assert stored() != before
+    processes = {}
+    for number in SIGNALS:
+        out = tmp_path / number.name
+        pipe = subprocess.PIPE
+        process = subprocess.Popen([*command, "--out", out], stdout=pipe, stderr=pipe, text=True)
+        os.setpriority(os.PRIO_PROCESS, process.pid, 5)  # on a busy machine, too, we are first
+        processes[out] = process
+    for number, (out, process) in zip(SIGNALS, processes.items(), strict=True):
+        while process.poll() is None and not list(work(out).glob("group-*")):
+            time.sleep(0.002)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=300)
+        assert list(work(out).glob("group-*")), said
         if number == signal.SIGKILL:
             assert process.returncode == -signal.SIGKILL
         else:
             assert process.returncode == 130
-            assert said.startswith("dbp-bench: stopped. The same command continues")
-            assert len(said.splitlines()) == 1
+            assert said == "dbp-bench: stopped. The same command continues where this one was.\n"
+        assert not asked.path(out).exists(), "the run ended before the signal"
     # What a process leaves that is killed while it writes.
-    (work / ".group-00000.safetensors.1.tmp").write_bytes(b"half")
-    left = asked.path(tmp_path).with_name(".seed-0.json.1.tmp")
+    killed = tmp_path / "SIGKILL"
+    (work(killed) / ".group-00000.safetensors.1.tmp").write_bytes(b"half")
+    left = asked.path(killed).with_name(".seed-0.json.1.tmp")
     left.parent.mkdir(parents=True, exist_ok=True)
     left.write_text("{")
-    started: list[int] = []
-    resumed = execute(asked, SHIPPED, tmp_path, progress=Progress(start=started.append))
-    assert started[0] < asked.gradients
-    direct = execute(asked, SHIPPED, tmp_path / "direct")
-    assert resumed.read_bytes() == direct.read_bytes()
+    direct = execute(asked, tmp_path / "direct").read_bytes()
+    for out in processes:
+        started: list[int] = []
+        resumed = execute(asked, out, progress=Progress(start=started.append))
+        assert started[0] < asked.gradient_evaluations
+        assert resumed.read_bytes() == direct
 
 
 # ------------------------------------------------------------------------- growing a result
@@ -300,14 +333,14 @@ def test_more_images_and_more_draws(
     tmp_path: Path, once: Callable[..., bytes], attacked: list[int]
 ) -> None:
     ids = job().track_ids
-    execute(job(examples=3), SHIPPED, tmp_path)
+    execute(job(examples=3), tmp_path)
     assert attacked == 3 * [ids[0]]
     attacked.clear()
-    path = execute(job(examples=8), SHIPPED, tmp_path)
+    path = execute(job(examples=8), tmp_path)
     assert attacked == 3 * [ids[4]]
     assert path.read_bytes() == once(job(examples=8))
     attacked.clear()
-    path = execute(job(examples=8, draws=5), SHIPPED, tmp_path)
+    path = execute(job(examples=8, draws=5), tmp_path)
     assert attacked == 2 * [ids[0]] + 2 * [ids[4]]
     larger = path.read_bytes()
     attacked.clear()
@@ -315,47 +348,47 @@ def test_more_images_and_more_draws(
     attacked.clear()
     # Fewer of anything is there already.
     for asked in (job(examples=8, draws=5), job(examples=2, draws=4), job()):
-        assert execute(asked, SHIPPED, tmp_path).read_bytes() == larger
+        assert execute(asked, tmp_path).read_bytes() == larger
     assert attacked == []
 
 
 def test_more_hidden_draws_need_no_attack(
     tmp_path: Path, once: Callable[..., bytes], attacked: list[int]
 ) -> None:
-    few, many = job("ddpm", "eot", draws=2), job("ddpm", "eot", draws=4)
-    execute(few, SHIPPED, tmp_path)
+    few, many = job("noise-only", "eot", draws=2), job("noise-only", "eot", draws=4)
+    execute(few, tmp_path)
     attacked.clear()
-    path = execute(many, SHIPPED, tmp_path)
+    path = execute(many, tmp_path)
     assert attacked == []
     assert path.read_bytes() == once(many)
 
 
 def test_more_draws_but_fewer_images(tmp_path: Path) -> None:
-    path = execute(job(), SHIPPED, tmp_path)
+    path = execute(job(), tmp_path)
     content = path.read_bytes()
     for asked, says in (
         (job(examples=4, draws=4), "8 images x 3 draws: ask for .*, not 4 x 4"),
         (replace(job(examples=12), draws=2), "8 images x 3 draws: ask for .*, not 12 x 2"),
     ):
         with pytest.raises(BadRequest, match=says):
-            execute(asked, SHIPPED, tmp_path)
+            execute(asked, tmp_path)
     assert path.read_bytes() == content
 
 
 def test_adversarial_images_of_a_result_that_has_none(
     tmp_path: Path, attacked: list[int], once: Callable[..., bytes]
 ) -> None:
-    asked = job("ddpm", "eot", draws=4)
-    path = execute(asked, SHIPPED, tmp_path)
+    asked = job("noise-only", "eot", draws=4)
+    path = execute(asked, tmp_path)
     content = path.read_bytes()
     attacked.clear()
-    smaller = job("ddpm", "eot", draws=2, examples=2)
-    assert execute(smaller, SHIPPED, tmp_path, save_adversarial=True) == path
+    smaller = job("noise-only", "eot", draws=2, examples=2)
+    assert execute(smaller, tmp_path, save_adversarial=True) == path
     assert attacked == []
     assert path.read_bytes() == content == once(asked)
     assert load_file(adversarial_path(path))["images"].shape == (1, 8, 1, 8, 8)
     # They grow with the result.
-    execute(job("ddpm", "eot", draws=4, examples=12), SHIPPED, tmp_path)
+    execute(job("noise-only", "eot", draws=4, examples=12), tmp_path)
     assert load_file(adversarial_path(path))["images"].shape == (1, 12, 1, 8, 8)
 
 
@@ -367,16 +400,16 @@ def test_another_request_in_the_same_folder(
     if held == "unfinished":
         monkeypatch.setattr(runner, "_assemble", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            execute(asked, SHIPPED, tmp_path)
+            execute(asked, tmp_path)
         monkeypatch.undo()
     else:
-        execute(asked, SHIPPED, tmp_path, save_adversarial=True)
+        execute(asked, tmp_path, save_adversarial=True)
     if held == "result alone":
         shutil.rmtree(tmp_path / ".work")
     before = files(tmp_path)
     other = job(eps=0.1, effort={"steps": 3, "eot": 2})
     with pytest.raises(BadRequest) as caught:
-        execute(other, SHIPPED, tmp_path)
+        execute(other, tmp_path)
     message = str(caught.value)
     assert "eps is 0.2 there, 0.1 asked; effort is {" in message
     assert "batch_size" not in message
@@ -384,31 +417,31 @@ def test_another_request_in_the_same_folder(
     assert [name for name in files(tmp_path) if not name.endswith(".lock")] == [
         name for name in before if not name.endswith(".lock")
     ]
-    path = execute(other, SHIPPED, tmp_path, resume=False)
+    path = execute(other, tmp_path, resume=False)
     assert Result.read(path).eps == 0.1
     assert not adversarial_path(path).exists(), "of the request that was replaced"
     with pytest.raises(BadRequest):
-        execute(asked, SHIPPED, tmp_path)
+        execute(asked, tmp_path)
 
 
 def test_no_resume_does_everything_again(tmp_path: Path, attacked: list[int]) -> None:
-    path = execute(job(), SHIPPED, tmp_path)
+    path = execute(job(), tmp_path)
     content = path.read_bytes()
     attacked.clear()
-    assert execute(job(), SHIPPED, tmp_path, resume=False).read_bytes() == content
+    assert execute(job(), tmp_path, resume=False).read_bytes() == content
     assert len(attacked) == 2 * 3
 
 
 def test_second_process_on_the_same_job(tmp_path: Path, once: Callable[..., bytes]) -> None:
     asked = job()
-    work = tmp_path / ".work/digits-linf/ddim/dwbox/seed-0"
+    work = tmp_path / ".work/digits-linf/oneshot/dwbox/pgd/seed-0"
     with runner.locked(work):
         for resume in (True, False):
             with pytest.raises(BadRequest, match="another run of this job is at work there"):
-                execute(asked, SHIPPED, tmp_path, resume=resume)
+                execute(asked, tmp_path, resume=resume)
         # Another job is not in the way.
-        execute(job("noise-only", "dwbox"), SHIPPED, tmp_path)
-    assert execute(asked, SHIPPED, tmp_path).read_bytes() == once(asked)
+        execute(job("noise-only", "dwbox"), tmp_path)
+    assert execute(asked, tmp_path).read_bytes() == once(asked)
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "foreign", "garbage"])
@@ -416,18 +449,18 @@ def test_damaged_group_is_done_again(
     tmp_path: Path, attacked: list[int], once: Callable[..., bytes], damage: str
 ) -> None:
     asked = job()
-    path = execute(asked, SHIPPED, tmp_path)
+    path = execute(asked, tmp_path)
     content = path.read_bytes()
     path.unlink()
-    group = tmp_path / ".work/digits-linf/ddim/dwbox/seed-0/group-00001.safetensors"
+    group = tmp_path / ".work/digits-linf/oneshot/dwbox/pgd/seed-0/group-00001.safetensors"
     if damage == "foreign":
-        save_file({"adversarial/0": torch.zeros(4, 1, 8, 8), "unheard/of": torch.zeros(1)}, group)
+        save_file({"images/0": torch.zeros(4, 1, 8, 8), "unheard/of": torch.zeros(1)}, group)
     else:
         whole = group.read_bytes()
         half = whole[: len(whole) // 2]
         group.write_bytes({"empty": b"", "half": half, "garbage": b"\xff" * 999}[damage])
     attacked.clear()
-    assert execute(asked, SHIPPED, tmp_path).read_bytes() == content
+    assert execute(asked, tmp_path).read_bytes() == content
     assert attacked == 3 * [asked.track_ids[4]]
 
 
@@ -435,26 +468,26 @@ def test_damaged_group_is_done_again(
 def test_work_of_an_unknown_request_is_not_continued(
     tmp_path: Path, attacked: list[int], request_file: str | None
 ) -> None:
-    path = execute(job(eps=0.1), SHIPPED, tmp_path)
+    path = execute(job(eps=0.1), tmp_path)
     path.unlink()
-    request = tmp_path / ".work/digits-linf/ddim/dwbox/seed-0/request.json"
+    request = tmp_path / ".work/digits-linf/oneshot/dwbox/pgd/seed-0/request.json"
     if request_file is None:
         request.unlink()
     else:
         request.write_text(request_file)
     attacked.clear()
-    execute(job(), SHIPPED, tmp_path)
+    execute(job(), tmp_path)
     assert len(attacked) == 6
 
 
 def test_missing_gradients(tmp_path: Path) -> None:
     asked = job()
-    assert runner.missing_gradients(asked, tmp_path) == asked.gradients == 48
-    execute(job(examples=4), SHIPPED, tmp_path)
+    assert runner.missing_gradients(asked, tmp_path) == asked.gradient_evaluations == 48
+    execute(job(examples=4), tmp_path)
     assert runner.missing_gradients(asked, tmp_path) == 24
     assert runner.missing_gradients(job(examples=2), tmp_path) == 0
     assert runner.missing_gradients(job(eps=0.1), tmp_path) == 48
-    execute(asked, SHIPPED, tmp_path)
+    execute(asked, tmp_path)
     assert runner.missing_gradients(asked, tmp_path) == 0
     assert runner.missing_gradients(job(eps=0.1), tmp_path) == 48
 
@@ -463,70 +496,80 @@ def test_missing_gradients(tmp_path: Path) -> None:
 
 
 def test_order_of_groups(once: Callable[..., bytes]) -> None:
-    asked = job("ddpm", "dw-fwd", effort={"steps": 4, "eot": 2})
+    asked = job("ddpm", "dw-fwd", effort={"steps": 2, "eot": 2})
     ids = asked.track_ids
     turned = replace(asked, track_ids=ids[4:8] + ids[:4] + ids[8:])
-    there, back = json.loads(once(asked)), json.loads(once(replace(turned, overrides=["turned"])))
-    assert back["ids"] == there["ids"][4:] + there["ids"][:4]
-    for key in ("clean", "robust", "fresh"):
-        assert back[key] == there[key][4:] + there[key][:4]
+    there, back = once(asked), once(replace(turned, overrides=["turned"]))
+    ids = json.loads(there)["ids"]
+    assert json.loads(back)["ids"] == ids[4:] + ids[:4]
+    for kind, rows in outcomes(there).items():
+        assert outcomes(back)[kind] == rows[4:] + rows[:4]
 
 
 @pytest.mark.parametrize("defense", ["ddpm", "gdmp"])
 def test_checkpointing_changes_no_byte(tmp_path: Path, defense: str) -> None:
-    asked = job(defense, "dwbox", examples=4)
+    asked = job(defense, "dwbox", examples=2, batch_size=2)
     written = set()
     for policy in get_args(Policy):
-        path = execute(asked, SHIPPED, tmp_path / policy, policy=policy, save_adversarial=True)
+        path = execute(asked, tmp_path / policy, policy=policy, save_adversarial=True)
         written.add((path.read_bytes(), adversarial_path(path).read_bytes()))
     assert len(written) == 1
 
 
-def flips(a: bytes, b: bytes, key: str) -> tuple[int, int]:
+def flips(a: bytes, b: bytes, kind: str) -> tuple[int, int]:
     """How many outcomes differ, of how many."""
     pairs = [
         (x, y)
-        for one, other in zip(json.loads(a)[key], json.loads(b)[key], strict=True)
+        for one, other in zip(outcomes(a)[kind], outcomes(b)[kind], strict=True)
         for x, y in zip(one, other, strict=True)
     ]
     return sum(x != y for x, y in pairs), len(pairs)
 
 
 def test_batch_size_changes_outcomes_by_rounding_only(once: Callable[..., bytes]) -> None:
+    effort = {"steps": 3}
     whole, parts = (
-        once(job("ddpm", "dwbox", effort={"steps": 4}, examples=40, batch_size=size))
-        for size in (40, 7)
+        once(job("ddim", "dwbox", effort=effort, examples=21, batch_size=size)) for size in (21, 7)
     )
-    clean, robust = (flips(whole, parts, key) for key in ("clean", "robust"))
-    assert clean[0] == 0
-    print(f"batches of 40 and of 7: {robust[0]} of {robust[1]} outcomes differ")
-    assert robust[0] <= 0.02 * robust[1]
-    other = once(job("ddpm", "dwbox", seed=1, effort={"steps": 4}, examples=40, batch_size=40))
-    assert flips(whole, other, "robust")[0] > 0.05 * robust[1]
+    assert flips(whole, parts, "clean")[0] == 0
+    robust, of = flips(whole, parts, "adversarial")
+    print(f"batches of 21 and of 7: {robust} of {of} outcomes differ")
+    assert robust <= 0.02 * of
+    other = once(job("ddim", "dwbox", seed=1, effort=effort, examples=21, batch_size=21))
+    assert flips(whole, other, "adversarial")[0] > 0.05 * of
 
 
 def test_threads_change_no_outcome(tmp_path: Path) -> None:
-    options = ["--defense", "ddpm", "--threat", "eot", "--steps", 3, "--eot", 2, "--draws", 2]
-    options += ["--examples", 60]
-    made = []
-    for threads in (1, 2):
-        with spawn(*options, "--out", tmp_path / str(threads), threads=threads) as process:
-            _, said = process.communicate(timeout=60)
-        assert process.returncode == 0, said
-        result = Result.read(tmp_path / str(threads) / "digits-linf/ddpm/eot/seed-0.json")
-        assert result.provenance.threads == threads
-        made.append((result.clean, result.robust, result.zero_gradient))
+    asked = job("oneshot", "eot", draws=2, examples=60, batch_size=60)
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            result = Result.read(execute(asked, tmp_path / str(threads)))
+            assert result.provenance.threads == threads
+            made.append((result.digest, result.zero_gradient))
+    finally:
+        torch.set_num_threads(before)
     assert made[0] == made[1]
 
 
-# ------------------------------------------------------------------------- judging again
+# ---------------------------------------------------------------------- saved and evaluated again
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, bytes]:
+    """The files that a run with ``--save-adversarial`` writes, by name."""
+    asked = job("ddpm", "dwbox")
+    path = execute(asked, tmp_path_factory.mktemp("saved"), save_adversarial=True)
+    return {file.name: file.read_bytes() for file in (path, adversarial_path(path))}
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> tuple[Path, Job]:
-    """Adversarial images, and their job."""
-    asked = job("ddpm", "dwbox")
-    return adversarial_path(execute(asked, SHIPPED, tmp_path, save_adversarial=True)), asked
+def saved(tmp_path: Path, written: Mapping[str, bytes]) -> tuple[Path, Job]:
+    """Adversarial images, beside their result, and their job."""
+    for name, content in written.items():
+        (tmp_path / name).write_bytes(content)
+    return adversarial_path(tmp_path / "seed-0.json"), job("ddpm", "dwbox")
 
 
 def test_saved_images_are_inside_ball_and_box(saved: tuple[Path, Job]) -> None:
@@ -542,14 +585,13 @@ def test_saved_images_are_inside_ball_and_box(saved: tuple[Path, Job]) -> None:
     assert float(images.max()) <= 1
 
 
-def test_judged_again_on_the_same_fresh_draws(saved: tuple[Path, Job]) -> None:
+def test_evaluated_again_every_outcome_is_the_same(saved: tuple[Path, Job]) -> None:
     path, asked = saved
-    right, ids, _ = rejudge(path, asked, SHIPPED, draws=runner.FRESH_DRAWS)
-    result = Result.read(asked.path(path.parents[3]))
-    assert ids == result.ids
-    assert result.fresh is not None
-    # rejudge: attack x image x draw; the record: image x attack x draw.
-    assert [[attack[i] for attack in right] for i in range(8)] == result.fresh
+    result = Result.read(path.with_name("seed-0.json"))
+    found = reevaluated(result, read_saved(path, asked), asked, asked.defense())
+    assert set(found) == {"clean", "adversarial", "fresh"}
+    for kind, classes in found.items():
+        assert classes.tolist() == result.classes(kind).tolist()
 
 
 def tampered(path: Path, **changes: torch.Tensor) -> None:
@@ -574,7 +616,7 @@ def test_images_outside_the_budget(saved: tuple[Path, Job], how: str) -> None:
         images[1, 3, 0, 0, 0] = float("nan")
     tampered(path, images=images)
     with pytest.raises(BadRequest, match="images outside the budget"):
-        rejudge(path, asked, SHIPPED, draws=1)
+        read_saved(path, asked)
 
 
 @pytest.mark.parametrize(
@@ -600,13 +642,13 @@ def test_other_images(
     path, asked = saved
     tampered(path, **change(load_file(path)))
     with pytest.raises(BadRequest, match=says):
-        rejudge(path, asked, SHIPPED, draws=1)
+        read_saved(path, asked)
 
 
 def test_images_of_another_request(saved: tuple[Path, Job]) -> None:
     path, asked = saved
     with pytest.raises(BadRequest, match=r"eps is 0\.2 there, 0\.3 asked"):
-        rejudge(path, replace(asked, eps=0.3), SHIPPED, draws=1)
+        read_saved(path, replace(asked, eps=0.3))
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors", None])
@@ -617,7 +659,7 @@ def test_no_file_of_images(saved: tuple[Path, Job], content: bytes | None) -> No
     else:
         path.write_bytes(content)
     with pytest.raises(BadWeights, match="not a file of adversarial images"):
-        rejudge(path, asked, SHIPPED, draws=1)
+        read_saved(path, asked)
 
 
 # -------------------------------------------------------------------------- broken defenses
@@ -635,7 +677,7 @@ class Broken:
         images = images + 0.1 * noise.normal(FORWARD, 0, images)
         if self.kind == "nan":
             return images * float("nan")
-        if self.kind == "nan verdict":
+        if self.kind == "nan evaluated":
             return images if images.requires_grad else images * float("nan")
         if self.kind == "detached":
             return images.detach()
@@ -652,7 +694,7 @@ def make(*, kind):
     ("kind", "says"),
     [
         ("nan", "the loss or its gradient is not finite"),
-        ("nan verdict", "the defense returned logits that are not finite"),
+        ("nan evaluated", "the defense returned logits that are not finite"),
         ("detached", "the logits carry no gradient"),
         ("zero", "the gradient of every image is zero at every step"),
     ],
@@ -675,7 +717,7 @@ def test_broken_defense_leaves_no_result(
         "--out",
         out,
     ]
-    options += ["--examples", "2", "--batch-size", "2", "--steps", "1"]
+    options += ["--examples", "2", "--batch-size", "2", "--set", "steps=1"]
     try:
         said = command(*options)
         assert said.code == 2
@@ -689,17 +731,17 @@ def test_broken_defense_leaves_no_result(
         registry = Registry([mine], trust_code=True)
         asked = job("broken", "eot", registry=registry, examples=2, batch_size=2)
         with pytest.raises(AttackFailed, match=says):
-            execute(asked, registry, out)
+            execute(asked, out)
     finally:
         sys.modules.pop("broken_toy", None)
 
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any) -> None:
     asked = job(examples=4)
-    path = execute(asked, SHIPPED, tmp_path)
+    path = execute(asked, tmp_path)
     content = path.read_bytes()
-    options: list[str | Path] = ["run", "--defense", "ddim", "--threat", "dwbox", "--steps", "2"]
-    options += ["--eot", "2"]
+    options: list[str | Path] = ["run", "--defense", "oneshot", "--threat", "dwbox"]
+    options += ["--set", "steps=2", "--set", "eot=2"]
     options += ["--batch-size", "4", "--examples", "8", "--out", tmp_path]
     sync = os.fsync
 

@@ -15,7 +15,7 @@ from dbp_bench.purifiers.schedule import Schedule, to_diffusion
 from dbp_bench.reporting.page import load_samples
 from dbp_bench.reporting.records import load
 from dbp_bench.reporting.samples import Samples, samples_path
-from dbp_bench.result import Result
+from dbp_bench.result import Result, outcome_digest
 from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Overrides, resolve
 from dbp_bench.runs.pictures import first_input, picture
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 def run(defense: str, threat: str, out: Path) -> Path:
-    """A quick result: 12 images in groups of 8."""
+    """A quick result: 6 images in groups of 4."""
     overrides = Overrides(
-        effort={"steps": 2}, examples=12, batch_size=8, draws=None if threat == "dwbox" else 2
+        effort={"steps": 2}, examples=6, batch_size=4, draws=None if threat == "dwbox" else 2
     )
     job = resolve(
         Registry(), "digits-linf", defense, threat, seed=3, device="cpu", overrides=overrides
     )
-    return execute(job, Registry(), out)
+    return execute(job, out)
 
 
 def grey(png: str) -> torch.Tensor:
@@ -49,23 +49,20 @@ def diffused(image: torch.Tensor, number: int) -> torch.Tensor:
     return ((noised + 1) / 2).clamp(0, 1).view(8, 8)
 
 
-@pytest.mark.parametrize(("defense", "threat"), [("ddpm", "dwbox"), ("noise-only", "whitebox")])
+@pytest.mark.parametrize(("defense", "threat"), [("oneshot", "dwbox"), ("noise-only", "whitebox")])
 def test_pictures_of_a_result(
     defense: str, threat: str, tmp_path: Path, command: "Command"
 ) -> None:
     path = run(defense, threat, tmp_path)
     before = path.read_bytes()
-    said = command("samples", path)
+    said = command("verify", path, "--pictures")
     result = Result.read(path)
     samples = Samples.read(samples_path(path))
-    outcomes = 8 * (3 * 5 if threat == "dwbox" else 2 * 2)
-    assert said == (0, f"{samples_path(path)}: {outcomes} of {outcomes} outcomes as stored\n", "")
+    count = 4 * (3 * 5 if threat == "dwbox" else 2 * 2)
+    stated = f"{path}: {count} of {count} outcomes of the first 4 images are as stated."
+    assert said == (0, f"{stated}\n{samples_path(path)}\n", "")
     assert path.read_bytes() == before
-    assert sorted(p.name for p in path.parent.iterdir()) == [
-        "runtime-seed-3.json",
-        "samples-seed-3.json",
-        "seed-3.json",
-    ]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["samples-seed-3.json", "seed-3.json"]
     assert samples.result_sha256 == sha256(before).hexdigest()
     assert [sample.id for sample in samples.images] == result.ids[:4]
     clean, labels = load_data("digits").select(result.ids[:4])
@@ -75,8 +72,8 @@ def test_pictures_of_a_result(
         gap = (grey(sample.adversarial) - clean[i, 0]).abs().max()
         assert 0.05 < gap <= result.eps + 0.5 / 255 + 1e-6
         # What the pictures say is what the result says of their draw.
-        assert (sample.said_clean == sample.label) == result.clean[i][0]
-        assert (sample.said_adversarial == sample.label) == result.robust[i][0]
+        assert sample.said_clean == result.predicted.clean[i][0]
+        assert sample.said_adversarial == result.predicted.adversarial[i][0]
         assert (sample.noised is None) == (defense == "noise-only")
         assert sample.purified != sample.adversarial
         if sample.noised is not None:
@@ -84,29 +81,33 @@ def test_pictures_of_a_result(
             assert torch.allclose(grey(sample.noised), noised, atol=2 / 255)
     assert list(load_samples(load(tmp_path)).values()) == [samples]
     again = samples_path(path).read_bytes()
-    command("samples", path)
+    command("verify", path, "--pictures")
     assert samples_path(path).read_bytes() == again
 
 
 def test_an_edited_result_is_found_out(tmp_path: Path, command: "Command") -> None:
-    path = run("ddim", "whitebox", tmp_path)
-    table = json.loads(path.read_text())
-    table["robust"] = [[True, True]] * 12
-    table["clean"] = [[False, True]] * 12
-    Result.model_validate(table).write(path)
-    said = command("samples", path)
-    assert said.code == 2
-    assert "outcomes of the first 8 images are others than it says" in said.err
-    assert said.err.count("\n") == 1
+    path = run("oneshot", "whitebox", tmp_path)
+    result = Result.read(path)
+    raised = [[label] * 2 for label in result.labels]
+    assert result.predicted.adversarial[:4] != raised[:4]
+    predicted = result.predicted.model_copy(update={"adversarial": raised})
+    digest = outcome_digest(result.ids, result.labels, result.draws, predicted)
+    result.model_copy(update={"predicted": predicted, "digest": digest}).write(path)
+    said = command("verify", path, "--pictures")
+    assert (said.code, said.err) == (1, "")
+    assert "of 8 adversarial outcomes stated as right are wrong (0 may be" in said.out
     assert not samples_path(path).exists()
+    told = json.loads(command("verify", path, "--json").out)
+    assert told["kinds"]["clean"] == {"outcomes": 8, "lost": 0, "gained": 0, "other": 0, "allowed": 0}
+    assert told["kinds"]["adversarial"]["lost"] > 0
 
 
 def test_a_result_of_other_weights_is_refused(tmp_path: Path, command: "Command") -> None:
-    path = run("ddim", "whitebox", tmp_path)
+    path = run("oneshot", "whitebox", tmp_path)
     table = json.loads(path.read_text())
     table["provenance"]["weights"]["denoiser"] = "0" * 64
     Result.model_validate(table).write(path)
-    said = command("samples", path)
+    said = command("verify", path, "--pictures")
     assert said.code == 2
     assert "another request: weights" in said.err
 

@@ -8,27 +8,27 @@ import torch
 import yaml
 from torch import Tensor
 
-from dbp_bench.checks.gradients import check, differentiated, request
+from dbp_bench.checks import gradients
+from dbp_bench.checks.gradients import check, request
+from dbp_bench.defense import Defense
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadEntry, BadRequest
 from dbp_bench.noise import Tape
-from dbp_bench.purifiers.gradual import Gradual
 from dbp_bench.purifiers.resize import Resized
 from dbp_bench.result import Result
 from dbp_bench.runs.execute import execute
-from dbp_bench.runs.job import Job, Overrides, identity_of, resolve
+from dbp_bench.runs.job import Job, Overrides, identity_of, refuse_other_request, resolve
 from own_entries import folder
 from toys import uniform
 
-DECLARED = {"gradient": "declared-surrogate"}
-STAGES = [{"t_star": 30, "steps": 2, "times": 2}, {"t_star": 60, "steps": 3, "times": 1}]
+DECLARED = "declared-surrogate"
+STAGES = [{"t_star": 30, "steps": 3, "times": 2}, {"t_star": 60, "steps": 4, "times": 1}]
 SHORT = [{"t_star": 30, "steps": 1, "times": 1}, {"t_star": 60, "steps": 2, "times": 1}]
 ENTRY = yaml.safe_load(
     """
 title: Gradual
 kind: defense
 paper: https://arxiv.org/abs/2303.09051
-factory: dbp_bench.purifiers.gradual:Gradual
 sites: [forward, reverse]
 settings:
   - tracks: [digits-linf]
@@ -48,6 +48,9 @@ def _no_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
 
 
+ENTRY["factory"] = Registry().defense("gradual").entry.factory
+
+
 def entries(path: Path, **setting: Any) -> Registry:
     """A registry with the defense `gradual` on the digits."""
     (own,) = ENTRY["settings"]
@@ -55,64 +58,74 @@ def entries(path: Path, **setting: Any) -> Registry:
     return Registry([folder(path, defenses={"mine": {**ENTRY, "settings": [own]}})])
 
 
-def job(registry: Registry, effort: dict[str, Any], defense: str = "mine") -> Job:
-    overrides = Overrides({"steps": 1, "eot": 1, **effort}, draws=2, examples=4, batch_size=4)
+def job(registry: Registry, gradient: str | None = None, defense: str = "mine") -> Job:
+    overrides = Overrides(
+        {"steps": 1, "eot": 1}, gradient=gradient, draws=2, examples=2, batch_size=2
+    )
     return resolve(
         registry, "digits-linf", defense, "eot", seed=0, device="cpu", overrides=overrides
     )
 
 
+def nfe(defense: Defense) -> int:
+    """Calls of the denoising networks in one evaluation of an image."""
+    before = defense.counter.images
+    with torch.no_grad():
+        defense.logits(torch.zeros(1, 1, 8, 8), Tape.make(0, "test", [0]))
+    return defense.counter.images - before
+
+
 def test_what_is_attacked_is_the_surrogate_that_is_declared(tmp_path: Path) -> None:
     registry = entries(tmp_path, surrogate={"options": {"stages": SHORT}})
-    defense, track = registry.defense("mine"), registry.track("digits-linf")
-    judged = registry.build_defense(defense, track)
-    searched = differentiated(registry, defense, track, judged, DECLARED)
-    for made, stages, votes in ((judged, STAGES, 3), (searched, SHORT, 1)):
-        assert isinstance(made.purifier, Gradual)
-        assert made.purifier.stages == stages
-        assert made.votes == votes
-    assert isinstance(searched.purifier, Gradual)
-    assert searched.purifier.eta == 1
-    exact = differentiated(registry, defense, track, judged, {"gradient": "exact"})
-    assert exact is judged
+    subject = registry.subject("mine", "digits-linf")
+    evaluated = subject.defense()
+    searched = subject.searched(evaluated, DECLARED)
+    assert (evaluated.votes, nfe(evaluated)) == (3, 3 * (3 + 3 + 4))
+    assert (searched.votes, nfe(searched)) == (1, 1 + 2)
+    # What the surrogate does not say is the entry's.
+    assert getattr(searched.purifier, "eta", None) == 1
+    assert subject.searched(evaluated, "exact") is evaluated
 
 
 def test_a_run_records_it_and_nothing_where_none_is_used(tmp_path: Path) -> None:
     registry = entries(tmp_path, surrogate={"options": {"stages": SHORT}})
-    paths, calls = {}, {}
-    for gradient in ("exact", "declared-surrogate"):
-        asked = job(registry, {"gradient": gradient})
-        paths[gradient] = execute(asked, registry, tmp_path / gradient)
+    paths, evaluations = {}, {}
+    for gradient in ("exact", DECLARED):
+        asked = job(registry, gradient)
+        paths[gradient] = execute(asked, tmp_path / gradient)
         result = Result.read(paths[gradient])
         assert identity_of(result) == asked.identity()
         assert result.options == {"eta": 1, "clamp_output": False, "stages": STAGES, "votes": 3}
-        calls[gradient] = result.network_calls
-        execute(asked, registry, tmp_path / gradient)  # continues what is there
-    assert "surrogate" not in paths["exact"].read_text().replace("surrogate_steps", "")
-    result = Result.read(paths["declared-surrogate"])
+        assert result.gradient == gradient
+        assert result.overrides == ["batch_size", "draws", "eot", "gradient", "steps"]
+        evaluations[gradient] = result.evaluations
+        execute(asked, tmp_path / gradient)  # continues what is there
+    assert "surrogate" not in paths["exact"].read_text()
+    result = Result.read(paths[DECLARED])
     assert result.surrogate == {"options": {"stages": SHORT}, "votes": 1}
-    assert result.effort["gradient"] == "declared-surrogate"
-    assert result.effort["surrogate_steps"] is None
-    (exact, short) = calls.values()
-    assert exact.per_purification == short.per_purification == 3 * (2 + 2 + 3)
-    assert (exact.gradient, short.gradient) == (4 * 21, 4 * 3)
-    assert result.gradient_check is not None
-    assert all(c is not None and c < 0.999 for c in result.gradient_check.cosine)
+    exact, short = evaluations.values()
+    assert exact.nfe == short.nfe == exact.searched_nfe == 3 * (3 + 3 + 4)
+    assert short.searched_nfe == 1 + 2
+    assert exact.gradient == short.gradient == [1, 1]
+    assert result.conformance is not None
+    assert result.conformance.gradient is not None
+    assert all(c is not None and c < 0.999 for c in result.conformance.gradient.cosine)
 
 
 def test_another_surrogate_is_another_request(tmp_path: Path) -> None:
     one = entries(tmp_path / "one", surrogate={"options": {"stages": SHORT}})
     two = entries(tmp_path / "two", surrogate={"options": {"stages": SHORT}, "votes": 2})
-    out = tmp_path / "out"
-    execute(job(one, DECLARED), one, out)
-    with pytest.raises(BadRequest, match="surrogate is"):
-        execute(job(two, DECLARED), two, out)
+    held, asked = (job(registry, DECLARED).identity() for registry in (one, two))
+    with pytest.raises(BadRequest, match="surrogate is .* there, .* asked"):
+        refuse_other_request(asked, held, tmp_path)
 
 
-def test_it_is_measured_beside_the_other_modes(tmp_path: Path) -> None:
+def test_it_is_measured_beside_the_other_modes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "COUNTS", (1,))
     registry = entries(tmp_path, surrogate={"options": {"stages": SHORT}}, votes=1)
-    asked = request(registry, "mine", "digits-linf", images=2)
-    findings = check(registry, asked)
+    findings = check(request(registry.subject("mine", "digits-linf"), images=2))
     modes = {row.mode for row in findings.modes}
     assert modes == {"exact", "bpda", "declared-surrogate"}
 
@@ -143,19 +156,13 @@ def test_an_entry_that_cannot_be_right(
     assert message in str(error.value)
 
 
-def test_the_steps_of_a_surrogate_still_go_with_its_mode(tmp_path: Path) -> None:
-    for effort in ({**DECLARED, "surrogate_steps": 3}, {"gradient": "surrogate"}):
-        with pytest.raises(BadRequest, match="surrogate_steps: goes with gradient: surrogate"):
-            job(entries(tmp_path), effort)
-
-
 def test_an_entry_names_the_size_that_its_purifier_takes(tmp_path: Path) -> None:
     """A network for 8 x 8 images behind a resize: 11 x 11 images come and go."""
     registry = entries(tmp_path, resize=8, votes=1)
-    built = registry.build_defense(registry.defense("mine"), registry.track("digits-linf"))
+    built = registry.subject("mine", "digits-linf").defense()
     assert isinstance(built.purifier, Resized)
     plain = entries(tmp_path / "plain", votes=1)
-    inner = plain.build_defense(plain.defense("mine"), plain.track("digits-linf")).purifier
+    inner = plain.subject("mine", "digits-linf").defense().purifier
     tape = Tape.make(0, "test", range(2))
     x = uniform(2, 1, 11, 11)
 
@@ -165,4 +172,4 @@ def test_an_entry_names_the_size_that_its_purifier_takes(tmp_path: Path) -> None
     with torch.no_grad():
         want = resized(inner(resized(x, 8), tape), 11)
         torch.testing.assert_close(built.purifier(x, tape), want)
-    assert job(registry, {}).options["resize"] == 8
+    assert job(registry).identity()["options"]["resize"] == 8

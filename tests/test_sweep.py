@@ -8,25 +8,23 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from dbp_bench import evaluate
 from dbp_bench.data import load_data
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, BadResult
 from dbp_bench.reporting.findings import Findings, findings_path
 from dbp_bench.reporting.statistics import Bootstrap
-from dbp_bench.result import Result
+from dbp_bench.result import Predicted, Result
 from dbp_bench.runs.execute import execute
-from dbp_bench.runs.job import Overrides, resolve
-from dbp_bench.runs.saved import Rejudged, adversarial_path, rejudge
-from dbp_bench.runs.sweep import Sweep, against, judge, parse, plan, run
+from dbp_bench.runs.job import Job, Overrides, resolve
+from dbp_bench.runs.replay import adversarial_path, as_8_bit, read_saved
+from dbp_bench.runs.sweep import Sweep, against, assess, parse, plan, run
 from own_entries import folder, toy_defense
 
 if TYPE_CHECKING:
     from conftest import Command
 
-FIXTURE = Path(__file__).parent / "results/schema-1-hidden.json"
+FIXTURE = Path(__file__).parent / "results/schema-2-hidden.json"
 
 
 def swept(
@@ -43,6 +41,7 @@ def swept(
         "digits-linf",
         defense,
         threat,
+        None,
         *parse(text),
         seed=0,
         device="cpu",
@@ -83,7 +82,7 @@ def test_the_standard_is_always_there_and_shared_by_all_axes() -> None:
         assert standard.job.overrides == ["batch_size"]
         found[sweep.axis] = [(p.value, p.folder.partition("/")[2]) for p in sweep.points]
         for point in sweep.points:
-            held = point.job.eps if sweep.axis == "eps" else point.job.effort[sweep.axis]
+            held = point.job.eps if sweep.axis == "eps" else point.job.search.effort[sweep.axis]
             assert held == point.value
     assert found == {
         "steps": [(5, "steps-5"), (20, "standard"), (40, "steps-40")],
@@ -105,20 +104,19 @@ def test_sweeps_that_could_show_nothing(text: str, threat: str, says: str) -> No
         swept(text, threat=threat)
 
 
-# --------------------------------------------------------------------------------- the verdict
+# --------------------------------------------------------------------------------- what is found
 
 
 def outcomes(right: Sequence[Sequence[bool]], **changes: object) -> Result:
     """A result with these outcomes under attack, of as many images and draws."""
     ids = list(range(len(right)))
-    rows = [list(row) for row in right]
+    classes = [[0 if cell else 1 for cell in row] for row in right]
     return Result.read(FIXTURE).model_copy(
         update={
             "ids": ids,
             "labels": [0] * len(ids),
-            "draws": list(range(len(rows[0]))),
-            "clean": rows,
-            "robust": rows,
+            "draws": list(range(len(classes[0]))),
+            "predicted": Predicted(clean=classes, adversarial=classes, fresh=None),
             "zero_gradient": [False] * len(ids),
             **changes,
         }
@@ -131,7 +129,7 @@ def first(n: int, of: int = 40, draws: int = 3) -> list[list[bool]]:
 
 
 def verdict(sweep: Sweep, *results: Result | None) -> Findings:
-    return judge(sweep, results, ["file"] * len(results))
+    return assess(sweep, results, ["file"] * len(results))
 
 
 def names(findings: Findings) -> list[str]:
@@ -210,35 +208,33 @@ def test_zero_gradients() -> None:
     assert found.values[1].fall is None
 
 
-def compared(black: str, registry: Registry | None = None, threat: str = "eot") -> Sweep:
-    overrides = Overrides(examples=40, draws=3)
+def compared(black: str, attack: str | None = None) -> Sweep:
     return against(
-        registry or Registry(),
+        Registry(),
         "digits-linf",
         "ddpm",
-        threat,
+        "eot",
+        attack,
         black,
         seed=0,
         device="cpu",
-        overrides=overrides,
+        overrides=Overrides(examples=40, draws=3),
     )
 
 
-def test_a_black_box_that_does_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BadRequest, match="it follows gradients"):
-        compared("whitebox")
-    # An attack without gradients, as far as this comparison looks.
-    monkeypatch.setattr("dbp_bench.runs.job._effort", lambda *_: {"queries": 5})
-    monkeypatch.setattr("dbp_bench.runs.job.Job.misfit", None)
-    sweep = compared("whitebox")
-    assert [p.value for p in sweep.points] == ["eot", "whitebox"]
+def test_a_black_box_that_does_better() -> None:
+    for follows in ("apgd", "pgd"):
+        with pytest.raises(BadRequest, match=f"--black-box {follows}: it follows gradients"):
+            compared(follows)
+    sweep = compared("square")
+    assert [p.value for p in sweep.points] == ["pgd", "square"]
+    assert [p.job.knows for p in sweep.points] == [[], []]
     found = verdict(sweep, outcomes(first(20)), outcomes(first(10), zero_gradient=None))
     assert names(found) == ["black-box-stronger"]
-    assert "from eot to whitebox" in found.flags[0].message
+    assert "from pgd to square" in found.flags[0].message
     assert found.values[1].zero_gradient is None
     assert names(verdict(sweep, outcomes(first(20)), outcomes(first(30)))) == []
-    with pytest.raises(BadRequest, match="it knows forward, reverse, which is hidden from eot"):
-        compared("dwbox")
+    assert [p.value for p in compared("square", "apgd").points] == ["apgd", "square"]
 
 
 # ------------------------------------------------------------------------------- end to end
@@ -287,7 +283,7 @@ def test_a_masked_gradient_is_found(
 ) -> None:
     registry = Registry([toy(kind)], trust_code=True)
     sweep = swept("eps=0.5,1", "toy", "dwbox", registry, examples=20)
-    found = run(sweep, tmp_path, lambda job, out: execute(job, registry, out))
+    found = run(sweep, tmp_path, execute)
     assert names(found) == flags
     assert found.notes == []
     last = found.values[-1]
@@ -301,7 +297,7 @@ def test_a_masked_gradient_is_found(
             result = Result.read(tmp_path / value.file)
             assert result.eps == value.value
             assert value.accuracy is not None
-            assert value.accuracy.value == sum(map(sum, result.robust)) / 20
+            assert value.accuracy.value == result.right("adversarial").mean()
 
 
 def test_command(command: "Command", tmp_path: Path) -> None:
@@ -312,8 +308,8 @@ def test_command(command: "Command", tmp_path: Path) -> None:
     (table,) = json.loads(said.out)
     path = findings_path(tmp_path, "digits-linf", "oneshot", "whitebox", 0, "steps")
     assert table == json.loads(path.read_text())
-    results = sorted(tmp_path.glob("sweeps/*/*/*/*/seed-0.json"))
-    assert [p.parts[-5] for p in results] == ["standard", "steps-21"]
+    results = sorted(tmp_path.glob("sweeps/*/digits-linf/oneshot/whitebox/pgd/seed-0.json"))
+    assert [p.parts[-6] for p in results] == ["standard", "steps-21"]
     before = [p.stat().st_mtime_ns for p in results]
     text = command(*ask)
     assert [p.stat().st_mtime_ns for p in results] == before, "nothing is run twice"
@@ -342,47 +338,27 @@ def test_files_that_hold_no_findings(tmp_path: Path, content: str | None) -> Non
 # --------------------------------------------------------------------------- export to 8 bits
 
 
+def small() -> Job:
+    """The bare classifier under a short attack, on 4 images."""
+    return resolve(
+        Registry(),
+        "digits-linf",
+        "none",
+        "whitebox",
+        seed=0,
+        device="cpu",
+        overrides=Overrides({"steps": 2}, examples=4, batch_size=4),
+    )
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """Adversarial images of the bare classifier, 4 of them, and their result."""
-    asked = resolve(
-        Registry(),
-        "digits-linf",
-        "none",
-        "whitebox",
-        seed=0,
-        device="cpu",
-        overrides=Overrides({"steps": 2}, examples=4, batch_size=4),
-    )
-    return adversarial_path(execute(asked, Registry(), tmp_path, save_adversarial=True))
+    """Adversarial images of :func:`small`, beside their result."""
+    return adversarial_path(execute(small(), tmp_path, save_adversarial=True))
 
 
-def rejudged(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Rejudged, Tensor]:
-    """What was found, and the images that were judged."""
-    seen: list[Tensor] = []
-    original = evaluate.judge
-
-    def spy(*args: object, **keywords: object) -> Tensor:
-        assert isinstance(args[1], Tensor)
-        seen.append(args[1])
-        return original(*args, **keywords)  # type: ignore[arg-type]
-
-    asked = resolve(
-        Registry(),
-        "digits-linf",
-        "none",
-        "whitebox",
-        seed=0,
-        device="cpu",
-        overrides=Overrides({"steps": 2}, examples=4, batch_size=4),
-    )
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "judge", spy)
-        found = rejudge(path, asked, Registry(), draws=1, eight_bit=True)
-    return found, torch.cat(seen)
-
-
-def test_images_rounded_to_8_bits(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_rounded_to_8_bits(saved: Path) -> None:
+    asked = small()
     ids = Result.read(saved.with_name("seed-0.json")).ids
     clean, _ = load_data("digits").select(ids)
     with safe_open(saved, "pt") as file:
@@ -395,31 +371,31 @@ def test_images_rounded_to_8_bits(saved: Path, monkeypatch: pytest.MonkeyPatch) 
     images[0, 1][tuple(middle)] = 0.5 + 0.2 - 1e-7
     images[0, 2][clean[2] == 0] = 0.1  # 25.5/255: on a half, but far inside
     save_file({"images": images, "ids": torch.tensor(ids)}, saved, metadata=metadata)
-    found, judged = rejudged(saved, monkeypatch)
-    levels = 255 * judged
+    found, outside = as_8_bit(read_saved(saved, asked), asked)
+    levels = 255 * found.images[0]
     off_grid = (levels - levels.round()).abs() > 1e-3
-    outside = ((images[0] * 255).round() / 255 - clean).abs().flatten(1).amax(1) > 0.2 + 1e-6
+    beyond = ((images[0] * 255).round() / 255 - clean).abs().flatten(1).amax(1) > 0.2 + 1e-6
     # 178.5 rounds to 178 (half to even), and 1e-7 below it too.
-    assert found.outside == int(outside.sum()) == 0
+    assert outside == int(beyond.sum()) == 0
     assert not off_grid.any()
-    assert float((judged - images[0]).abs().max()) <= 0.5 / 255 + 1e-6
+    assert float((found.images - images).abs().max()) <= 0.5 / 255 + 1e-6
     # From 3/16 = 47.8/255, up by 0.2 to 98.8, which is rounded up and out of the ball.
     images[0, 3] = clean[3]
     low = (clean[3] == 3 / 16).nonzero()
     assert len(low)
     images[0, 3][tuple(low[0])] = 3 / 16 + 0.2
     save_file({"images": images, "ids": torch.tensor(ids)}, saved, metadata=metadata)
-    found, judged = rejudged(saved, monkeypatch)
-    assert found.outside == 1
-    assert float((judged - clean).abs().max()) <= 0.2 + 1e-6
-    assert float(judged[3][tuple(low[0])]) == pytest.approx(3 / 16 + 0.2)
+    found, outside = as_8_bit(read_saved(saved, asked), asked)
+    assert outside == 1
+    assert float((found.images[0] - clean).abs().max()) <= 0.2 + 1e-6
+    assert float(found.images[0, 3][tuple(low[0])]) == pytest.approx(3 / 16 + 0.2)
     assert found.ids == ids
 
 
-def test_judge_says_how_many_left_the_ball(command: "Command", saved: Path) -> None:
-    said = command("judge", saved, "--8bit", "--draws", "1")
+def test_the_command_says_how_many_left_the_ball(command: "Command", saved: Path) -> None:
+    said = command("verify", saved, "--8bit", "--draws", "1")
     assert said.code == 0
-    assert "Judged as rounded to k/255: that took" in said.out
-    table = json.loads(command("judge", saved, "--8bit", "--draws", "1", "--json").out)
+    assert "Evaluated as rounded to k/255: that took" in said.out
+    table = json.loads(command("verify", saved, "--8bit", "--draws", "1", "--json").out)
     assert f"took {table['left_the_ball']} of 4 images" in said.out
-    assert "left_the_ball" not in json.loads(command("judge", saved, "--json").out)
+    assert "left_the_ball" not in json.loads(command("verify", saved, "--json").out)

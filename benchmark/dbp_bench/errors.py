@@ -48,9 +48,20 @@ class NotConforming(DbpError):
     """A defense breaks a rule that every defense must keep."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint for a mistyped `name`: the nearest of `known`, then all of them."""
+MANY = 8
+"""More names than these are not all said."""
+
+
+def did_you_mean(name: str, known: Iterable[str], listed_by: str = "") -> str:
+    """A hint for a mistyped `name`: the nearest of `known`, and all of them where they are few.
+
+    Where they are many, the command that lists them is said instead (`listed_by`), if there is one.
+    """
     names = sorted(known)
     close = get_close_matches(name, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Known: {', '.join(names) if names else 'none'}."
+    if len(names) <= MANY:
+        return f"{hint} Known: {', '.join(names) if names else 'none'}."
+    if listed_by:
+        return f"{hint} `{listed_by}` lists them."
+    return hint or f" Known: {', '.join(names[:MANY])} and {len(names) - MANY} more."

@@ -7,6 +7,7 @@ Only what is registered may be named: classes in ``dbp_bench.purifiers``, ``dbp_
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
@@ -124,8 +125,10 @@ class Builder:
             if not module.startswith(f"dbp_bench.{kind}."):
                 raise BadEntry(f"{path}: {dotted} is not in dbp_bench.{kind}.")
         elif not self.trust_code:
+            close = get_close_matches(module, attacks.names(), n=1) if kind == "attacks" else []
+            hint = f" Or did you mean '{close[0]}:{attribute}'?" if close else ""
             raise BadEntry(
-                f"{path}: {dotted} is code from outside dbp-bench. Add --trust-code to run it."
+                f"{path}: {dotted} is code from outside dbp-bench. Add --trust-code to run it.{hint}"
             )
         else:
             _make_importable(self.folders)

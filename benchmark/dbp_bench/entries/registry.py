@@ -150,7 +150,9 @@ class Registry:
 
 def _read(kind: str, name: str, files: Mapping[str, Path], model: type[E]) -> Entry[E]:
     if name not in files:
-        raise UnknownName(f"no {kind} {name!r}.{did_you_mean(name, files)}")
+        listed = "attacks" if kind == "attack setting" else f"{kind}s"
+        hint = did_you_mean(name, files, f"dbp-bench list {listed}")
+        raise UnknownName(f"no {kind} {name!r}.{hint}")
     return Entry(name, files[name], read_yaml(files[name], model))
 
 

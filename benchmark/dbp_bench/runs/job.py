@@ -353,8 +353,8 @@ def resolve(
             f"{threat_entry.path}: knows: no defense draws noise at {name!r}."
             f"{did_you_mean(name, registry.sites)}"
         )
-    search, sources = _search(registry, subject, threat_entry, attack, overrides, knows, eps)
     ids = subject.ids()
+    search, sources = _search(registry, subject, threat_entry, attack, overrides, knows, eps)
     dotted = [*subject.code(), *(path for s in sources.values() for path in s.code())]
     if is_outside(search.name):
         dotted.append(search.name)
@@ -439,10 +439,9 @@ def _check_attack(name: str, settings: Iterable[str]) -> None:
     try:
         attacks.check_name(name)
     except UnknownName:
-        known = [*attacks.names(), *settings]
+        hint = did_you_mean(name, [*attacks.names(), *settings], "dbp-bench list attacks")
         raise UnknownName(
-            f"no attack {name!r}.{did_you_mean(name, known)} One of your own is named as "
-            "package.module:Class."
+            f"no attack {name!r}.{hint} One of your own is named as package.module:Class."
         ) from None
 
 
