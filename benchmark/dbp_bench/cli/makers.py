@@ -233,69 +233,6 @@ def _show_agreement(say: "Console", rows: "Sequence[tuple[str, Agreement]]") -> 
 
 
 @app.command()
-def bench(
-    network: Annotated[
-        str | None,
-        typer.Option(
-            help="digits, cifar10 (the published sizes), or both, separated by a comma.  "
-            "[default: digits on a CPU, both on a GPU]"
-        ),
-    ] = None,
-    device: Device = "auto",
-    repeats: Annotated[int, typer.Option(help="Rounds; the median ratio is printed.")] = 7,
-    images: Annotated[
-        int | None, typer.Option(help="Of cifar10, in one pass.  [default: 64; 1 on a CPU]")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Reverse steps of cifar10.  [default: 20; 2 on a CPU]")
-    ] = None,
-    compile_: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile", help="Also compiled, of cifar10.  [default: on a GPU]"
-        ),
-    ] = None,
-    channels_last: Annotated[
-        bool, typer.Option("--channels-last", help="The memory layout of weights, of cifar10.")
-    ] = False,
-    data: Data = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure attack steps: ratios to a loop by hand, speed, memory, and lower precisions."""
-    from dbp_bench.bench.network import Setting
-    from dbp_bench.bench.run import measure, subjects
-    from dbp_bench.bench.tables import show
-
-    place = device_of(device)
-    small = place == "cpu"
-    asked = subjects(network, place)
-    given = {
-        "--images": images is not None,
-        "--steps": steps is not None,
-        "--compile": compile_ is not None,
-        "--channels-last": channels_last,
-    }
-    if "cifar10" not in asked and any(given.values()):
-        raise BadRequest(
-            f"{next(k for k, v in given.items() if v)} is of the networks of published size: add "
-            "--network cifar10."
-        )
-    setting = Setting(
-        images=(1 if small else 64) if images is None else images,
-        steps=(2 if small else 20) if steps is None else steps,
-        repeats=repeats,
-        compiles=not small if compile_ is None else compile_,
-        channels_last=channels_last,
-    )
-    say = console(as_json)
-    found = measure(asked, place, setting, data, lambda line: say.print(line, highlight=False))
-    if as_json:
-        print(json.dumps(found, indent=1))
-    else:
-        show(found, say)
-
-
-@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what is installed, and run a tiny golden case again."""
     from dbp_bench.checks.doctor import examine, render
