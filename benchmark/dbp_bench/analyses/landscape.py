@@ -17,8 +17,9 @@ from dbp_bench.noise import Site
 from dbp_bench.reporting.statistics import Estimate
 
 AXES = ("a", "b")
+EXAMPLES = 60
 RANGE = (-0.5, 2.0)
-"""Of both axes; 1 is the end of an attack."""
+"""Ends of both axes; 1 is the end of an attack."""
 
 STATEMENT = (
     (
@@ -40,7 +41,7 @@ STATEMENT = (
 
 
 class Options(Searched):
-    """Grid points along each axis, known draws, and fresh draws that judge."""
+    """Grid points along each axis, known draws, and evaluation draws."""
 
     points: Annotated[int, Field(ge=2)] = 11
     known: Known = 4
@@ -107,7 +108,7 @@ def _surface(
 
 def _rows(target: Target, options: Options, found: list[tuple[Tensor, list[Tensors]]]) -> list[Row]:
     def gathered(key: str) -> Tensor:
-        """Of all images, ``(n, known, ...)``."""
+        """The tensors called `key`, of all images: ``(n, known, ...)``."""
         return torch.cat([torch.stack([each[key] for each in known], 1) for _, known in found])
 
     values, rows, name = grid(options.points), [], target.name
