@@ -1,6 +1,7 @@
 """Analyses on toys whose answers are known in closed form, and against the runs they generalise."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from dbp_bench.analyses import efficacy, eot_curve, immobilise, landscape, stoch
 from dbp_bench.analyses.mixing import Mixed, PartlyKnown, partly_known
 from dbp_bench.analyses.record import Row
 from dbp_bench.analyses.store import Pieces, Tensors
-from dbp_bench.analyses.target import Effort, Target, attacked, fresh, gradients, losses
+from dbp_bench.analyses.target import Target, attacked, fresh, gradients, losses
 from dbp_bench.attacks.common.objectives import cross_entropy
+from dbp_bench.attacks.pgd import PGD
 from dbp_bench.checks.gradients import cosines
 from dbp_bench.defense import Defense, Purifier
 from dbp_bench.evaluate import Group
@@ -24,7 +26,7 @@ from dbp_bench.noise import ATTACKER, FORWARD, REVERSE, VICTIM, Noise, Site, Tap
 from dbp_bench.threat import Linf
 from toys import BOTH, Linear, Made, Noisy, TwoSided, group, normal, uniform
 
-EFFORT = Effort(steps=4, step_size=0.5, eot=3)
+SEARCH = PGD(steps=4, step_size=0.5, eot=3)
 SEED = 5
 TWO_SIDED = TwoSided(normal(1, 16, seed=3)[0], 0.8)
 
@@ -101,8 +103,8 @@ def test_without_fresh_noise_it_is_the_dw_box(draw: int, votes: int) -> None:
     """Bit for bit: the images, and the outcomes at the known draw."""
     whole = stochastic(votes)
     images = whole.groups[0]
-    found = stochasticity.mixed_run(whole, images, EFFORT, 0.0, draw, 2)
-    want = attacked(whole, images, EFFORT.pgd(), BOTH, draw)
+    found = stochasticity.mixed_run(whole, images, SEARCH, 0.0, draw, 2)
+    want = attacked(whole, images, SEARCH, BOTH, draw)
     assert torch.equal(found["images"], want)
     judged = evaluate.judge(whole.defense, want, images, seed=SEED, draw=draw)
     assert torch.equal(found["right"], judged[:, None].expand(-1, 2).double())
@@ -114,8 +116,8 @@ def test_without_fresh_noise_it_is_the_dw_box(draw: int, votes: int) -> None:
 def test_without_known_noise_it_is_eot(votes: int) -> None:
     whole = stochastic(votes)
     images = whole.groups[0]
-    found = stochasticity.mixed_run(whole, images, EFFORT, 1.0, 0, 4)
-    want = attacked(whole, images, EFFORT.pgd(), frozenset(), 0)
+    found = stochasticity.mixed_run(whole, images, SEARCH, 1.0, 0, 4)
+    want = attacked(whole, images, SEARCH, frozenset(), 0)
     assert torch.equal(found["images"], want)
     judged = [evaluate.judge(whole.defense, want, images, seed=SEED, draw=d) for d in fresh(4)]
     assert torch.equal(found["right"], torch.stack(judged, 1).double())
@@ -124,7 +126,7 @@ def test_without_known_noise_it_is_eot(votes: int) -> None:
 def test_the_judge_of_a_mixture_draws_its_fresh_part_anew() -> None:
     whole = stochastic()
     images = whole.groups[0]
-    found = stochasticity.mixed_run(whole, images, EFFORT, 0.7, 0, 3)
+    found = stochasticity.mixed_run(whole, images, SEARCH, 0.7, 0, 3)
     assert len({tuple(c) for c in found["loss"].T.tolist()}) == 3
     tape = Tape.make(SEED, VICTIM, images.ids)
     first = Tape.make(SEED, VICTIM, images.ids, fresh(1)[0])
@@ -145,7 +147,7 @@ def test_no_attack_on_a_mixture_depends_on_the_fresh_part_of_the_victim() -> Non
     whole = target(Made(run), TWO_SIDED, group(3))
     images = whole.groups[0]
     known = Tape.make(SEED, VICTIM, images.ids)
-    attacked(whole, images, EFFORT.pgd(), frozenset(), 0, partly_known(whole.defense, known, 0.6))
+    attacked(whole, images, SEARCH, frozenset(), 0, partly_known(whole.defense, known, 0.6))
     fixed = known.normal(FORWARD, 0, images.images)
     guess = Tape.make(SEED, f"{ATTACKER}/0", images.ids).copies([0, 1, 2])
     copies = images.images.repeat_interleave(3, 0)
@@ -202,14 +204,13 @@ def test_each_subset_has_the_outcomes_of_a_run() -> None:
     whole = stochastic()
     images = whole.groups[0]
     options = immobilise.Options(steps=4, step_size=0.5, eot=3, draws=5)
-    effort = Effort(4, 0.5, 3)
     for known in immobilise.subsets(BOTH):
-        found = immobilise.outcomes(whole, images, effort, known, options)
+        found = immobilise.outcomes(whole, images, SEARCH, known, options)
         judged = []
         for draw in range(options.known if known else options.draws):
             adversarial = evaluate.attack(
                 whole.defense,
-                effort.pgd(),
+                SEARCH,
                 images,
                 whole.budget,
                 known,
@@ -379,10 +380,12 @@ def test_the_iterates_are_those_of_the_attack() -> None:
     whole = stochastic()
     images = whole.groups[0]
     for knows, draw, eot in ((frozenset[Site](), 2, 3), (BOTH, 1, 1)):
-        path = trajectory.iterates(whole, images, EFFORT.pgd(eot), knows, draw)
-        assert path.shape[1] == EFFORT.steps + 1
+        path = trajectory.iterates(whole, images, replace(SEARCH, eot=eot), knows, draw)
+        assert path.shape[1] == SEARCH.steps + 1
         assert torch.equal(path[:, 0], images.images)
-        assert torch.equal(path[:, -1], attacked(whole, images, EFFORT.pgd(eot), knows, draw))
+        assert torch.equal(
+            path[:, -1], attacked(whole, images, replace(SEARCH, eot=eot), knows, draw)
+        )
         assert not torch.equal(path[:, 1], path[:, 0])
 
 
@@ -394,12 +397,12 @@ def test_paths_end_where_the_plane_says(monkeypatch: pytest.MonkeyPatch) -> None
     rows = trajectory.measure(whole, options, Once())
     images = whole.groups[0]
     for index, image in enumerate(images.ids):
-        last = attacked(whole, images, Effort(4, 0.5, 2).pgd(1), BOTH, 0)[index]
+        last = attacked(whole, images, replace(SEARCH, eot=1), BOTH, 0)[index]
         length = float((last - images.images[index]).norm())
         assert value(rows, "x", "dwbox 0", image, 4) == pytest.approx(length, abs=1e-5)
         assert value(rows, "y", "dwbox 0", image, 4) == pytest.approx(0, abs=1e-5)
         ends = torch.stack(
-            [attacked(whole, images, Effort(4, 0.5, 2).pgd(), frozenset(), r) for r in range(2)]
+            [attacked(whole, images, replace(SEARCH, eot=2), frozenset(), r) for r in range(2)]
         )
         moved = (ends.mean(0) - images.images)[index]
         placed = [

@@ -14,7 +14,6 @@ from dbp_bench.analyses.options import Count, Known
 from dbp_bench.analyses.record import Row, row
 from dbp_bench.analyses.store import Pieces, Tensors
 from dbp_bench.analyses.target import (
-    Effort,
     Target,
     attacked,
     bootstrap,
@@ -25,6 +24,7 @@ from dbp_bench.analyses.target import (
     guesses_of,
     mean,
 )
+from dbp_bench.attacks.pgd import PGD
 from dbp_bench.checks.gradients import cosines
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import VICTIM, Site
@@ -74,29 +74,32 @@ class Options(base.Options):
 
 def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
     """The rows of one defense."""
-    effort = Effort(options.steps, options.step_size, 1)
     parts = []
     for number, group in enumerate(target.groups):
         own = pieces.within(f"group {number}")
         part = own("cosines", partial(_cosines, target, group, options))
-        known = partial(_known, target, group, effort, options)
+        known = partial(_known, target, group, options)
         part["dwbox"] = own("dwbox", known)["right"]
         for n in options.counts:
-            work = partial(_hidden, target, group, effort, options, n)
+            work = partial(_hidden, target, group, options, n)
             part[f"eot {n}"] = own(f"eot {n}", work)["right"]
         parts.append(part)
     return _rows(target, options, {k: torch.cat([p[k] for p in parts]) for k in parts[0]})
 
 
-def _hidden(target: Target, group: Group, effort: Effort, options: Options, n: int) -> Tensors:
-    images = attacked(target, group, effort.pgd(n), frozenset[Site](), 0)
+def _search(options: Options, eot: int) -> PGD:
+    return PGD(steps=options.steps, step_size=options.step_size, eot=eot)
+
+
+def _hidden(target: Target, group: Group, options: Options, n: int) -> Tensors:
+    images = attacked(target, group, _search(options, n), frozenset[Site](), 0)
     return {"right": correct(target, images, group, fresh(options.fresh)).double()}
 
 
-def _known(target: Target, group: Group, effort: Effort, options: Options) -> Tensors:
+def _known(target: Target, group: Group, options: Options) -> Tensors:
     right = []
     for draw in range(options.known):
-        images = attacked(target, group, effort.pgd(), target.sites, draw)
+        images = attacked(target, group, _search(options, 1), target.sites, draw)
         right.append(correct(target, images, group, [draw]))
     return {"right": torch.cat(right, 1).double()}
 

@@ -9,14 +9,15 @@ from dbp_bench.analyses.options import Count, Known, Searched
 from dbp_bench.analyses.record import Row, row
 from dbp_bench.analyses.store import Pieces, Tensors
 from dbp_bench.analyses.target import (
-    Effort,
     Target,
     attacked,
     bootstrap,
     correct,
     fresh,
     mean,
+    pgd,
 )
+from dbp_bench.attacks.pgd import PGD
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import Site
 
@@ -64,7 +65,7 @@ def called(known: frozenset[Site]) -> str:
 
 def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
     """The rows of one defense."""
-    effort = Effort(options.steps, options.step_size, options.eot)
+    search = pgd(options)
     resamples = bootstrap(target.images)
     rows, hidden = [], None
     for known in subsets(target.sites):
@@ -72,7 +73,7 @@ def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
         parts = [
             pieces(
                 f"group {number} {name}",
-                partial(outcomes, target, group, effort, known, options),
+                partial(outcomes, target, group, search, known, options),
             )
             for number, group in enumerate(target.groups)
         ]
@@ -91,17 +92,17 @@ def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
 
 
 def outcomes(
-    target: Target, group: Group, effort: Effort, known: frozenset[Site], options: Options
+    target: Target, group: Group, search: PGD, known: frozenset[Site], options: Options
 ) -> Tensors:
     """Whether each image is right ``(b, draws)``: at the draws of a run, and on fresh ones."""
     if not known:
-        images = attacked(target, group, effort.pgd(), known, 0)
+        images = attacked(target, group, search, known, 0)
         robust = correct(target, images, group, range(options.draws))
         others = correct(target, images, group, fresh(options.fresh))
         return {"robust": robust.double(), "fresh": others.double()}
     own, new = [], []
     for draw in range(options.known):
-        images = attacked(target, group, effort.pgd(), known, draw)
+        images = attacked(target, group, search, known, draw)
         own.append(correct(target, images, group, [draw]))
         new.append(correct(target, images, group, fresh(options.fresh)))
     return {"robust": torch.cat(own, 1).double(), "fresh": torch.cat(new, 1).double()}

@@ -11,7 +11,6 @@ from dbp_bench.analyses.options import Count, Known, Searched
 from dbp_bench.analyses.record import Row, row
 from dbp_bench.analyses.store import Pieces, Tensors
 from dbp_bench.analyses.target import (
-    Effort,
     Target,
     attacked,
     bootstrap,
@@ -19,7 +18,9 @@ from dbp_bench.analyses.target import (
     fresh,
     losses,
     mean,
+    pgd,
 )
+from dbp_bench.attacks.pgd import PGD
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import VICTIM, Site, Tape
 from dbp_bench.reporting.statistics import Replicates
@@ -62,7 +63,7 @@ class Options(Searched):
 
 def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
     """The rows of one defense."""
-    effort = Effort(options.steps, options.step_size, options.eot)
+    search = pgd(options)
     rows, resamples = [], bootstrap(target.images)
     first: Replicates | None = None
     for k in options.levels:
@@ -70,7 +71,7 @@ def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
             [
                 pieces(
                     f"group {number} k {k:g} draw {d}",
-                    partial(mixed_run, target, group, effort, k, d, options.fresh),
+                    partial(mixed_run, target, group, search, k, d, options.fresh),
                 )
                 for d in range(options.known)
             ]
@@ -99,7 +100,7 @@ def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
 
 
 def mixed_run(
-    target: Target, group: Group, effort: Effort, k: float, draw: int, number: int
+    target: Target, group: Group, search: PGD, k: float, draw: int, number: int
 ) -> Tensors:
     """Attack and evaluate with a share `k` of fresh noise and the rest known, at victim `draw`.
 
@@ -109,7 +110,7 @@ def mixed_run(
     """
     known = Tape.make(target.seed, VICTIM, group.ids, draw)
     defense = partly_known(target.defense, known, k)
-    images = attacked(target, group, effort.pgd(), frozenset[Site](), draw, defense)
+    images = attacked(target, group, search, frozenset[Site](), draw, defense)
     draws = fresh(number)
     return {
         "images": images,

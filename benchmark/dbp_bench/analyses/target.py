@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dbp_bench import evaluate
+from dbp_bench.analyses.options import Searched
 from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.data import load_data
@@ -65,17 +66,10 @@ def targets(jobs: Iterable[Job], registry: Registry) -> Iterator[tuple[Target, P
         yield target, provenance(job, data.digest(ids))
 
 
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How hard PGD searches."""
-
-    steps: int
-    step_size: float
-    eot: int
-
-    def pgd(self, eot: int | None = None) -> PGD:
-        """PGD on cross-entropy from the clean image, with `eot` EoT samples if given."""
-        return PGD(self.steps, self.step_size, self.eot if eot is None else eot)
+def pgd(options: Searched, eot: int | None = None) -> PGD:
+    """PGD on cross-entropy from the clean image, with `eot` EoT samples if given."""
+    samples = options.eot if eot is None else eot
+    return PGD(steps=options.steps, step_size=options.step_size, eot=samples)
 
 
 def fresh(number: int) -> range:
