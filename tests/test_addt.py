@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from dbp_bench.noise import Site, Tape
 from dbp_bench.training import diffusion
-from dbp_bench.training.diffusion import ADDT, classification, denoising, fooling
+from dbp_bench.training.batches import Batch
+from dbp_bench.training.diffusion import ADDT, adversarial, classification, denoising, fooling
 from dbp_bench.training.diffusion import rank_based_gaussian as rbgm
-from dbp_bench.training.loop import Batch
 from dbp_bench.training.processes import DDPM, Level
 from toys import MixtureDenoiser, Small, SmallDenoiser, discrete_signal, normal, uniform
 
@@ -87,7 +87,8 @@ def test_below_the_cap_the_perturbation_has_one_size_in_image_space() -> None:
 def test_the_mix_has_unit_variance(share: float) -> None:
     n = 200_000
     noise, perturbation = normal(100, n // 100, seed=1), normal(100, n // 100, seed=2)
-    mixed = PAPER.mix(noise, perturbation, torch.tensor(share)).double()
+    level = Level(*[torch.tensor(share)] * 4)  # its ratio is the share
+    mixed = ADDT(1.0, 1.0, 5, DDPM()).mix(noise, perturbation, level).double()
     assert abs(float(mixed.mean())) < 4 / n**0.5
     assert abs(float(mixed.square().mean()) - 1) < 4 * (2 / n) ** 0.5
     overlap = float((mixed * perturbation.double()).mean())
@@ -166,7 +167,7 @@ def gain(rounds: int, n: int = 200) -> tuple[float, float]:
 
     @torch.no_grad()
     def loss(perturbation: Tensor) -> Tensor:
-        mixed = addt.mix(noise, perturbation, addt.share(level_at(20).ratio))
+        mixed = addt.mix(noise, perturbation, level_at(20))
         z = signal.sqrt() * x + (1 - signal).sqrt() * mixed
         x0 = (z - (1 - signal).sqrt() * denoiser(z, t)) / signal.sqrt()
         return F.cross_entropy(classifier((x0 + 1) / 2), given.labels, reduction="none")
@@ -207,7 +208,7 @@ def noise_shown(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
 def test_addt_predicts_the_whole_mixed_noise() -> None:
     """The target of equation 8 is what the network was shown, adversarial part and all."""
     zero, given = Zero(), batch()
-    loss = PAPER.loss(zero, fooling(Small()))(given)
+    loss = adversarial(PAPER, zero, fooling(Small()))(given)
     assert len(zero.seen) == 5 + 1
     z, t = zero.seen[-1]
     mixed = noise_shown(given.images, z, t)
@@ -249,11 +250,11 @@ def test_levels_are_uniform_over_all_steps(count: int) -> None:
     assert abs(float(levels.double().mean()) - (count - 1) / 2) <= 4 * std / n**0.5
 
 
-@pytest.mark.parametrize("adversarial", [True, False])
-def test_losses_reach_the_denoiser_alone(adversarial: bool) -> None:
+@pytest.mark.parametrize("pushed", [True, False])
+def test_losses_reach_the_denoiser_alone(pushed: bool) -> None:
     denoiser, classifier = SmallDenoiser(), Small()
-    plain, addt = denoising(denoiser, DDPM()), PAPER.loss(denoiser, fooling(classifier))
-    loss = (addt if adversarial else plain)(batch())
+    plain, addt = denoising(denoiser, DDPM()), adversarial(PAPER, denoiser, fooling(classifier))
+    loss = (addt if pushed else plain)(batch())
     torch.autograd.backward(loss)
     for weight in denoiser.parameters():
         assert weight.grad is not None

@@ -1,6 +1,7 @@
 """Analyses on toys whose answers are known in closed form, and against the runs they generalise."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dbp_bench import evaluate
-from dbp_bench.analyses import efficacy, eotcurve, immobilise, landscape, stochasticity, trajectory
+from dbp_bench.analyses import efficacy, eot_curve, immobilise, landscape, stochasticity, trajectory
 from dbp_bench.analyses.mixing import Mixed, PartlyKnown, partly_known
 from dbp_bench.analyses.record import Row
 from dbp_bench.analyses.store import Pieces, Tensors
-from dbp_bench.analyses.target import Effort, Target, attacked, fresh, gradients, losses
+from dbp_bench.analyses.target import Target, attacked, fresh, gradients, losses
 from dbp_bench.attacks.common.objectives import cross_entropy
+from dbp_bench.attacks.pgd import PGD
 from dbp_bench.checks.gradients import cosines
 from dbp_bench.defense import Defense, Purifier
 from dbp_bench.evaluate import Group
@@ -24,7 +26,7 @@ from dbp_bench.noise import ATTACKER, FORWARD, REVERSE, VICTIM, Noise, Site, Tap
 from dbp_bench.threat import Linf
 from toys import BOTH, Linear, Made, Noisy, TwoSided, group, normal, uniform
 
-EFFORT = Effort(steps=4, step_size=0.5, eot=3)
+SEARCH = PGD(steps=4, step_size=0.5, eot=3)
 SEED = 5
 TWO_SIDED = TwoSided(normal(1, 16, seed=3)[0], 0.8)
 
@@ -44,7 +46,7 @@ class Once(Pieces):
 
 def target(purifier: Purifier, classifier: nn.Module, images: Group, votes: int = 1) -> Target:
     defense = Defense(purifier, classifier, votes=votes)
-    return Target("toy", defense, [images], Linf(0.1), SEED, rows=64)
+    return Target("toy", defense, [images], Linf(0.1), SEED, max_batch=64)
 
 
 def stochastic(votes: int = 1) -> Target:
@@ -101,8 +103,8 @@ def test_without_fresh_noise_it_is_the_dw_box(draw: int, votes: int) -> None:
     """Bit for bit: the images, and the outcomes at the known draw."""
     whole = stochastic(votes)
     images = whole.groups[0]
-    found = stochasticity.mixed_run(whole, images, EFFORT, 0.0, draw, 2)
-    want = attacked(whole, images, EFFORT.pgd(), BOTH, draw)
+    found = stochasticity.mixed_run(whole, images, SEARCH, 0.0, draw, 2)
+    want = attacked(whole, images, SEARCH, BOTH, draw)
     assert torch.equal(found["images"], want)
     judged = evaluate.judge(whole.defense, want, images, seed=SEED, draw=draw)
     assert torch.equal(found["right"], judged[:, None].expand(-1, 2).double())
@@ -114,8 +116,8 @@ def test_without_fresh_noise_it_is_the_dw_box(draw: int, votes: int) -> None:
 def test_without_known_noise_it_is_eot(votes: int) -> None:
     whole = stochastic(votes)
     images = whole.groups[0]
-    found = stochasticity.mixed_run(whole, images, EFFORT, 1.0, 0, 4)
-    want = attacked(whole, images, EFFORT.pgd(), frozenset(), 0)
+    found = stochasticity.mixed_run(whole, images, SEARCH, 1.0, 0, 4)
+    want = attacked(whole, images, SEARCH, frozenset(), 0)
     assert torch.equal(found["images"], want)
     judged = [evaluate.judge(whole.defense, want, images, seed=SEED, draw=d) for d in fresh(4)]
     assert torch.equal(found["right"], torch.stack(judged, 1).double())
@@ -124,7 +126,7 @@ def test_without_known_noise_it_is_eot(votes: int) -> None:
 def test_the_judge_of_a_mixture_draws_its_fresh_part_anew() -> None:
     whole = stochastic()
     images = whole.groups[0]
-    found = stochasticity.mixed_run(whole, images, EFFORT, 0.7, 0, 3)
+    found = stochasticity.mixed_run(whole, images, SEARCH, 0.7, 0, 3)
     assert len({tuple(c) for c in found["loss"].T.tolist()}) == 3
     tape = Tape.make(SEED, VICTIM, images.ids)
     first = Tape.make(SEED, VICTIM, images.ids, fresh(1)[0])
@@ -145,7 +147,7 @@ def test_no_attack_on_a_mixture_depends_on_the_fresh_part_of_the_victim() -> Non
     whole = target(Made(run), TWO_SIDED, group(3))
     images = whole.groups[0]
     known = Tape.make(SEED, VICTIM, images.ids)
-    attacked(whole, images, EFFORT.pgd(), frozenset(), 0, partly_known(whole.defense, known, 0.6))
+    attacked(whole, images, SEARCH, frozenset(), 0, partly_known(whole.defense, known, 0.6))
     fixed = known.normal(FORWARD, 0, images.images)
     guess = Tape.make(SEED, f"{ATTACKER}/0", images.ids).copies([0, 1, 2])
     copies = images.images.repeat_interleave(3, 0)
@@ -202,20 +204,19 @@ def test_each_subset_has_the_outcomes_of_a_run() -> None:
     whole = stochastic()
     images = whole.groups[0]
     options = immobilise.Options(steps=4, step_size=0.5, eot=3, draws=5)
-    effort = Effort(4, 0.5, 3)
     for known in immobilise.subsets(BOTH):
-        found = immobilise.outcomes(whole, images, effort, known, options)
+        found = immobilise.outcomes(whole, images, SEARCH, known, options)
         judged = []
         for draw in range(options.known if known else options.draws):
             adversarial = evaluate.attack(
                 whole.defense,
-                effort.pgd(),
+                SEARCH,
                 images,
                 whole.budget,
                 known,
                 seed=SEED,
                 victim_draw=draw if known else 0,
-                rows=whole.rows,
+                rows=whole.max_batch,
             ).images
             judged.append(evaluate.judge(whole.defense, adversarial, images, seed=SEED, draw=draw))
         assert torch.equal(found["robust"], torch.stack(judged, 1).double()), known
@@ -261,16 +262,16 @@ def scattered(spread: float, n: int, size: int) -> Target:
 
     images = Group(uniform(n, 1, size, size), torch.zeros(n, dtype=torch.int64), range(n))
     whole = target(Made(run), Scattered(), images)
-    return Target(whole.name, whole.defense, whole.groups, whole.budget, SEED, rows=512)
+    return Target(whole.name, whole.defense, whole.groups, whole.budget, SEED, max_batch=512)
 
 
 def test_cosines_follow_the_formula_where_gradients_scatter_about_a_mean() -> None:
     """Mu of length sqrt(d), noise of variance spread^2 a pixel: rho = 1 / (1 + spread^2)."""
     spread = 2.0
-    options = eotcurve.Options(steps=1, counts=(1, 2, 4, 16, 64), fresh=1)
-    rows = eotcurve.measure(scattered(spread, 3, 40), options, Once())
+    options = eot_curve.Options(steps=1, counts=(1, 2, 4, 16), fresh=1)
+    rows = eot_curve.measure(scattered(spread, 3, 40), options, Once())
     rho = 1 / (1 + spread**2)
-    for scale in eotcurve.SCALES:
+    for scale in eot_curve.SCALES:
         for n in options.counts:
             want = rho / sqrt(rho + (1 - rho) / n)
             assert value(rows, "cosine", scale, n) == pytest.approx(want, abs=0.02), (scale, n)
@@ -280,10 +281,10 @@ def test_cosines_follow_the_formula_where_gradients_scatter_about_a_mean() -> No
 def test_the_fit_finds_the_rho_it_was_made_from() -> None:
     counts = np.array([1.0, 2, 8, 64, 512])
     rho = np.array([0.03, 0.106, 0.5, 0.97])
-    curves = eotcurve.similarity(rho[:, None], counts[None])
-    assert eotcurve.fit(curves, counts) == pytest.approx(rho, abs=1e-4)
+    curves = eot_curve.similarity(rho[:, None], counts[None])
+    assert eot_curve.fit(curves, counts) == pytest.approx(rho, abs=1e-4)
     # The published curve, read off its figure, against the stated numbers of the formula.
-    assert eotcurve.similarity(0.106, np.array([10.0, 100.0])) == pytest.approx(
+    assert eot_curve.similarity(0.106, np.array([10.0, 100.0])) == pytest.approx(
         [0.240, 0.313], abs=1e-3
     )
 
@@ -326,9 +327,9 @@ def test_the_known_draw_is_the_steepest_at_that_draw_only() -> None:
     def run(images: Tensor, noise: Noise) -> Tensor:
         return images * noise.normal(FORWARD, 0, images)
 
-    images = Group(0.3 + 0.4 * uniform(40, 1, 5, 5), torch.zeros(40, dtype=torch.int64), range(40))
+    images = Group(0.3 + 0.4 * uniform(20, 1, 5, 5), torch.zeros(20, dtype=torch.int64), range(20))
     whole = target(Made(run), Scattered(), images)
-    rows = efficacy.measure(whole, efficacy.Options(sets=64, fresh=4), Once())
+    rows = efficacy.measure(whole, efficacy.Options(sets=32, fresh=4), Once())
     known = {s: value(rows, "loss-known", s, 16) for s in efficacy.DIRECTIONS}
     assert known["known draw"] > known["mean over known draws"] + 0.5
     assert known["known draw"] > known["random"] + 0.5
@@ -379,26 +380,29 @@ def test_the_iterates_are_those_of_the_attack() -> None:
     whole = stochastic()
     images = whole.groups[0]
     for knows, draw, eot in ((frozenset[Site](), 2, 3), (BOTH, 1, 1)):
-        path = trajectory.iterates(whole, images, EFFORT.pgd(eot), knows, draw)
-        assert path.shape[1] == EFFORT.steps + 1
+        path = trajectory.iterates(whole, images, replace(SEARCH, eot=eot), knows, draw)
+        assert path.shape[1] == SEARCH.steps + 1
         assert torch.equal(path[:, 0], images.images)
-        assert torch.equal(path[:, -1], attacked(whole, images, EFFORT.pgd(eot), knows, draw))
+        assert torch.equal(
+            path[:, -1], attacked(whole, images, replace(SEARCH, eot=eot), knows, draw)
+        )
         assert not torch.equal(path[:, 1], path[:, 0])
 
 
-def test_paths_end_where_the_plane_says() -> None:
+def test_paths_end_where_the_plane_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dwbox 0 ends on the x axis, at its own length; the mean of the eot ends has no third part."""
+    monkeypatch.setattr(trajectory, "_tsne", lambda *_: None)
     whole = target(Noisy(0.3, 0.2), TWO_SIDED, group(2))
     options = trajectory.Options(steps=4, step_size=0.5, eot=2, runs=2, fresh=3)
     rows = trajectory.measure(whole, options, Once())
     images = whole.groups[0]
     for index, image in enumerate(images.ids):
-        last = attacked(whole, images, Effort(4, 0.5, 2).pgd(1), BOTH, 0)[index]
+        last = attacked(whole, images, replace(SEARCH, eot=1), BOTH, 0)[index]
         length = float((last - images.images[index]).norm())
         assert value(rows, "x", "dwbox 0", image, 4) == pytest.approx(length, abs=1e-5)
         assert value(rows, "y", "dwbox 0", image, 4) == pytest.approx(0, abs=1e-5)
         ends = torch.stack(
-            [attacked(whole, images, Effort(4, 0.5, 2).pgd(), frozenset(), r) for r in range(2)]
+            [attacked(whole, images, replace(SEARCH, eot=2), frozenset(), r) for r in range(2)]
         )
         moved = (ends.mean(0) - images.images)[index]
         placed = [

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from dbp_bench.analyses import analyse as module
+from dbp_bench.analyses import catalog
 from dbp_bench.analyses.analyse import analyse
-from dbp_bench.analyses.catalog import ANALYSES
 from dbp_bench.analyses.figures import draw
 from dbp_bench.analyses.options import Searched, parse
 from dbp_bench.analyses.record import Record, row
@@ -218,8 +218,8 @@ def test_what_is_committed_can_be_read_and_says_what_it_is(name: str) -> None:
     assert (record.analysis, record.track) == (name, "digits-linf")
     assert record.to_json() == path.read_text()
     assert record.to_csv() == path.with_suffix(".csv").read_text()
-    parse(ANALYSES[name].options, name, record.request["options"])
-    assert record.statement == list(ANALYSES[name].statement)
+    parse(catalog.find(name).Options, name, record.request["options"])
+    assert record.statement == list(catalog.find(name).STATEMENT)
     for suffix in (".svg", ".png"):
         assert path.with_suffix(suffix).is_file()
 

@@ -36,7 +36,7 @@ def test_version_and_help(command: "Command") -> None:
     assert command("--version") == (0, f"dbp-bench {__version__}\n", "")
     said = command("--help")
     assert said.code == 0
-    for verb in ("run", "list", "describe", "plan", "check", "train", "report", "bench"):
+    for verb in ("run", "list", "describe", "plan", "check", "train", "report"):
         assert verb in said.out
 
 

@@ -11,8 +11,15 @@ from dbp_bench.errors import BadRequest
 from dbp_bench.networks.trial import Patched
 from dbp_bench.noise import Site, Tape
 from dbp_bench.training import dropout, recipes, variants
-from dbp_bench.training.diffusion import ADDT, LinfADDT, denoising, fooling, misleading
-from dbp_bench.training.loop import Batch, _draw
+from dbp_bench.training.batches import Batch, draw
+from dbp_bench.training.diffusion import (
+    ADDT,
+    LinfADDT,
+    adversarial,
+    denoising,
+    fooling,
+    misleading,
+)
 from dbp_bench.training.processes import DDPM, EDM, VPSDE, Process
 from dbp_bench.training.state import Settings, State, WeightAverage
 from toys import Small, SmallDenoiser, normal, uniform
@@ -92,7 +99,7 @@ def test_a_network_that_is_right_has_no_loss(process: Process) -> None:
     right = Right(process, 2 * given.images - 1)
     assert float(denoising(right, process)(given)) < 1e-4
     addt = ADDT(lambda_unit=0.03, lambda_max=0.3, rounds=0, process=process)
-    assert float(addt.loss(right, misleading)(given)) < 1e-4
+    assert float(adversarial(addt, right, misleading)(given)) < 1e-4
     level = process.draw(given)
     noise = given.tape.normal(NOISE, 0, given.images)
     said = process.predict(right, level.diffuse(right.z, noise), level)
@@ -128,15 +135,12 @@ def test_no_gradient_is_left_on_any_weight(process: Process, kind: str) -> None:
     assert all(w.requires_grad and w.grad is None for w in weights)
     assert not found.requires_grad
     # And the training loss has the gradients of its own target alone.
-    torch.autograd.backward(made.loss(denoiser, guide)(given))
+    torch.autograd.backward(adversarial(made, denoiser, guide)(given))
     got = [w.grad.clone() for w in denoiser.parameters() if w.grad is not None]
     assert all(w.grad is None for w in classifier.parameters())
     level, z = process.draw(given), 2 * given.images - 1
     noise = given.tape.normal(NOISE, 0, z)
-    if isinstance(made, ADDT):
-        noise = made.mix(noise, found, made.share(level.ratio))
-    else:
-        noise = made.push(noise, found, level)
+    noise = made.mix(noise, found, level)
     alone = copy.deepcopy(denoiser)
     alone.zero_grad()
     said = process.predict(alone, level.diffuse(z, noise), level)
@@ -174,7 +178,7 @@ def test_the_limit_of_the_linf_ablation() -> None:
     made, process = LinfADDT(8 / 255, 4 / 255, 5, 10.0, EDM()), EDM()
     level = process.at(torch.tensor([0.05, 0.2]))
     z, delta, noise = normal(2, 1, 4, 4, seed=1), torch.full((2, 1, 4, 4), 0.1), torch.zeros(1)
-    x = level.diffuse(z, made.push(noise, delta, level))
+    x = level.diffuse(z, made.mix(noise, delta, level))
     torch.testing.assert_close(x[1], z[1] + 0.1)
     torch.testing.assert_close(x[0], z[0] + 0.05)  # 10 * 0.05 * 0.1
 
@@ -239,8 +243,7 @@ def test_dropout_is_of_the_tape() -> None:
 def test_augmentation_moves_and_mirrors() -> None:
     """Each image is one window of its mirrored border, or the mirror image of one."""
     images, labels = uniform(5, 1, 6, 6), torch.arange(5)
-    settings = Settings(1, 64, 1e-3, 0, (0.9, 0.99), 0, anneal=False, flip=True, crop=2)
-    got = _draw(images, labels, Tape.make(0, "x", range(64)), settings)
+    got = draw(images, labels, Tape.make(0, "x", range(64)), flip=True, crop=2)
     padded = F.pad(images, (2,) * 4, mode="reflect")
     seen = set()
     for image, label in zip(got.images, got.labels.tolist(), strict=True):
@@ -260,8 +263,10 @@ def test_augmentation_moves_and_mirrors() -> None:
 def test_bytes_are_the_same_images() -> None:
     pixels = (uniform(5, 3, 4, 4) * 255).round().to(torch.uint8)
     tape = Tape.make(0, "x", range(8))
-    one = _draw(pixels, torch.arange(5), tape, CONSTANT).images
-    assert torch.equal(one, _draw(pixels.float() / 255, torch.arange(5), tape, CONSTANT).images)
+    labels = torch.arange(5)
+    one = draw(pixels, labels, tape, flip=False, crop=0).images
+    same = draw(pixels.float() / 255, labels, tape, flip=False, crop=0).images
+    assert torch.equal(one, same)
 
 
 # ------------------------------------------------------------------------- averages and schedules

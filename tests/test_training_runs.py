@@ -10,6 +10,8 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,20 +19,23 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from conftest import Command
 from dbp_bench.data import digits
 from dbp_bench.errors import AttackFailed, BadRequest, BadWeights
 from dbp_bench.networks.ho import HoUNet
 from dbp_bench.noise import seeded
-from dbp_bench.training import checkpoint as checkpoints
 from dbp_bench.training import recipes
-from dbp_bench.training.checkpoint import Checkpoint
-from dbp_bench.training.diffusion import ADDT, denoising, fooling
-from dbp_bench.training.loop import Batch, train
+from dbp_bench.training.batches import Batch
+from dbp_bench.training.diffusion import ADDT, adversarial, denoising, fooling
+from dbp_bench.training.distributed import ALONE, Group, launched
+from dbp_bench.training.given import Given
+from dbp_bench.training.loop import train
+from dbp_bench.training.output import packed
 from dbp_bench.training.processes import DDPM
-from dbp_bench.training.run import Given, Options, run
-from dbp_bench.training.state import Settings
+from dbp_bench.training.run import Options, run
+from dbp_bench.training.state import Checkpoint, Settings
 from dbp_bench.weights.files import ASSETS, digest, load
 from toys import uniform
 
@@ -235,10 +240,8 @@ _RANK = """
 """
 
 
-def joint(group: object = None) -> dict[str, Tensor]:
+def joint(group: Group = ALONE) -> dict[str, Tensor]:
     """Weights and gradients of ADDT in float64 after three updates of 7 images, with dropout."""
-    from dbp_bench.training.distributed import Group
-
     network, classifier = unet().double(), nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).double()
     with seeded(1):
         nn.init.normal_(classifier[1].weight)  # type: ignore[arg-type]
@@ -247,39 +250,46 @@ def joint(group: object = None) -> dict[str, Tensor]:
     losses = []
     values = train(
         network,
-        addt.loss(network, fooling(classifier)),
+        adversarial(addt, network, fooling(classifier)),
         uniform(20, 1, 8, 8, dtype=torch.float64),
         torch.arange(20) % 2,
         replace(SETTINGS, iterations=3, batch_size=7),
         seed=0,
         owner="toy",
         report=lambda _, loss, __: losses.append(loss),
-        group=group if isinstance(group, Group) else Group(),
+        group=group,
     )
     gradients = {f"g/{k}": p.grad for k, p in network.named_parameters() if p.grad is not None}
     return {**values, **gradients, "losses": torch.tensor(losses, dtype=torch.float64)}
 
 
-def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
+def test_two_processes_give_the_gradients_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process is the first, a child the second."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    other = {"RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"}
     code = textwrap.dedent(_RANK).format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-        )
-        for rank in (0, 1)
-    ]
-    for process in ranks:
-        _, said = process.communicate(timeout=150)
-        assert process.returncode == 0, said.decode()
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, **shared, **other},
+        stderr=subprocess.PIPE,
+    )
+    for name, setting in {**shared, "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, setting)
+    # A child that fails to start is not waited for half an hour.
+    patient = partial(dist.init_process_group, timeout=timedelta(seconds=100))
+    monkeypatch.setattr(dist, "init_process_group", patient)
+    with launched("cpu") as (group, _):
+        assert (group.rank, group.size) == (0, 2)
+        mine = joint(group)
+    _, said = child.communicate(timeout=150)
+    assert child.returncode == 0, said.decode()
     want = joint()
-    for rank in (0, 1):
-        got = load(tmp_path / f"{rank}.safetensors")
+    for got in (mine, load(tmp_path / "1.safetensors")):
         assert got.keys() == want.keys()
         for name, value in want.items():
             torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-12)
@@ -419,12 +429,10 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_trained_weights_say_what_they_are(tmp_path: Path) -> None:
-    from dbp_bench.training.run import _packed
-
     plan = recipes.recipe("diffusion", "cifar10-jpeg", "tiny")
     path = tmp_path / "x.safetensors"
-    path.write_bytes(_packed({"x": torch.ones(2)}, plan))
-    assert checkpoints.metadata(path, "dbp-bench") == {
+    path.write_bytes(packed({"x": torch.ones(2)}, plan))
+    assert Given.file(path).header == {
         "recipe": "diffusion",
         "data": "cifar10-jpeg",
         "network": "dbp_bench.networks.trial:ddpm_tiny32",

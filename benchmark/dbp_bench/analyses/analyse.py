@@ -9,19 +9,15 @@ from typing import Any
 import torch
 
 from dbp_bench import __version__
-from dbp_bench.analyses.catalog import ANALYSES, Analysis
+from dbp_bench.analyses import catalog
 from dbp_bench.analyses.options import Options, parse
 from dbp_bench.analyses.record import SCHEMA, Record
 from dbp_bench.analyses.store import Pieces, record_path
-from dbp_bench.analyses.target import Target
-from dbp_bench.data import load_data
+from dbp_bench.analyses.target import targets
 from dbp_bench.entries.registry import Registry
-from dbp_bench.errors import BadRequest, UnknownName, did_you_mean
-from dbp_bench.evaluate import Group
+from dbp_bench.errors import BadRequest, did_you_mean
 from dbp_bench.runs.execute import locked
 from dbp_bench.runs.job import Job, Overrides, refuse_other_request, resolve
-from dbp_bench.runs.provenance import provenance
-from dbp_bench.threat import budget
 
 _BASE = "eot"
 """The threat whose budget, track and defense settings an analysis takes; its effort is its own."""
@@ -44,7 +40,7 @@ def analyse(
     """Write the numbers of the analysis called `name`, or find them written.
 
     Args:
-        name: One of :data:`dbp_bench.analyses.catalog.ANALYSES`.
+        name: One of :data:`dbp_bench.analyses.catalog.NAMES`.
         registry: Where the entries come from.
         track: The track's name.
         defenses: Names of the defenses, which share one record and one figure.
@@ -64,14 +60,12 @@ def analyse(
         BadRequest: An option can't be right, or `out` holds another request under this name.
         AttackFailed: An attack or a defense gave numbers that can't be used.
     """
-    if name not in ANALYSES:
-        raise UnknownName(f"no analysis {name!r}.{did_you_mean(name, ANALYSES)}")
-    analysis = ANALYSES[name]
-    asked = parse(analysis.options, name, options or {})
+    analysis = catalog.find(name)
+    asked = parse(analysis.Options, name, options or {})
     names = list(dict.fromkeys(defenses))
     if not names:
         raise BadRequest(f"--defense: names nothing.{did_you_mean('', registry.defenses)}")
-    number = analysis.examples if examples is None else examples
+    number = analysis.EXAMPLES if examples is None else examples
     overrides = Overrides(examples=number)
     jobs = [
         resolve(registry, track, each, _BASE, seed=seed, device=device, overrides=overrides)
@@ -83,7 +77,7 @@ def analyse(
                 f"--defense {job.defense.name}: it draws no noise, so that nothing is hidden or "
                 "known."
             )
-    request = _request(analysis, asked, jobs)
+    request = _request(name, asked, jobs)
     path = record_path(out, track, name, names)
     work = out / ".work" / path.relative_to(out).with_suffix("")
     with locked(work):
@@ -96,24 +90,24 @@ def analyse(
             return path
         pieces = Pieces(work, say)
         pieces.open(request)
-        _compute(analysis, asked, jobs, registry, request, pieces).write(path)
+        _compute(name, asked, jobs, registry, request, pieces).write(path)
     return path
 
 
-def _request(analysis: Analysis, options: Options, jobs: Sequence[Job]) -> dict[str, Any]:
+def _request(analysis: str, options: Options, jobs: Sequence[Job]) -> dict[str, Any]:
     """What must be equal for pieces to be continued, as JSON gives it back."""
     first = jobs[0]
     kept = ("options", "weights", "sites", "code")
     request = {
         "dbp_bench": __version__,
-        "analysis": analysis.name,
+        "analysis": analysis,
         "track": first.track.name,
         "norm": first.track.entry.norm,
         "eps": first.eps,
         "seed": first.seed,
         "device": torch.device(first.device).type,
         "batch_size": first.batch_size,
-        "rows": first.rows,
+        "max_batch": first.rows,
         "images": first.examples,
         "options": options.model_dump(),
         "defenses": {
@@ -125,41 +119,29 @@ def _request(analysis: Analysis, options: Options, jobs: Sequence[Job]) -> dict[
 
 
 def _compute(
-    analysis: Analysis,
+    name: str,
     options: Options,
     jobs: Sequence[Job],
     registry: Registry,
     request: dict[str, Any],
     pieces: Pieces,
 ) -> Record:
-    first = jobs[0]
-    track = first.track.entry
-    ids = first.track_ids[: first.examples]
-    device = torch.device(first.device)
-    data = load_data(track.data, registry.data, track.split)
-    digest = data.digest(ids)
-    groups = []
-    for start in range(0, len(ids), first.batch_size):
-        part = ids[start : start + first.batch_size]
-        images, labels = data.select(part)
-        groups.append(Group(images.to(device), labels.to(device), part))
+    analysis, first = catalog.find(name), jobs[0]
     # float32 means float32: no shortened products in convolutions.
     torch.backends.cudnn.allow_tf32 = False
-    rows = []
-    for job in jobs:
-        defense = registry.build_defense(job.defense, job.track, device=device)
-        ball = budget(track.norm, job.eps)
-        target = Target(job.defense.name, defense, groups, ball, job.seed, job.rows)
-        rows += analysis.measure(target, options, pieces.within(job.defense.name))
+    rows, provenance = [], {}
+    for target, source in targets(jobs, registry):
+        rows += analysis.measure(target, options, pieces.within(target.name))
+        provenance[target.name] = source
     return Record(
         schema=SCHEMA,
-        analysis=analysis.name,
+        analysis=name,
         track=first.track.name,
-        defenses=[job.defense.name for job in jobs],
-        images=list(ids),
-        statement=list(analysis.statement),
+        defenses=list(provenance),
+        images=first.track_ids[: first.examples],
+        statement=list(analysis.STATEMENT),
         request=request,
-        provenance={job.defense.name: provenance(job, digest) for job in jobs},
-        axes=list(analysis.axes),
+        provenance=provenance,
+        axes=list(analysis.AXES),
         rows=rows,
     )

@@ -1,47 +1,40 @@
-"""The analyses, by the names that the command line gives them."""
+"""The analyses, by the names that the command line gives them: each is a module beside this one."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from dbp_bench.analyses import (
-    efficacy,
-    eotcurve,
-    immobilise,
-    landscape,
-    stochasticity,
-    trajectory,
-)
-from dbp_bench.analyses.options import Options
-from dbp_bench.analyses.record import Row
+from dbp_bench.errors import UnknownName, did_you_mean
+
+if TYPE_CHECKING:
+    from dbp_bench.analyses.options import Options
+    from dbp_bench.analyses.record import Row
+    from dbp_bench.analyses.store import Pieces
+    from dbp_bench.analyses.target import Target
+
+NAMES = ("trajectory", "landscape", "eot-curve", "stochasticity", "immobilise", "efficacy")
 
 
-@dataclass(frozen=True, slots=True)
-class Analysis:
-    """How one analysis is done."""
+class Analysis(Protocol):
+    """What the module of an analysis holds."""
 
-    name: str
-    options: type[Options]
-    measure: Callable[..., list[Row]]
-    """Of a target, options and pieces."""
-    axes: tuple[str, ...]
-    statement: tuple[str, ...]
-    examples: int
+    Options: type["Options"]
+    AXES: Sequence[str]
+    STATEMENT: Sequence[str]
+    EXAMPLES: int
     """Images, where no other number is asked for."""
 
+    def measure(self, target: "Target", options: Any, pieces: "Pieces") -> "list[Row]":
+        """The rows of one defense."""
 
-def _of(name: str, module: Any, examples: int) -> Analysis:
-    return Analysis(name, module.Options, module.measure, module.AXES, module.STATEMENT, examples)
 
+def find(name: str) -> Analysis:
+    """The analysis called `name`.
 
-ANALYSES: Mapping[str, Analysis] = {
-    made.name: made
-    for made in (
-        _of("trajectory", trajectory, 3),
-        _of("landscape", landscape, 60),
-        _of("eot-curve", eotcurve, 24),
-        _of("stochasticity", stochasticity, 60),
-        _of("immobilise", immobilise, 60),
-        _of("efficacy", efficacy, 60),
-    )
-}
+    Raises:
+        UnknownName: There is none.
+    """
+    if name not in NAMES:
+        raise UnknownName(f"no analysis {name!r}.{did_you_mean(name, NAMES)}")
+    module = import_module(f"dbp_bench.analyses.{name.replace('-', '_')}")
+    return cast(Analysis, module)

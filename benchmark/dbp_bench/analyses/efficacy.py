@@ -1,4 +1,4 @@
-"""Loss along single-step directions: of the known draw, of many known draws, and of none."""
+"""Loss along one step of the gradient of a known draw, of many known draws, and at random."""
 
 from functools import partial
 from typing import Annotated
@@ -16,6 +16,7 @@ from dbp_bench.evaluate import Group
 from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
 
 AXES = ("k",)
+EXAMPLES = 60
 REACH = 16
 """Steps to either side; the last one is as long as the budget."""
 
@@ -29,7 +30,7 @@ STATEMENT = (
     ),
     (
         "known draw: the gradient at one victim draw; loss-known is the loss at that draw. mean "
-        "over known draws: of `sets` victim draws, among them those that loss-known is judged "
+        "over known draws: of `sets` victim draws, among them those that loss-known is evaluated "
         "at. random: the ascent along standard normal noise (in linf, a random sign at every "
         "pixel)."
     ),
@@ -42,7 +43,7 @@ STATEMENT = (
 
 
 class Options(base.Options):
-    """Known draws, size of the set of known draws, and fresh draws that judge."""
+    """Known draws, size of the set of known draws, and evaluation draws."""
 
     known: Known = 3
     sets: Annotated[int, Field(ge=2)] = 128
@@ -61,20 +62,20 @@ def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
         }
         parts.append({f"{n} {key}": value for n, f in found.items() for key, value in f.items()})
     curves = {
-        (series, judged): torch.cat([part[f"{key} {judged}"] for part in parts])
+        (series, draws): torch.cat([part[f"{key} {draws}"] for part in parts])
         for series, key in zip(DIRECTIONS, ("single", "semi", "random"), strict=True)
-        for judged in ("known", "fresh")
+        for draws in ("known", "fresh")
     }
     rows = [
-        row(target.name, series, (k,), f"loss-{judged}", estimate(curve[:, k + REACH]))
-        for (series, judged), curve in curves.items()
+        row(target.name, series, (k,), f"loss-{draws}", estimate(curve[:, k + REACH]))
+        for (series, draws), curve in curves.items()
         for k in range(-REACH, REACH + 1)
     ]
     single, semi, _ = DIRECTIONS
-    for judged in ("known", "fresh"):
-        lead = curves[single, judged] - curves[semi, judged]
+    for draws in ("known", "fresh"):
+        lead = curves[single, draws] - curves[semi, draws]
         rows += [
-            row(target.name, single, (k,), f"lead-{judged}", estimate(lead[:, k + REACH]))
+            row(target.name, single, (k,), f"lead-{draws}", estimate(lead[:, k + REACH]))
             for k in range(-REACH, REACH + 1)
         ]
     return rows
@@ -83,7 +84,7 @@ def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
 def _directions(target: Target, group: Group, options: Options) -> Tensors:
     """Steps ``(b, draws, c, h, w)`` of steepest ascent, of unit size; one for each known draw."""
     sets = max(options.sets, options.known)
-    size = max(1, target.rows // len(group.images))
+    size = max(1, target.max_batch // len(group.images))
     total, single = torch.zeros_like(group.images), []
     for start in range(0, sets, size):
         draws = range(start, min(sets, start + size))
@@ -103,14 +104,14 @@ def _directions(target: Target, group: Group, options: Options) -> Tensors:
 def _along(target: Target, group: Group, options: Options, steps: Tensor) -> Tensors:
     """Losses ``(b, 2 REACH + 1)`` along `steps` ``(b, 1 or known, c, h, w)``."""
     steps = steps.to(group.images) * (target.budget.eps / REACH)
-    judges = list(fresh(options.fresh))
+    evaluated = list(fresh(options.fresh))
     known, others = [], []
     for k in range(-REACH, REACH + 1):
         at_known, at_fresh = [], []
         for i in range(steps.shape[1]):
             images = (group.images + k * steps[:, i]).clamp(0, 1)
             own = [i] if steps.shape[1] > 1 else list(range(options.known))
-            found = losses(target, images, group, [*own, *judges]).double()
+            found = losses(target, images, group, [*own, *evaluated]).double()
             at_known.append(found[:, : len(own)])
             at_fresh.append(found[:, len(own) :])
         known.append(torch.cat(at_known, 1).mean(1))

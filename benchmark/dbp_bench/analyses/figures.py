@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dbp_bench.analyses.efficacy import DIRECTIONS
-from dbp_bench.analyses.eotcurve import SCALES, similarity
+from dbp_bench.analyses.eot_curve import SCALES, similarity
 from dbp_bench.analyses.record import Record, Row
 from dbp_bench.extras import load_extra
 from dbp_bench.result import write_atomically
@@ -174,7 +174,7 @@ def _immobilise(record: Record, figure: "Figure") -> None:
 
 
 def _eot_curve(record: Record, figure: "Figure") -> None:
-    _size(figure, 3.6 + 3.6 * len(record.defenses), 3.9, record, "What more gradient draws buy")
+    _size(figure, 3.6 + 3.6 * len(record.defenses), 3.9, record, "What more EoT samples buy")
     panels = figure.subplots(1, 1 + len(record.defenses))
     for number, name in enumerate(record.defenses):
         _band(panels[0], record.select(name, "accuracy", "eot"), f"{name}, EoT-N", number, 100)
@@ -209,7 +209,7 @@ def _eot_curve(record: Record, figure: "Figure") -> None:
         panel.set_xscale("log")
         panel.set_xticks(counts, [str(n) for n in counts], fontsize=7)
         panel.minorticks_off()
-        panel.set_xlabel("gradient draws N")
+        panel.set_xlabel("EoT samples N")
         panel.legend(loc="best")
 
 
@@ -217,11 +217,11 @@ def _efficacy(record: Record, figure: "Figure") -> None:
     _size(figure, 8, 1.2 + 2.9 * len(record.defenses), record, "Loss along single-step directions")
     panels = figure.subplots(len(record.defenses), 2, sharey=True, sharex=True, squeeze=False)
     for line, name in zip(panels, record.defenses, strict=True):
-        judged = (("loss-known", "at the known draw"), ("loss-fresh", "on fresh draws"))
-        for panel, (kind, said) in zip(line, judged, strict=True):
+        kinds = (("loss-known", "at the known draw"), ("loss-fresh", "on fresh draws"))
+        for panel, (kind, said) in zip(line, kinds, strict=True):
             for number, series in enumerate(DIRECTIONS):
                 _band(panel, record.select(name, kind, series), series, number, mark=False)
-            panel.set_title(f"{name}, judged {said}")
+            panel.set_title(f"{name}, {said}")
             panel.set_xlabel("k: steps of eps / 16")
             panel.set_xticks(range(-16, 17, 8))
         line[0].set_ylabel("mean cross-entropy (nats)")

@@ -10,15 +10,17 @@ from torch import Tensor
 from dbp_bench.analyses.options import Count, Known, Searched
 from dbp_bench.analyses.record import Row, row
 from dbp_bench.analyses.store import Pieces, Tensors
-from dbp_bench.analyses.target import Effort, Target, attacked, estimate, fresh, losses
+from dbp_bench.analyses.target import Target, attacked, estimate, fresh, losses, pgd
+from dbp_bench.attacks.pgd import PGD
 from dbp_bench.checks.gradients import cosines
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import Site
 from dbp_bench.reporting.statistics import Estimate
 
 AXES = ("a", "b")
+EXAMPLES = 60
 RANGE = (-0.5, 2.0)
-"""Of both axes; 1 is the end of an attack."""
+"""Ends of both axes; 1 is the end of an attack."""
 
 STATEMENT = (
     (
@@ -40,7 +42,7 @@ STATEMENT = (
 
 
 class Options(Searched):
-    """Grid points along each axis, known draws, and fresh draws that judge."""
+    """Grid points along each axis, known draws, and evaluation draws."""
 
     points: Annotated[int, Field(ge=2)] = 11
     known: Known = 4
@@ -49,14 +51,14 @@ class Options(Searched):
 
 def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
     """The rows of one defense."""
-    effort = Effort(options.steps, options.step_size, options.eot)
+    search = pgd(options)
     found = []
     for number, group in enumerate(target.groups):
         own = pieces.within(f"group {number}")
-        hidden = own("eot", partial(_perturbation, target, group, effort, frozenset(), 0))
+        hidden = own("eot", partial(_perturbation, target, group, search, frozenset(), 0))
         known = []
         for d in range(options.known):
-            dw = own(f"dwbox {d}", partial(_perturbation, target, group, effort, target.sites, d))
+            dw = own(f"dwbox {d}", partial(_perturbation, target, group, search, target.sites, d))
             work = partial(_surface, target, group, options, dw["moved"], hidden["moved"], d)
             known.append({**dw, **own(f"plane {d}", work)})
         found.append((hidden["moved"], known))
@@ -64,9 +66,9 @@ def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
 
 
 def _perturbation(
-    target: Target, group: Group, effort: Effort, knows: frozenset[Site], draw: int
+    target: Target, group: Group, search: PGD, knows: frozenset[Site], draw: int
 ) -> Tensors:
-    return {"moved": attacked(target, group, effort.pgd(), knows, draw) - group.images}
+    return {"moved": attacked(target, group, search, knows, draw) - group.images}
 
 
 def grid(points: int) -> list[float]:
@@ -107,7 +109,7 @@ def _surface(
 
 def _rows(target: Target, options: Options, found: list[tuple[Tensor, list[Tensors]]]) -> list[Row]:
     def gathered(key: str) -> Tensor:
-        """Of all images, ``(n, known, ...)``."""
+        """The tensors called `key`, of all images: ``(n, known, ...)``."""
         return torch.cat([torch.stack([each[key] for each in known], 1) for _, known in found])
 
     values, rows, name = grid(options.points), [], target.name

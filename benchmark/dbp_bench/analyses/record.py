@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from dbp_bench.declaration import read_json
-from dbp_bench.reporting.findings import Interval
 from dbp_bench.reporting.statistics import Estimate
 from dbp_bench.result import Provenance, write_atomically
 
@@ -46,8 +45,7 @@ def row(
     place = tuple(_rounded(x) for x in at)
     if not isinstance(found, Estimate):
         return Row(defense, series, place, quantity, _rounded(found), None, None)
-    interval = Interval.of(found)
-    numbers = (interval.value, interval.low, interval.high)
+    numbers = (found.value, found.low, found.high)
     return Row(defense, series, place, quantity, *(_rounded(x) for x in numbers))
 
 
@@ -72,7 +70,7 @@ class Record(BaseModel):
     request: dict[str, Any]
     """What must be equal for the analysis to be continued."""
     provenance: dict[str, Provenance]
-    """Of each defense."""
+    """Where each defense's numbers come from."""
     axes: list[str]
     """Names of the places of a row, in order."""
     rows: list[Row]

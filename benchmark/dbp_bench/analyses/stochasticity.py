@@ -10,17 +10,28 @@ from dbp_bench.analyses.mixing import partly_known
 from dbp_bench.analyses.options import Count, Known, Searched
 from dbp_bench.analyses.record import Row, row
 from dbp_bench.analyses.store import Pieces, Tensors
-from dbp_bench.analyses.target import Effort, Target, attacked, fresh, losses, mean, verdicts
+from dbp_bench.analyses.target import (
+    Target,
+    attacked,
+    bootstrap,
+    correct,
+    fresh,
+    losses,
+    mean,
+    pgd,
+)
+from dbp_bench.attacks.pgd import PGD
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import VICTIM, Site, Tape
-from dbp_bench.reporting.statistics import Bootstrap, Replicates
+from dbp_bench.reporting.statistics import Replicates
 
 AXES = ("k",)
+EXAMPLES = 60
 
 STATEMENT = (
     (
         "Every noise is sqrt(1 - k^2) known + k fresh. The known part is one victim draw, which "
-        "the attack is shown; it guesses the fresh part, and the judgement draws it anew. k = 0 "
+        "the attack is shown; it guesses the fresh part, and evaluation draws it anew. k = 0 "
         "is DW-box, k = 1 the stochastic white-box. Mean over known draws, fresh draws and "
         "images."
     ),
@@ -43,7 +54,7 @@ def _shares(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 class Options(Searched):
-    """Shares of fresh noise, known draws, and fresh draws that judge."""
+    """Shares of fresh noise, known draws, and evaluation draws."""
 
     levels: Annotated[tuple[float, ...], AfterValidator(_shares)] = (0, 0.2, 0.4, 0.6, 0.8, 1)
     known: Known = 3
@@ -52,15 +63,15 @@ class Options(Searched):
 
 def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
     """The rows of one defense."""
-    effort = Effort(options.steps, options.step_size, options.eot)
-    rows, bootstrap = [], Bootstrap(target.images)
+    search = pgd(options)
+    rows, resamples = [], bootstrap(target.images)
     first: Replicates | None = None
     for k in options.levels:
         parts = [
             [
                 pieces(
                     f"group {number} k {k:g} draw {d}",
-                    partial(mixed_run, target, group, effort, k, d, options.fresh),
+                    partial(mixed_run, target, group, search, k, d, options.fresh),
                 )
                 for d in range(options.known)
             ]
@@ -68,8 +79,7 @@ def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
         ]
         found = {
             key: mean(
-                torch.cat([torch.stack([p[key] for p in group]).mean((0, 2)) for group in parts]),
-                bootstrap,
+                torch.cat([torch.stack([p[key] for p in group]).mean((0, 2)) for group in parts])
             )
             for key in ("clean-right", "right", "clean-loss", "loss")
         }
@@ -83,29 +93,29 @@ def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
             "robustness-loss": found["loss"] - found["clean-loss"],
         }
         rows += [
-            row(target.name, "", (k,), quantity, bootstrap.estimate(value))
+            row(target.name, "", (k,), quantity, resamples.estimate(value))
             for quantity, value in quantities.items()
         ]
     return rows
 
 
 def mixed_run(
-    target: Target, group: Group, effort: Effort, k: float, draw: int, judges: int
+    target: Target, group: Group, search: PGD, k: float, draw: int, number: int
 ) -> Tensors:
-    """Attack and judge with a share `k` of fresh noise and the rest known, at victim `draw`.
+    """Attack and evaluate with a share `k` of fresh noise and the rest known, at victim `draw`.
 
     Returns:
         The adversarial images, and for the clean images and for them, whether they are right, and
-        their losses ``(b, judges)``, on fresh draws.
+        their losses ``(b, number)``, on evaluation draws.
     """
     known = Tape.make(target.seed, VICTIM, group.ids, draw)
     defense = partly_known(target.defense, known, k)
-    images = attacked(target, group, effort.pgd(), frozenset[Site](), draw, defense)
-    draws = fresh(judges)
+    images = attacked(target, group, search, frozenset[Site](), draw, defense)
+    draws = fresh(number)
     return {
         "images": images,
-        "clean-right": verdicts(target, group.images, group, draws, defense).double(),
-        "right": verdicts(target, images, group, draws, defense).double(),
+        "clean-right": correct(target, group.images, group, draws, defense).double(),
+        "right": correct(target, images, group, draws, defense).double(),
         "clean-loss": losses(target, group.images, group, draws, defense).double(),
         "loss": losses(target, images, group, draws, defense).double(),
     }

@@ -1,21 +1,29 @@
-"""One defense that is analysed: its images in groups, attacks on it, and judgement on any draw."""
+"""A defense that is analysed: its images in groups, attacks on it, and outcomes at any draw.
 
-from collections.abc import Sequence
+The one module of the analyses that builds defenses and reads data.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dbp_bench import evaluate
+from dbp_bench.analyses.options import Searched
 from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.attacks.pgd import PGD
+from dbp_bench.data import load_data
 from dbp_bench.defense import Defense
+from dbp_bench.entries.registry import Registry
 from dbp_bench.evaluate import FRESH, Group
 from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
 from dbp_bench.reporting.statistics import Bootstrap, Estimate, Replicates
-from dbp_bench.threat import AttackerView, Budget
-
-_UNIT = 10**9
+from dbp_bench.result import Provenance
+from dbp_bench.runs.job import Job
+from dbp_bench.runs.provenance import provenance
+from dbp_bench.threat import AttackerView, Budget, budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +35,12 @@ class Target:
     groups: list[Group]
     budget: Budget
     seed: int
-    rows: int
+    max_batch: int
     """Images x draws in one pass, at most."""
 
     @property
     def images(self) -> int:
-        """How many there are."""
+        """The number of images in all groups."""
         return sum(len(group.ids) for group in self.groups)
 
     @property
@@ -41,21 +49,31 @@ class Target:
         return self.defense.sites
 
 
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How hard PGD searches."""
+def targets(jobs: Iterable[Job], registry: Registry) -> Iterator[tuple[Target, Provenance]]:
+    """The defense of each job on the job's images, and where it comes from."""
+    for job in jobs:
+        track, device = job.track.entry, torch.device(job.device)
+        data = load_data(track.data, registry.data, track.split)
+        ids = job.track_ids[: job.examples]
+        groups = []
+        for start in range(0, len(ids), job.batch_size):
+            part = ids[start : start + job.batch_size]
+            images, labels = data.select(part)
+            groups.append(Group(images.to(device), labels.to(device), part))
+        defense = registry.build_defense(job.defense, job.track, device=device)
+        ball = budget(track.norm, job.eps)
+        target = Target(job.defense.name, defense, groups, ball, job.seed, job.rows)
+        yield target, provenance(job, data.digest(ids))
 
-    steps: int
-    step_size: float
-    eot: int
 
-    def pgd(self, eot: int | None = None) -> PGD:
-        """PGD on cross-entropy from the clean image, with `eot` gradient draws if given."""
-        return PGD(self.steps, self.step_size, self.eot if eot is None else eot)
+def pgd(options: Searched, eot: int | None = None) -> PGD:
+    """PGD on cross-entropy from the clean image, with `eot` EoT samples if given."""
+    samples = options.eot if eot is None else eot
+    return PGD(steps=options.steps, step_size=options.step_size, eot=samples)
 
 
 def fresh(number: int) -> range:
-    """Victim draws that no attack of an analysis is shown."""
+    """Evaluation draws: victim draws that no attack of an analysis is shown."""
     return range(FRESH, FRESH + number)
 
 
@@ -76,23 +94,23 @@ def attacked(
         knows,
         seed=target.seed,
         victim_draw=draw,
-        rows=target.rows,
+        rows=target.max_batch,
     ).images
 
 
-def verdicts(
+def correct(
     target: Target,
     images: Tensor,
     group: Group,
     draws: Sequence[int],
     defense: Defense | None = None,
 ) -> Tensor:
-    """Whether `images` ``(b, c, h, w)`` are right ``(b, draws)``, as a run judges them."""
-    judged = [
+    """Whether `images` ``(b, c, h, w)`` are classified correctly ``(b, draws)``, as in a run."""
+    outcomes = [
         evaluate.judge(defense or target.defense, images, group, seed=target.seed, draw=draw)
         for draw in draws
     ]
-    return torch.stack(judged, 1)
+    return torch.stack(outcomes, 1)
 
 
 def losses(
@@ -104,8 +122,8 @@ def losses(
 ) -> Tensor:
     """Cross-entropy ``(b, draws)`` of `images` ``(b, c, h, w)`` in [0, 1] at victim `draws`."""
     victim = Tape.make(target.seed, VICTIM, group.ids)
-    # A view whose guesses are the victim's own draws: it looks at many of them in few passes.
-    view = AttackerView(defense or target.defense, frozenset(), victim, victim, target.rows)
+    # A view whose guesses are the victim's own draws: it evaluates many of them in few passes.
+    view = AttackerView(defense or target.defense, frozenset(), victim, victim, target.max_batch)
     logits = view.logits(images, draws)
     labels = group.labels.repeat_interleave(len(draws))
     return cross_entropy(logits.flatten(0, 1), labels).view(len(images), len(draws))
@@ -121,7 +139,7 @@ def gradients(target: Target, group: Group, owner: str, draws: Sequence[int]) ->
         draws: Numbers of the draws.
     """
     b = len(group.images)
-    per_pass = max(1, target.rows // b)
+    per_pass = max(1, target.max_batch // b)
     found = []
     for start in range(0, len(draws), per_pass):
         part = draws[start : start + per_pass]
@@ -139,14 +157,17 @@ def guesses_of(draw: int) -> str:
     return f"{ATTACKER}/{draw}"
 
 
-def mean(values: Tensor, bootstrap: Bootstrap | None = None) -> Replicates:
-    """Mean of `values` ``(n,)`` and its bootstrap replicates; paired where they share one."""
-    bootstrap = bootstrap or Bootstrap(len(values))
-    # Bootstrap takes counts: of billionths.
-    return bootstrap.mean([round(_UNIT * v) for v in values.double().tolist()], _UNIT)
+@lru_cache(maxsize=4)
+def bootstrap(images: int) -> Bootstrap:
+    """The resamples of so many images: the same for every quantity, so that all are paired."""
+    return Bootstrap(images)
+
+
+def mean(values: Tensor) -> Replicates:
+    """Mean of `values` ``(n,)`` and its bootstrap replicates, paired with those of others."""
+    return bootstrap(len(values)).mean_of(values.double().tolist())
 
 
 def estimate(values: Tensor) -> Estimate:
     """Mean of `values` ``(n,)`` with its 95 % interval, resampled over them."""
-    bootstrap = Bootstrap(len(values))
-    return bootstrap.estimate(mean(values, bootstrap))
+    return bootstrap(len(values)).estimate(mean(values))

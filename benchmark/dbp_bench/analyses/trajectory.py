@@ -8,18 +8,19 @@ from torch import Tensor
 from dbp_bench.analyses.options import Count, Known, Searched
 from dbp_bench.analyses.record import Row, row
 from dbp_bench.analyses.store import Pieces, Tensors
-from dbp_bench.analyses.target import Effort, Target, estimate, fresh, guesses_of, losses
+from dbp_bench.analyses.target import Target, estimate, fresh, guesses_of, losses, pgd
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import VICTIM, Site, Tape
 from dbp_bench.threat import AttackerView, Gradient, Objective
 
 AXES = ("image", "step")
+EXAMPLES = 3
 
 STATEMENT = (
     (
-        "Iterates of PGD on cross-entropy from the clean image: white-box takes one gradient "
-        "draw a step, eot several, and dwbox is shown victim draw 0, or another one (dwbox 1, "
+        "Iterates of PGD on cross-entropy from the clean image: white-box takes one EoT "
+        "sample a step, eot several, and dwbox is shown victim draw 0, or another one (dwbox 1, "
         "2, ...)."
     ),
     (
@@ -40,7 +41,7 @@ STATEMENT = (
 
 
 class Options(Searched):
-    """Runs of each hidden-draw attack, known draws, and fresh draws that judge."""
+    """Runs of each hidden-draw attack, known draws, and evaluation draws."""
 
     runs: Count = 3
     known: Known = 3
@@ -49,10 +50,9 @@ class Options(Searched):
 
 def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
     """The rows of one defense."""
-    effort = Effort(options.steps, options.step_size, options.eot)
     rows: list[Row] = []
     for number, group in enumerate(target.groups):
-        paths = _paths(target, group, options, effort, pieces.within(f"group {number}"))
+        paths = _paths(target, group, options, pieces.within(f"group {number}"))
         for index, image in enumerate(group.ids):
             own = {
                 name: {key: value[index] for key, value in path.items()}
@@ -62,16 +62,14 @@ def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
     return rows
 
 
-def _paths(
-    target: Target, group: Group, options: Options, effort: Effort, pieces: Pieces
-) -> dict[str, Tensors]:
-    """Of each run, images ``(b, steps + 1, c, h, w)`` and losses on them."""
+def _paths(target: Target, group: Group, options: Options, pieces: Pieces) -> dict[str, Tensors]:
+    """The images ``(b, steps + 1, c, h, w)`` of each run, and the losses on them."""
     hidden = [("white-box", 1), ("eot", options.eot)]
     runs = [(name, r, frozenset[Site](), n) for name, n in hidden for r in range(options.runs)]
     runs += [("dwbox", d, target.sites, 1) for d in range(options.known)]
 
     def path(number: int, knows: frozenset[Site], eot: int) -> Tensors:
-        images = iterates(target, group, effort.pgd(eot), knows, number)
+        images = iterates(target, group, pgd(options, eot), knows, number)
         flat = [images[:, step] for step in range(images.shape[1])]
         known = torch.cat([losses(target, x, group, [0]) for x in flat], 1)
         others = [losses(target, x, group, fresh(options.fresh)) for x in flat]
@@ -89,7 +87,7 @@ def iterates(
     """All iterates ``(b, steps + 1, c, h, w)`` of `method`, the clean images first."""
     victim = Tape.make(target.seed, VICTIM, group.ids, draw)
     guess = Tape.make(target.seed, guesses_of(draw), group.ids)
-    view = AttackerView(target.defense, knows, victim, guess, target.rows)
+    view = AttackerView(target.defense, knows, victim, guess, target.max_batch)
     seen: list[Tensor] = []
 
     def watched(images: Tensor, labels: Tensor, objective: Objective, draws: range) -> Gradient:
@@ -101,7 +99,7 @@ def iterates(
 
 
 def plane(dw: Tensor, eot: Tensor) -> tuple[Tensor, Tensor]:
-    """Two orthonormal directions ``(d,)``: of `dw`, and of what `eot` has beside it.
+    """Two orthonormal directions ``(d,)``: along `dw`, and along what `eot` has beside it.
 
     The second is zero where `eot` is parallel to `dw`, up to rounding in float32.
     """

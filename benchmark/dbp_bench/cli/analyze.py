@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dbp_bench.analyses.catalog import NAMES
 from dbp_bench.cli.app import (
     AsJson,
     Data,
@@ -29,9 +30,7 @@ if TYPE_CHECKING:
 def analyze(
     analysis: Annotated[
         str,
-        typer.Argument(
-            help="trajectory, landscape, eot-curve, stochasticity, immobilise or efficacy."
-        ),
+        typer.Argument(help=f"{', '.join(NAMES[:-1])} or {NAMES[-1]}."),
     ],
     defense: Annotated[
         str, typer.Option("--defense", help="Names, separated by commas: one figure for all.")
@@ -44,15 +43,13 @@ def analyze(
     step_size: Annotated[
         float | None, typer.Option("--step-size", help="Step of the attack, relative to eps.")
     ] = None,
-    eot: Annotated[
-        int | None, typer.Option("--eot", help="Gradient draws per attack step.")
-    ] = None,
+    eot: Annotated[int | None, typer.Option("--eot", help="EoT samples per attack step.")] = None,
     known: Annotated[int | None, typer.Option(help="Known draws, each attacked anew.")] = None,
     fresh: Annotated[
-        int | None, typer.Option(help="Draws that judge, and that no attack is shown.")
+        int | None, typer.Option(help="Evaluation draws, which no attack is shown.")
     ] = None,
     draws: Annotated[
-        int | None, typer.Option(help="immobilise: draws that judge where nothing is known.")
+        int | None, typer.Option(help="immobilise: evaluation draws where nothing is known.")
     ] = None,
     runs: Annotated[
         int | None, typer.Option(help="trajectory: runs of each attack that knows no draw.")
@@ -61,7 +58,7 @@ def analyze(
         int | None, typer.Option(help="landscape: points along each side of the grid.")
     ] = None,
     counts: Annotated[
-        str | None, typer.Option(help="eot-curve: gradient draws, such as 1,10,100.")
+        str | None, typer.Option(help="eot-curve: EoT samples, such as 1,10,100.")
     ] = None,
     levels: Annotated[
         str | None, typer.Option(help="stochasticity: shares of fresh noise, such as 0,0.5,1.")
@@ -81,9 +78,8 @@ def analyze(
     as_json: AsJson = False,
 ) -> None:
     """Analyse where robustness comes from; write numbers (JSON, CSV) and a figure (SVG, PNG)."""
-    names = ("trajectory", "landscape", "eot-curve", "stochasticity", "immobilise", "efficacy")
-    if analysis not in names:
-        raise UnknownName(f"no analysis {analysis!r}.{did_you_mean(analysis, names)}")
+    if analysis not in NAMES:
+        raise UnknownName(f"no analysis {analysis!r}.{did_you_mean(analysis, NAMES)}")
     numbers = {
         "steps": steps,
         "step_size": step_size,
@@ -142,7 +138,7 @@ def _numbers(option: str, text: str) -> list[float]:
     except ValueError:
         raise BadRequest(f"{option} {text!r}: write numbers, such as 1,2,4.") from None
     if option == "--counts" and any(value != int(value) for value in values):
-        raise BadRequest(f"{option} {text!r}: gradient draws are whole numbers.")
+        raise BadRequest(f"{option} {text!r}: EoT samples are whole numbers.")
     return values
 
 

@@ -1,20 +1,19 @@
 """The command that trains: classifiers, diffusion models, and ADDT with its ablations."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from dbp_bench.cli.app import Data, Device, Entries, Quiet, TrackName, app
-from dbp_bench.cli.shared import console, device_of, registry_of
+from dbp_bench.cli.shared import console, device_of, progress, registry_of
 from dbp_bench.errors import BadRequest
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from dbp_bench.training.run import Given, Progress, Update
+    from dbp_bench.cli.shared import Tick
+    from dbp_bench.training.given import Given
+    from dbp_bench.training.run import Update
 
 
 @app.command()
@@ -76,6 +75,16 @@ def train(
         device = "cpu"  # where the weights that ship were made
     with launched(device_of(device)) as (group, place):
         say = console(quiet or group.rank > 0)
+        options = Options(
+            seed=seed,
+            device=place,
+            precision="bf16" if precision == "bf16" else "fp32",
+            compile=compile_,
+            channels_last=channels_last,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+            group=group,
+        )
         for plan in planned:
             made = recipes.changed(
                 plan,
@@ -84,19 +93,10 @@ def train(
                 batch_size=batch_size,
                 learning_rate=learning_rate,
             )
-            options = Options(
-                seed=seed,
-                device=place,
-                precision="bf16" if precision == "bf16" else "fp32",
-                compile=compile_,
-                channels_last=channels_last,
-                resume=resume,
-                checkpoint_every=checkpoint_every,
-                group=group,
-            )
-            with _progress(say, plan.name) as progress:
+            with progress(say, plan.name, "updates", lines=10) as tick:
+                told = partial(_tell, tick)
                 trained = run(
-                    made, images, out, options, progress, init=starts[0], classifier=starts[1]
+                    made, images, out, options, told, init=starts[0], classifier=starts[1]
                 )
             if trained is None:
                 continue
@@ -125,7 +125,7 @@ def _data_set(track: str, entries: list[Path] | None) -> str:
 
 def _given(text: str | None, option: str) -> "Given | None":
     """A file of weights, or a checkpoint in the cache."""
-    from dbp_bench.training.run import Given
+    from dbp_bench.training.given import Given
     from dbp_bench.weights import catalog, store
 
     if text is None:
@@ -144,40 +144,6 @@ def _given(text: str | None, option: str) -> "Given | None":
     return Given(text, store.read(text).sha256, held, {"catalog": entry.title}, network)
 
 
-@contextmanager
-def _progress(say: "Console", label: str) -> "Iterator[Progress]":
-    """A bar with loss and speed, on a terminal; ten lines elsewhere."""
-    if not say.is_terminal or say.quiet:
-        yield _lines(say, label)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    text = TextColumn("{task.fields[said]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), text)
-    with Progress(*columns, Remaining(), console=say, transient=True) as bar:
-        task = bar.add_task(label, total=None, said="")
-
-        def tick(update: "Update") -> None:
-            bar.update(task, total=update.total, completed=update.number)
-            if update.images_per_s is not None:
-                said = f"loss {update.loss:.4f}, {update.images_per_s:.0f} images/s"
-                bar.update(task, said=said)
-
-        yield tick
-
-
-def _lines(say: "Console", label: str) -> "Progress":
-    speed: list[float] = []
-
-    def tick(update: "Update") -> None:
-        if update.images_per_s is not None:
-            speed[:] = [update.images_per_s]
-        if update.number % max(1, update.total // 10) == 0:
-            rate = f", {speed[0]:.0f} images/s" if speed else ""
-            say.print(
-                f"{label}: {update.number}/{update.total} updates, loss {update.loss:.4f}{rate}",
-                highlight=False,
-            )
-
-    return tick
+def _tell(tick: "Tick", update: "Update") -> None:
+    speed = f", {update.images_per_s:.0f} images/s" if update.images_per_s else ""
+    tick(update.number, update.total, f"loss {update.loss:.4f}{speed}")

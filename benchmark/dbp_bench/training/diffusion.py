@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from dbp_bench.noise import Site
 from dbp_bench.purifiers.schedule import to_diffusion
-from dbp_bench.training.loop import Batch
+from dbp_bench.training.batches import Batch
 from dbp_bench.training.processes import Level, Prediction, Process
 
 _NOISE, _START = Site("noise"), Site("start")
 
 Loss = Callable[[Batch], Tensor]
+"""The mean loss of a batch."""
 
 
 def classification(classifier: nn.Module) -> Loss:
@@ -40,15 +41,21 @@ def denoising(denoiser: nn.Module, process: Process) -> Loss:
     return loss
 
 
-def rank_based_gaussian(gradient: Tensor, gaussian: Tensor) -> Tensor:
-    """RBGM: the values of `gaussian` in the rank order of `gradient`, both ``(b, c, h, w)``.
+def adversarial(objective: "ADDT | LinfADDT", denoiser: nn.Module, guide: "Guide") -> Loss:
+    """The diffusion's loss where the noise was pushed, all of which is to be predicted (eq. 8)."""
 
-    For each image and channel apart, the i-th largest gradient gets the i-th largest Gaussian
-    value (arXiv 2404.14309, section 5.2): the output is a Gaussian sample that points where the
-    gradient points.
-    """
-    ranks = gradient.flatten(2).argsort(dim=2, stable=True).argsort(dim=2)
-    return gaussian.flatten(2).sort(dim=2).values.gather(2, ranks).view_as(gradient)
+    def loss(batch: Batch) -> Tensor:
+        level = objective.process.draw(batch)
+        perturbation = objective.perturb(denoiser, guide, batch, level)
+        z = to_diffusion(batch.images)
+        noise = objective.mix(batch.tape.normal(_NOISE, 0, z), perturbation, level)
+        said = objective.process.predict(denoiser, level.diffuse(z, noise), level)
+        return objective.process.loss(said, level, z, noise)
+
+    return loss
+
+
+# --------------------------------------------------------------------------- what is to be raised
 
 
 class Guide(Protocol):
@@ -72,14 +79,36 @@ def misleading(said: Prediction, noise: Tensor, labels: Tensor) -> Tensor:  # no
     return F.mse_loss(said.noise, noise, reduction="sum")
 
 
-def _gradient(
-    delta: Tensor, shown: Callable[[Tensor], Tensor], guide: Callable[[Tensor], Tensor]
+# --------------------------------------------------------------------------- how noise is pushed
+
+
+def _ascent(
+    objective: "ADDT | LinfADDT",
+    denoiser: nn.Module,
+    guide: Guide,
+    batch: Batch,
+    level: Level,
+    perturbation: Tensor,
+    noise: Tensor,
 ) -> Tensor:
-    """Of `guide` of what is `shown`, in `delta` alone: no gradient is left on any weight."""
+    """The gradient of the guide in the perturbation alone: none is left on any weight."""
     with torch.enable_grad():
-        leaf = delta.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(guide(shown(leaf)), leaf)
+        leaf = perturbation.detach().requires_grad_()
+        z_t = level.diffuse(to_diffusion(batch.images), objective.mix(noise, leaf, level))
+        said = objective.process.predict(denoiser, z_t, level)
+        (gradient,) = torch.autograd.grad(guide(said, noise, batch.labels), leaf)
     return gradient
+
+
+def rank_based_gaussian(gradient: Tensor, gaussian: Tensor) -> Tensor:
+    """RBGM: the values of `gaussian` in the rank order of `gradient`, both ``(b, c, h, w)``.
+
+    For each image and channel apart, the i-th largest gradient gets the i-th largest Gaussian
+    value (arXiv 2404.14309, section 5.2): the output is a Gaussian sample that points where the
+    gradient points.
+    """
+    ranks = gradient.flatten(2).argsort(dim=2, stable=True).argsort(dim=2)
+    return gaussian.flatten(2).sort(dim=2).values.gather(2, ranks).view_as(gradient)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,47 +131,26 @@ class ADDT:
         """The share lambda, clip(lambda_unit * ratio, 0, lambda_max), for :attr:`Level.ratio`."""
         return (self.lambda_unit * ratio).clamp(0, self.lambda_max)
 
-    def mix(self, noise: Tensor, perturbation: Tensor, share: Tensor) -> Tensor:
+    def mix(self, noise: Tensor, perturbation: Tensor, level: Level) -> Tensor:
         """sqrt(1 - lambda^2) * noise + lambda * perturbation: unit variance (equation 7)."""
+        share = self.share(level.ratio)
         return (1 - share**2).sqrt() * noise + share * perturbation
 
     def perturb(self, denoiser: nn.Module, guide: Guide, batch: Batch, level: Level) -> Tensor:
         """CGPO: a Gaussian-shaped perturbation ``(b, c, h, w)`` that raises what the guide says.
 
-        Each round draws fresh noise, takes the gradient of the guide at the one-step denoised
-        image in the perturbation, adds it to the sum of all rounds, and maps that sum back to
-        Gaussian values (RBGM). No gradient is left on any weight.
+        No gradient is left on any weight.
         """
-        z = to_diffusion(batch.images)
-        share = self.share(level.ratio)
-        perturbation = batch.tape.normal(_START, 0, z)
-        total = torch.zeros_like(z)
+        perturbation = batch.tape.normal(_START, 0, batch.images)
+        total = torch.zeros_like(batch.images)
         for k in range(self.rounds):
-            noise = batch.tape.normal(_NOISE, 1 + k, z)
-
-            def shown(delta: Tensor, noise: Tensor = noise) -> Tensor:
-                return level.diffuse(z, self.mix(noise, delta, share))
-
-            def raised(z_t: Tensor, noise: Tensor = noise) -> Tensor:
-                return guide(self.process.predict(denoiser, z_t, level), noise, batch.labels)
-
-            total += _gradient(perturbation, shown, raised)
-            perturbation = rank_based_gaussian(total, batch.tape.normal(_START, 1 + k, z))
+            # The gradient of the guide at the one-step denoised image, under fresh noise.
+            noise = batch.tape.normal(_NOISE, 1 + k, batch.images)
+            total += _ascent(self, denoiser, guide, batch, level, perturbation, noise)
+            # RBGM: the sum over all rounds, mapped back to Gaussian values.
+            gaussian = batch.tape.normal(_START, 1 + k, batch.images)
+            perturbation = rank_based_gaussian(total, gaussian)
         return perturbation
-
-    def loss(self, denoiser: nn.Module, guide: Guide) -> Loss:
-        """The diffusion's loss, where the noise is the whole mixed noise (equation 8)."""
-
-        def loss(batch: Batch) -> Tensor:
-            level = self.process.draw(batch)
-            perturbation = self.perturb(denoiser, guide, batch, level)
-            z = to_diffusion(batch.images)
-            noise = batch.tape.normal(_NOISE, 0, z)
-            mixed = self.mix(noise, perturbation, self.share(level.ratio))
-            said = self.process.predict(denoiser, level.diffuse(z, mixed), level)
-            return self.process.loss(said, level, z, mixed)
-
-        return loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +162,7 @@ class LinfADDT:
 
     Args:
         eps: Budget, [0, 1] units (paper: 8/255).
-        step: Of one round, [0, 1] units (paper: 4/255).
+        step: Step of one round, [0, 1] units (paper: 4/255).
         rounds: Rounds of signed ascent, from 0 (paper: 5).
         ratio_max: The limit (paper: 10).
         process: The diffusion.
@@ -166,37 +174,19 @@ class LinfADDT:
     ratio_max: float
     process: Process
 
+    def mix(self, noise: Tensor, perturbation: Tensor, level: Level) -> Tensor:
+        """The noise that stands for `noise` and `perturbation` together."""
+        return noise + level.ratio.clamp(max=self.ratio_max) * perturbation
+
     def perturb(self, denoiser: nn.Module, guide: Guide, batch: Batch, level: Level) -> Tensor:
         """A perturbation ``(b, c, h, w)`` in [-1, 1] units, of at most `eps`, inside the box."""
         z = to_diffusion(batch.images)
         delta = torch.zeros_like(z)
         for k in range(self.rounds):
             noise = batch.tape.normal(_NOISE, 1 + k, z)
-
-            def shown(delta: Tensor, noise: Tensor = noise) -> Tensor:
-                return level.diffuse(z, self.push(noise, delta, level))
-
-            def raised(z_t: Tensor, noise: Tensor = noise) -> Tensor:
-                return guide(self.process.predict(denoiser, z_t, level), noise, batch.labels)
-
-            delta = delta + 2 * self.step * _gradient(delta, shown, raised).sign()
+            gradient = _ascent(self, denoiser, guide, batch, level, delta, noise)
+            # One signed step, back into the ball, back into the pixel box.
+            delta = delta + 2 * self.step * gradient.sign()
             delta = delta.clamp(-2 * self.eps, 2 * self.eps)
             delta = delta.clamp(-1 - z, 1 - z)
         return delta
-
-    def push(self, noise: Tensor, delta: Tensor, level: Level) -> Tensor:
-        """The noise that stands for `noise` and `delta` together."""
-        return noise + level.ratio.clamp(max=self.ratio_max) * delta
-
-    def loss(self, denoiser: nn.Module, guide: Guide) -> Loss:
-        """The diffusion's loss, where the noise is all that was added."""
-
-        def loss(batch: Batch) -> Tensor:
-            level = self.process.draw(batch)
-            delta = self.perturb(denoiser, guide, batch, level)
-            z = to_diffusion(batch.images)
-            pushed = self.push(batch.tape.normal(_NOISE, 0, z), delta, level)
-            said = self.process.predict(denoiser, level.diffuse(z, pushed), level)
-            return self.process.loss(said, level, z, pushed)
-
-        return loss

@@ -27,9 +27,9 @@ class Group:
         """Leave the joint batch's gradients on the weights; the joint mean of `value`.
 
         Args:
-            network: Of the weights.
+            network: Holds the weights.
             value: Mean loss of this process's rows.
-            batch_size: Rows of the joint batch.
+            batch_size: Number of rows of the joint batch.
         """
         if self.size == 1:
             value.backward()  # type: ignore[no-untyped-call]
@@ -77,12 +77,16 @@ class Group:
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-any-return,no-untyped-call]
 
 
+ALONE = Group()
+"""The one process of a run that no launcher started."""
+
+
 @contextmanager
 def launched(device: str) -> Iterator[tuple[Group, torch.device]]:
     """The group that the launcher's environment variables say, and this process's device."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Group(), torch.device(device)
+        yield ALONE, torch.device(device)
         return
     place = torch.device(device)
     if device == "cuda":

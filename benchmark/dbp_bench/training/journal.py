@@ -9,10 +9,10 @@ from dbp_bench.result import write_atomically
 
 
 class Journal:
-    """A log that continues with the run: what is after the run's state is dropped.
+    """A log that continues with the run: lines after the state that it continues from are dropped.
 
     Args:
-        path: Of the file.
+        path: The file.
         request: What was asked for.
         every: Updates from one line to the next.
     """
@@ -24,7 +24,7 @@ class Journal:
         self._since = 0.0
 
     def finished(self) -> dict[str, Any] | None:
-        """What was made, if the log is of this request and of a finished run."""
+        """What was made, if the log belongs to this request and the run is finished."""
         lines = _lines(self.path)
         if len(lines) < 2 or lines[0].get("request") != self._request:
             return None
@@ -43,10 +43,10 @@ class Journal:
         """Note an update; images per second since the last line, where a line is due.
 
         Args:
-            update: Its number.
-            loss: Of it; a line has the mean since the last one.
+            update: The number of the update.
+            loss: Its loss; a line has the mean since the last one.
             rate: The learning rate.
-            images: Of an update.
+            images: Images per update.
         """
         self._losses.append(loss)
         if update % self.every:

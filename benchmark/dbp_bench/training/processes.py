@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dbp_bench.noise import Site
 from dbp_bench.purifiers.schedule import Schedule
 from dbp_bench.purifiers.vpsde import BETA_MAX, BETA_MIN
-from dbp_bench.training.loop import Batch
+from dbp_bench.training.batches import Batch
 
 _LEVEL = Site("level")
 
@@ -29,7 +29,7 @@ class Level(NamedTuple):
     std: Tensor
     """``(b, 1, 1, 1)``: the factor of the noise."""
     ratio: Tensor
-    """``(b, 1, 1, 1)``: of the image's factor to the noise's."""
+    """``(b, 1, 1, 1)``: the image's factor over the noise's."""
 
     def diffuse(self, z: Tensor, noise: Tensor) -> Tensor:
         """The noisy images ``(b, c, h, w)``."""
@@ -75,7 +75,7 @@ class DDPM(_NoisePrediction):
 
     Args:
         levels: Fewer than the schedule's for networks that see low levels alone.
-        schedule: Of the noise.
+        schedule: The noise schedule.
     """
 
     levels: int = 1000
@@ -124,8 +124,8 @@ class EDM:
     """Log-normal noise levels, and networks that predict the image (Karras et al. 2022, table 1).
 
     Args:
-        log_mean: Of the logarithm of sigma.
-        log_std: Of the same.
+        log_mean: Mean of the logarithm of sigma.
+        log_std: Standard deviation of the same.
         sigma_data: Standard deviation of the images.
     """
 

@@ -1,4 +1,4 @@
-"""The seeded recipes: of the weights that ship with the package, and of data sets of CIFAR's size.
+"""The seeded recipes: for the weights that ship with the package, and for images of CIFAR's size.
 
 A recipe says which network is trained on which data, from what, how long, and by which loss.
 """
@@ -26,7 +26,7 @@ GUIDED = ("addt", "addt-linf")
 FINETUNED = ("addt", "clean-finetune", "mse-guided", "addt-linf")
 """Recipes that start from trained weights."""
 SHIPPED = ("classifier", "diffusion", "addt")
-"""Of the digits: what `all` makes."""
+"""What `all` makes of the digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +39,15 @@ class Recipe:
     title: str
     file: str
     settings: dict[str, Any]
-    """Of the optimiser; see :class:`dbp_bench.training.state.Settings`."""
+    """Settings of the optimiser; see :class:`dbp_bench.training.state.Settings`."""
     epochs: int | None = None
-    """In place of a number of iterations."""
+    """How long, in place of a number of iterations."""
     objective: dict[str, Any] = field(default_factory=dict)
-    """Of ADDT and of the levels."""
+    """Options of ADDT, and how many levels are trained."""
     init: str | None = None
     """File of an earlier recipe whose weights this one starts from."""
     classifier: str | None = None
-    """File of an earlier recipe, of the classifier that guides."""
+    """File of an earlier recipe: the classifier that guides."""
     classifier_variant: Variant | None = None
     half: bool = False
     """Weights are stored in half precision."""
@@ -67,9 +67,9 @@ class Recipe:
 
     def adversarial(self) -> ADDT | LinfADDT:
         """The objective of ADDT or its ablation."""
-        of = {k: v for k, v in self.objective.items() if k != "levels"}
+        options = {k: v for k, v in self.objective.items() if k != "levels"}
         kind = LinfADDT if self.name == "addt-linf" else ADDT
-        return kind(**of, process=self.process())
+        return kind(**options, process=self.process())
 
 
 _SCHEDULES = {
@@ -253,7 +253,7 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     "addt-linf": {"eps": 8 / 255, "step": 4 / 255, "rounds": 5, "ratio_max": 10.0},
 }
 _TINY_LEVELS = 250
-"""Of a tiny network, which has no time to learn levels that purifiers with t* = 100 never visit."""
+"""Levels of a tiny network, which has no time to learn those that t* = 100 never visits."""
 
 
 def _of_cifar(name: str, data: str, variant: Variant) -> Recipe:

@@ -1,4 +1,4 @@
-"""The networks that can be trained by name, and what they are of."""
+"""The networks that can be trained, by name: for which data and which diffusion."""
 
 import re
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ Size = Literal["published", "small", "tiny"]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A network of a data set."""
+    """A network for a data set."""
 
     name: str
     kind: Kind
-    """A classifier, or the diffusion that the network is of."""
+    """A classifier, or the diffusion that the network denoises."""
     size: Size
     """For a GPU, as published; for trials on a GPU; for trials on one processor core."""
     path: str
@@ -55,7 +55,7 @@ _DIGITS = (
 
 
 def variants(data: str) -> tuple[Variant, ...]:
-    """The networks of a data set.
+    """The networks for a data set.
 
     Raises:
         BadRequest: It has none.

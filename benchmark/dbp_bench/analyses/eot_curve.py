@@ -1,4 +1,4 @@
-"""What more gradient draws buy: accuracy, and agreement with the gradient at the known draw."""
+"""What more EoT samples buy: accuracy, and agreement with the gradient at the known draw."""
 
 from functools import partial
 from typing import Annotated
@@ -14,30 +14,32 @@ from dbp_bench.analyses.options import Count, Known
 from dbp_bench.analyses.record import Row, row
 from dbp_bench.analyses.store import Pieces, Tensors
 from dbp_bench.analyses.target import (
-    Effort,
     Target,
     attacked,
+    bootstrap,
+    correct,
     estimate,
     fresh,
     gradients,
     guesses_of,
     mean,
-    verdicts,
 )
+from dbp_bench.attacks.pgd import PGD
 from dbp_bench.checks.gradients import cosines
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import VICTIM, Site
-from dbp_bench.reporting.statistics import Bootstrap, Replicates
+from dbp_bench.reporting.statistics import Replicates
 
 AXES = ("eot",)
+EXAMPLES = 24
 
 SCALES = ("as taken", "unit length")
 """How the gradients of single draws are averaged: as an attack does, or each of length 1."""
 
 STATEMENT = (
     (
-        "accuracy of eot: PGD with the mean gradient of N draws a step and no draw known, "
-        "judged on fresh draws. accuracy of dwbox: every draw known, judged at that draw."
+        "accuracy of eot: PGD with N EoT samples a step and no draw known, evaluated on fresh "
+        "draws. accuracy of dwbox: every draw known, evaluated at that draw."
     ),
     (
         "cosine: at the clean images, between the mean gradient of cross-entropy over N guesses "
@@ -61,7 +63,7 @@ def _increasing(values: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Options(base.Options):
-    """Numbers of gradient draws, known draws, and fresh draws that judge."""
+    """Numbers of EoT samples, known draws, and evaluation draws."""
 
     steps: Count = 10
     step_size: float = 0.25
@@ -72,30 +74,33 @@ class Options(base.Options):
 
 def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
     """The rows of one defense."""
-    effort = Effort(options.steps, options.step_size, 1)
     parts = []
     for number, group in enumerate(target.groups):
         own = pieces.within(f"group {number}")
         part = own("cosines", partial(_cosines, target, group, options))
-        known = partial(_known, target, group, effort, options)
+        known = partial(_known, target, group, options)
         part["dwbox"] = own("dwbox", known)["right"]
         for n in options.counts:
-            work = partial(_hidden, target, group, effort, options, n)
+            work = partial(_hidden, target, group, options, n)
             part[f"eot {n}"] = own(f"eot {n}", work)["right"]
         parts.append(part)
     return _rows(target, options, {k: torch.cat([p[k] for p in parts]) for k in parts[0]})
 
 
-def _hidden(target: Target, group: Group, effort: Effort, options: Options, n: int) -> Tensors:
-    images = attacked(target, group, effort.pgd(n), frozenset[Site](), 0)
-    return {"right": verdicts(target, images, group, fresh(options.fresh)).double()}
+def _search(options: Options, eot: int) -> PGD:
+    return PGD(steps=options.steps, step_size=options.step_size, eot=eot)
 
 
-def _known(target: Target, group: Group, effort: Effort, options: Options) -> Tensors:
+def _hidden(target: Target, group: Group, options: Options, n: int) -> Tensors:
+    images = attacked(target, group, _search(options, n), frozenset[Site](), 0)
+    return {"right": correct(target, images, group, fresh(options.fresh)).double()}
+
+
+def _known(target: Target, group: Group, options: Options) -> Tensors:
     right = []
     for draw in range(options.known):
-        images = attacked(target, group, effort.pgd(), target.sites, draw)
-        right.append(verdicts(target, images, group, [draw]))
+        images = attacked(target, group, _search(options, 1), target.sites, draw)
+        right.append(correct(target, images, group, [draw]))
     return {"right": torch.cat(right, 1).double()}
 
 
@@ -106,7 +111,7 @@ def _cosines(target: Target, group: Group, options: Options) -> Tensors:
     sets = [last // n for n in counts]
     sums = {(s, n): torch.zeros_like(known[:, 0]) for s in SCALES for n in counts}
     total = {s: known.new_zeros(len(known), len(counts)) for s in SCALES}
-    size = max(1, target.rows // len(known))
+    size = max(1, target.max_batch // len(known))
     for start in range(0, last, size):
         draws = range(start, min(last, start + size))
         raw = gradients(target, group, guesses_of(0), draws).flatten(2).double()
@@ -136,9 +141,11 @@ def fit(cosine: Replicates, counts: Replicates) -> Replicates:
     """The rho of each row of `cosine` ``(replicates, counts)``, to a ten-thousandth."""
     candidates = np.arange(1, 10_000) / 10_000
     model = similarity(candidates[:, None], counts[None])
+    # Resamples of few images repeat: each is fitted once.
+    rows, place = np.unique(cosine, axis=0, return_inverse=True)
     # Squared distance, less what is the same for every candidate.
-    distance = (model**2).sum(1)[None] - 2 * cosine @ model.T
-    best: Replicates = candidates[distance.argmin(1)]
+    distance = (model**2).sum(1)[None] - 2 * rows @ model.T
+    best: Replicates = candidates[distance.argmin(1)][place.ravel()]
     return best
 
 
@@ -158,13 +165,13 @@ def _agreement(name: str, scale: str, cosine: Tensor, counts: tuple[int, ...]) -
     rows = [row(name, scale, (), "images-with-gradient", float(len(kept)))]
     if not len(kept):
         return rows
-    bootstrap = Bootstrap(len(kept))
-    curves = [mean(kept[:, i], bootstrap) for i in range(len(counts))]
+    resamples = bootstrap(len(kept))
+    curves = [mean(kept[:, i]) for i in range(len(counts))]
     numbers = np.array(counts, dtype=np.float64)
     rho = fit(np.stack(curves, 1), numbers)
-    rows.append(row(name, scale, (), "rho", bootstrap.estimate(rho)))
+    rows.append(row(name, scale, (), "rho", resamples.estimate(rho)))
     for n, curve in zip(counts, curves, strict=True):
-        rows.append(row(name, scale, (n,), "cosine", bootstrap.estimate(curve)))
+        rows.append(row(name, scale, (n,), "cosine", resamples.estimate(curve)))
         residual = curve - similarity(rho, float(n))
-        rows.append(row(name, scale, (n,), "residual", bootstrap.estimate(residual)))
+        rows.append(row(name, scale, (n,), "residual", resamples.estimate(residual)))
     return rows

@@ -4,23 +4,27 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
+Row = dict[str, Any]
+"""One line of a table of measurements: a value by the name of its column, None where none is."""
+
 
 def in_turn(
-    contenders: Mapping[str, Callable[[], object]], device: str, repeats: int
+    contenders: Mapping[str, Callable[[], object]], device: str, rounds: int
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each round."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(repeats):
+    for _ in range(rounds):
         for name, contender in contenders.items():
             times[name].append(seconds(contender, device))
     return times
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
-    """Of one call; the device has nothing to do before it, and has done all of it after."""
+    """Seconds of one call; the device is idle before it and has finished after it."""
     _settle(device)
     start = time.perf_counter()
     function()
@@ -28,16 +32,15 @@ def seconds(function: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def ratio(times: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    """Of `times` to `others`, round by round."""
+def ratio(times: Sequence[float], others: Sequence[float]) -> Row:
+    """Median, lowest and highest ratio of `times` to `others`, round by round."""
     values = [mine / other for mine, other in zip(times, others, strict=True)]
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+    return {"ratio": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int | None:
     """The most that tensors take on the device during one call; None on a CPU, which can't say."""
     if device == "cpu":
-        function()
         return None
     release(device)
     torch.cuda.reset_peak_memory_stats()
@@ -47,7 +50,7 @@ def peak_bytes(function: Callable[[], object], device: str) -> int | None:
 
 
 def release(device: str) -> None:
-    """Give back what no tensor needs any more."""
+    """Give back the memory that no tensor needs any more."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

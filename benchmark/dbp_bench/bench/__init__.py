@@ -1,1 +1,0 @@
-"""Speed, memory and precision of attack steps, measured against references within one run."""
