@@ -12,7 +12,7 @@ from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.data import digits
 from dbp_bench.defense import Defense
 from dbp_bench.entries.registry import Registry
-from dbp_bench.evaluate import Group
+from dbp_bench.evaluate import Group, predict
 from dbp_bench.memory import Policy
 from dbp_bench.noise import ATTACKER, VICTIM, Tape
 from dbp_bench.purifiers.ddpm import DDPM
@@ -98,10 +98,7 @@ def as_run(
 
 def digits_networks(device: str) -> tuple[nn.Module, nn.Module]:
     """The trained denoiser and classifier of `ddpm` on the digits."""
-    registry = Registry()
-    built = registry.build_defense(
-        registry.defense("ddpm"), registry.track("digits-linf"), device=device
-    )
+    built = Registry().subject("ddpm", "digits-linf").defense(device=device)
     return cast(nn.Module, cast(DDPM, built.purifier).denoiser), built.classifier
 
 
@@ -111,3 +108,8 @@ def digits_images(device: str, count: int) -> Group:
     ids = data.ids["test"][:count]
     images, labels = data.select(ids)
     return Group(images.to(device), labels.to(device), ids)
+
+
+def right_at(target: Defense, images: Tensor, group: Group, draw: int = 0) -> Tensor:
+    """Whether `target` is right ``(b,)`` on `images` ``(b, c, h, w)`` of `group` at this draw."""
+    return predict(target, images, group.ids, seed=0, draw=draw) == group.labels

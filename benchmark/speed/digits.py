@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dbp_bench.attacks.apgd import APGD
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import Attacked, attack, judge
+from dbp_bench.evaluate import Attacked, attack
 from dbp_bench.noise import ATTACKER, Tape
 from dbp_bench.threat import Attack, Linf
 from speed.contenders import (
@@ -28,6 +28,7 @@ from speed.contenders import (
     defense,
     digits_images,
     digits_networks,
+    right_at,
 )
 from speed.timing import Row, in_turn, ratio
 
@@ -87,12 +88,12 @@ def retirement(device: str, rounds: int, count: int = IMAGES) -> Row:
     group = digits_images(device, count)
 
     def search(method: Attack) -> Attacked:
-        known, rows = target.sites, count
-        return attack(target, method, group, Linf(EPS), known, seed=0, victim_draw=0, rows=rows)
+        ball, known = Linf(EPS), target.sites
+        return attack(target, method, group, ball, known, seed=0, victim_draw=0, max_batch=count)
 
     patient = replace(_ATTACK, retire=False)
     own, whole = search(_ATTACK), search(patient)
-    right, same = (judge(target, each.images, group, seed=0, draw=0) for each in (own, whole))
+    right, same = (right_at(target, each.images, group) for each in (own, whole))
     if not torch.equal(right, same):
         raise AttackFailed(
             f"retirement: {int((right != same).sum())} outcomes of the attack change if every "
@@ -100,7 +101,7 @@ def retirement(device: str, rounds: int, count: int = IMAGES) -> Row:
         )
     both = {"own": lambda: search(_ATTACK), "whole": lambda: search(patient)}
     times = in_turn(both, device, rounds)
-    done, most = (int((each.gradients + each.looks).sum()) for each in (own, whole))
+    done, most = (int((each.gradient + each.forward).sum()) for each in (own, whole))
     return {
         "measured": f"APGD-{_ATTACK.steps}, finished images retire ({done / most:.2f} x the "
         f"evaluations; {int(right.sum())} of {count} stay right)",

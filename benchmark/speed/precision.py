@@ -11,10 +11,10 @@ from dbp_bench.attacks.apgd import APGD
 from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.checks.gradients import cosines
 from dbp_bench.defense import Defense
-from dbp_bench.evaluate import Group, attack, judge
+from dbp_bench.evaluate import Group, attack
 from dbp_bench.noise import Site
 from dbp_bench.threat import Linf
-from speed.contenders import defense, digits_images, digits_networks, view
+from speed.contenders import defense, digits_images, digits_networks, right_at, view
 from speed.timing import Row
 
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -109,10 +109,10 @@ def outcomes(device: str) -> list[Row]:
                 "hidden": _attacked(target, group, frozenset()),
                 "known": _attacked(target, group, target.sites),
             }
-            right = {draws: _right(target, x, group) for draws, x in found.items()}
+            right = {draws: right_at(target, x, group) for draws, x in found.items()}
         reference = reference or {"gradient": gradient, **right}
         with arithmetic("fp32"):
-            full = {draws: _right(exact, x, group) for draws, x in found.items()}
+            full = {draws: right_at(exact, x, group) for draws, x in found.items()}
         rows += [
             {
                 "precision": precision,
@@ -134,9 +134,6 @@ def _lowered(networks: tuple[nn.Module, nn.Module], precision: Precision) -> Def
 
 
 def _attacked(target: Defense, group: Group, knows: frozenset[Site]) -> Tensor:
-    ball, rows = Linf(EPS), len(group.ids)
-    return attack(target, ATTACK, group, ball, knows, seed=0, victim_draw=0, rows=rows).images
-
-
-def _right(target: Defense, images: Tensor, group: Group) -> Tensor:
-    return judge(target, images, group, seed=0, draw=0)
+    ball, most = Linf(EPS), len(group.ids)
+    found = attack(target, ATTACK, group, ball, knows, seed=0, victim_draw=0, max_batch=most)
+    return found.images

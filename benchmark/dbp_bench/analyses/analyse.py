@@ -74,7 +74,7 @@ def analyse(
     for job in jobs:
         if not job.sites:
             raise BadRequest(
-                f"--defense {job.defense.name}: it draws no noise, so that nothing is hidden or "
+                f"--defense {job.subject.name}: it draws no noise, so that nothing is hidden or "
                 "known."
             )
     request = _request(name, asked, jobs)
@@ -90,7 +90,7 @@ def analyse(
             return path
         pieces = Pieces(work, say)
         pieces.open(request)
-        _compute(name, asked, jobs, registry, request, pieces).write(path)
+        _compute(name, asked, jobs, request, pieces).write(path)
     return path
 
 
@@ -101,17 +101,17 @@ def _request(analysis: str, options: Options, jobs: Sequence[Job]) -> dict[str, 
     request = {
         "dbp_bench": __version__,
         "analysis": analysis,
-        "track": first.track.name,
-        "norm": first.track.entry.norm,
+        "track": first.subject.track.name,
+        "norm": first.subject.track.entry.norm,
         "eps": first.eps,
         "seed": first.seed,
         "device": torch.device(first.device).type,
         "batch_size": first.batch_size,
-        "max_batch": first.rows,
+        "max_batch": first.max_batch,
         "images": first.examples,
         "options": options.model_dump(),
         "defenses": {
-            job.defense.name: {k: v for k, v in job.identity().items() if k in kept} for job in jobs
+            job.subject.name: {k: v for k, v in job.identity().items() if k in kept} for job in jobs
         },
     }
     loaded: dict[str, Any] = json.loads(json.dumps(request))
@@ -122,7 +122,6 @@ def _compute(
     name: str,
     options: Options,
     jobs: Sequence[Job],
-    registry: Registry,
     request: dict[str, Any],
     pieces: Pieces,
 ) -> Record:
@@ -130,13 +129,13 @@ def _compute(
     # float32 means float32: no shortened products in convolutions.
     torch.backends.cudnn.allow_tf32 = False
     rows, provenance = [], {}
-    for target, source in targets(jobs, registry):
+    for target, source in targets(jobs):
         rows += analysis.measure(target, options, pieces.within(target.name))
         provenance[target.name] = source
     return Record(
         schema=SCHEMA,
         analysis=name,
-        track=first.track.name,
+        track=first.subject.track.name,
         defenses=list(provenance),
         images=first.track_ids[: first.examples],
         statement=list(analysis.STATEMENT),

@@ -4,7 +4,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dbp_bench.entries.registry import KNOWN_DRAWS, explain
+from dbp_bench.declaration import explain
+from dbp_bench.entries.threat import KNOWN_DRAWS
 from dbp_bench.errors import BadRequest
 
 Count = Annotated[int, Field(ge=1)]

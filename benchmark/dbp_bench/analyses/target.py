@@ -14,16 +14,14 @@ from dbp_bench import evaluate
 from dbp_bench.analyses.options import Searched
 from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.attacks.pgd import PGD
-from dbp_bench.data import load_data
 from dbp_bench.defense import Defense
-from dbp_bench.entries.registry import Registry
 from dbp_bench.evaluate import FRESH, Group
 from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
 from dbp_bench.reporting.statistics import Bootstrap, Estimate, Replicates
 from dbp_bench.result import Provenance
 from dbp_bench.runs.job import Job
 from dbp_bench.runs.provenance import provenance
-from dbp_bench.threat import AttackerView, Budget, budget
+from dbp_bench.threat import AttackerView, Budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +47,18 @@ class Target:
         return self.defense.sites
 
 
-def targets(jobs: Iterable[Job], registry: Registry) -> Iterator[tuple[Target, Provenance]]:
+def targets(jobs: Iterable[Job]) -> Iterator[tuple[Target, Provenance]]:
     """The defense of each job on the job's images, and where it comes from."""
     for job in jobs:
-        track, device = job.track.entry, torch.device(job.device)
-        data = load_data(track.data, registry.data, track.split)
+        device, data = torch.device(job.device), job.data()
         ids = job.track_ids[: job.examples]
         groups = []
         for start in range(0, len(ids), job.batch_size):
             part = ids[start : start + job.batch_size]
             images, labels = data.select(part)
             groups.append(Group(images.to(device), labels.to(device), part))
-        defense = registry.build_defense(job.defense, job.track, device=device)
-        ball = budget(track.norm, job.eps)
-        target = Target(job.defense.name, defense, groups, ball, job.seed, job.rows)
+        name, ball = job.subject.name, job.budget()
+        target = Target(name, job.defense(), groups, ball, job.seed, job.max_batch)
         yield target, provenance(job, data.digest(ids))
 
 
@@ -94,7 +90,7 @@ def attacked(
         knows,
         seed=target.seed,
         victim_draw=draw,
-        rows=target.max_batch,
+        max_batch=target.max_batch,
     ).images
 
 
@@ -106,11 +102,11 @@ def correct(
     defense: Defense | None = None,
 ) -> Tensor:
     """Whether `images` ``(b, c, h, w)`` are classified correctly ``(b, draws)``, as in a run."""
-    outcomes = [
-        evaluate.judge(defense or target.defense, images, group, seed=target.seed, draw=draw)
+    classes = [
+        evaluate.predict(defense or target.defense, images, group.ids, seed=target.seed, draw=draw)
         for draw in draws
     ]
-    return torch.stack(outcomes, 1)
+    return torch.stack(classes, 1) == group.labels[:, None]
 
 
 def losses(

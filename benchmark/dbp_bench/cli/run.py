@@ -247,7 +247,8 @@ def _accuracies(result: "Result") -> "dict[str, dict[str, float] | None]":
     """Clean, robust and fresh-draw accuracy, each with its interval; None where not measured."""
     from dbp_bench.reporting.statistics import Bootstrap
 
-    bootstrap, found = Bootstrap(len(result.ids)), {}
+    bootstrap = Bootstrap(len(result.ids))
+    found: dict[str, dict[str, float] | None] = {}
     kinds: dict[str, Kind] = {"clean": "clean", "robust": "adversarial", "fresh": "fresh"}
     for name, kind in kinds.items():
         if kind == "fresh" and not result.knows:

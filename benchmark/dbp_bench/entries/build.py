@@ -128,7 +128,8 @@ class Builder:
             close = get_close_matches(module, attacks.names(), n=1) if kind == "attacks" else []
             hint = f" Or did you mean '{close[0]}:{attribute}'?" if close else ""
             raise BadEntry(
-                f"{path}: {dotted} is code from outside dbp-bench. Add --trust-code to run it.{hint}"
+                f"{path}: {dotted} is code from outside dbp-bench. Add --trust-code to run "
+                f"it.{hint}"
             )
         else:
             _make_importable(self.folders)
