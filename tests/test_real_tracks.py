@@ -38,8 +38,8 @@ from dbp_bench.weights import files as weight_files
 from dbp_bench.weights.convert import convert, network_of, renamed
 from layouts import drawn, filled, hollow, on_meta, published
 from layouts import shapes as shapes_of
-from test_checkpoints import edm_pickle
-from test_checkpoints_entries import ROBUSTBENCH, TIMM
+from test_weights_convert import edm_pickle
+from test_weights_entries import ROBUSTBENCH, TIMM
 from toys import uniform
 
 if TYPE_CHECKING:

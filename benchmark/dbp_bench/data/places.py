@@ -3,12 +3,10 @@
 import os
 import re
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 from dbp_bench.data.catalog import CATALOG, Facts, Hub
 from dbp_bench.data.readers import (
-    INSTALL,
     Binary,
     Npz,
     Parquet,
@@ -18,6 +16,7 @@ from dbp_bench.data.readers import (
     need,
 )
 from dbp_bench.errors import BadData
+from dbp_bench.weights.download import NoDownload, from_hub
 
 VARIABLE = "DBP_BENCH_DATA"
 """Environment variable that says what ``--data`` says."""
@@ -141,27 +140,13 @@ def _refuse_pickles(files: Iterable[Path]) -> None:
 
 
 def _fetch(facts: Facts, hub: Hub, part: str) -> Path:
-    """The parquet file from the cache of huggingface_hub, downloaded if it isn't there."""
+    """The parquet file in the cache of huggingface_hub, downloaded if it isn't there."""
     need("pyarrow.parquet", f"data set {facts.name!r}: reading parquet")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     name = hub.test if part == "test" else hub.train
-    download = partial(
-        hf_hub_download, hub.repository, name, repo_type="dataset", revision=hub.revision
-    )
     try:
-        return Path(download(local_files_only=True))
-    except (OSError, ValueError):
-        pass  # not in the cache
-    try:
-        return Path(download())
-    except Exception as error:  # The hub's client raises those of whatever HTTP library it has.
-        cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
-        if isinstance(error, LocalEntryNotFoundError):
-            cause = "no network"
+        return from_hub(hub.repository, [name], hub.revision, "dataset")
+    except NoDownload as error:
         raise BadData(
-            f"data set {facts.name!r} is not on this machine, and could not be fetched from the "
-            f"Hugging Face hub ({hub.repository}: {cause}). Give --data "
-            f"PATH (or {VARIABLE}): {_FORMS}; or, with a network, {INSTALL} and run again."
+            f"data set {facts.name!r} is not on this machine, and {error}. Give --data PATH (or "
+            f"{VARIABLE}): {_FORMS}; or, with a network, run again."
         ) from None

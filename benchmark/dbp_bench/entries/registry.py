@@ -860,11 +860,9 @@ class Registry:
     def build_network(self, ref: NetworkRef | CheckpointRef, path: Path) -> "nn.Module":
         """The network that `ref`, in the entry at `path`, declares, with its weights verified."""
         if isinstance(ref, CheckpointRef):
-            from dbp_bench.weights.build import build
+            from dbp_bench.weights.build import blank, build
 
             if self.made_up is not None and not store.has(ref.checkpoint):
-                from dbp_bench.weights.blank import blank
-
                 self.made_up.append(ref.checkpoint)
                 return blank(ref.checkpoint)
             return build(ref.checkpoint)

@@ -1,6 +1,5 @@
 """From a published file to one in the cache: renamed, checked against its network, hashed."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +31,7 @@ _CONVERTERS: Mapping[catalog.Layout, Converter] = {
     "score-sde": _score_sde,
     "edm": lambda held, _: songunet.from_edm(held),
     "robustbench": lambda held, _: wrn.from_robustbench(held),
+    "deepmind": lambda held, _: wrn.from_deepmind(held),
     "meliketoy": lambda held, _: wrn.from_meliketoy(held),
 }
 
@@ -51,10 +51,10 @@ _CONFIG = {
 
 
 def network_of(entry: Checkpoint) -> nn.Module:
-    """The network of a `entry` of the catalog, with the weights that it was initialised with."""
+    """The network that `entry` names, with the weights that it is initialised with."""
     assert entry.network is not None
     module, _, factory = entry.network.partition(":")
-    network: nn.Module = getattr(import_module(module), factory)()
+    network: nn.Module = getattr(import_module(module), factory)(**entry.options)
     return network
 
 
@@ -91,7 +91,7 @@ def convert(name: str, path: Path, *, unpublished: bool = False) -> store.Record
     files.check_fit(network, state, path)
     state = {key: _own(value) for key, value in state.items()}
     _check_finite(state, path)
-    _check_space(state)
+    files.need_space(sum(value.numel() * value.element_size() for value in state.values()))
     sha256 = store.put(name, state)
     record = store.Record(
         name=name,
@@ -130,9 +130,8 @@ def check_published(entry: Checkpoint, path: Path, *, unpublished: bool = False)
         return True if entry.md5 or entry.sha256 else None
     if unpublished:
         return False
-    with path.open("rb") as file:
-        if file.read(512).lstrip()[:1] == b"<":
-            raise BadWeights(f"{path}: a web page, not weights: the download failed.")
+    if files.is_page(path):
+        raise BadWeights(f"{path}: a web page, not weights: the download failed.")
     raise BadWeights(
         f"{path}: {problem}: a half download, or another file. If it is the one that you mean, add "
         "--unpublished."
@@ -196,22 +195,3 @@ def _check_finite(state: Mapping[str, Tensor], path: Path) -> None:
     for name, value in state.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise BadWeights(f"{path}: {name} holds NaN or infinity: damaged. Fetch it again.")
-
-
-def _check_space(state: Mapping[str, Tensor]) -> None:
-    need_space(sum(value.numel() * value.element_size() for value in state.values()))
-
-
-def need_space(size: int) -> None:
-    """Refuse to write `size` bytes to the cache where they don't fit.
-
-    Raises:
-        BadRequest: They don't.
-    """
-    store.folder().mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(store.folder()).free
-    if size > free:
-        raise BadRequest(
-            f"{store.folder()}: {size / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free. "
-            "Make room, or set DBP_BENCH_CACHE to a folder on another disk."
-        )

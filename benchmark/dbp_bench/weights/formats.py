@@ -133,7 +133,7 @@ def _stream(file: IO[bytes], size: int, label: str, path: Path | None) -> dict[s
     """What an open file of `size` bytes holds; `path` where it is one on the disk."""
     start = file.read(512)
     file.seek(0)
-    if start.lstrip()[:1] == b"<":
+    if weight_files.starts_page(start):
         raise BadWeights(f"{label}: a web page, not weights: the download failed. Fetch it again.")
     if not start:
         raise BadWeights(f"{label}: an empty file. Fetch it again.")

@@ -47,11 +47,11 @@ def downloads() -> Path:
 
 def file(name: str) -> Path:
     """Where the weights of `name` are; not of a model of a zoo, which keeps its own."""
-    return folder() / f"{_stem(name)}.safetensors"
+    return folder() / f"{stem(name)}.safetensors"
 
 
 def record_file(name: str) -> Path:
-    return folder() / f"{_stem(name)}.json"
+    return folder() / f"{stem(name)}.json"
 
 
 def has(name: str) -> bool:
@@ -86,9 +86,7 @@ def how_to_get(name: str) -> str:
         return f"Get {source.what}; then: {convert_command(name)}"
     if isinstance(source, catalog.Zoo):
         return f"Run: dbp-bench weights fetch {name}"
-    return (
-        f"Run: dbp-bench weights fetch {name}; or, with the file at hand: {convert_command(name)}"
-    )
+    return f"Run: dbp-bench weights fetch {name}; or, with a local file: {convert_command(name)}"
 
 
 def convert_command(name: str) -> str:
@@ -162,5 +160,6 @@ def strangers() -> list[Path]:
     return sorted(p for p in folder().glob("*") if p.is_file() and p not in known)
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
+    """How the files of the checkpoint `name` are called, without a suffix."""
     return name if ":" not in name else "zoo-" + re.sub(r"[:/]", "-", name)
