@@ -55,10 +55,10 @@ def deepmind(depth: int, width: int, classes: int = 10) -> dict[str, tuple[int, 
     return found
 
 
-def meliketoy(depth: int, width: int) -> dict[str, tuple[int, ...]]:
+def meliketoy(depth: int, width: int, classes: int = 10) -> dict[str, tuple[int, ...]]:
     """Names and shapes of meliketoy's networks: other names, and a bias for every convolution."""
     found = {}
-    for name, shape in robustbench(depth, width).items():
+    for name, shape in robustbench(depth, width, classes).items():
         theirs = name.replace("fc.", "linear.").replace("convShortcut", "shortcut.0")
         theirs = re.sub(r"block(\d)\.layer\.", r"layer\1.", theirs)
         found[theirs] = shape

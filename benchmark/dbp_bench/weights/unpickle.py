@@ -54,7 +54,10 @@ def read(file: IO[bytes], name: str) -> dict[str, Any]:
     }
 
 
-class _Unpickler(pickle.Unpickler):
+# The one in C makes room for as many objects as a damaged file says, up to 30 GB.
+class _Unpickler(pickle._Unpickler):
+    """An unpickler that resolves the allowed names alone."""
+
     def __init__(self, file: IO[bytes], allowed: Mapping[str, Any], name: str) -> None:
         super().__init__(file)
         self.allowed, self.name = allowed, name
