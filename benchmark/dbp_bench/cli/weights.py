@@ -2,8 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -113,13 +111,15 @@ def fetch(
     for name, entry in entries.items():
         if not isinstance(entry.source, catalog.ByHand):
             _accept(say, name, entry, accept_licence)
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
     from dbp_bench.weights.fetch import fetch as fetch_one
 
+    if quiet:
+        disable_progress_bars()
     for name in entries:
         say.print(f"{name}: fetching", highlight=False)
-        with _bars(shown=not quiet):
-            record = fetch_one(name, keep=keep_download)
-        _report(say, record)
+        _report(say, fetch_one(name, keep=keep_download))
 
 
 def _accept(say: "Console", name: str, entry: "Checkpoint", accepted: bool) -> None:
@@ -140,25 +140,6 @@ def _accept(say: "Console", name: str, entry: "Checkpoint", accepted: bool) -> N
         )
     if not typer.confirm("Download under this licence?"):
         raise BadRequest(f"{name}: not downloaded, for its licence wasn't accepted.")
-
-
-@contextmanager
-def _bars(shown: bool) -> Iterator[None]:
-    """Show huggingface_hub's bars of progress, on a terminal; or don't."""
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 @weights.command()

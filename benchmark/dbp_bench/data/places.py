@@ -1,4 +1,4 @@
-"""Where the files of a data set are: a place that the user gives, then the Hugging Face hub."""
+"""Finding the files of a data set: in a place that the user names, or on the Hugging Face Hub."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from dbp_bench.errors import BadData
 from dbp_bench.weights.download import NoDownload, from_hub
 
 VARIABLE = "DBP_BENCH_DATA"
-"""Environment variable that says what ``--data`` says."""
+"""The environment variable that stands for ``--data``."""
 
 _WORDS = {"test": re.compile(r"(test|val|validation)(?![a-z])"), "train": re.compile("train")}
 _BATCH = re.compile(r"(data_batch_\d|test_batch|test|train)")
@@ -30,7 +30,7 @@ def open_part(facts: Facts, part: str, place: Path | None) -> Source:
     """The test or training images of a data set.
 
     Args:
-        facts: Of the data set.
+        facts: The data set's facts.
         part: "test" or "train".
         place: A file, a folder, or a folder with one for each data set; None for the one that the
             environment variable names, or else the hub.
@@ -55,7 +55,7 @@ def open_part(facts: Facts, part: str, place: Path | None) -> Source:
 
 
 def _own(place: Path, facts: Facts) -> Path:
-    """What `place` has for this data set, where it is a folder for several."""
+    """The part of `place` for this data set, where `place` is a folder for several."""
     names = [facts.name, f"{facts.name}.parquet", f"{facts.name}.npz"]
     return next((place / name for name in names if (place / name).exists()), place)
 
@@ -72,7 +72,7 @@ def _open(root: Path, facts: Facts, part: str, said: str) -> Source:
 
 
 def _candidates(root: Path, facts: Facts, part: str) -> Iterable[Source | None]:
-    """What each format finds there, in order of preference; tried one by one."""
+    """The images that each format finds there, in order of preference; tried one by one."""
     files = [root] if root.is_file() else _files(root)
     mine = [path for path in files if _part(path, root) == part]
     parquet = [path for path in mine if path.suffix == ".parquet"]
@@ -120,7 +120,7 @@ def _others(root: Path) -> set[str]:
 
 
 def _part(path: Path, root: Path) -> str:
-    """Whether a file's name, or a folder's on the way to it, says test or train; else test."""
+    """The part, test or train, that the name of a file or of a folder above it says; else test."""
     below = path.relative_to(root).parts if path != root else (path.name,)
     for name in reversed(below):
         for part, word in _WORDS.items():

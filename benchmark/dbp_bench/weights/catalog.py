@@ -18,7 +18,7 @@ ZOOS = {
     "robustbench": r"robustbench:[a-z0-9]+/[A-Za-z0-9]+/[A-Za-z0-9_-]+",
     "timm": r"timm:[a-z0-9_]+(\.[a-z0-9_]+)?",
 }
-"""Packages that load a model by its name, and how the name is written."""
+"""The form of a model's name, for each package that loads models by name."""
 
 Layout = Literal[
     "plain", "diffusers", "pesser", "score-sde", "edm", "robustbench", "deepmind", "meliketoy"
@@ -41,6 +41,7 @@ class Hub(Strict):
 
     @property
     def what(self) -> str:
+        """The file, for messages."""
         return f"{self.files[0]} of huggingface.co/{self.repo}"
 
 
@@ -69,7 +70,7 @@ class ByHand(Strict):
 
     kind: Literal["by-hand"]
     what: str
-    """What to get or make, and where; completes "get ..."."""
+    """The file to get or to make, and where; it completes "get ..."."""
 
 
 class Zoo(Strict):
@@ -87,7 +88,7 @@ Source = Annotated[Hub | Url | Drive | ByHand | Zoo, Field(discriminator="kind")
 
 
 class Licence(Strict):
-    """What a file may be used for, as far as its publisher says it."""
+    """The uses that a file's publisher permits, as far as that is stated."""
 
     name: str
     restriction: Restriction
@@ -98,7 +99,7 @@ class Checkpoint(Strict):
 
     title: str
     network: str | None = Field(pattern=r"^dbp_bench\.networks\.\w+:\w+$")
-    """``module:callable``; null for a model of a zoo, which brings its own."""
+    """``module:callable``; null for a model of a package, which brings its own."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the callable."""
     layout: Layout | None
@@ -115,7 +116,7 @@ class Checkpoint(Strict):
     def _network_unless_zoo(self) -> Self:
         zoo = isinstance(self.source, Zoo)
         if zoo != (self.network is None) or zoo != (self.layout is None):
-            raise ValueError("network and layout are null for a model of a zoo, and only there")
+            raise ValueError("network and layout are null for a model of a package, and only there")
         return self
 
 

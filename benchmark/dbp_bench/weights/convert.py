@@ -1,4 +1,4 @@
-"""From a published file to one in the cache: renamed, checked against its network, hashed."""
+"""Conversion of published files: renamed, checked against the network, written to the cache."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -15,7 +15,7 @@ from dbp_bench.weights import catalog, files, formats, store
 from dbp_bench.weights.catalog import Checkpoint
 
 Converter = Callable[[Mapping[str, Any], nn.Module], Mapping[str, Any]]
-"""What a file holds, and the network on no device, to the network's state."""
+"""Takes the contents of a file and the network on no device; returns the network's state."""
 
 
 def _score_sde(held: Mapping[str, Any], network: nn.Module) -> Mapping[str, Any]:
@@ -47,7 +47,7 @@ _CONFIG = {
     "resnet_time_scale_shift": ("default",),
     "time_embedding_type": ("positional",),
 }
-"""What a U-Net of diffusers must be to be a :class:`ho.HoUNet`; names and shapes don't tell."""
+"""Values that a U-Net of diffusers needs to be a HoUNet; names and shapes don't tell."""
 
 
 def network_of(entry: Checkpoint) -> nn.Module:
@@ -62,12 +62,12 @@ def convert(name: str, path: Path, *, unpublished: bool = False) -> store.Record
     """Convert the file or folder at `path` to the checkpoint `name` of the cache.
 
     Args:
-        name: Of an entry of the catalog.
+        name: The checkpoint's name in the catalog.
         path: A file in the published layout, or in the network's own names.
-        unpublished: Take a file of another size or digest than the published one has.
+        unpublished: Accept a file of another size or digest than the published one has.
 
     Raises:
-        BadRequest: The checkpoint is a model of a zoo.
+        BadRequest: Another package loads the checkpoint.
         BadWeights: The file isn't the published one, can't be read without running code, or is of
             another architecture.
     """
@@ -109,10 +109,10 @@ def convert(name: str, path: Path, *, unpublished: bool = False) -> store.Record
 
 
 def check_published(entry: Checkpoint, path: Path, *, unpublished: bool = False) -> bool | None:
-    """Whether the file at `path` is the published one; None where that can't be told.
+    """True if the file at `path` is the published one, None if no digest of that is known.
 
     Raises:
-        BadWeights: It isn't, and that wasn't `unpublished`, said by the user.
+        BadWeights: It is another file, and `unpublished` files were not allowed.
     """
     if path.is_dir() or not (entry.size or entry.md5 or entry.sha256):
         return None
@@ -141,10 +141,10 @@ def check_published(entry: Checkpoint, path: Path, *, unpublished: bool = False)
 def renamed(
     layout: catalog.Layout, held: Mapping[str, Any], network: nn.Module
 ) -> dict[str, Tensor]:
-    """The state of `network`, from what a file of `layout` holds.
+    """The state of `network`, renamed from the contents of a file of `layout`.
 
     Raises:
-        BadWeights: Something in the file isn't a tensor, or isn't where it must be.
+        BadWeights: The file holds something else than tensors, or another layout.
     """
     if set(held) != set(network.state_dict()):  # else saved in the network's own names
         if layout != "score-sde":

@@ -19,7 +19,7 @@ from dbp_bench.errors import BadRequest, DbpError
 from dbp_bench.weights import files
 
 _REQUESTS = 4
-"""For one file: its page, the file behind the page, and once more where a part doesn't fit."""
+"""Requests for one file: its page, the file behind the page, and a second try at either."""
 
 
 class NoDownload(DbpError):
@@ -197,7 +197,7 @@ def _without_log() -> Iterator[None]:
 
 
 def _confirmed(page: str, url: str) -> str | None:
-    """Where the form of a page leads that asks whether one is sure; None where it has none."""
+    """The address that the form of a page of Google Drive leads to; None without a form."""
     form = re.search(r'<form[^>]*\bid="download-form"[^>]*>(.*?)</form>', page, re.DOTALL)
     if form is None:
         return None

@@ -78,7 +78,7 @@ def _link(source: Url | Drive) -> str:
 
 
 def file_name(name: str, source: Url | Drive) -> str:
-    """What the download of the checkpoint `name` is called."""
+    """The name of the downloaded file of the checkpoint `name`."""
     path = urllib.parse.urlsplit(source.url).path if isinstance(source, Url) else ""
     suffix = Path(path).suffix
     return f"{store.stem(name)}{suffix if re.fullmatch(r'.[a-z0-9]+', suffix) else '.download'}"

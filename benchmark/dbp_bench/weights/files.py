@@ -48,7 +48,7 @@ def verify(path: Path, expected: str) -> None:
     """Refuse a file whose sha256 isn't the `expected` one.
 
     Raises:
-        BadWeights: It isn't; the message tells a damaged file from a pickle.
+        BadWeights: The sha256 is another; the message tells a damaged file from a pickle.
     """
     actual = digest(path)
     if actual == expected:
@@ -108,13 +108,13 @@ def check_fit(network: "nn.Module", tensors: "Mapping[str, Tensor]", path: Path)
 
 
 def is_page(path: Path) -> bool:
-    """Whether the file is a web page, as a failed download leaves."""
+    """True if the file is a web page, as a failed download leaves."""
     with path.open("rb") as file:
         return starts_page(file.read(512))
 
 
 def starts_page(start: bytes) -> bool:
-    """Whether a file that starts so is a web page."""
+    """True if these are the first bytes of a web page."""
     return start.lstrip()[:1] == b"<"
 
 
@@ -135,7 +135,7 @@ def need_space(size: int) -> None:
 
 
 def _refuse_foreign_formats(path: Path) -> None:
-    """Say what a file is that isn't safetensors; nothing in it is run."""
+    """Refuse a pickle and a web page by name; nothing in the file is run."""
     with path.open("rb") as file:
         start = file.read(512)
     # A header's length comes first, in eight bytes, and can look like the start of a pickle.

@@ -18,9 +18,9 @@ class Normalised(nn.Module):
     """Logits ``(b, classes)`` of `model` for images ``(b, c, h, w)`` in [0, 1], normalised first.
 
     Args:
-        model: Takes ``(images - mean) / std``.
-        mean: Of each channel.
-        std: Of each channel.
+        model: The network, which takes ``(images - mean) / std``.
+        mean: The mean of each channel.
+        std: The standard deviation of each channel.
     """
 
     mean: Tensor
@@ -149,7 +149,7 @@ def _robustbench(model: str) -> nn.Module:
 
 
 def _known(modules: Mapping[str, Any], model: str) -> Mapping[str, Any]:
-    """What robustbench knows of its `model`.
+    """The entry of `model` in robustbench's zoo.
 
     Raises:
         UnknownName: It has none of that name.
