@@ -681,7 +681,7 @@ def test_the_published_digest_and_size(
         tiny(**{key: f"'{v}'" if key == "md5" else v for key, v in line.items()})
         message = refused("tiny", path, cache)
         assert "published" in message
-        assert "add --unpublished" in message
+        assert "convert it with --unpublished" in message
     assert convert("tiny", path, unpublished=True).published is False
     md5 = weight_files.digest(path, "md5")
     tiny(size=str(size), md5=f"'{md5}'", sha256=weight_files.digest(path))

@@ -95,8 +95,8 @@ _EXTRAS: Mapping[str, _Extra] = MappingProxyType(
             install='pip install "dbp-bench[robustbench]", in an environment without torchattacks',
             repair="pip install --force-reinstall --no-deps robustbench==1.1.1",
             note=(
-                "for its model zoo only: benchmark() needs an autoattack that can't be installed by "
-                "pip; its wheel also installs a top-level package called tests"
+                "for its model zoo only: benchmark() needs an autoattack that pip can't get; its "
+                "wheel also installs a top-level package called tests"
             ),
         ),
         "figures": _Extra(

@@ -133,8 +133,8 @@ def check_published(entry: Checkpoint, path: Path, *, unpublished: bool = False)
     if files.is_page(path):
         raise BadWeights(f"{path}: a web page, not weights: the download failed.")
     raise BadWeights(
-        f"{path}: {problem}: a half download, or another file. If it is the one that you mean, add "
-        "--unpublished."
+        f"{path}: {problem}: a half download, or another file. If it is the one that you mean, "
+        "convert it with --unpublished."
     )
 
 
