@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from dbp_bench.networks import adm, ho, songunet, wrn
 from toys import normal, uniform
 
 KEYS = Path(__file__).parent / "data" / "keys"
@@ -67,6 +69,47 @@ def filled(network: N) -> N:
     """`network` with drawn weights, as a defense has it."""
     network.load_state_dict(drawn(shapes(network.state_dict())))
     return network.eval()
+
+
+NARROW = 16
+"""By how much the published widths are divided, ADM's by half of it; names and depths stay."""
+
+
+def narrow_shapes(wanted: Mapping[str, tuple[int, ...]], by: int = NARROW) -> Shapes:
+    """These shapes with the channels of a network that is `by` times narrower."""
+    return {name: tuple(n // by if n >= 64 else n for n in shape) for name, shape in wanted.items()}
+
+
+def narrow_networks(patch: pytest.MonkeyPatch) -> None:
+    """The factories of the catalog build networks of the same depth, much narrower."""
+    song, wide = songunet.SongUNet, wrn.WideResNet
+
+    def of_robustbench(depth: int, width: int, classes: int, **options: Any) -> wrn.WideResNet:
+        return wide(10, 1, classes, **options)
+
+    patch.setattr(ho, "cifar10", lambda: ho.HoUNet(channels=8, groups=8))
+    patch.setattr(
+        songunet,
+        "ddpmpp_deep_cifar10",
+        lambda: songunet.DDPMpp(song(channels=8, multipliers=(1, 2, 2, 2), blocks=8)),
+    )
+    patch.setattr(
+        songunet,
+        "edm_cifar10",
+        lambda: songunet.EDMPrecond(song(channels=8, dropout=0.13, augmentations=9)),
+    )
+    patch.setattr(
+        adm,
+        "imagenet256",
+        lambda: adm.ADM(32, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32), residual_resampling=True),
+    )
+    patch.setattr(wrn, "wrn_28_10", lambda: wide(10, 1))
+    patch.setattr(
+        wrn,
+        "meliketoy_28_10_cifar100",
+        lambda: wide(10, 1, 100, layout="meliketoy", normalise=wrn.CIFAR100, dropout=0.3),
+    )
+    patch.setattr(wrn, "WideResNet", of_robustbench)
 
 
 def on_meta(build: Callable[[], N]) -> N:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,11 @@ from torch import Tensor, nn
 from dbp_bench import extras
 from dbp_bench.errors import DbpError
 from dbp_bench.extras import BadExtra, Status, load_extra, status
+from dbp_bench.weights import catalog
+from dbp_bench.weights.convert import network_of, renamed
+from dbp_bench.weights.files import check_fit
+from layouts import drawn, shapes
+from toys import uniform
 
 Install = Callable[..., None]
 
@@ -216,14 +222,46 @@ def test_torchattacks_breaks_exactly_what_is_in_reach() -> None:
         assert int((model(adversarial).argmax(1) == labels).sum()) == left
 
 
+def zoo() -> dict[str, Any]:
+    """The models of robustbench, by the names that they have here."""
+    found: Any = real("robustbench")["model_zoo"]
+    return {
+        f"{dataset.value}/{threat.value}/{name}": entry
+        for dataset, threats in found.model_dicts.items()
+        for threat, entries in threats.items()
+        for name, entry in entries.items()
+    }
+
+
 @pytest.mark.extras
 def test_robustbench_lists_its_models() -> None:
-    zoo = real("robustbench")["model_zoo"]
-    models = {
-        (dataset.value, threat.value): len(entries)
-        for dataset, threats in zoo.model_dicts.items()  # type: ignore[attr-defined]
-        for threat, entries in threats.items()
-    }
-    assert models["cifar10", "Linf"] == 76
-    assert sum(models.values()) == 206
+    models = zoo()
+    assert sum(name.startswith("cifar10/Linf/") for name in models) == 76
+    assert len(models) == 206
     assert "autoattack" not in sys.modules or extras.status()[0].version is not None
+
+
+@pytest.mark.extras
+def test_our_networks_are_those_of_robustbench() -> None:
+    """Our list has the file of each, and our network takes every name and shape of theirs."""
+    models = zoo()
+    for name, row in catalog.robustbench()["models"].items():
+        entry = catalog.find(f"robustbench:{name}")
+        assert entry.layout is not None
+        assert models[name]["gdrive_id"] == row[4]
+        with torch.device("meta"):
+            theirs, ours = models[name]["model"](), network_of(entry)
+        check_fit(ours, renamed(entry.layout, theirs.state_dict(), ours), Path(name))
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("name", ["cifar10/Linf/Standard", "cifar10/Linf/Wang2023Better_WRN-28-10"])
+def test_our_networks_compute_what_robustbench_s_do(name: str) -> None:
+    theirs = zoo()[name]["model"]().eval()
+    theirs.load_state_dict(drawn(shapes(theirs.state_dict())))
+    entry = catalog.find(f"robustbench:{name}")
+    assert entry.layout is not None
+    ours = network_of(entry).eval()
+    ours.load_state_dict(renamed(entry.layout, theirs.state_dict(), ours))
+    images = uniform(2, 3, 32, 32)
+    torch.testing.assert_close(ours(images), theirs(images))

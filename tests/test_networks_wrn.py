@@ -1,4 +1,4 @@
-"""Wide residual networks: the two published layouts and their arithmetic."""
+"""Wide residual networks: the published layouts and their arithmetic."""
 
 import re
 from typing import Any
@@ -16,7 +16,7 @@ from toys import uniform
 IMAGES = uniform(2, 3, 32, 32, seed=5)
 
 
-def robustbench(depth: int, width: int) -> dict[str, tuple[int, ...]]:
+def robustbench(depth: int, width: int, classes: int = 10) -> dict[str, tuple[int, ...]]:
     """Names and shapes of RobustBench's networks."""
     found: dict[str, tuple[int, ...]] = {"conv1.weight": (16, 3, 3, 3)}
 
@@ -37,13 +37,28 @@ def robustbench(depth: int, width: int) -> dict[str, tuple[int, ...]]:
                 found[f"{name}.convShortcut.weight"] = (out, inputs, 1, 1)
             inputs = out
     norm("bn1", inputs)
-    return found | {"fc.weight": (10, inputs), "fc.bias": (10,)}
+    return found | {"fc.weight": (classes, inputs), "fc.bias": (classes,)}
 
 
-def meliketoy(depth: int, width: int) -> dict[str, tuple[int, ...]]:
+def deepmind(depth: int, width: int, classes: int = 10) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of Gowal et al.'s networks: other names, the same tensors."""
+    block = {"bn1": "batchnorm_0", "bn2": "batchnorm_1", "conv1": "conv_0", "conv2": "conv_1"}
+    outside = {"bn1": "batchnorm", "conv1": "init_conv", "fc": "logits"}
+    found = {}
+    for name, shape in robustbench(depth, width, classes).items():
+        *place, layer, leaf = name.split(".")
+        if place:
+            prefix = f"layer.{int(place[0][-1]) - 1}.block.{place[2]}."
+            found[f"{prefix}{block.get(layer, 'shortcut')}.{leaf}"] = shape
+        else:
+            found[f"{outside[layer]}.{leaf}"] = shape
+    return found
+
+
+def meliketoy(depth: int, width: int, classes: int = 10) -> dict[str, tuple[int, ...]]:
     """Names and shapes of meliketoy's networks: other names, and a bias for every convolution."""
     found = {}
-    for name, shape in robustbench(depth, width).items():
+    for name, shape in robustbench(depth, width, classes).items():
         theirs = name.replace("fc.", "linear.").replace("convShortcut", "shortcut.0")
         theirs = re.sub(r"block(\d)\.layer\.", r"layer\1.", theirs)
         found[theirs] = shape
@@ -56,6 +71,9 @@ def test_full_size_has_the_published_names_and_shapes() -> None:
     network = on_meta(wrn.wrn_28_10)
     assert shapes(network.state_dict()) == robustbench(28, 10)
     assert parameters(network) == 36_479_194
+    network = on_meta(lambda: WideResNet(34, 20, 100, layout="deepmind"))
+    file = hollow(deepmind(34, 20, 100))
+    assert shapes(wrn.from_deepmind(file)) == shapes(network.state_dict())
     network = on_meta(wrn.meliketoy_28_10)
     file = hollow(meliketoy(28, 10))
     assert shapes(wrn.from_meliketoy(file)) == shapes(network.state_dict())
@@ -69,6 +87,16 @@ def test_robustbench_s_published_numbers() -> None:
     network = WideResNet(16, 2).eval()
     network.load_state_dict(drawn(robustbench(16, 2)))
     assert_published(network.double()(IMAGES.double()), [-2.032423, 1.203529, -2.042576, 1.265124])
+
+
+def test_deepmind_s_published_numbers() -> None:
+    """In RobustBench's copy (DMWideResNet), with either of its activations, Swish and SiLU."""
+    statistics = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+    network = WideResNet(16, 2, layout="deepmind", normalise=statistics).eval()
+    network.load_state_dict(wrn.from_deepmind(drawn(deepmind(16, 2))))
+    assert_published(
+        network.double()(IMAGES.double()), [-0.413015, -1.041821, -0.382926, -1.159264]
+    )
 
 
 def test_meliketoy_s_published_numbers() -> None:

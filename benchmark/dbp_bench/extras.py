@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -33,7 +33,7 @@ class Status(NamedTuple):
     version: str | None
     state: State
     hint: str
-    """What to do where it isn't ready; what to know, or "", where it is."""
+    """The remedy where it isn't ready; where it is, a remark or ""."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,9 @@ class _Package:
 @dataclass(frozen=True, slots=True)
 class _Extra:
     packages: tuple[_Package, ...]
-    """Looked for in this order."""
+    """Packages that can serve it, the preferred one first."""
     modules: tuple[str, ...]
-    """What :func:`load_extra` returns; "" is the package itself."""
+    """The modules that :func:`load_extra` returns; "" is the package itself."""
     install: str
     repair: str
     note: str = ""
@@ -95,8 +95,8 @@ _EXTRAS: Mapping[str, _Extra] = MappingProxyType(
             install='pip install "dbp-bench[robustbench]", in an environment without torchattacks',
             repair="pip install --force-reinstall --no-deps robustbench==1.1.1",
             note=(
-                "for its model zoo only: benchmark() needs another autoattack than the registry's; "
-                "its wheel also installs a top-level package called tests"
+                "for its model zoo only: benchmark() needs an autoattack that pip can't get; its "
+                "wheel also installs a top-level package called tests"
             ),
         ),
         "figures": _Extra(
@@ -144,7 +144,7 @@ def load_extra(name: str) -> Mapping[str, ModuleType]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with _stubs() if name == "robustbench" else _nothing():
+            with _stubs() if name == "robustbench" else nullcontext():
                 return {
                     module or name: importlib.import_module(f"{package.module}.{module}".strip("."))
                     for module in _EXTRAS[name].modules
@@ -195,7 +195,7 @@ def _problem(package: _Package, folders: list[Path], version: str | None) -> str
 
 
 def _folders(module: str) -> list[Path]:
-    """Where a top-level module would be imported from; nothing where there is none."""
+    """The folders that a top-level module would be imported from."""
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
@@ -215,11 +215,6 @@ def _version(distribution: str) -> str | None:
 
 
 # ------------------------------------------------- what robustbench needs in order to be imported
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager
@@ -264,7 +259,7 @@ def _autoattack() -> dict[str, ModuleType]:
     def refuse(*_: object, **__: object) -> NoReturn:
         raise BadExtra(
             "robustbench is loaded for its model zoo only: its benchmark() needs the original "
-            "autoattack, which the registry doesn't have. Attack with dbp-bench run."
+            "autoattack, which no package index has. Attack with dbp-bench run."
         )
 
     return {
@@ -278,11 +273,12 @@ _libraries: list[object] = []
 
 
 def _import_torchvision() -> None:
-    """Import torchvision, though its compiled operators be of another build than torch.
+    """Import torchvision, even where its compiled operators are of another build than torch.
 
-    The registry's torchvision is built for CUDA. Beside a CPU build of torch its operators can't
-    be loaded, and it fails to import for want of those that it describes (nms, qnms). No model of
-    the zoo calls them; declared without an implementation, they let the import through.
+    The package index has a torchvision that is built for CUDA. Beside a CPU build of torch its
+    operators can't be loaded, and it fails to import for want of those that it describes (nms,
+    qnms). No model of the zoo calls them; declared without an implementation, they let the import
+    through.
     """
     known: set[str] = set()
     while True:

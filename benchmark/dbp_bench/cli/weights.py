@@ -2,8 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,11 +15,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dbp_bench.weights.catalog import Checkpoint
-    from dbp_bench.weights.fetch import Progress
     from dbp_bench.weights.store import Record
 
 weights = typer.Typer(
-    help="Published weights: fetch them, or convert files that are at hand.", no_args_is_help=True
+    help="Published weights: fetch them, or convert local files.", no_args_is_help=True
 )
 app.add_typer(weights, name="weights")
 
@@ -88,7 +85,7 @@ def fetch(
     names: Annotated[
         list[str],
         typer.Argument(
-            help="Of the list; or robustbench:<dataset>/<threat>/<model>, or timm:<model>."
+            help="Names of the list, robustbench:<dataset>/<threat>/<model>, or timm:<model>."
         ),
     ],
     accept_licence: Annotated[
@@ -97,7 +94,9 @@ def fetch(
     keep_download: Annotated[
         bool, typer.Option("--keep-download", help="Keep the file that was converted, too.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Even if it is there already.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Fetch what is in the cache again.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Download checkpoints and convert them into the cache; a cut download goes on."""
@@ -112,12 +111,15 @@ def fetch(
     for name, entry in entries.items():
         if not isinstance(entry.source, catalog.ByHand):
             _accept(say, name, entry, accept_licence)
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
     from dbp_bench.weights.fetch import fetch as fetch_one
 
+    if quiet:
+        disable_progress_bars()
     for name in entries:
-        with _bar(say, name) as progress:
-            record = fetch_one(name, progress, keep=keep_download)
-        _report(say, record)
+        say.print(f"{name}: fetching", highlight=False)
+        _report(say, fetch_one(name, keep=keep_download))
 
 
 def _accept(say: "Console", name: str, entry: "Checkpoint", accepted: bool) -> None:
@@ -140,28 +142,6 @@ def _accept(say: "Console", name: str, entry: "Checkpoint", accepted: bool) -> N
         raise BadRequest(f"{name}: not downloaded, for its licence wasn't accepted.")
 
 
-@contextmanager
-def _bar(say: "Console", name: str) -> "Iterator[Progress]":
-    """A bar of bytes, on a terminal; a line elsewhere."""
-    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    if not say.is_terminal or say.quiet:
-        say.print(f"{name}: fetching", highlight=False)
-        yield lambda *_: None
-        return
-    columns = (
-        "{task.description}",
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=say, transient=True) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 @weights.command()
 def convert(
     name: CheckpointName,
@@ -174,7 +154,7 @@ def convert(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert a file that is at hand into the cache; nothing in it is run."""
+    """Convert a local file into the cache; nothing in it is run."""
     from dbp_bench.weights.convert import convert as convert_one
 
     _report(console(quiet), convert_one(name, source, unpublished=unpublished))

@@ -32,7 +32,7 @@ __all__ = [
 
 
 class DataSet(Protocol):
-    """Images and labels, by id."""
+    """A data set gives images and labels by id."""
 
     @property
     def ids(self) -> Mapping[str, list[int]]:
@@ -58,7 +58,7 @@ class Digits:
     """int64 ``(n,)``."""
     ids: dict[str, list[int]]
     sha256: str
-    """Of the file."""
+    """The digest of the file."""
 
     def select(self, ids: Sequence[int]) -> "tuple[Tensor, Tensor]":
         """Images and labels of `ids`."""
@@ -80,7 +80,7 @@ class Stored:
 
     facts: Facts
     place: Path | None
-    """Where the user says that it is; see :mod:`dbp_bench.data.places`."""
+    """The file or folder that the user names; see :mod:`dbp_bench.data.places`."""
     _open: "dict[str, Source]" = field(default_factory=dict)
 
     @property
@@ -130,7 +130,7 @@ class Stored:
         return found
 
     def digest(self, ids: Sequence[int]) -> str:
-        """Of the decoded pixels and the labels of `ids`: the same whatever files hold them."""
+        """The sha256 of the decoded pixels and the labels of `ids`, whatever files hold them."""
         total = sha256()
         for label, pixels in zip(self.labels_of(ids), self._pixels(ids), strict=True):
             total.update(f"{label},{pixels.shape};".encode())
@@ -214,9 +214,10 @@ def load_data(name: str, place: Path | None = None, split: str | None = None) ->
     """The data set called `name`.
 
     Args:
-        name: Of the data set.
-        place: Where the user says that it is; see :func:`dbp_bench.data.places.open_part`.
-        split: Whose images will be used: that they are there, in order, is verified at once.
+        name: The data set's name.
+        place: The file or folder that the user names; see :func:`dbp_bench.data.places.open_part`.
+        split: The split that will be used: that its images are there, in order, is verified at
+            once.
 
     Raises:
         BadEntry: There is no such data set or split.
@@ -233,7 +234,7 @@ def load_data(name: str, place: Path | None = None, split: str | None = None) ->
 
 
 def stand_in(name: str, count: int) -> "tuple[Tensor, Tensor]":
-    """Grey images of the right size, and labels: enough to time a pass without the data."""
+    """`count` grey images ``(b, c, h, w)`` and labels 0: enough to time a pass without the data."""
     import torch
 
     return torch.full((count, *facts_of(name).shape), 0.5), torch.zeros(count, dtype=torch.int64)

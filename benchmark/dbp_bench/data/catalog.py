@@ -17,7 +17,7 @@ class Hub:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of a data set before any file of it is read.
+    """The facts of a data set that are known before any file of it is read.
 
     Ids count the test images in their published order, then the training images in theirs:
     training image ``i`` has the id ``test + i``.
@@ -32,14 +32,14 @@ class Facts:
     train: int
     """Number of training images; 0 where none is read."""
     label_columns: tuple[str, ...] = ("label",)
-    """Column of the labels in parquet files, the first that is there."""
+    """Columns that can hold the labels in parquet files; the first that is there is taken."""
     hub: Hub | None = None
     binary: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     """Names of the files of the authors' binary version: test, training."""
     label_bytes: int = 1
-    """Before each image of the binary version; the last one counts."""
+    """Bytes of labels before each image of the binary version; the last one counts."""
     resize: int | None = None
-    """Shorter side to which an image is resized before its centre is cut out."""
+    """The shorter side to which an image is resized before its centre is cut out."""
 
 
 _CIFAR10 = (("test_batch.bin",), tuple(f"data_batch_{i}.bin" for i in range(1, 6)))
@@ -87,7 +87,7 @@ CATALOG = {
 
 
 def facts_of(name: str) -> Facts:
-    """What is known of the data set called `name`.
+    """The facts of the data set called `name`.
 
     Raises:
         BadEntry: There is none.

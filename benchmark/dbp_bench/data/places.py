@@ -1,14 +1,12 @@
-"""Where the files of a data set are: a place that the user gives, then the Hugging Face hub."""
+"""Finding the files of a data set: in a place that the user names, or on the Hugging Face Hub."""
 
 import os
 import re
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 from dbp_bench.data.catalog import CATALOG, Facts, Hub
 from dbp_bench.data.readers import (
-    INSTALL,
     Binary,
     Npz,
     Parquet,
@@ -18,9 +16,10 @@ from dbp_bench.data.readers import (
     need,
 )
 from dbp_bench.errors import BadData
+from dbp_bench.weights.download import NoDownload, from_hub
 
 VARIABLE = "DBP_BENCH_DATA"
-"""Environment variable that says what ``--data`` says."""
+"""The environment variable that stands for ``--data``."""
 
 _WORDS = {"test": re.compile(r"(test|val|validation)(?![a-z])"), "train": re.compile("train")}
 _BATCH = re.compile(r"(data_batch_\d|test_batch|test|train)")
@@ -31,7 +30,7 @@ def open_part(facts: Facts, part: str, place: Path | None) -> Source:
     """The test or training images of a data set.
 
     Args:
-        facts: Of the data set.
+        facts: The data set's facts.
         part: "test" or "train".
         place: A file, a folder, or a folder with one for each data set; None for the one that the
             environment variable names, or else the hub.
@@ -56,7 +55,7 @@ def open_part(facts: Facts, part: str, place: Path | None) -> Source:
 
 
 def _own(place: Path, facts: Facts) -> Path:
-    """What `place` has for this data set, where it is a folder for several."""
+    """The part of `place` for this data set, where `place` is a folder for several."""
     names = [facts.name, f"{facts.name}.parquet", f"{facts.name}.npz"]
     return next((place / name for name in names if (place / name).exists()), place)
 
@@ -73,7 +72,7 @@ def _open(root: Path, facts: Facts, part: str, said: str) -> Source:
 
 
 def _candidates(root: Path, facts: Facts, part: str) -> Iterable[Source | None]:
-    """What each format finds there, in order of preference; tried one by one."""
+    """The images that each format finds there, in order of preference; tried one by one."""
     files = [root] if root.is_file() else _files(root)
     mine = [path for path in files if _part(path, root) == part]
     parquet = [path for path in mine if path.suffix == ".parquet"]
@@ -121,7 +120,7 @@ def _others(root: Path) -> set[str]:
 
 
 def _part(path: Path, root: Path) -> str:
-    """Whether a file's name, or a folder's on the way to it, says test or train; else test."""
+    """The part, test or train, that the name of a file or of a folder above it says; else test."""
     below = path.relative_to(root).parts if path != root else (path.name,)
     for name in reversed(below):
         for part, word in _WORDS.items():
@@ -141,27 +140,13 @@ def _refuse_pickles(files: Iterable[Path]) -> None:
 
 
 def _fetch(facts: Facts, hub: Hub, part: str) -> Path:
-    """The parquet file from the cache of huggingface_hub, downloaded if it isn't there."""
+    """The parquet file in the cache of huggingface_hub, downloaded if it isn't there."""
     need("pyarrow.parquet", f"data set {facts.name!r}: reading parquet")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     name = hub.test if part == "test" else hub.train
-    download = partial(
-        hf_hub_download, hub.repository, name, repo_type="dataset", revision=hub.revision
-    )
     try:
-        return Path(download(local_files_only=True))
-    except (OSError, ValueError):
-        pass  # not in the cache
-    try:
-        return Path(download())
-    except Exception as error:  # The hub's client raises those of whatever HTTP library it has.
-        cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
-        if isinstance(error, LocalEntryNotFoundError):
-            cause = "no network"
+        return from_hub(hub.repository, [name], hub.revision, "dataset")
+    except NoDownload as error:
         raise BadData(
-            f"data set {facts.name!r} is not on this machine, and could not be fetched from the "
-            f"Hugging Face hub ({hub.repository}: {cause}). Give --data "
-            f"PATH (or {VARIABLE}): {_FORMS}; or, with a network, {INSTALL} and run again."
+            f"data set {facts.name!r} is not on this machine, and {error}. Give --data PATH (or "
+            f"{VARIABLE}): {_FORMS}; or, with a network, run again."
         ) from None

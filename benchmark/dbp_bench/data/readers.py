@@ -7,6 +7,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from io import BytesIO
@@ -23,11 +24,11 @@ from dbp_bench.extras import BadExtra
 from dbp_bench.weights.files import ASSETS
 
 Pixels = NDArray[np.uint8]
-"""``(h, w, 3)``, 0 ... 255."""
+"""An image ``(h, w, 3)`` of whole numbers in 0 ... 255."""
 
 INSTALL = 'pip install "dbp-bench[data]"'
 ABSENT = -1
-"""Label of a row whose image isn't there."""
+"""The label of a row whose image isn't there."""
 SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 
@@ -40,7 +41,7 @@ class Source(Protocol):
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """By row; ABSENT where there is no image."""
+        """The label of each row; ABSENT where there is no image."""
 
     def pixels(self, rows: Sequence[int]) -> Iterator[Pixels]:
         """The image of each row, in turn."""
@@ -63,7 +64,7 @@ class Parquet:
         self._column = ""
         labels = []
         for path in files:
-            with _told(path, self._arrow.ArrowException):
+            with _reading(path, self._arrow.ArrowException):
                 file = parquet.ParquetFile(path)
                 self._column, label = _columns(file.schema_arrow, facts, path)
                 found = file.read(columns=[label])[label]
@@ -87,7 +88,7 @@ class Parquet:
         """The encoded images of a row group; the last one is kept."""
         if self._last is None or self._last[0] != group:
             file, path, number = self._groups[group]
-            with _told(path, self._arrow.ArrowException):
+            with _reading(path, self._arrow.ArrowException):
                 column = file.read_row_group(number, columns=[self._column])[self._column]
             # One array: finding a row among many chunks takes longer than decoding it.
             self._last = (group, column.combine_chunks())
@@ -105,7 +106,7 @@ class Npz:
         self.where = path
         names = [(f"x_{part}", f"y_{part}"), ("images", "labels")][: 2 if part == "test" else 1]
         with (
-            _told(path, zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError),
+            _reading(path, zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError),
             path.open("rb") as file,
             # No pickles: an array of objects could run code.
             np.load(file, allow_pickle=False) as arrays,
@@ -262,20 +263,16 @@ def need(module: str, what: str) -> Any:
         raise BadExtra(f"{what} needs {name}. Install: {INSTALL}.") from None
 
 
-class _told:
-    """Turns a reader's errors into one line that names the file."""
-
-    def __init__(self, path: Path, *errors: type[Exception]) -> None:
-        self._path, self._errors = path, errors
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, BadData) or not isinstance(error, (*self._errors, OSError)):
-            return
+@contextmanager
+def _reading(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Turn these errors of a reader into one line that names the file."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, (*errors, OSError)):
+            raise
         cause = str(error).strip().partition("\n")[0]
-        raise BadData(f"{self._path}: cannot be read ({cause}). Fetch it again.") from None
+        raise BadData(f"{path}: cannot be read ({cause}). Fetch it again.") from None
 
 
 def _columns(schema: Any, facts: Facts, path: Path) -> tuple[str, str]:

@@ -30,11 +30,11 @@ _LABELS = "# sha256 of the labels: "
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """A list of ids, and what shows that the images are in the published order."""
+    """A list of ids, and a digest that shows whether images are in the published order."""
 
     ids: list[int]
     labels: str
-    """sha256 of the labels of the ids, in their order, separated by commas."""
+    """The sha256 of the labels of the ids, in their order, separated by commas."""
 
 
 def split_ids(name: str, split: str) -> list[int]:
@@ -70,7 +70,7 @@ def digest_of(labels: Sequence[int]) -> str:
 
 
 def _splits(facts: Facts) -> dict[str, Callable[[], list[int]]]:
-    """How to list the ids of each split of a data set."""
+    """The function that lists the ids, for each split of a data set."""
     if facts.name == "digits":
         embedded = {part: partial(_embedded, part) for part in ("train", "test")}
         return {**embedded, **_lists(facts)}
@@ -116,10 +116,10 @@ def stratified(name: str, labels: Sequence[int], ids: Sequence[int], count: int)
     by meaning: the first 512 of ImageNet are mostly animals.
 
     Args:
-        name: Of the data set.
-        labels: By id.
-        ids: To choose from, in order.
-        count: How many.
+        name: The data set's name.
+        labels: The label of each id.
+        ids: The ids to choose from, in order.
+        count: The number of ids to choose.
     """
     queues: dict[int, list[int]] = defaultdict(list)
     for i in reversed(ids):

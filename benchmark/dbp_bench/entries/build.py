@@ -61,11 +61,9 @@ class Builder:
             BadWeights: A file is missing or isn't the one that the entry means.
         """
         if isinstance(ref, CheckpointRef):
-            from dbp_bench.weights.build import build
+            from dbp_bench.weights.build import blank, build
 
             if self.random_weights is not None and not store.has(ref.checkpoint):
-                from dbp_bench.weights.blank import blank
-
                 self.random_weights.append(ref.checkpoint)
                 return blank(ref.checkpoint)
             return build(ref.checkpoint)

@@ -10,10 +10,12 @@ from torch.nn import functional as F
 
 from dbp_bench.errors import BadEntry, BadWeights
 
-Layout = Literal["robustbench", "meliketoy"]
+Layout = Literal["robustbench", "deepmind", "meliketoy"]
 """`robustbench`: convolutions without biases; a block that changes its channels takes its shortcut
-after its first activation, and its stride at the first convolution. `meliketoy`: convolutions with
-biases; the shortcut is taken from the block's input, the stride at the second convolution."""
+after its first activation, and its stride at the first convolution. `deepmind` (Gowal et al. 2020):
+the same with SiLU in place of ReLU, and with strided convolutions that pad below and right only.
+`meliketoy`: convolutions with biases; the shortcut is taken from the block's input, the stride at
+the second convolution."""
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Mean and standard deviation of each channel, of images in [0, 1]."""
@@ -57,6 +59,7 @@ class WideResNet(nn.Module):
         mean, std = normalise or ((0.0,) * 3, (1.0,) * 3)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.activation = F.silu if layout == "deepmind" else F.relu
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=layout == "meliketoy")
         self.block1 = _Stage(blocks, 16, 16 * width, 1, layout, dropout)
         self.block2 = _Stage(blocks, 16 * width, 32 * width, 2, layout, dropout)
@@ -68,7 +71,7 @@ class WideResNet(nn.Module):
         """See the class."""
         h = self.conv1((images - self.mean) / self.std)
         h = self.block3(self.block2(self.block1(h)))
-        return self.fc(F.relu(self.bn1(h)).mean((2, 3)))  # type: ignore[no-any-return]
+        return self.fc(self.activation(self.bn1(h)).mean((2, 3)))  # type: ignore[no-any-return]
 
 
 class _Stage(nn.Module):
@@ -92,8 +95,12 @@ class _Block(nn.Module):
         super().__init__()
         late = bias = self.plain_shortcut = layout == "meliketoy"
         strides = (1, stride) if late else (stride, 1)
+        self.activation = F.silu if layout == "deepmind" else F.relu
+        # TensorFlow's padding "SAME" of an even size: at stride 2, after the last pixel alone.
+        self.pads_end = layout == "deepmind" and stride == 2
+        padding = 0 if self.pads_end else 1
         self.bn1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, width, 3, strides[0], padding=1, bias=bias)
+        self.conv1 = nn.Conv2d(inputs, width, 3, strides[0], padding=padding, bias=bias)
         self.bn2 = nn.BatchNorm2d(width)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(width, width, 3, strides[1], padding=1, bias=bias)
@@ -101,8 +108,9 @@ class _Block(nn.Module):
             self.convShortcut = nn.Conv2d(inputs, width, 1, stride, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        active = F.relu(self.bn1(x))
-        h = self.conv2(self.dropout(F.relu(self.bn2(self.conv1(active)))))
+        active = self.activation(self.bn1(x))
+        h = self.conv1(F.pad(active, (0, 1, 0, 1)) if self.pads_end else active)
+        h = self.conv2(self.dropout(self.activation(self.bn2(h))))
         if hasattr(self, "convShortcut"):
             x = self.convShortcut(x if self.plain_shortcut else active)
         return x + h  # type: ignore[no-any-return]
@@ -122,6 +130,32 @@ def from_robustbench(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     state = _unwrapped(checkpoint)
     return _with_counts({k: v for k, v in state.items() if not k.startswith("sub_block1.")})
+
+
+_DEEPMIND = {
+    "init_conv": "conv1",
+    "batchnorm": "bn1",
+    "logits": "fc",
+    "batchnorm_0": "bn1",
+    "batchnorm_1": "bn2",
+    "conv_0": "conv1",
+    "conv_1": "conv2",
+    "shortcut": "convShortcut",
+}
+"""The name of each layer in Gowal et al.'s networks, and its name here."""
+
+
+def from_deepmind(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of one of Gowal et al.'s networks, in :class:`WideResNet`'s names.
+
+    Raises:
+        BadWeights: The checkpoint holds no weights.
+    """
+    renamed = {}
+    for name, value in _unwrapped(checkpoint).items():
+        new = re.sub(r"^layer\.(\d)\.block\.", lambda n: f"block{int(n[1]) + 1}.layer.", name)
+        renamed[".".join(_DEEPMIND.get(part, part) for part in new.split("."))] = value
+    return _with_counts(renamed)
 
 
 def from_meliketoy(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -3,22 +3,26 @@
 import re
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
+import yaml
 from pydantic import Field, model_validator
 
 from dbp_bench.declaration import Strict, read_yaml
 from dbp_bench.errors import UnknownName, did_you_mean
 
 PATH = Path(__file__).with_name("catalog.yaml")
+ROBUSTBENCH = Path(__file__).with_name("robustbench.yaml")
 
 ZOOS = {
     "robustbench": r"robustbench:[a-z0-9]+/[A-Za-z0-9]+/[A-Za-z0-9_-]+",
     "timm": r"timm:[a-z0-9_]+(\.[a-z0-9_]+)?",
 }
-"""Packages that load a model by its name, and how the name is written."""
+"""The form of a model's name, for each package that loads models by name."""
 
-Layout = Literal["plain", "diffusers", "pesser", "score-sde", "edm", "robustbench", "meliketoy"]
+Layout = Literal[
+    "plain", "diffusers", "pesser", "score-sde", "edm", "robustbench", "deepmind", "meliketoy"
+]
 """Whose names the file uses; `plain` ones are the network's own. See :mod:`convert`."""
 
 Restriction = Literal["none", "research", "non-commercial", "not stated"]
@@ -31,12 +35,13 @@ class Hub(Strict):
     repo: str
     revision: str
     files: list[str] = Field(min_length=1)
-    """Of the weights: the first one that is there."""
+    """Names that the weights may have; the first one that is there is taken."""
     config: str | None
     """The file that describes the network; null where there is none."""
 
     @property
     def what(self) -> str:
+        """The file, for messages."""
         return f"{self.files[0]} of huggingface.co/{self.repo}"
 
 
@@ -65,7 +70,7 @@ class ByHand(Strict):
 
     kind: Literal["by-hand"]
     what: str
-    """What to get or make, and where; completes "get ..."."""
+    """The file to get or to make, and where; it completes "get ..."."""
 
 
 class Zoo(Strict):
@@ -83,7 +88,7 @@ Source = Annotated[Hub | Url | Drive | ByHand | Zoo, Field(discriminator="kind")
 
 
 class Licence(Strict):
-    """What a file may be used for, as far as its publisher says it."""
+    """The uses that a file's publisher permits, as far as that is stated."""
 
     name: str
     restriction: Restriction
@@ -94,11 +99,13 @@ class Checkpoint(Strict):
 
     title: str
     network: str | None = Field(pattern=r"^dbp_bench\.networks\.\w+:\w+$")
-    """``module:callable``; null for a model of a zoo, which brings its own."""
+    """``module:callable``; null for a model of a package, which brings its own."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the callable."""
     layout: Layout | None
     source: Source
     size: int | None = Field(ge=1)
-    """Of the published file, in bytes; null where it isn't known, as for the digests."""
+    """Bytes of the published file; null where they aren't known, as for the digests."""
     md5: str | None = Field(pattern=r"^[0-9a-f]{32}$")
     sha256: str | None = Field(pattern=r"^[0-9a-f]{64}$")
     licence: Licence
@@ -109,7 +116,7 @@ class Checkpoint(Strict):
     def _network_unless_zoo(self) -> Self:
         zoo = isinstance(self.source, Zoo)
         if zoo != (self.network is None) or zoo != (self.layout is None):
-            raise ValueError("network and layout are null for a model of a zoo, and only there")
+            raise ValueError("network and layout are null for a model of a package, and only there")
         return self
 
 
@@ -129,24 +136,52 @@ def find(name: str) -> Checkpoint:
     Raises:
         UnknownName: There is none.
     """
-    package = name.partition(":")[0]
+    package, _, model = name.partition(":")
     if package in ZOOS:
         if not re.fullmatch(ZOOS[package], name):
             forms = {"robustbench": "robustbench:cifar10/Linf/Standard", "timm": "timm:resnet50"}
             raise UnknownName(f"{name!r}: write it as {forms[package]}.")
-        return Checkpoint(
-            title=f"{name.partition(':')[2]}, loaded by {package}",
-            network=None,
-            layout=None,
+        if package == "robustbench" and model in robustbench()["models"]:
+            return _wide(model)
+        return _checkpoint(
+            title=f"{model}, loaded by {package}",
             source=Zoo(kind="zoo", model=name),
-            size=None,
-            md5=None,
-            sha256=None,
             licence=Licence(name=f"the model's own; see {package}", restriction="not stated"),
-            paper=None,
-            note="",
         )
     if name not in entries():
         known = [*entries(), "robustbench:<dataset>/<threat>/<model>", "timm:<model>"]
         raise UnknownName(f"no checkpoint {name!r}.{did_you_mean(name, known)}")
     return entries()[name]
+
+
+def _wide(model: str) -> Checkpoint:
+    """A wide residual network of RobustBench's zoo, which our own network takes."""
+    depth, width, layout, statistics, file, licence = robustbench()["models"][model]
+    data, _, title = model.split("/")
+    return _checkpoint(
+        title=f"RobustBench's {title}, WRN-{depth}-{width}, {data}",
+        network="dbp_bench.networks.wrn:WideResNet",
+        options={
+            "depth": depth,
+            "width": width,
+            "classes": 100 if data == "cifar100" else 10,
+            "layout": layout,
+            "normalise": robustbench()["statistics"][statistics],
+        },
+        layout=layout,
+        source=Drive(kind="drive", id=file),
+        licence=Licence(name=f"{licence} (of RobustBench's zoo)", restriction="none"),
+    )
+
+
+def _checkpoint(**known: Any) -> Checkpoint:
+    """A checkpoint of which only some is known."""
+    unknown = dict.fromkeys(("network", "layout", "size", "md5", "sha256", "paper"))
+    return Checkpoint.model_validate({**unknown, "note": "", **known})
+
+
+@cache
+def robustbench() -> dict[str, Any]:
+    """The models of RobustBench's zoo that our own networks take; see the file."""
+    found: dict[str, Any] = yaml.safe_load(ROBUSTBENCH.read_text(encoding="utf-8"))
+    return found

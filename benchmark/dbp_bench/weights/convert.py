@@ -1,6 +1,5 @@
-"""From a published file to one in the cache: renamed, checked against its network, hashed."""
+"""Conversion of published files: renamed, checked against the network, written to the cache."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +15,7 @@ from dbp_bench.weights import catalog, files, formats, store
 from dbp_bench.weights.catalog import Checkpoint
 
 Converter = Callable[[Mapping[str, Any], nn.Module], Mapping[str, Any]]
-"""What a file holds, and the network on no device, to the network's state."""
+"""Takes the contents of a file and the network on no device; returns the network's state."""
 
 
 def _score_sde(held: Mapping[str, Any], network: nn.Module) -> Mapping[str, Any]:
@@ -32,6 +31,7 @@ _CONVERTERS: Mapping[catalog.Layout, Converter] = {
     "score-sde": _score_sde,
     "edm": lambda held, _: songunet.from_edm(held),
     "robustbench": lambda held, _: wrn.from_robustbench(held),
+    "deepmind": lambda held, _: wrn.from_deepmind(held),
     "meliketoy": lambda held, _: wrn.from_meliketoy(held),
 }
 
@@ -47,14 +47,14 @@ _CONFIG = {
     "resnet_time_scale_shift": ("default",),
     "time_embedding_type": ("positional",),
 }
-"""What a U-Net of diffusers must be to be a :class:`ho.HoUNet`; names and shapes don't tell."""
+"""Values that a U-Net of diffusers needs to be a HoUNet; names and shapes don't tell."""
 
 
 def network_of(entry: Checkpoint) -> nn.Module:
-    """The network of a `entry` of the catalog, with the weights that it was initialised with."""
+    """The network that `entry` names, with the weights that it is initialised with."""
     assert entry.network is not None
     module, _, factory = entry.network.partition(":")
-    network: nn.Module = getattr(import_module(module), factory)()
+    network: nn.Module = getattr(import_module(module), factory)(**entry.options)
     return network
 
 
@@ -62,12 +62,12 @@ def convert(name: str, path: Path, *, unpublished: bool = False) -> store.Record
     """Convert the file or folder at `path` to the checkpoint `name` of the cache.
 
     Args:
-        name: Of an entry of the catalog.
+        name: The checkpoint's name in the catalog.
         path: A file in the published layout, or in the network's own names.
-        unpublished: Take a file of another size or digest than the published one has.
+        unpublished: Accept a file of another size or digest than the published one has.
 
     Raises:
-        BadRequest: The checkpoint is a model of a zoo.
+        BadRequest: Another package loads the checkpoint.
         BadWeights: The file isn't the published one, can't be read without running code, or is of
             another architecture.
     """
@@ -91,7 +91,7 @@ def convert(name: str, path: Path, *, unpublished: bool = False) -> store.Record
     files.check_fit(network, state, path)
     state = {key: _own(value) for key, value in state.items()}
     _check_finite(state, path)
-    _check_space(state)
+    files.need_space(sum(value.numel() * value.element_size() for value in state.values()))
     sha256 = store.put(name, state)
     record = store.Record(
         name=name,
@@ -109,10 +109,10 @@ def convert(name: str, path: Path, *, unpublished: bool = False) -> store.Record
 
 
 def check_published(entry: Checkpoint, path: Path, *, unpublished: bool = False) -> bool | None:
-    """Whether the file at `path` is the published one; None where that can't be told.
+    """True if the file at `path` is the published one, None if no digest of that is known.
 
     Raises:
-        BadWeights: It isn't, and that wasn't `unpublished`, said by the user.
+        BadWeights: It is another file, and `unpublished` files were not allowed.
     """
     if path.is_dir() or not (entry.size or entry.md5 or entry.sha256):
         return None
@@ -130,22 +130,21 @@ def check_published(entry: Checkpoint, path: Path, *, unpublished: bool = False)
         return True if entry.md5 or entry.sha256 else None
     if unpublished:
         return False
-    with path.open("rb") as file:
-        if file.read(512).lstrip()[:1] == b"<":
-            raise BadWeights(f"{path}: a web page, not weights: the download failed.")
+    if files.is_page(path):
+        raise BadWeights(f"{path}: a web page, not weights: the download failed.")
     raise BadWeights(
-        f"{path}: {problem}: a half download, or another file. If it is the one that you mean, add "
-        "--unpublished."
+        f"{path}: {problem}: a half download, or another file. If it is the one that you mean, "
+        "convert it with --unpublished."
     )
 
 
 def renamed(
     layout: catalog.Layout, held: Mapping[str, Any], network: nn.Module
 ) -> dict[str, Tensor]:
-    """The state of `network`, from what a file of `layout` holds.
+    """The state of `network`, renamed from the contents of a file of `layout`.
 
     Raises:
-        BadWeights: Something in the file isn't a tensor, or isn't where it must be.
+        BadWeights: The file holds something else than tensors, or another layout.
     """
     if set(held) != set(network.state_dict()):  # else saved in the network's own names
         if layout != "score-sde":
@@ -196,22 +195,3 @@ def _check_finite(state: Mapping[str, Tensor], path: Path) -> None:
     for name, value in state.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise BadWeights(f"{path}: {name} holds NaN or infinity: damaged. Fetch it again.")
-
-
-def _check_space(state: Mapping[str, Tensor]) -> None:
-    need_space(sum(value.numel() * value.element_size() for value in state.values()))
-
-
-def need_space(size: int) -> None:
-    """Refuse to write `size` bytes to the cache where they don't fit.
-
-    Raises:
-        BadRequest: They don't.
-    """
-    store.folder().mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(store.folder()).free
-    if size > free:
-        raise BadRequest(
-            f"{store.folder()}: {size / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free. "
-            "Make room, or set DBP_BENCH_CACHE to a folder on another disk."
-        )

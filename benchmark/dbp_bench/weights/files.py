@@ -1,12 +1,13 @@
 """Weights and data files: find, verify by sha256, and read as safetensors; never run a pickle."""
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dbp_bench.errors import BadWeights
+from dbp_bench.errors import BadRequest, BadWeights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,7 +48,7 @@ def verify(path: Path, expected: str) -> None:
     """Refuse a file whose sha256 isn't the `expected` one.
 
     Raises:
-        BadWeights: It isn't; the message tells a damaged file from a pickle.
+        BadWeights: The sha256 is another; the message tells a damaged file from a pickle.
     """
     actual = digest(path)
     if actual == expected:
@@ -106,8 +107,35 @@ def check_fit(network: "nn.Module", tensors: "Mapping[str, Tensor]", path: Path)
         )
 
 
+def is_page(path: Path) -> bool:
+    """True if the file is a web page, as a failed download leaves."""
+    with path.open("rb") as file:
+        return starts_page(file.read(512))
+
+
+def starts_page(start: bytes) -> bool:
+    """True if these are the first bytes of a web page."""
+    return start.lstrip()[:1] == b"<"
+
+
+def need_space(size: int) -> None:
+    """Refuse to write `size` bytes to the cache where they don't fit.
+
+    Raises:
+        BadRequest: They don't.
+    """
+    folder = cache()
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise BadRequest(
+            f"{folder}: {size / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free. Make room, "
+            "or set DBP_BENCH_CACHE to a folder on another disk."
+        )
+
+
 def _refuse_foreign_formats(path: Path) -> None:
-    """Say what a file is that isn't safetensors; nothing in it is run."""
+    """Refuse a pickle and a web page by name; nothing in the file is run."""
     with path.open("rb") as file:
         start = file.read(512)
     # A header's length comes first, in eight bytes, and can look like the start of a pickle.
@@ -118,5 +146,5 @@ def _refuse_foreign_formats(path: Path) -> None:
             f"{path}: a pickle (.pt, .pth, .pkl), which can run code when it is read: refused. "
             "Convert it to safetensors on a machine you trust."
         )
-    if start.lstrip()[:1] == b"<":
+    if starts_page(start):
         raise BadWeights(f"{path}: a web page, not weights: the download failed. Fetch it again.")

@@ -16,27 +16,27 @@ from dbp_bench.weights import files as weight_files
 from dbp_bench.weights import unpickle
 
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""How files of torch before 1.6 start: a magic number, pickled."""
+"""The start of files of torch before 1.6: a magic number, pickled."""
 
 _NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-"""Of the weights in a folder of diffusers."""
+"""Names of the weights in a folder of diffusers."""
 
 _SLACK = 1 << 20
 
 
-class Held(NamedTuple):
-    """What a file holds."""
+class Contents(NamedTuple):
+    """The contents of a file of weights."""
 
     values: dict[str, Any]
     """Tensors by name; or several such tables, and other values, by name."""
     config: dict[str, Any] | None
-    """What a folder's ``config.json`` says of the network."""
+    """The description of the network in a folder's ``config.json``."""
     weights: Path
-    """The file that the tensors are in; of a zip file, that one."""
+    """The file on the disk that has the tensors, which can be a zip file."""
 
 
-def read(path: Path) -> Held:
-    """What the file or folder at `path` holds.
+def read(path: Path) -> Contents:
+    """Read the file or folder at `path`.
 
     It can be safetensors; a file of torch, old or new; a pickle of EDM; a folder of diffusers, or
     a zip file of one. Nothing in it is run, and no tensor is larger than its file.
@@ -56,10 +56,10 @@ def read(path: Path) -> Held:
     config = None
     if path.name in _NAMES and beside.is_file():
         config = _config(beside.read_bytes(), str(beside))
-    return Held(values, config, path)
+    return Contents(values, config, path)
 
 
-def _folder(path: Path) -> Held:
+def _folder(path: Path) -> Contents:
     files = [folder / name for folder in (path, path / "unet") for name in _NAMES]
     found = next((file for file in files if file.is_file()), None)
     if found is None:
@@ -69,7 +69,7 @@ def _folder(path: Path) -> Held:
     return read(found)
 
 
-def _archive(path: Path) -> Held:
+def _archive(path: Path) -> Contents:
     """A folder of diffusers in a zip file, read in memory."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -96,7 +96,7 @@ def _archive(path: Path) -> Held:
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as error:
         raise BadWeights(f"{path}: a damaged zip file ({error}). Fetch it again.") from None
     label = f"{path}: {found[0]}"
-    return Held(_stream(io.BytesIO(content), len(content), label, None), config, path)
+    return Contents(_stream(io.BytesIO(content), len(content), label, None), config, path)
 
 
 def _refuse_bomb(archive: zipfile.ZipFile, path: Path) -> None:
@@ -109,7 +109,7 @@ def _refuse_bomb(archive: zipfile.ZipFile, path: Path) -> None:
 
 
 def _is_folder_in_zip(path: Path) -> bool:
-    """Whether the file is a zip file, and not one of torch."""
+    """True if the file is a zip file that torch did not write."""
     try:
         if not zipfile.is_zipfile(path):
             return False
@@ -130,10 +130,10 @@ def _config(content: bytes, label: str) -> dict[str, Any]:
 
 
 def _stream(file: IO[bytes], size: int, label: str, path: Path | None) -> dict[str, Any]:
-    """What an open file of `size` bytes holds; `path` where it is one on the disk."""
+    """Read an open file of `size` bytes; `path` is its place, where it is on the disk."""
     start = file.read(512)
     file.seek(0)
-    if start.lstrip()[:1] == b"<":
+    if weight_files.starts_page(start):
         raise BadWeights(f"{label}: a web page, not weights: the download failed. Fetch it again.")
     if not start:
         raise BadWeights(f"{label}: an empty file. Fetch it again.")

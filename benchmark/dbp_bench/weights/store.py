@@ -19,43 +19,43 @@ if TYPE_CHECKING:
 
 
 class Record(Strict):
-    """Where a checkpoint in the cache comes from, and what it must hash to."""
+    """The origin of a checkpoint in the cache, and the digest that it must have."""
 
     name: str
     network: str | None
     layout: str | None
     source_sha256: str | None
-    """Of the file that was converted; null for a model of a zoo."""
+    """The digest of the file that was converted; null for a model of a package."""
     source_size: int | None
     published: bool | None
-    """Whether that file has the published digest; null where none is known."""
+    """True if that file has the published digest; null where none is known."""
     sha256: str
-    """Of the safetensors file; for a model of a zoo, of the one that its state would make."""
+    """The digest of the safetensors file; of a model of a package, that its state would make."""
     licence: str
     dbp_bench: str
 
 
 def folder() -> Path:
-    """Where converted checkpoints are."""
+    """The folder of converted checkpoints."""
     return files.cache() / "weights"
 
 
 def downloads() -> Path:
-    """Where unfinished downloads are, and those that are waiting for their conversion."""
+    """The folder of unfinished downloads, and of those that wait for their conversion."""
     return folder() / "downloads"
 
 
 def file(name: str) -> Path:
-    """Where the weights of `name` are; not of a model of a zoo, which keeps its own."""
-    return folder() / f"{_stem(name)}.safetensors"
+    """The file of the weights of `name`; a package keeps its models elsewhere."""
+    return folder() / f"{stem(name)}.safetensors"
 
 
 def record_file(name: str) -> Path:
-    return folder() / f"{_stem(name)}.json"
+    return folder() / f"{stem(name)}.json"
 
 
 def has(name: str) -> bool:
-    """Whether `name` is there, sound or not."""
+    """True if `name` is in the cache, sound or not."""
     return record_file(name).is_file()
 
 
@@ -86,9 +86,7 @@ def how_to_get(name: str) -> str:
         return f"Get {source.what}; then: {convert_command(name)}"
     if isinstance(source, catalog.Zoo):
         return f"Run: dbp-bench weights fetch {name}"
-    return (
-        f"Run: dbp-bench weights fetch {name}; or, with the file at hand: {convert_command(name)}"
-    )
+    return f"Run: dbp-bench weights fetch {name}; or, with a local file: {convert_command(name)}"
 
 
 def convert_command(name: str) -> str:
@@ -143,7 +141,7 @@ def write(record: Record) -> None:
 
 
 def names() -> list[str]:
-    """What is in the cache: of the catalog in its order, then models of zoos."""
+    """Names in the cache: those of the catalog in its order, then models of packages."""
     known = [name for name in catalog.entries() if has(name)]
     return known + sorted(_zoo_names())
 
@@ -157,10 +155,11 @@ def _zoo_names() -> Iterator[str]:
 
 
 def strangers() -> list[Path]:
-    """Files in the cache that no name leads to: unreadable records, left-over weights."""
+    """Files in the cache that belong to no checkpoint: unreadable records, left-over weights."""
     known = {path for name in names() for path in (file(name), record_file(name))}
     return sorted(p for p in folder().glob("*") if p.is_file() and p not in known)
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
+    """How the files of the checkpoint `name` are called, without a suffix."""
     return name if ":" not in name else "zoo-" + re.sub(r"[:/]", "-", name)

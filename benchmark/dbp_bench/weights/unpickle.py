@@ -21,15 +21,15 @@ _TENSORS = 100_000
 
 
 class ForeignGlobal(BadWeights):
-    """A pickle names something that isn't on the list."""
+    """A pickle names something that is not on the list of what may be resolved."""
 
 
 def read(file: IO[bytes], name: str) -> dict[str, Any]:
-    """What the pickle in `file` holds by name; of each network, its state dict.
+    """The values in the pickle in `file`, by name; each network is given as its state dict.
 
     Args:
-        file: Open for reading, in bytes.
-        name: Of the file, for messages.
+        file: The file, open for reading in bytes.
+        name: The file's name, for messages.
 
     Raises:
         ForeignGlobal: The pickle names what isn't on the list.
@@ -54,7 +54,10 @@ def read(file: IO[bytes], name: str) -> dict[str, Any]:
     }
 
 
-class _Unpickler(pickle.Unpickler):
+# The one in C makes room for as many objects as a damaged file says, up to 30 GB.
+class _Unpickler(pickle._Unpickler):
+    """An unpickler that resolves the allowed names alone."""
+
     def __init__(self, file: IO[bytes], allowed: Mapping[str, Any], name: str) -> None:
         super().__init__(file)
         self.allowed, self.name = allowed, name
@@ -70,7 +73,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def refusal(name: str, foreign: str) -> str:
-    """Why the file called `name` isn't read further, and what would do."""
+    """The message that refuses the file called `name`, and says what would do."""
     return (
         f"{name}: holds {printable(foreign)}, which only running code could read: refused. "
         "On a machine where you trust the file, save the network's state_dict() with "
@@ -79,7 +82,7 @@ def refusal(name: str, foreign: str) -> str:
 
 
 def printable(name: str) -> str:
-    """`name`, of a file that may be damaged, for one line of a terminal."""
+    """A `name` from a file that may be damaged, fit for one line of a terminal."""
     return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
@@ -90,7 +93,7 @@ def _allowed() -> tuple[type, dict[str, Any]]:
     """
 
     class Inert:
-        """An object of a class that isn't imported; of it, the state."""
+        """Keeps the state of an object whose class isn't imported."""
 
         def __init__(self, *arguments: Any) -> None:
             self.state = arguments[0].get("state") if _is_meta(arguments) else None
@@ -99,7 +102,7 @@ def _allowed() -> tuple[type, dict[str, Any]]:
             self.state = state
 
     class Table(dict[Any, Any]):
-        """For dicts of classes that allow attributes."""
+        """Stands for dicts whose classes allow attributes."""
 
         def __setstate__(self, state: Any) -> None:
             if isinstance(state, dict):

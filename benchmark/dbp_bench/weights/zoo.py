@@ -18,9 +18,9 @@ class Normalised(nn.Module):
     """Logits ``(b, classes)`` of `model` for images ``(b, c, h, w)`` in [0, 1], normalised first.
 
     Args:
-        model: Takes ``(images - mean) / std``.
-        mean: Of each channel.
-        std: Of each channel.
+        model: The network, which takes ``(images - mean) / std``.
+        mean: The mean of each channel.
+        std: The standard deviation of each channel.
     """
 
     mean: Tensor
@@ -79,6 +79,22 @@ def build(name: str) -> nn.Module:
     return model
 
 
+def blank(name: str) -> nn.Module:
+    """The network of the model `name`, with the weights that it is initialised with.
+
+    Raises:
+        BadExtra: The package is missing.
+        UnknownName: The package has no such model.
+    """
+    package, model = _split(catalog.find(name))
+    network: nn.Module
+    if package == "timm":
+        network = load_extra("timm")["timm"].create_model(model, pretrained=False)
+    else:
+        network = _known(load_extra("robustbench"), model)["model"]()
+    return network
+
+
 def digest(model: nn.Module) -> str:
     """sha256 of the safetensors file that the weights would make, in the package's names."""
     from hashlib import sha256
@@ -95,9 +111,15 @@ def _sorted(model: nn.Module) -> list[tuple[str, Tensor]]:
     return sorted(state.items())
 
 
-def _load(name: str, entry: catalog.Checkpoint) -> nn.Module:
+def _split(entry: catalog.Checkpoint) -> tuple[str, str]:
+    """The package that has the model, and the model's name there."""
     assert isinstance(entry.source, catalog.Zoo)
     package, _, model = entry.source.model.partition(":")
+    return package, model
+
+
+def _load(name: str, entry: catalog.Checkpoint) -> nn.Module:
+    package, model = _split(entry)
     try:
         loaded = _robustbench(model) if package == "robustbench" else _timm(model)
     except DbpError:
@@ -114,17 +136,8 @@ def _load(name: str, entry: catalog.Checkpoint) -> nn.Module:
 
 def _robustbench(model: str) -> nn.Module:
     modules: Mapping[str, Any] = load_extra("robustbench")
+    _known(modules, model)
     dataset, threat, name = model.split("/")
-    known = [
-        f"{getattr(data, 'value', data)}/{getattr(norm, 'value', norm)}/{key}"
-        for data, norms in modules["model_zoo"].model_dicts.items()
-        for norm, models in norms.items()
-        for key in models
-    ]
-    if model not in known:
-        close = get_close_matches(model, known, n=3, cutoff=0.5)
-        hint = f" Near it: {', '.join(close)}." if close else ""
-        raise UnknownName(f"robustbench has no model {model!r}.{hint}")
     folder = files.cache() / "robustbench"
     try:
         loaded: nn.Module = modules["utils"].load_model(
@@ -135,12 +148,30 @@ def _robustbench(model: str) -> nn.Module:
     return loaded
 
 
+def _known(modules: Mapping[str, Any], model: str) -> Mapping[str, Any]:
+    """The entry of `model` in robustbench's zoo.
+
+    Raises:
+        UnknownName: It has none of that name.
+    """
+    known = {
+        f"{getattr(data, 'value', data)}/{getattr(norm, 'value', norm)}/{key}": found
+        for data, norms in modules["model_zoo"].model_dicts.items()
+        for norm, models in norms.items()
+        for key, found in models.items()
+    }
+    if model not in known:
+        close = get_close_matches(model, known, n=3, cutoff=0.5)
+        hint = f" Near it: {', '.join(close)}." if close else ""
+        raise UnknownName(f"robustbench has no model {model!r}.{hint}")
+    found: Mapping[str, Any] = known[model]
+    return found
+
+
 def _drop_pages(folder: Path) -> None:
     """Delete web pages that were kept as if they were weights: robustbench doesn't look."""
     for path in folder.glob("*.pt*"):
-        with path.open("rb") as file:
-            page = file.read(512).lstrip()[:1] == b"<"
-        if page:
+        if files.is_page(path):
             path.unlink()
 
 

@@ -1,10 +1,11 @@
 """Entries that name published networks: from the cache, from robustbench, from timm."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,15 +17,19 @@ from dbp_bench.entries.registry import CheckpointRef, NetworkRef, Registry, Trac
 from dbp_bench.errors import BadEntry, BadWeights, DbpError, UnknownName
 from dbp_bench.networks import wrn
 from dbp_bench.runs.job import Overrides, resolve, weights_of
-from dbp_bench.weights import store
-from dbp_bench.weights.convert import convert
-from dbp_bench.weights.files import digest
-from layouts import on_meta, shapes
+from dbp_bench.weights import catalog, store
+from dbp_bench.weights.convert import convert, network_of, renamed
+from dbp_bench.weights.files import check_fit, digest
+from layouts import drawn, hollow, on_meta, shapes
+from test_networks_wrn import deepmind, robustbench
 
 if TYPE_CHECKING:
     from conftest import Command
 
-STANDARD = "robustbench:cifar10/Linf/Standard"
+PACKAGED = "robustbench:cifar10/Linf/Wong2020Fast"
+"""A model that only the package has."""
+OURS = "robustbench:cifar10/Linf/Wang2023Better_WRN-28-10"
+"""A model that our own network takes."""
 ENTRY = Path("entry.yaml")
 
 
@@ -87,15 +92,13 @@ def test_a_checkpoint_that_is_not_there_names_the_command(
         *("--entries", entries, "--out", tmp_path / "out"),
     )
     assert said.code == 2
-    assert (
-        "Run: dbp-bench weights fetch cifar10-wrn-28-10; or, with the file at hand: dbp-"
-        in said.err
-    )
+    assert "Run: dbp-bench weights fetch cifar10-wrn-28-10; or, with a local file: dbp-" in said.err
     assert said.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_in_an_entry(tmp_path: Path) -> None:
+def test_a_checkpoint_in_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wrn, "wrn_28_10", wrn.wrn_16_4)
     state = {
         name: (torch.arange(prod(shape)) % 251 / 256).half().view(shape)
         for name, shape in shapes(on_meta(wrn.wrn_28_10).state_dict()).items()
@@ -119,6 +122,88 @@ def test_a_checkpoint_in_an_entry(tmp_path: Path) -> None:
     assert held["denoiser"] == denoiser.sha256
 
 
+# ----------------------------------------------------------------- RobustBench's files, our network
+
+MODELS = catalog.robustbench()["models"]
+SHAPES = {(*row[:3], model[:8]): f"robustbench:{model}" for model, row in MODELS.items()}
+"""A model of each depth, width, layout and data set."""
+
+
+def test_which_models_of_robustbench_are_ours() -> None:
+    assert len(MODELS) == 90
+    assert sum(row[2] == "deepmind" for row in MODELS.values()) == 40
+    # Their statistics or names are not those of a plain file: the package loads them.
+    for model in ("Linf/Ding2020MMA", "Linf/Rice2020Overfitting", "L2/Rony2019Decoupling"):
+        assert catalog.find(f"robustbench:cifar10/{model}").network is None
+    wang = catalog.find(OURS)
+    assert wang.options == {
+        "depth": 28,
+        "width": 10,
+        "classes": 10,
+        "layout": "deepmind",
+        "normalise": [[0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]],
+    }
+    assert wang.licence.name.startswith("MIT")
+    for model in ("Gowal2020Uncovering_70_16", "Rebuffi2021Fixing_28_10_cutmix_ddpm"):
+        assert catalog.find(f"robustbench:cifar10/Linf/{model}").licence.name.startswith("Apache-2")
+    # Images of Hendrycks2019Using are taken to [-1, 1]; TRADES and its descendants take [0, 1].
+    hendrycks = catalog.find("robustbench:cifar100/Linf/Hendrycks2019Using")
+    assert hendrycks.options["normalise"] == [[0.5] * 3] * 2
+    assert catalog.find("robustbench:cifar10/Linf/Standard").options["normalise"] is None
+
+
+@pytest.mark.parametrize("name", SHAPES.values())
+def test_every_published_name_and_shape_is_taken(name: str) -> None:
+    entry = catalog.find(name)
+    assert entry.layout is not None
+    names = deepmind if entry.layout == "deepmind" else robustbench
+    size = [entry.options[key] for key in ("depth", "width", "classes")]
+    held = hollow(names(*size), 0.25)
+    network = on_meta(lambda: network_of(entry))
+    check_fit(network, renamed(entry.layout, held, network), Path("f"))
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks of the zoo are small ones of the same layout."""
+    real = wrn.WideResNet
+
+    def small(depth: int, width: int, classes: int, **options: Any) -> wrn.WideResNet:
+        return real(10, 1, classes, **options)
+
+    monkeypatch.setattr(wrn, "WideResNet", small)
+
+
+@pytest.mark.parametrize("layout", ["deepmind", "robustbench"])
+def test_a_file_of_robustbench_fills_our_network(
+    layout: str, narrow: None, tmp_path: Path, command: "Command"
+) -> None:
+    if layout == "deepmind":
+        name, held = OURS, drawn(deepmind(10, 1))
+        want = wrn.from_deepmind(held)
+    else:
+        name, held = "robustbench:cifar100/Linf/Sehwag2021Proxy", drawn(robustbench(10, 1, 100))
+        want = wrn.from_robustbench(held)
+        held = {f"module.{key}": value for key, value in held.items()}
+    file = tmp_path / "published.pt"
+    torch.save({"state_dict": held, "epoch": 400}, file)
+    said = command("weights", "convert", name, "--from", file)
+    assert said.code == 0, said.err
+    ref = CheckpointRef(checkpoint=name)
+    torch.testing.assert_close(dict(Registry().build_network(ref, ENTRY).state_dict()), want)
+    assert ref.sha256 == digest(store.file(name))
+    assert name in json.loads(command("weights", "list", "--json").out)
+    assert f"{name}: sound" in command("weights", "verify").out
+
+    key, value = held.popitem()
+    torch.save(held, file)
+    with pytest.raises(BadWeights, match=r"architecture than WideResNet: fc\.\w+ is missing\.$"):
+        convert(name, file)
+    torch.save(held | {key: value, "mu": torch.ones(3)}, file)
+    with pytest.raises(BadWeights, match=r"architecture than WideResNet: mu is unknown\.$"):
+        convert(name, file)
+
+
 # ---------------------------------------------------------------------------------------- zoos
 
 ROBUSTBENCH = {
@@ -130,7 +215,7 @@ class BenchmarkDataset(Enum):
     cifar_10 = "cifar10"
 class ThreatModel(Enum):
     Linf = "Linf"
-model_dicts = {BenchmarkDataset.cifar_10: {ThreatModel.Linf: {"Standard": {}, "Broken": {}}}}
+model_dicts = {BenchmarkDataset.cifar_10: {ThreatModel.Linf: {"Wong2020Fast": {}, "Broken": {}}}}
 """,
     "utils.py": """
 from pathlib import Path
@@ -202,21 +287,21 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
 def test_a_model_of_robustbench(install: Install, cache: Path, command: "Command") -> None:
     install("robustbench", ROBUSTBENCH)
-    ref = CheckpointRef(checkpoint=STANDARD)
-    with pytest.raises(BadWeights, match=rf"Run: dbp-bench weights fetch {STANDARD}\.$"):
+    ref = CheckpointRef(checkpoint=PACKAGED)
+    with pytest.raises(BadWeights, match=rf"Run: dbp-bench weights fetch {PACKAGED}\.$"):
         Registry().build_network(ref, ENTRY)
-    said = command("weights", "fetch", STANDARD, "--accept-licence")
+    said = command("weights", "fetch", PACKAGED, "--accept-licence")
     assert said.code == 0, said.err
     assert "licence: the model's own" in said.out
     network = Registry().build_network(ref, ENTRY)
     assert not network.training
     assert network(torch.ones(1, 2)).tolist() == [[147.0] * 3]
-    assert STANDARD in command("weights", "list").out
+    assert PACKAGED in command("weights", "list").out
     assert command("weights", "verify").code == 0
 
     save_file(network.state_dict(), cache / "f.safetensors")
     assert ref.sha256 == digest(cache / "f.safetensors")
-    (cache / "robustbench" / "cifar10" / "Linf" / "Standard.pt").write_bytes(b"2")
+    (cache / "robustbench" / "cifar10" / "Linf" / "Wong2020Fast.pt").write_bytes(b"2")
     with pytest.raises(BadWeights, match=r"recorded is .*\.\.\.: the package loads others now"):
         Registry().build_network(ref, ENTRY)
 
@@ -225,8 +310,8 @@ def test_a_model_that_robustbench_lacks(install: Install) -> None:
     install("robustbench", ROBUSTBENCH)
     from dbp_bench.weights import zoo
 
-    with pytest.raises(UnknownName, match=r"Near it: cifar10/Linf/Standard"):
-        zoo.fetch("robustbench:cifar10/Linf/Standart")
+    with pytest.raises(UnknownName, match=r"Near it: cifar10/Linf/Wong2020Fast"):
+        zoo.fetch("robustbench:cifar10/Linf/Wong2020Fats")
 
 
 def test_a_web_page_that_robustbench_kept_is_deleted(install: Install, cache: Path) -> None:
@@ -264,7 +349,7 @@ def test_a_model_that_timm_lacks(install: Install) -> None:
         zoo.fetch("timm:resnet51")
 
 
-@pytest.mark.parametrize("name", [STANDARD, "timm:resnet50"])
+@pytest.mark.parametrize("name", [PACKAGED, "timm:resnet50"])
 def test_a_missing_package_names_its_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from dbp_bench.weights import zoo
 

@@ -9,22 +9,25 @@ from hashlib import md5
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 
 from dbp_bench.errors import BadRequest, BadWeights
 from dbp_bench.networks import ho
-from dbp_bench.weights import catalog, fetch, store
-from dbp_bench.weights.fetch import download
+from dbp_bench.weights import catalog, download, fetch, store
+from dbp_bench.weights.download import NoDownload, from_url
 from layouts import on_meta, shapes
 
 if TYPE_CHECKING:
     from conftest import Command
 
 CONTENT = bytes(range(256)) * 4000
+RETRIES = 5
+"""Connections in a row that bring nothing, after which huggingface_hub gives up."""
 
 
 @dataclass
@@ -37,34 +40,39 @@ class Server:
     """Whether a part can be asked for."""
     length: bool = True
     """Whether the length is told."""
+    heads: bool = True
+    """Whether it tells about a file without sending it."""
     cut_after: int | None = None
     """Bytes after which a connection ends."""
     cuts: int = 10**9
     """Connections that are cut; the rest is whole."""
+    commit: str | None = None
+    """Of a repository of the Hugging Face Hub that the file is in."""
     status: int = 200
     page: str | None = None
     """A web page in place of the file."""
     confirm: str | None = None
     """The query with which the page gives way to the file."""
     asked: list[str | None] = field(default_factory=list)
-    """The Range of each request."""
+    """The Range of each request for content."""
     url: str = ""
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        wanted = handler.headers.get("Range")
-        self.asked.append(wanted)
+        wanted, head = handler.headers.get("Range"), handler.command == "HEAD"
+        if not head:
+            self.asked.append(wanted)
         confirmed = self.confirm is not None and self.confirm in handler.path
+        if self.status != 200 or (head and not self.heads):
+            handler.send_error(self.status if self.status != 200 else 405)
+            return
         if self.page is not None and not confirmed:
             handler.send_response(200)
             handler.send_header("Content-Type", "text/html; charset=utf-8")
             handler.end_headers()
-            handler.wfile.write(self.page.encode())
+            handler.wfile.write(b"" if head else self.page.encode())
             return
-        if self.status != 200:
-            handler.send_error(self.status)
-            return
-        start, match = 0, handler.headers.get("If-Range")
-        if self.ranges and wanted and match in (None, self.etag):
+        start = 0
+        if self.ranges and wanted:
             start = int(wanted.removeprefix("bytes=").rstrip("-"))
             if start >= len(self.content):
                 handler.send_error(416)
@@ -78,21 +86,25 @@ class Server:
             handler.send_header("Content-Length", str(len(body)))
         if self.etag:
             handler.send_header("ETag", self.etag)
+        if self.commit:
+            handler.send_header("X-Repo-Commit", self.commit)
         handler.end_headers()
+        if head:
+            return
         if self.cut_after is not None and self.cuts > 0:
             self.cuts -= 1
             body = body[: self.cut_after]
         handler.wfile.write(body)
 
 
-@pytest.fixture
-def server() -> Iterator[Server]:
-    """A server on 127.0.0.1."""
-    served = Server()
+@pytest.fixture(scope="module")
+def running() -> Iterator[Callable[[Server], None]]:
+    """A server on 127.0.0.1 that gives what the latest of the servers it was called with says."""
+    served = [Server()]
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            served.answer(self)
+            served[0].answer(self)
 
         do_HEAD = do_GET
 
@@ -102,37 +114,49 @@ def server() -> Iterator[Server]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         # A client that has seen enough hangs up.
         http.handle_error = lambda *_: None  # type: ignore[method-assign]
-        served.url = f"http://127.0.0.1:{http.server_address[1]}/file.pt"
         thread = threading.Thread(target=http.serve_forever, args=(0.01,))
         thread.start()
-        yield served
+
+        def serve(server: Server) -> None:
+            server.url = f"http://127.0.0.1:{http.server_address[1]}/file.pt"
+            served[0] = server
+
+        yield serve
         http.shutdown()
         thread.join()
 
 
+@pytest.fixture
+def server(running: Callable[[Server], None]) -> Server:
+    """What the server on 127.0.0.1 gives."""
+    server = Server()
+    running(server)
+    return server
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no pauses between connections."""
+    """An empty cache, no pauses between connections, and blocks that are small enough to be cut."""
     monkeypatch.setenv("DBP_BENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fetch, "PAUSE", 0.0)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "cache" / "weights"
 
 
-NAME = "cifar10-ddpm-pesser"
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a download goes."""
+    return tmp_path / "d" / "f.pt"
 
 
-def get(server: Server, path: Path, size: int | None = None, **options: Any) -> None:
-    download(NAME, server.url, path, size, **options)
-
-
-def refused(server: Server, path: Path, size: int | None = None) -> str:
-    with pytest.raises(BadWeights) as caught:
-        get(server, path, size)
+def refused(server: Server, path: Path) -> str:
+    """The one line that says why the file can't be had."""
+    with pytest.raises(NoDownload) as caught:
+        from_url(server.url, path)
     message = str(caught.value)
     assert "\n" not in message
-    assert NAME in message
     assert not path.exists()
     return message
 
@@ -144,129 +168,131 @@ def left(path: Path) -> set[str]:
 # --------------------------------------------------------------------------------------- links
 
 
-def test_whole(server: Server, tmp_path: Path) -> None:
-    path, told = tmp_path / "d" / "f", list[tuple[int, int | None]]()
-    get(server, path, progress=lambda *at: told.append(at))
+def test_whole(server: Server, path: Path) -> None:
+    from_url(server.url, path)
     assert path.read_bytes() == CONTENT
-    assert left(path) == {"f"}
-    assert told[0] == (0, len(CONTENT))
-    assert told[-1] == (len(CONTENT), len(CONTENT))
+    assert left(path) == {"f.pt"}
+    assert server.asked == [None]
 
 
 @pytest.mark.parametrize("etag", ['"one"', None])
-def test_a_cut_connection_goes_on(server: Server, tmp_path: Path, etag: str | None) -> None:
+def test_a_cut_connection_goes_on(server: Server, path: Path, etag: str | None) -> None:
     server.cut_after, server.etag = 300_000, etag
-    path = tmp_path / "d" / "f"
-    get(server, path, len(CONTENT))
+    from_url(server.url, path)
     assert path.read_bytes() == CONTENT
     assert server.asked == [None, "bytes=300000-", "bytes=600000-", "bytes=900000-"]
-    assert left(path) == {"f"}
+    assert left(path) == {"f.pt"}
 
 
-def test_a_later_command_goes_on(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fetch, "ATTEMPTS", 1)
-    server.cut_after, server.cuts = 300_000, 1
-    path = tmp_path / "d" / "f"
-    server.status = 200
-    real = server.answer
-    calls: list[int] = []
+@pytest.mark.parametrize("heads", [True, False])
+def test_a_later_command_goes_on(server: Server, path: Path, heads: bool) -> None:
+    server.cut_after, server.cuts, server.heads = 300_000, 1, heads
+    whole = server.answer
 
     def once(handler: BaseHTTPRequestHandler) -> None:
-        calls.append(1)
-        if len(calls) == 2:
+        if server.asked and handler.command == "GET":
             handler.send_error(503)
         else:
-            real(handler)
+            whole(handler)
 
     server.answer = once  # type: ignore[method-assign]
-    assert "was cut at 0.3 MB (HTTP 503 Service Unavailable). The same command goes on" in refused(
-        server, path
+    assert refused(server, path) == (
+        "127.0.0.1 answers HTTP 503, 0.3 MB are here: the same command goes on from there"
     )
-    assert left(path) == {"f.part", "f.etag"}
-    get(server, path)
+    assert left(path) == {"f.pt.part", *(["f.pt.version"] if heads else [])}
+    server.answer = whole  # type: ignore[method-assign]
+    from_url(server.url, path)
     assert path.read_bytes() == CONTENT
     assert server.asked == [None, "bytes=300000-"]
 
 
-def test_a_server_without_ranges_starts_again(server: Server, tmp_path: Path) -> None:
+def test_a_server_without_ranges_starts_again(server: Server, path: Path) -> None:
     server.cut_after, server.cuts, server.ranges = 300_000, 2, False
-    path = tmp_path / "d" / "f"
-    get(server, path)
+    from_url(server.url, path)
     assert path.read_bytes() == CONTENT
     assert len(server.asked) == 3
 
 
-def test_a_file_that_changed_meanwhile_starts_again(server: Server, tmp_path: Path) -> None:
-    path = tmp_path / "d" / "f"
+@pytest.mark.parametrize("version", ['"zero"  1024000', '"one"  9', None])
+def test_a_file_that_changed_meanwhile_starts_again(
+    server: Server, path: Path, version: str | None
+) -> None:
     path.parent.mkdir()
-    path.with_name("f.part").write_bytes(b"old" * 1000)
-    path.with_name("f.etag").write_text('"zero"')
-    get(server, path)
+    path.with_name("f.pt.part").write_bytes(b"old" * 1000)
+    if version is not None:  # else of what it is a part, nobody knows
+        path.with_name("f.pt.version").write_text(version)
+    from_url(server.url, path)
     assert path.read_bytes() == CONTENT
-    path.unlink()
-    path.with_name("f.part").write_bytes(b"old" * 1000)  # of what, nobody knows
-    get(server, path)
+    assert server.asked == [None]
+
+
+@pytest.mark.parametrize("beyond", [0, 10])
+def test_a_part_that_leaves_nothing_to_ask_for_starts_again(
+    server: Server, path: Path, beyond: int
+) -> None:
+    path.parent.mkdir()
+    path.with_name("f.pt.part").write_bytes(b"o" * (len(CONTENT) + beyond))
+    path.with_name("f.pt.version").write_text(f'"one"  {len(CONTENT)}')
+    from_url(server.url, path)
     assert path.read_bytes() == CONTENT
-    path.unlink()
-    path.with_name("f.part").write_bytes(b"o" * 2 * len(CONTENT))
-    path.with_name("f.etag").write_text('"one"')
-    get(server, path)
-    assert path.read_bytes() == CONTENT
+    assert server.asked == [f"bytes={len(CONTENT) + beyond}-", None]
 
 
-def test_always_cut(server: Server, tmp_path: Path) -> None:
-    server.cut_after, server.ranges = 300_000, False
-    message = refused(server, tmp_path / "d" / "f")
-    assert "was cut at 0.3 MB (300000 of 1024000 bytes came)" in message
-    assert len(server.asked) == 1 + fetch.ATTEMPTS
+def test_always_cut(server: Server, path: Path) -> None:
+    server.cut_after, server.cuts = 300_000, 1
+    whole = server.answer
 
+    def then_nothing(handler: BaseHTTPRequestHandler) -> None:
+        whole(handler)
+        if handler.command == "GET":
+            server.cut_after, server.cuts = 0, 10**9  # and then nothing more comes
 
-def test_a_length_that_is_not_told(server: Server, tmp_path: Path) -> None:
-    server.length = False
-    get(server, tmp_path / "d" / "f")
-    assert (tmp_path / "d" / "f").read_bytes() == CONTENT
-    server.cut_after, server.ranges = 300_000, False
-    assert "300000 of 1024000 bytes" in refused(server, tmp_path / "d" / "g", len(CONTENT))
-
-
-def test_another_size_than_published(server: Server, tmp_path: Path) -> None:
-    message = refused(server, tmp_path / "d" / "f", len(CONTENT) + 1)
-    assert "has 1024000 bytes there, published are 1024001" in message
-    assert left(tmp_path / "d" / "f") == set()
+    server.answer = then_nothing  # type: ignore[method-assign]
+    message = refused(server, path)
+    assert message.startswith("the connection was cut (peer closed connection")
+    assert message.endswith("), 0.3 MB are here: the same command goes on from there")
+    assert server.asked == [None, *["bytes=300000-"] * RETRIES]
+    assert path.with_name("f.pt.part").read_bytes() == CONTENT[:300_000]
 
 
 @pytest.mark.parametrize("status", [403, 404, 410])
-def test_a_file_that_is_gone(server: Server, tmp_path: Path, status: int) -> None:
+def test_a_file_that_is_gone(server: Server, path: Path, status: int) -> None:
     server.status = status
-    message = refused(server, tmp_path / "d" / "f")
-    assert f"127.0.0.1 answers: HTTP {status}" in message
-    assert f"dbp-bench weights convert {NAME} --from FILE" in message
+    path.parent.mkdir()
+    path.with_name("f.pt.part").write_bytes(b"a part of it")
+    assert refused(server, path) == f"127.0.0.1 answers HTTP {status}"
     assert len(server.asked) == 1
+    assert left(path) == set()
 
 
-def test_no_connection(tmp_path: Path) -> None:
+def test_no_connection(path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/f"
-    message = refused(Server(url=url), tmp_path / "d" / "f")
-    assert "no connection to 127.0.0.1 (" in message
-    assert f"then here: dbp-bench weights convert {NAME} --from FILE" in message
-    assert left(tmp_path / "d" / "f") == set()
+    server = Server(url=url)
+    assert refused(server, path) == "no connection to 127.0.0.1 ([Errno 111] Connection refused)"
+    assert left(path) == set()
+    path.with_name("f.pt.part").write_bytes(b"a part")  # isn't lost
+    assert "0.0 MB are here: the same command goes on" in refused(server, path)
+
+
+def test_offline(server: Server, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    message = refused(server, path)
+    assert message.startswith("no connection to 127.0.0.1 (")
+    assert "offline mode is enabled" in message
+    assert server.asked == []
 
 
 @pytest.mark.parametrize("typed", [True, False])
-def test_a_web_page(server: Server, tmp_path: Path, typed: bool) -> None:
+def test_a_web_page(server: Server, path: Path, typed: bool) -> None:
     page = "<html><title>Sign in</title></html>"
     if typed:
         server.page = page
     else:
         server.content = page.encode()
-    message = refused(server, tmp_path / "d" / "f")
-    assert "gives a web page, not the file" in message
-    assert f"dbp-bench weights convert {NAME} --from FILE" in message
-    assert left(tmp_path / "d" / "f") == set()
+    assert "127.0.0.1 gives a web page, not the file (moved, private, or" in refused(server, path)
+    assert left(path) == set()
 
 
 FORM = """<html><form id="download-form" action="{action}" method="get">
@@ -275,26 +301,36 @@ FORM = """<html><form id="download-form" action="{action}" method="get">
 </form></html>"""
 
 
-def test_google_s_question_is_answered(server: Server, tmp_path: Path) -> None:
+def test_google_s_question_is_answered(server: Server, path: Path) -> None:
     server.page, server.confirm = FORM.format(action="/download"), "uuid=a%26b"
-    get(server, tmp_path / "d" / "f")
-    assert (tmp_path / "d" / "f").read_bytes() == CONTENT
+    from_url(server.url, path)
+    assert path.read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("action", ["http://example.invalid/download", "/again"])
 def test_a_question_that_leads_elsewhere_or_nowhere(
-    server: Server, tmp_path: Path, action: str
+    server: Server, path: Path, action: str
 ) -> None:
     server.page = FORM.format(action=action)
-    assert "gives a web page" in refused(server, tmp_path / "d" / "f")
+    assert "gives a web page" in refused(server, path)
     assert len(server.asked) <= 3
 
 
-def test_no_room(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room(server: Server, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(BadRequest, match=r"1 MB are needed, 0 MB are free"):
-        get(server, tmp_path / "d" / "f")
-    assert not (tmp_path / "d" / "f").exists()
+        from_url(server.url, path)
+    assert server.asked == []
+    assert not path.exists()
+
+
+def test_a_disk_that_gets_full(server: Server, path: Path) -> None:
+    path.parent.mkdir()
+    path.with_name("f.pt.part").symlink_to("/dev/full")
+    server.heads = False
+    with pytest.raises(BadRequest, match=r"the disk is full\. Make room, or set DBP_BENCH_CACHE"):
+        from_url(server.url, path)
+    assert left(path) == set()
 
 
 # ------------------------------------------------------------------------- from link to network
@@ -316,10 +352,7 @@ def entry(
     monkeypatch.setattr(catalog, "PATH", path)
     monkeypatch.setattr(fetch, "DRIVE", server.url)
     # A link in the catalog is https; this server isn't.
-    real = download
-    monkeypatch.setattr(
-        fetch, "download", lambda name, url, *rest: real(name, _local(url, server), *rest)
-    )
+    monkeypatch.setattr(download, "from_url", lambda url, path: from_url(_local(url, server), path))
 
     def write(source: str = "{kind: url, url: 'https://local/f.pt?dl=1'}", **values: str) -> None:
         given = {"size": "null", "md5": "null"} | values
@@ -409,13 +442,65 @@ def test_a_terminal_is_asked(
     assert bool(server.asked) == (code == 0)
 
 
-def test_a_wrong_digest_keeps_nothing(
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ({"md5": "'" + "0" * 32 + "'"}, "md5 is .* published is 0000"),
+        ({"size": "9"}, "bytes, published are 9: a half download, or another file"),
+    ],
+)
+def test_another_file_than_published_is_not_kept(
+    server: Server, entry: Callable[..., None], cache: Path, lines: dict[str, str], says: str
+) -> None:
+    entry(**lines)
+    with pytest.raises(BadWeights, match=says):
+        fetch.fetch("tiny")
+    assert {f.name for f in cache.rglob("*") if f.is_file()} == {".tiny.pt.lock"}
+
+
+def test_half_a_file_of_a_length_that_is_not_told_is_not_kept(
     server: Server, entry: Callable[..., None], cache: Path
 ) -> None:
-    entry(md5="'" + "0" * 32 + "'")
-    with pytest.raises(BadWeights, match=r"md5 is .* published is 0000"):
+    server.length, server.cut_after = False, 2_000_000
+    with pytest.raises(BadWeights, match="a damaged or half file of torch"):
         fetch.fetch("tiny")
-    assert {f.name for f in cache.rglob("*") if f.is_file()} <= {".tiny.pt.lock"}
+    assert {f.name for f in cache.rglob("*") if f.is_file()} == {".tiny.pt.lock"}
+
+
+def test_a_failed_download_is_one_line_that_says_what_would_do(
+    server: Server, entry: Callable[..., None], command: "Command"
+) -> None:
+    server.status = 404
+    said = command("weights", "fetch", "tiny", "--accept-licence")
+    assert said.code == 2
+    assert said.err == (
+        "dbp-bench: tiny: 127.0.0.1 answers HTTP 404. On a machine where it can be had, get "
+        "https://local/f.pt?dl=1; then here: dbp-bench weights convert tiny --from FILE\n"
+    )
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_quiet_hides_the_bars(
+    server: Server,
+    entry: Callable[..., None],
+    command: "Command",
+    monkeypatch: pytest.MonkeyPatch,
+    quiet: bool,
+) -> None:
+    seen, get = [], download.from_url
+
+    def watched(url: str, path: Path) -> None:
+        seen.append(are_progress_bars_disabled())
+        get(url, path)
+
+    monkeypatch.setattr(download, "from_url", watched)
+    options = ["--quiet"] if quiet else []
+    try:
+        said = command("weights", "fetch", "tiny", "--accept-licence", *options)
+    finally:
+        enable_progress_bars()
+    assert (said.code, said.err, "tiny: fetching" in said.out) == (0, "", not quiet)
+    assert seen == [quiet]
 
 
 def test_a_download_that_runs_already(server: Server, entry: Callable[..., None]) -> None:
@@ -429,9 +514,16 @@ def test_a_download_that_runs_already(server: Server, entry: Callable[..., None]
 # ------------------------------------------------------------------------------- Hugging Face
 
 
+REVISION = "0" * 40
+
+
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The repository of `cifar10-ddpm` in an empty cache of huggingface_hub."""
+def hub(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The repository of `cifar10-ddpm` in an empty cache of huggingface_hub; the hub is here."""
+    endpoint = server.url.removesuffix("/file.pt")
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub" / "models--google--ddpm-cifar10-32"
 
@@ -439,39 +531,43 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def from_hub() -> Path:
     source = catalog.find("cifar10-ddpm").source
     assert isinstance(source, catalog.Hub)
-    return fetch.hub("cifar10-ddpm", source)
+    return fetch.from_hub(source)
+
+
+def refused_by_hub() -> str:
+    with pytest.raises(BadWeights) as caught:
+        fetch.fetch("cifar10-ddpm")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith("dbp-bench weights convert cifar10-ddpm --from FILE")
+    return message
+
+
+def test_a_cut_download_from_the_hub_goes_on(server: Server, hub: Path) -> None:
+    server.cut_after, server.commit = 300_000, REVISION
+    path = from_hub()
+    assert path == hub / "snapshots" / REVISION / "diffusion_pytorch_model.safetensors"
+    assert path.read_bytes() == path.with_name("config.json").read_bytes() == CONTENT
+    assert "bytes=900000-" in server.asked
 
 
 def test_the_hub_s_offline_cache_is_honoured(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    revision = "0" * 40
-    snapshot = hub / "snapshots" / revision
+    snapshot = hub / "snapshots" / REVISION
     snapshot.mkdir(parents=True)
     (hub / "refs").mkdir()
-    (hub / "refs" / "main").write_text(revision)
+    (hub / "refs" / "main").write_text(REVISION)
     (snapshot / "config.json").write_text("{}")
-    with pytest.raises(BadWeights) as caught:
-        from_hub()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.startswith("cifar10-ddpm: no connection to huggingface.co (")
-    assert message.endswith("dbp-bench weights convert cifar10-ddpm --from FILE")
+    assert "can't be had from the Hugging Face Hub (Cannot reach " in refused_by_hub()
     (snapshot / "diffusion_pytorch_model.bin").write_bytes(b"x")
     assert from_hub() == snapshot / "diffusion_pytorch_model.bin"
     (snapshot / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
     assert from_hub() == snapshot / "diffusion_pytorch_model.safetensors"
 
 
-def test_a_hub_without_the_model(
-    server: Server, hub: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_without_the_model(server: Server, hub: Path) -> None:
     server.status = 404
-    endpoint = server.url.removesuffix("/file.pt")
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    with pytest.raises(BadWeights) as caught:
-        from_hub()
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).endswith("dbp-bench weights convert cifar10-ddpm --from FILE")
-    assert server.asked
+    assert refused_by_hub().startswith(
+        "cifar10-ddpm: config.json of google/ddpm-cifar10-32 can't be had from the Hugging Face "
+        "Hub (Client error '404 Not Found' for url"
+    )

@@ -6,9 +6,10 @@ import os
 import pickle
 import re
 import sys
+import tracemalloc
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -28,7 +29,7 @@ from dbp_bench.weights import catalog, formats, store
 from dbp_bench.weights import files as weight_files
 from dbp_bench.weights.build import build
 from dbp_bench.weights.convert import convert, network_of, renamed
-from layouts import hollow, on_meta, published
+from layouts import hollow, narrow_networks, narrow_shapes, on_meta, published
 from layouts import shapes as shapes_of
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     """A catalog with one small checkpoint, `tiny`; called, with other lines in its entry."""
     path = tmp_path / "catalog.yaml"
     monkeypatch.setattr(catalog, "PATH", path)
+    monkeypatch.setattr(
+        ho, "small32", lambda: ho.HoUNet(channels=24, multipliers=(1, 2), blocks=1, groups=8)
+    )
 
     def write(**lines: str) -> None:
         text = TINY
@@ -93,7 +97,14 @@ def numbers(wanted: Shapes, dtype: torch.dtype = torch.half) -> dict[str, Tensor
 
 
 def small(dtype: torch.dtype = torch.half) -> dict[str, Tensor]:
+    """Weights of the network of `tiny`."""
     return numbers(shapes_of(on_meta(ho.small32).state_dict()), dtype)
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The networks of the catalog have the published depth, and few channels."""
+    narrow_networks(monkeypatch)
 
 
 def converted(name: str) -> dict[str, Tensor]:
@@ -197,8 +208,8 @@ def test_code_outside_this_package_is_no_network_of_the_catalog(tiny: Callable[.
 # ------------------------------------------------------------------------------------- layouts
 
 
-def test_pesser_s_file(tmp_path: Path) -> None:
-    state = numbers(published("ddpm_cifar10_pesser"))
+def test_pesser_s_file(tmp_path: Path, narrow: None) -> None:
+    state = numbers(narrow_shapes(published("ddpm_cifar10_pesser")))
     path = tmp_path / "model-790000.ckpt"
     torch.save(state, path, _use_new_zipfile_serialization=False)  # as files of 2020 are
     record = convert("cifar10-ddpm-pesser", path, unpublished=True)
@@ -233,8 +244,8 @@ def test_diffusers_folder(tmp_path: Path, tiny: Callable[..., None], form: str) 
     assert record.source_size == (path if form == "zip" else next(folder.glob("d*"))).stat().st_size
 
 
-def test_score_sde_s_checkpoint_gives_its_averages(tmp_path: Path) -> None:
-    names = published("score_sde_cifar10_ddpmpp_deep")
+def test_score_sde_s_checkpoint_gives_its_averages(tmp_path: Path, narrow: None) -> None:
+    names = narrow_shapes(published("score_sde_cifar10_ddpmpp_deep"))
     model = hollow(names, 0.5)
     model["module.sigmas"] = torch.ones(1000, dtype=torch.float64)
     averages = numbers({k: v for k, v in names.items() if k != "module.sigmas"})
@@ -258,7 +269,6 @@ def test_score_sde_s_checkpoint_gives_its_averages(tmp_path: Path) -> None:
     attention = averages["module.all_modules.13.NIN_1.W"]
     key = found["model.enc.16x16_block0.qkv.weight"][1::3, :, 0, 0]
     assert key.equal(attention.T)
-    assert sum(value.numel() for value in found.values()) == 106_632_579
 
 
 def test_plain_weights_and_the_networks_own_names(
@@ -367,8 +377,8 @@ def edm_pickle(state: Mapping[str, Tensor], source: str, path: Path, protocol: i
         path.write_bytes(pickle.dumps(whole, protocol=protocol))
 
 
-def test_edm_s_pickle_is_read_and_its_source_is_not_run(tmp_path: Path) -> None:
-    state = numbers(published("edm_cifar10_uncond_vp_songunet"))
+def test_edm_s_pickle_is_read_and_its_source_is_not_run(tmp_path: Path, narrow: None) -> None:
+    state = numbers(narrow_shapes(published("edm_cifar10_uncond_vp_songunet")))
     trace, path = tmp_path / "trace", tmp_path / "edm-cifar10-32x32-uncond-vp.pkl"
     edm_pickle(state, f"__import__('pathlib').Path({str(trace)!r}).touch()", path)
     convert("cifar10-edm-vp", path)
@@ -485,6 +495,18 @@ def test_one_pickle_cannot_prepare_the_next(tmp_path: Path, cache: Path) -> None
     assert formats.read(path).values["ema"]["a"].tolist() == [1]
 
 
+def test_a_pickle_cannot_ask_for_more_room_than_it_fills(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "f.pkl"
+    # An empty table, put at place 64 million of the list of what was read.
+    path.write_bytes(b"\x80\x04}r\x00\x00\x00\x04.")
+    tracemalloc.start()
+    try:
+        assert formats.read(path).values == {}
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_whole_object_of_a_classifier_tells_how_to_export_it(tmp_path: Path, cache: Path) -> None:
     module = ModuleType("networks.wide_resnet")
     made = type("Wide_ResNet", (nn.Linear,), {"__module__": module.__name__})
@@ -536,8 +558,7 @@ def test_what_is_not_numbers(
 # ------------------------------------------------------------------------------- damaged files
 
 
-def _write(form: str, path: Path) -> None:
-    state = small()
+def _write(state: dict[str, Tensor], form: str, path: Path) -> None:
     match form:
         case "torch":
             torch.save(state, path)
@@ -559,38 +580,45 @@ FORMS = ["torch", "legacy", "safetensors", "pickle", "zip"]
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kept", [0.0, 1e-6, 1e-4, 0.5, 0.999])
-def test_half_a_download(
-    tmp_path: Path, cache: Path, tiny: Callable[..., None], form: str, kept: float
-) -> None:
+def test_half_a_download(tmp_path: Path, cache: Path, tiny: Callable[..., None], form: str) -> None:
     path = tmp_path / "weights"
-    _write(form, path)
+    _write(small(), form, path)
     if form != "pickle":
         convert("tiny", path)
         store.file("tiny").unlink()
         store.record_file("tiny").unlink()
     content = path.read_bytes()
-    path.write_bytes(content[: int(kept * len(content))])
-    refused("tiny", path, cache)
+    for kept in (0.0, 1e-6, 1e-4, 0.5, 0.999):
+        path.write_bytes(content[: int(kept * len(content))])
+        refused("tiny", path, cache)
+
+
+def changed(form: str, path: Path, every: int, masks: Sequence[int]) -> None:
+    """Change each `every`-th byte of a small file: it is read, or one line says why not."""
+    _write({"conv_in.weight": torch.arange(6.0).view(2, 3), "b": torch.zeros(1)}, form, path)
+    content = path.read_bytes()
+    for place in range(0, len(content), every):
+        for mask in masks:
+            broken = bytearray(content)
+            broken[place] ^= mask
+            path.write_bytes(broken)
+            message = ""
+            try:
+                formats.read(path)
+            except DbpError as error:
+                message = str(error)
+            assert "\n" not in message
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_changed_byte_of_the_structure_is_one_line_or_harmless(
-    tmp_path: Path, tiny: Callable[..., None], form: str
-) -> None:
-    path = tmp_path / "weights"
-    _write(form, path)
-    content = path.read_bytes()
-    for place in [*range(0, 300, 7), *range(len(content) - 200, len(content), 7)]:
-        broken = bytearray(content)
-        broken[place] ^= 0x55
-        path.write_bytes(broken)
-        message = ""
-        try:
-            formats.read(path)
-        except DbpError as error:
-            message = str(error)
-        assert "\n" not in message
+def test_a_changed_byte_is_one_line_or_harmless(tmp_path: Path, form: str) -> None:
+    changed(form, tmp_path / "weights", every=11, masks=[0x55])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_any_changed_byte_is_one_line_or_harmless(tmp_path: Path, form: str) -> None:
+    changed(form, tmp_path / "weights", every=1, masks=[0x01, 0x55, 0x80])
 
 
 @pytest.mark.parametrize(
@@ -653,7 +681,7 @@ def test_the_published_digest_and_size(
         tiny(**{key: f"'{v}'" if key == "md5" else v for key, v in line.items()})
         message = refused("tiny", path, cache)
         assert "published" in message
-        assert "add --unpublished" in message
+        assert "convert it with --unpublished" in message
     assert convert("tiny", path, unpublished=True).published is False
     md5 = weight_files.digest(path, "md5")
     tiny(size=str(size), md5=f"'{md5}'", sha256=weight_files.digest(path))
@@ -664,10 +692,10 @@ def test_no_room(
     tmp_path: Path, cache: Path, tiny: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(small(), tmp_path / "f.pt")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10**6})())
-    with pytest.raises(BadRequest, match=r"5 MB are needed, 1 MB are free\. Make room, or set DBP"):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10**5})())
+    with pytest.raises(BadRequest, match=r"1 MB are needed, 0 MB are free\. Make room, or set DBP"):
         convert("tiny", tmp_path / "f.pt")
-    assert list(cache.iterdir()) == []
+    assert not cache.exists()
 
 
 def test_a_crash_while_writing_leaves_nothing(
@@ -719,7 +747,7 @@ def test_built_from_the_cache(tmp_path: Path, tiny: Callable[..., None]) -> None
 def test_missing_names_the_command() -> None:
     with pytest.raises(BadWeights) as caught:
         build("cifar10-ddpmpp-deep-vp")
-    assert "Run: dbp-bench weights fetch cifar10-ddpmpp-deep-vp; or, with the file" in str(
+    assert "Run: dbp-bench weights fetch cifar10-ddpmpp-deep-vp; or, with a local file" in str(
         caught.value
     )
     with pytest.raises(
@@ -773,7 +801,7 @@ def test_convert_and_list(tmp_path: Path, tiny: Callable[..., None], command: "C
     assert str(store.file("tiny")) in said.out
     listed = json.loads(command("weights", "list", "--json").out)
     assert listed["tiny"]["cached"]["sha256"] == weight_files.digest(store.file("tiny"))
-    assert "5 MB" in command("weights", "list").out
+    assert "1 MB" in command("weights", "list").out
 
 
 def test_the_whole_catalog_is_listed_with_its_licences(command: "Command") -> None:
