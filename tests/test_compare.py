@@ -16,8 +16,8 @@ from dbp_bench.reporting.compare import (
     side,
     to_table,
 )
-from dbp_bench.reporting.ranking import Score
-from records import IMAGES, TRACK, make, matrix, save
+from dbp_bench.reporting.statistics import Score
+from records import IMAGES, TRACK, attacked, make, matrix, save
 
 if TYPE_CHECKING:
     from conftest import Command
@@ -67,7 +67,7 @@ def test_permutation_by_chance_agrees_with_the_sign_test() -> None:
 
 def test_two_threats_of_a_defense(results: Path) -> None:
     (pair,) = between("both/eot", "both/dwbox", results).pairs
-    assert [estimate.value for estimate in pair.robust] == [0.65, 0.25]
+    assert [pair.a.left.value, pair.b.left.value] == [0.65, 0.25]
     assert pair.difference.value == pytest.approx(0.4)
     assert pair.difference.low < 0.4 < pair.difference.high
     assert pair.clean.value == 0
@@ -90,6 +90,22 @@ def test_two_defenses_meet_in_the_threats_that_both_have(results: Path) -> None:
     assert all(pair.adjusted >= pair.permutation for pair in found.pairs)
 
 
+def test_two_attacks_meet_in_the_defenses_that_both_have(results: Path) -> None:
+    save(
+        results,
+        attacked("both", "apgd", 0.5),
+        attacked("ddim-like", "apgd", 0.4, sites=["forward"]),
+    )
+    found = between("eot/apgd", "eot/pgd", results)
+    assert [p.a.any.defense for p in found.pairs] == ["both", "ddim-like"]
+    assert [p.difference.value for p in found.pairs] == pytest.approx([-0.15, -0.15])
+    assert "unequal effort: attack apgd and pgd" in "; ".join(found.pairs[0].notes)
+    alone = between("apgd", "dwbox/pgd", results)
+    assert [(p.a.setting, p.b.setting) for p in alone.pairs] == [("eot/apgd", "dwbox/pgd")] * 2
+    (pair,) = between("both/eot/apgd", "both/eot/pgd", results).pairs
+    assert pair.difference.value == pytest.approx(-0.15)
+
+
 def test_two_threats_meet_in_the_defenses_that_both_have(results: Path) -> None:
     found = between("eot", "dwbox", results)
     assert [pair.a.any.defense for pair in found.pairs] == ["both", "ddim-like"]
@@ -98,7 +114,9 @@ def test_two_threats_meet_in_the_defenses_that_both_have(results: Path) -> None:
 
 def test_files_and_folders(results: Path, tmp_path: Path) -> None:
     base = results / TRACK / "both"
-    by_file = between(str(base / "eot/seed-0.json"), str(base / "dwbox/seed-0.json"), results)
+    by_file = between(
+        str(base / "eot/pgd/seed-0.json"), str(base / "dwbox/pgd/seed-0.json"), results
+    )
     assert (
         by_file.pairs[0].difference
         == between("both/eot", "both/dwbox", results).pairs[0].difference
@@ -112,7 +130,8 @@ def test_files_and_folders(results: Path, tmp_path: Path) -> None:
     # Sweeps are of other budgets, and unfinished work is no result.
     save(results / "sweeps" / "eps-0.3", make("both", "eot", 0.1, eps=0.3))
     save(results / ".work", make("both", "eot", 0.1, eps=0.3))
-    assert between(str(results), str(other), tmp_path).pairs == found.pairs
+    again = between(str(results), str(other), tmp_path)
+    assert [p.difference for p in again.pairs] == [p.difference for p in found.pairs]
 
 
 def test_seeds_are_taken_together(tmp_path: Path) -> None:
@@ -174,9 +193,11 @@ def test_names_that_mean_nothing(results: Path, tmp_path: Path) -> None:
     for name, said in {
         "bot": "Did you mean 'both'",
         "both/eott": "Did you mean 'eot'",
-        "nobody/eot": "no defense 'nobody'",
+        "nobody/eot": "no file, folder, defense, threat or attack 'nobody'",
         "missing.json": "no such file",
-        "a/b/c": "no such file",
+        "both/eot/pgdd": "Did you mean 'pgd'",
+        "ddim-like/dw-fwd": "has no such result",
+        "a/b/c/d": "no such file",
     }.items():
         with pytest.raises(BadRequest, match=said):
             side(name, results, None)
@@ -197,7 +218,9 @@ def test_nothing_in_common(tmp_path: Path) -> None:
         *(make("a", threat, 0.5) for threat in ("eot", "dwbox")),
         *(make("b", threat, 0.5) for threat in ("whitebox", "null")),
     )
-    with pytest.raises(NotComparable, match="no setting in common: a has a/dwbox, a/eot; b has"):
+    with pytest.raises(
+        NotComparable, match="no setting in common: a has a/dwbox/pgd, a/eot/pgd; b has"
+    ):
         between("a", "b", folder)
 
 

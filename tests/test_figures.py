@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dbp_bench.reporting.page.figures import (
+from dbp_bench.reporting.page.charts import (
     RIGHT,
     WRONG,
     Level,
@@ -48,7 +48,7 @@ def split(**changes: object) -> Split:
     table: dict[str, object] = {
         "name": "ddpm",
         "clean": exactly(0.9),
-        "undefended": 0.05,
+        "base": 0.05,
         "purification": exactly(0.2),
         "known": exactly(0.25),
         "stochasticity": exactly(0.4),
@@ -78,7 +78,7 @@ def segments(svg: str) -> list[tuple[str, float, float]]:
 
 def test_the_parts_of_a_bar_stand_end_to_end() -> None:
     assert segments(decomposition([split()])) == [
-        ("undefended", 0.0, 0.05),
+        ("base", 0.0, 0.05),
         ("purification", 0.05, 0.25),
         ("forward", 0.25, 0.4),
         ("reverse", 0.4, 0.65),
@@ -99,8 +99,8 @@ def test_a_negative_part_goes_back_and_is_hatched() -> None:
 
 def test_what_was_not_measured_is_not_drawn() -> None:
     unsplit = segments(decomposition([split(forward=None, reverse=None)]))
-    assert [kind for kind, _, _ in unsplit] == ["undefended", "purification", "unsplit"]
-    no_zero = segments(decomposition([split(undefended=None, purification=None)]))
+    assert [kind for kind, _, _ in unsplit] == ["base", "purification", "unsplit"]
+    no_zero = segments(decomposition([split(base=None, purification=None)]))
     assert [kind for kind, _, _ in no_zero] == ["known", "forward", "reverse"]
     hidden = split(purification=None, known=None, stochasticity=None, forward=None, reverse=None)
     assert [kind for kind, _, _ in segments(decomposition([hidden]))] == ["unknown"]

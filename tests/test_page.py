@@ -9,20 +9,22 @@ from typing import Any
 
 import pytest
 
+from dbp_bench.declaration import read_yaml
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadEntry, BadResult, NotComparable
-from dbp_bench.reporting.findings import Findings, Interval, Measured
+from dbp_bench.reporting.findings import Findings, Measured
 from dbp_bench.reporting.leaderboard import Leaderboard, leaderboard
-from dbp_bench.reporting.literature import published, read_published
+from dbp_bench.reporting.literature import Published, published
 from dbp_bench.reporting.page import Material, load_samples, to_html
-from dbp_bench.reporting.page.columns import serving
-from dbp_bench.reporting.page.drawn import figures
+from dbp_bench.reporting.page.figures import figures
 from dbp_bench.reporting.page.page import command_of
+from dbp_bench.reporting.protocol import shipped
 from dbp_bench.reporting.records import load
 from dbp_bench.reporting.report import write_leaderboards
 from dbp_bench.reporting.samples import NOTE, SCHEMA, Sample, Samples, png, samples_path
+from dbp_bench.reporting.statistics import Estimate
 from dbp_bench.result import Result
-from records import IMAGES, TRACK, apgd, make, matrix, save
+from records import IMAGES, TRACK, attacked, make, matrix, save
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&"
 EMPTY = {"meta", "link", "input", "img", "br", "circle", "line", "rect", "path", "polygon", "image"}
@@ -68,7 +70,7 @@ def board_of(folder: Path, *results: Result, **options: Any) -> Leaderboard:
 
 
 def everything(folder: Path) -> Leaderboard:
-    attack = apgd("both", "apgd-eot", 0.6)
+    attack = attacked("both", "apgd", 0.6)
     return board_of(folder, *matrix(), attack, findings=sweeps())
 
 
@@ -89,7 +91,7 @@ def sweeps() -> list[Findings]:
                 Measured(
                     value=value,
                     file=None,
-                    accuracy=Interval(value=a, low=a, high=a),
+                    accuracy=Estimate(a, a, a),
                     fall=None,
                     zero_gradient=0.0,
                 )
@@ -102,11 +104,22 @@ def sweeps() -> list[Findings]:
     return [found("eps", {0.1: 0.7, 0.5: 0.1}), found("eot", {1.0: 0.7, 40.0: 0.6})]
 
 
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Leaderboard:
+    """Of all results and sweeps that a page can show."""
+    return everything(tmp_path_factory.mktemp("everything"))
+
+
+@pytest.fixture(scope="module")
+def text(board: Leaderboard) -> str:
+    return to_html(board)
+
+
 # --- By itself ------------------------------------------------------------------------------------
 
 
-def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
-    page = Page(to_html(everything(tmp_path)))
+def test_the_page_needs_nothing_but_itself(text: str) -> None:
+    page = Page(text)
     for tag, attributes in page.elements:
         assert tag not in ("link", "iframe", "object", "embed", "base")
         assert "style" not in attributes
@@ -118,8 +131,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     assert not [s for s in page.of("script") if "src" in s]
 
 
-def test_a_browser_may_load_and_run_nothing_else(tmp_path: Path) -> None:
-    text = to_html(everything(tmp_path))
+def test_a_browser_may_load_and_run_nothing_else(text: str) -> None:
     (policy,) = [m["content"] for m in Page(text).of("meta") if "http-equiv" in m]
     assert policy.startswith("default-src 'none'; img-src data:; ")
     assert "unsafe" not in policy
@@ -129,13 +141,13 @@ def test_a_browser_may_load_and_run_nothing_else(tmp_path: Path) -> None:
         assert f"{tag}-src 'sha256-{digest}'" in policy
 
 
-def test_the_same_results_make_the_same_bytes(tmp_path: Path) -> None:
-    assert to_html(everything(tmp_path)) == to_html(everything(tmp_path))
+def test_the_same_results_make_the_same_bytes(tmp_path: Path, text: str) -> None:
+    assert to_html(everything(tmp_path)) == text
 
 
-def test_it_reads_without_its_script(tmp_path: Path) -> None:
+def test_it_reads_without_its_script(text: str) -> None:
     """What only the script can work is hidden, and nothing else."""
-    page = Page(to_html(everything(tmp_path)))
+    page = Page(text)
     hidden = [tag for tag, attributes in page.elements if "hidden" in attributes]
     assert set(hidden) == {"form", "button"}
     assert sum(tag == "details" for tag, _ in page.elements) > 3
@@ -144,8 +156,8 @@ def test_it_reads_without_its_script(tmp_path: Path) -> None:
 # --- Numbers --------------------------------------------------------------------------------------
 
 
-def test_every_link_leads_somewhere(tmp_path: Path) -> None:
-    page = Page(to_html(everything(tmp_path)))
+def test_every_link_leads_somewhere(text: str) -> None:
+    page = Page(text)
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     anchors = [i for i in ids if i != "hatch"]
     assert len(set(anchors)) == len(anchors)
@@ -154,36 +166,41 @@ def test_every_link_leads_somewhere(tmp_path: Path) -> None:
             assert link["href"][1:] in anchors
 
 
-def test_a_number_leads_to_its_result(tmp_path: Path) -> None:
-    text = to_html(everything(tmp_path))
+def test_a_number_leads_to_its_result(text: str) -> None:
     for threat, shown in (("eot", "65.0"), ("dwbox", "25.0"), ("dw-fwd", "60.0")):
         found = re.search(rf'<a href="#(result-\d+)">{re.escape(shown)}</a>', text)
         assert found
         row = re.search(rf'<tr id="{found[1]}">(.*?)</tr>', text, flags=re.DOTALL)
         assert row
-        assert f"{TRACK}/both/{threat}/seed-0.json" in row[1]
+        assert f"{TRACK}/both/{threat}/pgd/seed-0.json" in row[1]
         assert f"--defense both --threat {threat} --seed 0 --examples 40" in row[1]
 
 
 def test_the_command_repeats_what_was_set() -> None:
-    set_ = ["batch_size", "draws", "eot", "eps", "random_start", "step_size"]
+    chosen = ["batch_size", "draws", "eot", "eps", "gradient", "random_start", "step_size"]
     effort = {"eot": 3, "step_size": 0.1, "random_start": False}
-    result = make("a b", "eot", 0.5, effort=effort, eps=8 / 255, overrides=set_)
-    assert command_of(result) == (
-        "dbp-bench run --track toy-linf --defense 'a b' --threat eot --seed 0 --examples 40 "
-        "--batch-size 20 --draws 4 --eot 3 --eps 8/255 --no-random-start --step-size 0.1 "
-        "--device cpu"
+    result = make(
+        *("a b", "eot", 0.5), effort=effort, eps=8 / 255, overrides=chosen, gradient="surrogate:5"
     )
+    assert command_of(result, shipped()) == (
+        "dbp-bench run --track toy-linf --defense 'a b' --threat eot --seed 0 --examples 40 "
+        "--batch-size 20 --draws 4 --set eot=3 --eps 8/255 --gradient surrogate:5 "
+        "--set random_start=false --set step_size=0.1 --device cpu"
+    )
+    other = attacked("a", "torchattacks-PGD", 0.5, attack="torchattacks:PGD")
+    assert "--threat eot --attack torchattacks:PGD --seed 0" in command_of(other, shipped())
+    named = attacked("a", "apgd-50", 0.5)
+    assert "--threat eot --attack apgd-50 --seed 0" in command_of(named, shipped())
 
 
-def test_numbers_of_other_efforts_stand_apart_and_say_so(tmp_path: Path) -> None:
-    text = to_html(everything(tmp_path))
+def test_numbers_of_other_efforts_stand_apart_and_say_so(text: str) -> None:
     main, other = text.split('<section id="other">')
     other = other.split("</section>")[0]
     assert "not at equal effort" in other
-    for threat, shown in (("whitebox", "70.0"), ("apgd-eot", "60.0")):
-        assert re.search(rf"<td>{threat}</td>.*?>{shown}</a>", other)
-    assert not re.search(r"<td>(eot|dwbox|dw-fwd|dw-rev|null)</td>", other)
+    for setting, shown in ((("whitebox", "pgd"), "70.0"), (("eot", "apgd"), "60.0")):
+        cells = "".join(f"<td>{name}</td>" for name in setting)
+        assert re.search(rf"{cells}.*?>{shown}</a>", other)
+    assert not re.search(r"<td>(eot|dwbox|dw-fwd|dw-rev|null)</td><td>pgd</td>", other)
     whitebox = re.search(r'<tr id="(result-\d+)">[^\n]*whitebox', text)
     assert whitebox
     assert f'#{whitebox[1]}"' in other
@@ -221,8 +238,8 @@ def test_what_was_not_measured_is_blank(tmp_path: Path) -> None:
 # --- Figures --------------------------------------------------------------------------------------
 
 
-def test_all_figures_with_all_the_data(tmp_path: Path) -> None:
-    for figure in figures(everything(tmp_path)):
+def test_all_figures_with_all_the_data(board: Leaderboard) -> None:
+    for figure in figures(board):
         assert figure.drawings, figure.title
         assert figure.missing == ""
 
@@ -240,11 +257,11 @@ def test_only_eot_differs_along_a_line(tmp_path: Path) -> None:
     board = board_of(
         tmp_path,
         *matrix(),
-        make("both", "more", 0.6, effort=same | {"eot": 30}),
-        make("both", "steps", 0.6, effort=same | {"eot": 50, "steps": 40}),
-        make("both", "other", 0.6, effort=same | {"eot": 70}, attack="apgd"),
-        apgd("both", "known", 0.6, knows=["forward"], attack="pgd", effort=same | {"eot": 60}),
-        make("both", "farther", 0.6, effort=same | {"eot": 90}, eps=0.3),
+        attacked("both", "more", 0.6, attack="pgd", effort=same | {"eot": 30}),
+        attacked("both", "steps", 0.6, attack="pgd", effort=same | {"eot": 50, "steps": 40}),
+        attacked("both", "other", 0.6, effort=same | {"eot": 70}),
+        attacked("both", "known", 0.6, knows=["forward"], attack="pgd", effort=same | {"eot": 60}),
+        attacked("both", "farther", 0.6, attack="pgd", effort=same | {"eot": 90}, eps=0.3),
     )
     (figure,) = [f for f in figures(board) if f.title == "Accuracy against EoT"]
     (drawing,) = figure.drawings
@@ -254,11 +271,11 @@ def test_only_eot_differs_along_a_line(tmp_path: Path) -> None:
 def test_sites_that_are_not_there_have_no_strip_twice(tmp_path: Path) -> None:
     board = board_of(tmp_path, *matrix())
     row = next(row for row in board.rows if row.defense == "ddim-like")
-    assert serving(row, "forward_known") is serving(row, "all_known")
+    assert row.columns["forward_known"] is row.columns["all_known"]
     (figure,) = [f for f in figures(board) if f.title == "Image by image"]
     drawing = next(d for d in figure.drawings if "ddim-like" in d)
     assert re.findall(r'text-anchor="end">([^<]+)<', drawing) == [
-        "nothing known",
+        "none known",
         "all known",
         "clean",
     ]
@@ -279,7 +296,7 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
     board = board_of(
         tmp_path / "results",
         make(hostile, "eot", 0.5, options={hostile: hostile}),
-        make(hostile, hostile, 0.4, options={hostile: hostile}),
+        attacked(hostile, hostile, 0.4, threat=hostile, options={hostile: hostile}),
         make("mine", "eot", 0.5),
         make("mine", "dwbox", 0.4),
     )
@@ -291,8 +308,7 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
     assert HOSTILE in page.words
 
 
-def test_published_numbers_have_a_source_and_stand_apart(tmp_path: Path) -> None:
-    text = to_html(everything(tmp_path))
+def test_published_numbers_have_a_source_and_stand_apart(text: str) -> None:
     ours, theirs = text.split('<section id="published">')
     assert "Not ours." in theirs
     assert "62.11" in theirs
@@ -321,10 +337,10 @@ def test_published_numbers_that_say_too_little(tmp_path: Path) -> None:
         "[{defense: a, clean: 1, robust: 1, attack: p, knows: n, source: x, where: y}]}"
     )
     with pytest.raises(BadEntry, match="no source 'x'"):
-        read_published(path)
+        read_yaml(path, Published)
     path.write_text("a: [")
-    with pytest.raises(BadEntry, match="not a YAML file"):
-        read_published(path)
+    with pytest.raises(BadEntry, match="not YAML"):
+        read_yaml(path, Published)
 
 
 # --- Pictures -------------------------------------------------------------------------------------
@@ -360,18 +376,20 @@ def samples_of(result: Path, **changes: Any) -> Samples:
 
 def test_pictures_are_shown_with_their_result(tmp_path: Path) -> None:
     folder = save(tmp_path, *matrix())
-    path = folder / TRACK / "both" / "eot" / "seed-0.json"
+    path = folder / TRACK / "both" / "eot" / "pgd" / "seed-0.json"
     samples_of(path).write(samples_path(path))
     records = load(folder)
     page = Page(to_html(leaderboard(records), Material(load_samples(records))))
     assert len([i for i in page.of("img") if i["src"].startswith("data:image/png;base64,")]) == 3
     assert "89 of 90 outcomes" in page.words
-    assert "dbp-bench samples results/toy-linf/ddim-like/dwbox/seed-0.json" in page.words
+    assert (
+        "dbp-bench verify results/toy-linf/ddim-like/dwbox/pgd/seed-0.json --pictures" in page.words
+    )
 
 
 def test_pictures_of_another_result_are_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, *matrix())
-    path = folder / TRACK / "both" / "eot" / "seed-0.json"
+    path = folder / TRACK / "both" / "eot" / "pgd" / "seed-0.json"
     samples_of(path, result_sha256="0" * 64).write(samples_path(path))
     with pytest.raises(BadResult, match="make them again"):
         load_samples(load(folder))
@@ -401,7 +419,7 @@ def test_nothing_is_written_where_something_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotComparable):
         write_leaderboards(save(tmp_path / "mixed", *mixed), tmp_path / "out")
     folder = save(tmp_path / "bad", *matrix())
-    samples_path(folder / TRACK / "both" / "eot" / "seed-0.json").write_text("{}")
+    samples_path(folder / TRACK / "both" / "eot" / "pgd" / "seed-0.json").write_text("{}")
     with pytest.raises(BadResult, match="not samples"):
         write_leaderboards(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

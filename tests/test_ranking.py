@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from dbp_bench.reporting.ranking import Score, holm, pairwise, ranks_with_ties
+from dbp_bench.reporting.ranking import holm, pairwise, ranks_with_ties
+from dbp_bench.reporting.statistics import Score
 
 
 def score(right: float, images: int = 200, start: int = 0) -> Score:

@@ -1,4 +1,3 @@
-import csv
 import io
 import json
 import subprocess
@@ -7,20 +6,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult, NotComparable
 from dbp_bench.reporting import rendering
 from dbp_bench.reporting.badge import Compared, Verification
+from dbp_bench.reporting.frames import read_csv, to_csv
 from dbp_bench.reporting.leaderboard import Leaderboard, Row, decompose, leaderboard
+from dbp_bench.reporting.pool import accuracies
 from dbp_bench.reporting.records import load
-from dbp_bench.reporting.report import accuracies, outcomes_csv, write_leaderboards
+from dbp_bench.reporting.report import outcomes_csv, write_leaderboards
 from dbp_bench.reporting.statistics import Bootstrap, Estimate
-from dbp_bench.reporting.tables import to_csv, to_markdown
+from dbp_bench.reporting.tables import leaderboard_markdown, rows_frame
 from dbp_bench.result import Result, result_path
 from dbp_bench.weights.files import digest
-from records import BOTH, IMAGES, TRACK, apgd, attacks_table, make, matrix, outcomes, save
+from records import (
+    BOTH,
+    IMAGES,
+    TRACK,
+    attacked,
+    make,
+    matrix,
+    outcomes,
+    save,
+    signed,
+    table,
+)
 
 
 @pytest.fixture
@@ -31,7 +44,7 @@ def registry(tmp_path: Path) -> Registry:
         "title: A toy | of 5 % & _more_\n"
         "data: toy\nsplit: test\n"
         f"classifier: {{network: 'a:b', file: c.safetensors, sha256: '{'0' * 64}'}}\n"
-        "norm: linf\neps: 0.15\nbatch_size: 20\nrows: 200\n"
+        "norm: linf\neps: 0.15\nbatch_size: 20\nmax_batch: 200\n"
         "demonstration: true\nnote: Made by hand.\n"
     )
     return Registry([folder])
@@ -45,12 +58,22 @@ def values(board: Leaderboard, defense: str) -> dict[str, float | None]:
     }
 
 
-def table(path: Path) -> dict[str, dict[str, str]]:
-    with path.open(newline="") as file:
-        return {
-            f"{row['defense']}/{row['threat']}" if "threat" in row else row["defense"]: row
-            for row in csv.DictReader(file)
-        }
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a report of the matrix, with no registry of its own."""
+    folder = tmp_path_factory.mktemp("matrix")
+    write_leaderboards(save(folder / "results", *matrix()), folder / "out")
+    return folder / "out"
+
+
+def results_table(folder: Path) -> Any:
+    return table(folder / f"{TRACK}-results.csv", "defense", "threat", "attack")
+
+
+def read_csv_text(text: str) -> Any:
+    return pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""]).set_index(
+        "defense"
+    )
 
 
 def board_of(folder: Path, *results: Result, **options: Any) -> Leaderboard:
@@ -101,7 +124,7 @@ def test_every_number_of_a_row(tmp_path: Path) -> None:
     board = board_of(tmp_path, *matrix())
     assert values(board, "both") == {
         "clean": 1.0,
-        "undefended": 0.05,
+        "base": 0.05,
         "hidden": 0.65,
         "forward_known": 0.6,
         "reverse_known": 0.5,
@@ -139,7 +162,7 @@ def test_one_result_serves_all_settings_that_are_the_same(tmp_path: Path) -> Non
 def test_deterministic_defense_is_served_by_any_threat(tmp_path: Path, threat: str) -> None:
     results = [r for r in matrix() if r.defense != "none"]
     board = board_of(tmp_path, *results, make("none", threat, 0.05, sites=()))
-    assert values(board, "both")["undefended"] == 0.05
+    assert values(board, "both")["base"] == 0.05
     assert row_of(board, "none").served_by["hidden"] == threat
 
 
@@ -152,18 +175,18 @@ def test_its_own_result_comes_first(tmp_path: Path) -> None:
 
 def test_another_effort_does_not_serve(tmp_path: Path) -> None:
     """EoT counts wherever a draw is hidden; a stronger attack of one's own has its own row."""
-    strong = make("both", "strong", 0.1, effort={"eot": 100})
+    strong = attacked("both", "strong", 0.1, attack="pgd", effort={"eot": 100})
     results = [r for r in matrix() if (r.defense, r.threat) != ("both", "eot")]
     board = board_of(tmp_path, *results, strong)
     assert values(board, "both")["hidden"] is None
     write_leaderboards(tmp_path, tmp_path / "out")
-    assert table(tmp_path / "out" / f"{TRACK}-settings.csv")["both/strong"]["robust"] == "0.1"
+    assert results_table(tmp_path / "out").loc[("both", "eot", "strong"), "robust"] == 0.1
 
 
 @pytest.mark.parametrize(
     ("missing", "blank"),
     [
-        ("none", {"undefended", "purification", "share"}),
+        ("none", {"base", "purification", "share"}),
         ("eot", {"hidden", "stochasticity", "share", "stochasticity_forward"}),
         ("dw-fwd", {"forward_known", "stochasticity_forward", "stochasticity_reverse"}),
         ("dw-rev", {"reverse_known", "stochasticity_forward", "stochasticity_reverse"}),
@@ -181,10 +204,9 @@ def test_not_measured_is_blank(tmp_path: Path, missing: str, blank: set[str]) ->
         assert values(board, "both")[key] is None
     if missing != "eot":
         assert values(board, "both")["clean"] == 1.0
-    write_leaderboards(tmp_path, tmp_path / "out")
-    row = table(tmp_path / "out" / f"{TRACK}.csv")["both"]
+    row = read_csv_text(to_csv(rows_frame(board))).loc["both"]
     for key in blank:
-        assert [row[key], row[f"{key}_lo"], row[f"{key}_hi"]] == ["", "", ""]
+        assert row[[key, f"{key}_lo", f"{key}_hi"]].isna().all()
 
 
 def test_share_of_what_may_be_nothing_is_blank(tmp_path: Path) -> None:
@@ -208,11 +230,10 @@ def test_seeds_are_pooled_along_the_draws(tmp_path: Path) -> None:
     row = row_of(board, "both")
     assert (row.hidden_draws, row.known_draws, row.fresh_draws) == (8, 6, 4)
     write_leaderboards(tmp_path, tmp_path / "out")
-    settings = table(tmp_path / "out" / f"{TRACK}-settings.csv")["both/eot"]
-    assert settings["seeds"] == "0 1"
-    assert settings["draws"] == "8"
-    assert settings["gradient_calls"] == "16000"
-    assert len(settings["sha256"].split()) == 2
+    result = results_table(tmp_path / "out").loc["both", "eot", "pgd"]
+    assert (result["seeds"], result["draws"]) == ("0 1", 8)
+    assert (result["gradient_evaluations"], result["forward_evaluations"]) == (200, 0)
+    assert len(result["sha256"].split()) == len(result["digest"].split()) == 2
 
 
 def test_intervals_are_paired(tmp_path: Path) -> None:
@@ -292,45 +313,63 @@ def test_mean_is_over_images_and_draws() -> None:
 # --- Votes, worst cases, several attacks ----------------------------------------------------------
 
 
-def draws_table(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
-    with (folder / f"{TRACK}-draws.csv").open(newline="") as file:
-        return {(row["defense"], row["images_of"]): row for row in csv.DictReader(file)}
-
-
 def test_one_draw_votes_and_worst_cases(tmp_path: Path) -> None:
     """Half of the images right at 3 of 4 draws, the others at 1."""
     robust = [[True, i < 20, i < 20, False] for i in range(IMAGES)]
     results = [r for r in matrix() if (r.defense, r.threat) != ("both", "eot")]
     save(tmp_path, *results, make("both", "eot", robust))
     write_leaderboards(tmp_path, tmp_path / "out")
-    rows = draws_table(tmp_path / "out")
-    row = rows["both", "hidden"]
-    assert (row["threat"], row["draws"], row["majority_of"]) == ("eot", "4", "3")
-    assert float(row["mean"]) == 0.5
-    assert float(row["majority"]) == 0.5
-    assert float(row["worst_3"]) == 0.125
-    assert float(row["worst_all"]) == 0
-    for key in ("mean", "majority", "worst_3"):
-        assert float(row[f"{key}_lo"]) < float(row[key]) < float(row[f"{key}_hi"])
-    assert {rows["both", key]["worst_all"] for key in ("clean", "null")} == {"1.0"}
-    none = rows["none", "hidden"]
-    assert (none["draws"], none["majority_of"]) == ("", "")
-    assert {none[key] for key in ("mean", "majority", "worst_3", "worst_all")} == {"0.05"}
-    assert ("ddim-like", "null") not in rows
+    rows = table(tmp_path / "out" / f"{TRACK}-draws.csv", "defense", "images_of")
+    row = rows.loc["both", "hidden"]
+    assert (row["threat"], row["attack"]) == ("eot", "pgd")
+    assert (row["draws"], row["plurality_of"]) == (4, 3)
+    keys = ["mean", "plurality", "worst_3", "worst_all"]
+    assert row[keys].tolist() == [0.5, 0.5, 0.125, 0]
+    for key in keys[:3]:
+        assert row[f"{key}_lo"] < row[key] < row[f"{key}_hi"]
+    assert rows.loc["both"].loc[["clean", "null"], "worst_all"].tolist() == [1, 1]
+    none = rows.loc["none", "hidden"]
+    assert none[["draws", "plurality_of"]].isna().all()
+    assert none[keys].tolist() == [0.05] * 4
+    assert ("ddim-like", "null") not in rows.index
 
-    settings = table(tmp_path / "out" / f"{TRACK}-settings.csv")
-    assert settings["both/eot"]["worst_3"] == "0.125"
-    assert settings["both/eot"]["majority_of"] == "3"
-    known = settings["both/dwbox"]
-    assert (known["worst_3"], known["worst_all_of"], known["majority"]) == ("0.25", "3", "")
+    results_ = results_table(tmp_path / "out")
+    assert results_.loc[("both", "eot", "pgd"), ["worst_3", "plurality_of"]].tolist() == [0.125, 3]
+    known = results_.loc["both", "dwbox", "pgd"]
+    assert known[["worst_3", "worst_all_of"]].tolist() == [0.25, 3]
+    assert known[["plurality", "plurality_of"]].isna().all()
+
+
+def test_a_vote_is_over_classes(tmp_path: Path) -> None:
+    """Two of five draws are right: the label wins where the wrong ones say three other classes."""
+    right = make("both", "eot", [[True, True, False, False, False]] * IMAGES, draws=5)
+    record = right.model_dump(by_alias=True)
+    for i, row in enumerate(record["predicted"]["adversarial"]):
+        label = record["labels"][i]
+        others = [1, 2, 3] if i < 10 else [1, 1, 1] if i < 30 else [1, 1, 2]
+        row[2:] = [(label + shift) % 10 for shift in others]
+    account = row_of(board_of(tmp_path, signed(record)), "both").accounts["hidden"][1]
+    assert account.votes == 5
+    vote = account.estimates["plurality"]
+    assert vote is not None
+    assert vote.value == 10 / IMAGES
+
+
+def test_a_vote_is_blank_where_a_class_was_not_recorded(tmp_path: Path) -> None:
+    record = make("both", "eot", 0.65).model_dump(by_alias=True)
+    record["predicted"]["adversarial"][-1][0] = -2
+    accounts = row_of(board_of(tmp_path, signed(record)), "both").accounts
+    assert accounts["hidden"][1].estimates["plurality"] is None
+    assert accounts["hidden"][1].estimates["worst_3"] is not None
+    assert accounts["clean"][1].estimates["plurality"] is not None
 
 
 def test_null_attack_that_changes_votes_only_is_flagged(tmp_path: Path) -> None:
     """The mean of the null attack is that of clean images, but no image is sure any more."""
     clean = [[i % 2 == 0] * 4 for i in range(IMAGES)]
     robust = [[draw % 2 == 0 for draw in range(4)] for _ in range(IMAGES)]
-    bad = make("both", "null", robust).model_dump(by_alias=True) | {"clean": clean}
-    (flag,) = row_of(board_of(tmp_path, Result.model_validate(bad)), "both").flags
+    bad = make("both", "null", robust, clean=clean)
+    (flag,) = row_of(board_of(tmp_path, bad), "both").flags
     assert "null attack" in flag
     assert "worst of 4 -50.0 [" in flag
     assert "worst of 3 -50.0 [" in flag
@@ -342,39 +381,56 @@ def test_other_attacks_leave_the_leaderboard_alone(tmp_path: Path) -> None:
     changed = [r for r in matrix() if (r.defense, r.threat) != ("both", "dw-rev")]
     write_leaderboards(save(tmp_path / "one", *changed), tmp_path / "before")
     others = [
-        apgd("both", "apgd", 0.6),
-        apgd("both", "few", 0.5, draws=2),
-        apgd("both", "large", 0.1, eps=1.0),
-        apgd("ddim-like", "apgd", 0.5, sites=["forward"], seed=1, effort={"steps": 5}),
-        apgd("both", "same", 0.5, knows=["reverse"], attack="pgd", effort=changed[1].effort),
+        attacked("both", "apgd", 0.6),
+        attacked("both", "few", 0.5, draws=2),
+        attacked("both", "large", 0.1, eps=1.0),
+        attacked("ddim-like", "apgd", 0.5, sites=["forward"], seed=1, effort={"steps": 5}),
+        attacked("both", "same", 0.5, knows=["reverse"], attack="pgd", effort=changed[1].effort),
+        make("both", "their-threat", 0.5),
     ]
     write_leaderboards(save(tmp_path / "two", *changed, *others), tmp_path / "after")
-    before, after = (table(tmp_path / at / f"{TRACK}.csv") for at in ("before", "after"))
-    for defense, row in after.items():
-        flags, checks = row.pop("flags"), row.pop("checks")
-        assert (flags != before[defense].pop("flags")) == (defense == "both")
-        ran = defense in ("both", "ddim-like")
-        assert (checks != before[defense].pop("checks")) == ran
-    assert after == before
+    before, after = (table(tmp_path / at / f"{TRACK}.csv", "defense") for at in ("before", "after"))
+    filled = [frame.astype(object).where(frame.notna(), "") for frame in (before, after)]
+    differs = filled[0] != filled[1]
+    assert {column: list(after.index[rows]) for column, rows in differs.items() if rows.any()} == {
+        "flags": ["both"],
+        "tests": ["both", "ddim-like"],
+    }
     names = [f"{TRACK}{end}" for end in (".md", ".tex", "-draws.csv")]
     for name, end in zip(names, ("## Flags", r"\begin{minipage}", "no end"), strict=True):
         texts = [(tmp_path / at / name).read_text() for at in ("before", "after")]
-        texts[0] = texts[0].partition("## Looked for")[0]
+        texts[0] = texts[0].partition("## Tested")[0]
         assert texts[0].partition(end)[0] == texts[1].partition(end)[0]
     assert not (tmp_path / "before" / f"{TRACK}-attacks.csv").exists()
-    settings = table(tmp_path / "after" / f"{TRACK}-settings.csv")
-    assert settings["both/large"]["robust"] == "0.1"
-    attacks = attacks_table(tmp_path / "after")
-    assert list(attacks) == [("both", "hidden"), ("ddim-like", "hidden")]
-    assert "large" not in attacks["both", "hidden"]
+    assert results_table(tmp_path / "after").loc[("both", "eot", "large"), "robust"] == 0.1
+    attacks = attacks_of(tmp_path / "after")
+    assert set(attacks.index.droplevel(["threat", "attack"])) == {
+        ("both", "none"),
+        ("both", "all but forward"),
+        ("ddim-like", "none"),
+    }
+    assert ("both", "none", "their-threat", "pgd") in attacks.index
+    assert "large" not in attacks.index.get_level_values("attack")
+
+
+def attacks_of(folder: Path) -> Any:
+    return table(folder / f"{TRACK}-attacks.csv", "defense", "knows", "threat", "attack")
+
+
+def worst_cases(folder: Path) -> Any:
+    """The worst case of each defense and knowledge, and of how many draws it is."""
+    frame = attacks_of(folder)[["worst_case", "worst_case_draws"]]
+    return frame.groupby(["defense", "knows"]).agg(
+        lambda column: column.iloc[0] if column.nunique(dropna=False) == 1 else "not the same"
+    )
 
 
 def test_attacks_side_by_side(tmp_path: Path) -> None:
     """Attacks that succeed on different images: the worst case is below each of them."""
     last = [[i >= 10] * 3 for i in range(IMAGES)]
     others = [
-        apgd("both", "apgd", [[i >= 20] * 4 for i in range(IMAGES)]),
-        apgd("both", "apgd-known", last, knows=list(BOTH), looks=400),
+        attacked("both", "apgd", [[i >= 20] * 4 for i in range(IMAGES)]),
+        attacked("both", "apgd", last, knows=list(BOTH), evaluations=(50, 3)),
     ]
     results = [r for r in matrix() if r.threat not in ("eot", "dwbox") or r.defense != "both"]
     results += [make("both", "eot", 0.65), make("both", "dwbox", 0.5)]
@@ -385,31 +441,29 @@ def test_attacks_side_by_side(tmp_path: Path) -> None:
     write_leaderboards(tmp_path / "results", tmp_path)
     assert [path.read_bytes() for path in paths] == before
 
-    rows = attacks_table(tmp_path)
-    assert list(rows) == [("both", "hidden"), ("both", "known")]
-    hidden, known = rows.values()
+    rows = attacks_of(tmp_path)
     # Right under eot: images below 26; under whitebox: below 28; under apgd: from 20 on.
-    assert [hidden[key] for key in ("eot", "whitebox", "apgd", "apgd-known")] == [
-        "0.65",
-        "0.7",
-        "0.5",
-        "",
-    ]
-    assert hidden["worst_case"] == "0.15"
-    assert float(hidden["worst_case_lo"]) < 0.15 < float(hidden["worst_case_hi"])
-    assert (hidden["draws"], hidden["equal_calls"]) == ("4", "False")
-    assert (hidden["apgd_attack"], hidden["apgd_gradient_calls"]) == ("apgd", "500.0")
-    assert json.loads(hidden["apgd_effort"])["steps"] == 50
-    assert known["worst_case"] == "0.25"
-    assert known["whitebox"] == ""
-    assert float(known["apgd-known_other_calls"]) == pytest.approx(400 / IMAGES / 3)
+    assert rows.loc["both", "none"]["robust"].to_dict() == {
+        ("eot", "pgd"): 0.65,
+        ("whitebox", "pgd"): 0.7,
+        ("eot", "apgd"): 0.5,
+    }
+    apgd = rows.loc["both", "none", "eot", "apgd"]
+    assert apgd["worst_case"] == 0.15
+    assert apgd["worst_case_lo"] < 0.15 < apgd["worst_case_hi"]
+    assert (apgd["worst_case_draws"], apgd["ratio"], apgd["own"]) == (4, 2.5, False)
+    assert (apgd["gradient_evaluations"], apgd["forward_evaluations"]) == (500, 0)
+    assert json.loads(apgd["effort"])["steps"] == 50
+    known = rows.loc["both", "all", "dwbox", "apgd"]
+    assert (known["worst_case"], known["forward_evaluations"]) == (0.25, 3)
 
     text = (tmp_path / f"{TRACK}-attacks.md").read_text()
-    assert "## All draws hidden" in text
-    assert "## All draws known" in text
-    assert "apgd | 50 steps, EoT-10 | both: 500 + 0 |" in text
-    assert "x)" in text.split("## Effort")[0]
-    for start in (i for i, line in enumerate(text.splitlines()) if line.startswith("| Defense")):
+    assert "## Attacks that know no draw" in text
+    assert "## Attacks that know all draws" in text
+    assert "| eot | apgd | apgd, 50 steps, EoT-10, gradient exact | both: 500 + 0 |" in text
+    assert "| eot | apgd | 50.0 [" in text
+    assert "(2.5x) |" in text
+    for start in (i for i, line in enumerate(text.splitlines()) if line.startswith("| Threat")):
         block = text.splitlines()[start:]
         assert len({line.count(" | ") for line in block[: block.index("")]}) == 1
     assert all(ord(character) < 128 for character in text)
@@ -418,29 +472,86 @@ def test_attacks_side_by_side(tmp_path: Path) -> None:
 def test_worst_case_of_hidden_draws_is_judged_on_others(tmp_path: Path) -> None:
     """Each attack is right where the other isn't: the minimum of each draw would be 0."""
     first, second = ([[draw % 2 == i for draw in range(4)]] * IMAGES for i in (0, 1))
-    save(tmp_path, make("both", "eot", first), apgd("both", "apgd", second))
+    save(tmp_path, make("both", "eot", first), attacked("both", "apgd", second))
     write_leaderboards(tmp_path, tmp_path / "out")
-    assert attacks_table(tmp_path / "out")["both", "hidden"]["worst_case"] == "1.0"
+    assert worst_cases(tmp_path / "out").loc[("both", "none"), "worst_case"] == 1
 
 
 def test_worst_case_is_over_draws_in_common(tmp_path: Path) -> None:
-    few = apgd("both", "few", outcomes(0.5, 2), draws=2)
-    one = apgd("ddim-like", "one", outcomes(0.5, 1), draws=1, sites=["forward"])
+    few = attacked("both", "few", outcomes(0.5, 2), draws=2)
+    one = attacked("ddim-like", "one", outcomes(0.5, 1), draws=1, sites=["forward"])
     save(tmp_path, *matrix(), few, one)
     write_leaderboards(tmp_path, tmp_path / "out")
-    rows = attacks_table(tmp_path / "out")
-    assert (rows["both", "hidden"]["draws"], rows["both", "hidden"]["worst_case"]) == ("2", "0.5")
-    assert rows["ddim-like", "hidden"]["draws"] == "1"
-    assert rows["ddim-like", "hidden"]["worst_case"] == ""
+    rows = worst_cases(tmp_path / "out")
+    assert rows.loc["both", "none"].tolist() == [0.5, 2]
+    assert rows.loc[("ddim-like", "none"), "worst_case_draws"] == 1
+    assert pd.isna(rows.loc[("ddim-like", "none"), "worst_case"])
+
+
+def test_no_worst_case_where_some_noise_is_known(tmp_path: Path) -> None:
+    """One image for each draw, whose other noise is left to chance: a minimum would be too low."""
+    save(tmp_path, *matrix(), attacked("both", "apgd", 0.3, knows=["forward"]))
+    write_leaderboards(tmp_path, tmp_path / "out")
+    rows = attacks_of(tmp_path / "out").loc["both", "forward"]
+    assert rows["robust"].to_dict() == {("dw-fwd", "pgd"): 0.6, ("dw-fwd", "apgd"): 0.3}
+    assert rows["worst_case"].isna().all()
 
 
 def test_attacks_on_a_deterministic_defense_know_all(tmp_path: Path) -> None:
-    other = apgd("none", "square", outcomes(0.025, 1), sites=[], draws=1)
+    other = attacked("none", "square", outcomes(0.025, 1), attack="square", sites=[], draws=1)
     save(tmp_path, *matrix(), other)
     write_leaderboards(tmp_path, tmp_path / "out")
-    rows = attacks_table(tmp_path / "out")
-    assert list(rows) == [("none", "known")]
-    assert rows["none", "known"]["worst_case"] == "0.025"
+    rows = worst_cases(tmp_path / "out")
+    assert list(rows.index) == [("none", "all")]
+    assert rows.loc[("none", "all"), "worst_case"] == 0.025
+
+
+# --- The protocol ---------------------------------------------------------------------------------
+
+
+def threat_entry(folder: Path, name: str, knows: str, eot: int = 10) -> None:
+    (folder / "attacks" / "threats").mkdir(parents=True, exist_ok=True)
+    (folder / "attacks" / "threats" / f"{name}.yaml").write_text(
+        f"title: Another threat model\nknows: {knows}\nattack: pgd\ngradient: exact\n"
+        "effort: {steps: 20, step_size: 0.25, loss: ce, random_start: false, restarts: 1, "
+        f"eot: {eot}}}\n"
+        "draws: 4\neps: null\nprotocol: true\n"
+    )
+
+
+def test_a_new_threat_model_of_the_protocol_appears_without_another_edit(
+    tmp_path: Path, registry: Registry
+) -> None:
+    """One with another EoT, and one that knows what none of the others does."""
+    threat_entry(registry.folders[0], "eot-40", "none", eot=40)
+    threat_entry(registry.folders[0], "reverse-only", "[reverse]")
+    sites = ["forward", "guidance", "reverse"]
+    results = [
+        make("new", "eot", 0.5, sites=sites),
+        make("new", "eot-40", 0.4, sites=sites, effort={"eot": 40}),
+        make("new", "reverse-only", 0.3, sites=sites, knows=["reverse"]),
+    ]
+    save(tmp_path / "results", *results)
+    write_leaderboards(tmp_path / "results", tmp_path, registry=registry)
+    row = table(tmp_path / f"{TRACK}.csv", "defense").loc["new"]
+    assert row[["hidden", "eot-40", "reverse-only"]].tolist() == [0.5, 0.4, 0.3]
+    text = (tmp_path / f"{TRACK}.md").read_text()
+    assert "| eot-40, EoT-40 | reverse-only, EoT-10 |" in text
+    assert "- eot-40, EoT-40: Another threat model." in text
+    assert not (tmp_path / f"{TRACK}-attacks.csv").exists()
+    # To the package's own protocol, they are other attacks.
+    write_leaderboards(tmp_path / "results", tmp_path / "own")
+    assert "eot-40" not in table(tmp_path / "own" / f"{TRACK}.csv", "defense").columns
+    assert ("new", "none", "eot-40", "pgd") in attacks_of(tmp_path / "own").index
+
+
+def test_what_the_protocol_says_equal_must_be_equal(tmp_path: Path, registry: Registry) -> None:
+    """A threat model may differ from the others in what its entry says differs, and no more."""
+    threat_entry(registry.folders[0], "eot-40", "none", eot=40)
+    own = make("both", "eot-40", 0.4, effort={"eot": 40, "steps": 50})
+    save(tmp_path / "results", *matrix(), own)
+    with pytest.raises(NotComparable, match=r"effort\.steps 20 and 50"):
+        write_leaderboards(tmp_path / "results", tmp_path, registry=registry)
 
 
 # --- Refusals -------------------------------------------------------------------------------------
@@ -450,7 +561,7 @@ def other(**changes: Any) -> Result:
     return make("other", "eot", 0.5, **changes)
 
 
-ARITHMETIC = {"device": "cpu", "dtype": "float64", "batch_size": 20, "rows": 200}
+ARITHMETIC = {"device": "cpu", "dtype": "float64", "batch_size": 20, "max_batch": 200}
 
 
 @pytest.mark.parametrize(
@@ -465,7 +576,8 @@ ARITHMETIC = {"device": "cpu", "dtype": "float64", "batch_size": 20, "rows": 200
         (other(effort={"eot": 1}), "effort.eot 10 and 1"),
         (other(effort={"steps": 50}), "effort.steps 20 and 50"),
         (other(effort={"restarts": 5}), "effort.restarts missing and 5"),
-        (other(attack="apgd"), "attack pgd and apgd"),
+        (other(gradient="bpda"), "gradient exact and bpda"),
+        (make("both", "strong", 0.5, nfe=10), "evaluations.nfe 20 and 10"),
         (other(draws=1), r"draws \(4 and 1\)"),
         (make("other", "dw-fwd", 0.5, effort={"eot": 1}), "effort.eot 10 and 1"),
         (make("other", "dwbox", 0.5, effort={"step_size": 0.5}), "effort.step_size"),
@@ -483,7 +595,7 @@ def test_two_protocols_are_refused(tmp_path: Path, result: Result, field: str) -
     message = str(refused.value)
     assert "\n" not in message
     assert message.count("seed-0.json") == 2
-    assert f"{result.defense}/{result.threat}/seed-0.json" in message
+    assert f"{result.defense}/{result.threat}/pgd/seed-0.json" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -506,9 +618,8 @@ def test_a_threat_with_an_eot_of_its_own_is_refused(tmp_path: Path) -> None:
 
 
 def test_fewer_known_or_fresh_draws_are_refused(tmp_path: Path) -> None:
-    record = make("ddim-like", "dwbox", 0.2, sites=["forward"]).model_dump(by_alias=True)
-    record["fresh"] = [[[True]] * 3] * IMAGES
-    save(tmp_path, *matrix(), Result.model_validate(record))
+    few = make("ddim-like", "dwbox", 0.2, sites=["forward"], fresh_draws=1)
+    save(tmp_path, *matrix(), few)
     with pytest.raises(NotComparable, match="fresh draws 4 and 1"):
         leaderboard(load(tmp_path))
 
@@ -518,14 +629,15 @@ def test_idle_eot_is_no_difference(tmp_path: Path) -> None:
     effort = {"steps": 20, "step_size": 0.25}
     known = make("both", "dwbox", 0.25).model_dump(by_alias=True) | {"effort": effort}
     results = [r for r in matrix() if (r.defense, r.threat) != ("both", "dwbox")]
-    board = board_of(tmp_path, *results, Result.model_validate(known))
+    board = board_of(tmp_path, *results, signed(known))
     assert values(board, "both")["all_known"] == 0.25
-    assert board.effort == effort | {"eot": 10}
+    assert board.reference is not None
+    assert board.reference.effort == effort | {"eot": 10}
 
 
 def test_a_seed_for_some_settings_only_is_refused(tmp_path: Path) -> None:
     save(tmp_path, *matrix(), make("both", "eot", 0.6, seed=1))
-    with pytest.raises(NotComparable, match=r"both/eot/seed-1\.json.*seeds 0, 1 for 'eot', 0"):
+    with pytest.raises(NotComparable, match=r"both/eot/pgd/seed-1\.json.*seeds 0, 1 for 'eot', 0"):
         leaderboard(load(tmp_path))
 
 
@@ -538,25 +650,56 @@ def test_nothing_to_report(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_where_it_belongs(tmp_path: Path) -> None:
-    make("both", "eot", 0.5).write(result_path(tmp_path, TRACK, "both", "dwbox", 0))
-    with pytest.raises(BadResult, match=r"not where it belongs.*both/eot/seed-0\.json"):
-        load(tmp_path)
-
-
-def test_ragged_fresh_draws(tmp_path: Path) -> None:
-    record = make("both", "dwbox", 0.2).model_dump(by_alias=True)
-    record["fresh"][3][1] = [True]
-    path = result_path(tmp_path, TRACK, "both", "dwbox", 0)
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(record))
-    with pytest.raises(BadResult, match="fresh"):
+    make("both", "eot", 0.5).write(result_path(tmp_path, TRACK, "both", "dwbox", "pgd", seed=0))
+    with pytest.raises(BadResult, match=r"not where it belongs.*both/eot/pgd/seed-0\.json"):
         load(tmp_path)
 
 
 def test_files_beside_results_are_left_alone(tmp_path: Path) -> None:
     save(tmp_path, *matrix())
-    (tmp_path / TRACK / "both" / "eot" / "seed-0.cost.json").write_text("{}")
+    (tmp_path / TRACK / "both" / "eot" / "pgd" / "seed-0.cost.json").write_text("{}")
+    save(tmp_path / "sweeps" / "eps-1", make("both", "eot", 0.0, eps=1.0))
+    save(tmp_path / ".work", make("both", "eot", 0.0, eps=1.0))
     assert len(load(tmp_path)) == len(matrix())
+
+
+# --- Where results come from ----------------------------------------------------------------------
+
+
+def test_several_folders_and_files(tmp_path: Path) -> None:
+    first, *rest = matrix()
+    file = first.path(save(tmp_path / "a", first))
+    found = load([file, save(tmp_path / "b", *rest[:3]), save(tmp_path / "c", *rest[3:])])
+    assert len(found) == len(matrix())
+    assert found[0].name == f"{TRACK}/none/eot/pgd/seed-0.json"
+    moved = file.rename(tmp_path / "anywhere.json")
+    assert load([moved])[0].name == found[0].name
+
+
+def test_a_setting_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    folders = [save(tmp_path / name, make("both", "eot", 0.5)) for name in "ab"]
+    with pytest.raises(BadResult, match="move one of them away") as refused:
+        load(folders)
+    assert "\n" not in str(refused.value)
+    assert all(str(folder) in str(refused.value) for folder in folders)
+    with pytest.raises(BadResult, match="move one of them away"):
+        load([folders[0], make("both", "eot", 0.5).path(folders[0])])
+
+
+def test_a_result_of_schema_1_lies_where_it_did(tmp_path: Path) -> None:
+    old = Path(__file__).parent / "results" / "schema-1-known.json"
+    path = tmp_path / "digits-linf" / "ddim" / "dwbox" / "seed-0.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(old.read_bytes())
+    (record,) = load(tmp_path)
+    assert record.name == "digits-linf/ddim/dwbox/seed-0.json"
+    assert record.defense_folder == tmp_path / "digits-linf" / "ddim"
+    new = record.result.path(tmp_path)
+    record.result.write(new)
+    with pytest.raises(BadResult, match="move one of them away"):
+        load(tmp_path)
+    path.unlink()
+    assert load(tmp_path)[0].defense_folder == tmp_path / "digits-linf" / "ddim"
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -566,7 +709,7 @@ def test_files_follow_from_results(tmp_path: Path, registry: Registry) -> None:
     save(tmp_path / "results", *matrix())
     out = tmp_path / "out"
     paths = write_leaderboards(tmp_path / "results", out, registry=registry)
-    ends = (".html", ".csv", ".md", ".tex", "-draws.csv", "-settings.csv")
+    ends = (".html", ".csv", "-draws.csv", "-results.csv", ".md", ".tex")
     names = [f"{TRACK}{end}" for end in ends]
     assert [path.name for path in paths] == names
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
@@ -574,18 +717,37 @@ def test_files_follow_from_results(tmp_path: Path, registry: Registry) -> None:
     write_leaderboards(tmp_path / "results", out, TRACK, registry=registry)
     assert [path.read_bytes() for path in paths] == before
 
-    rows = table(out / f"{TRACK}.csv")
-    assert list(rows) == ["both", "ddim-like", "none"]
-    assert rows["both"]["share"] == "0.666667"
-    assert rows["both"]["undefended"] == "0.05"
-    assert rows["both"]["served_by"] == ""
-    assert rows["ddim-like"]["served_by"] == "forward_known=dwbox reverse_known=eot"
-    assert f"{TRACK}/both/dwbox/seed-0.json" in rows["both"]["results"].split()
-    settings = table(out / f"{TRACK}-settings.csv")
-    assert len(settings) == len(matrix())
-    assert settings["both/dwbox"]["knows"] == "forward reverse"
-    assert settings["both/dwbox"]["fresh"] == "0.75"
-    assert settings["both/eot"]["fresh"] == ""
+
+def test_csv_files_of_the_matrix(reported: Path) -> None:
+    rows = table(reported / f"{TRACK}.csv", "defense")
+    assert list(rows.index) == ["both", "ddim-like", "none"]
+    assert rows.loc["both", ["share", "base"]].tolist() == [0.666667, 0.05]
+    assert rows["served_by"].fillna("").to_dict() | {"none": ""} == {
+        "both": "",
+        "ddim-like": "forward_known=dwbox reverse_known=eot",
+        "none": "",
+    }
+    assert f"{TRACK}/both/dwbox/pgd/seed-0.json" in rows.loc["both", "results"].split()
+    results = results_table(reported)
+    assert len(results) == len(matrix())
+    assert results["knows"].loc["both"].to_dict() == {
+        ("dw-fwd", "pgd"): "forward",
+        ("dw-rev", "pgd"): "all but forward",
+        ("dwbox", "pgd"): "all",
+        ("eot", "pgd"): "none",
+        ("null", "pgd"): "none",
+        ("whitebox", "pgd"): "none",
+    }
+    assert results.loc[("none", "eot", "pgd"), "knows"] == "all"
+    assert results.loc[("both", "dwbox", "pgd"), "fresh"] == 0.75
+    assert pd.isna(results.loc[("both", "eot", "pgd"), "fresh"])
+
+
+def test_a_threat_model_called_null_survives_a_csv_file(reported: Path) -> None:
+    path = reported / f"{TRACK}-results.csv"
+    assert "null" in read_csv(path)["threat"].tolist()
+    # As pandas reads by itself, it is missing: README.md of the leaderboards says how to read.
+    assert pd.read_csv(path)["threat"].isna().sum() == 1
 
 
 def test_markdown_says_what_it_means(tmp_path: Path, registry: Registry) -> None:
@@ -596,10 +758,13 @@ def test_markdown_says_what_it_means(tmp_path: Path, registry: Registry) -> None
     assert lines[0] == r"# A toy \| of 5 % & \_more\_"
     assert "never compare them with CIFAR-10" in lines[2].replace("Never", "never")
     assert "upper bound" in text
-    assert "pgd, 20 steps, step size 0.25 eps, EoT-10; linf, eps = 0.15; 40 images" in text
-    assert "judged on 4 draws" in text
+    assert (
+        "pgd, 20 steps, step size 0.25 eps, EoT-10, gradient exact; linf, eps = 0.15; 40 images"
+        in text
+    )
+    assert "evaluated on 4 draws" in text
     assert "Known draws: 3" in text
-    assert "White-box, EoT-1" in text
+    assert "| whitebox, EoT-1 |" in text
     assert "not the track's own" not in text
     cells = [line.strip("|").split(" | ") for line in lines if line.startswith("| 1 | both")]
     assert [len(row) for row in cells] == [7, 8, 7, 8, 8, 8]
@@ -642,25 +807,28 @@ def test_latex_is_balanced(tmp_path: Path, registry: Registry) -> None:
         begins = tex.count(rf"\begin{{{environment}}}")
         assert begins == tex.count(rf"\end{{{environment}}}") > 0
     rows = [line for line in tex.splitlines() if line.startswith("1 & both")]
-    assert [row.count(" & ") + 1 for row in rows] == [7, 8, 5, 8]
+    assert [row.count(" & ") + 1 for row in rows] == [7, 8, 7, 8]
     assert r"A toy | of 5 \% \& \_more\_" in tex
     assert "upper bound" in tex
 
 
 def test_outcomes_as_one_table(tmp_path: Path) -> None:
-    save(tmp_path / "results", *matrix())
+    odd = make("both", "dw-fwd", 0.5).model_dump(by_alias=True)
+    odd["predicted"]["adversarial"][-1][-1] = -2
+    results = [make("both", "eot", 0.65), make("both", "dwbox", 0.25, fresh=0.75), signed(odd)]
+    save(tmp_path / "results", *results)
     paths = [record.path for record in load(tmp_path / "results")]
     outcomes_csv(paths, tmp_path / "outcomes.csv")
-    with (tmp_path / "outcomes.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == sum(len(r.ids) * len(r.draws) for r in matrix())
-    known = [row for row in rows if (row["defense"], row["threat"]) == ("both", "dwbox")]
-    assert [row["image"] for row in known[:4]] == ["0", "0", "0", "1"]
-    assert [row["draw"] for row in known[:4]] == ["0", "1", "2", "0"]
-    assert sum(int(row["robust"]) for row in known) == 0.25 * len(known)
-    assert known[0]["fresh"] == "1"
-    hidden = [row for row in rows if row["threat"] == "eot"]
-    assert {row["fresh"] for row in hidden} == {""}
+    rows = table(tmp_path / "outcomes.csv", "threat")
+    assert len(rows) == sum(len(r.ids) * len(r.draws) for r in results)
+    known = rows.loc["dwbox"]
+    assert known["image"].tolist()[:4] == [0, 0, 0, 1]
+    assert known["draw"].tolist()[:4] == [0, 1, 2, 0]
+    assert known["robust"].mean() == 0.25
+    assert ((known["adversarial"] == known["label"]) == known["robust"].astype(bool)).all()
+    assert known["fresh"].mean() == 0.75
+    assert rows.loc["eot", "fresh"].isna().all()
+    assert rows.loc["dw-fwd", "adversarial"].isna().sum() == 1
     with pytest.raises(BadResult, match="no result files"):
         outcomes_csv([], tmp_path / "outcomes.csv")
 
@@ -675,10 +843,13 @@ def test_reads_eps_as_it_is_written() -> None:
     ]
 
 
-def test_needs_neither_torch_nor_pandas() -> None:
-    code = "import sys, dbp_bench.reporting.report; print({'torch', 'pandas'} & set(sys.modules))"
+def test_a_report_needs_no_torch_and_one_result_no_pandas() -> None:
+    code = (
+        "import sys, dbp_bench.reporting.pool; print({'torch', 'pandas'} & set(sys.modules)); "
+        "import dbp_bench.reporting.report; print({'torch'} & set(sys.modules))"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"
+    assert found.stdout.split("\n") == ["set()", "set()", ""]
 
 
 # --- What others verified ------------------------------------------------------------------------
@@ -687,7 +858,7 @@ def test_needs_neither_torch_nor_pandas() -> None:
 def test_a_row_carries_its_badge(tmp_path: Path) -> None:
     save(tmp_path, *matrix(), make("none", "eot", 0.0, sites=()))
     folder = tmp_path / TRACK / "both"
-    files = sorted(folder.glob("*/seed-*.json"))
+    files = sorted(folder.glob("*/*/seed-*.json"))
     verification = Verification(
         schema=1,
         level="replayed",
@@ -707,8 +878,7 @@ def test_a_row_carries_its_badge(tmp_path: Path) -> None:
     badges = {row.defense: row.badge for row in board.rows}
     assert badges["both"] == "replayed"
     assert badges["none"] == "self-reported"
-    table = list(csv.DictReader(io.StringIO(to_csv(board))))
-    assert {row["defense"]: row["badge"] for row in table} == badges
-    assert "- replayed: both.\n" in to_markdown(board)
+    assert rows_frame(board).set_index("defense")["badge"].to_dict() == badges
+    assert "- replayed: both.\n" in leaderboard_markdown(board)
     files[0].write_text(files[0].read_text() + "\n")
     assert {row.badge for row in leaderboard(load(tmp_path)).rows} == {"self-reported"}

@@ -1,24 +1,24 @@
-"""What a report says of attacks: flags, packages' verdicts, packages against ours, sweeps."""
+"""What a report says of attacks: flags, packages' verdicts, third parties against ours, sweeps."""
 
-import csv
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from dbp_bench.checks import conformance
 from dbp_bench.errors import BadResult
 from dbp_bench.reporting import sanity as flags
-from dbp_bench.reporting.findings import Findings, Flag, Interval, Measured, findings_path
+from dbp_bench.reporting.findings import Findings, Flag, Measured, findings_path
 from dbp_bench.reporting.leaderboard import Leaderboard, Row, leaderboard
 from dbp_bench.reporting.records import load
 from dbp_bench.reporting.rendering import in_words
 from dbp_bench.reporting.report import write_leaderboards
-from dbp_bench.reporting.statistics import Bootstrap
-from dbp_bench.result import Outcomes, Result
-from records import BOTH, IMAGES, TRACK, apgd, attacks_table, make, matrix, outcomes, save
+from dbp_bench.reporting.statistics import Bootstrap, Estimate
+from dbp_bench.result import Result
+from records import BOTH, IMAGES, TRACK, attacked, make, matrix, outcomes, save, table
 
 SQUARE = {"n_queries": 500, "p_init": 0.8, "eot": 5}
 TRANSFER = {
@@ -28,21 +28,18 @@ TRANSFER = {
         **{"loss": "ce", "random_start": False, "restarts": 1},
     },
 }
-PGD = {"name": "PGD", "options": {"alpha": 0.05, "steps": 20}, "gradient": "exact"}
-
-
-def attacked(threat: str, robust: float | Outcomes, attack: str, **changes: Any) -> Result:
-    return apgd("both", threat, robust, attack=attack, **changes)
+PGD = {"alpha": 0.05, "steps": 20}
+BLACK_BOX: dict[str, Any] = {"gradient": None, "evaluations": (0, 500)}
 
 
 def square(robust: float, **changes: Any) -> Result:
-    return attacked("square", robust, "square", effort=SQUARE, **changes)
+    changes = {"effort": SQUARE, **BLACK_BOX, **changes}
+    return attacked("both", "square", robust, attack="square", **changes)
 
 
-def calls(gradient: int, other: int, draws: int = 4) -> dict[str, int]:
-    """As recorded, for so many calls of the search of one image where draws are hidden."""
-    judging = 20 * IMAGES * draws * 2 + IMAGES * other
-    return {"per_purification": 20, "gradient": IMAGES * gradient, "judging": judging}
+def lf(label: str, robust: float, **changes: Any) -> Result:
+    effort = {"steps": 20, "eot": 10, "band": 0.5}
+    return attacked("both", label, robust, attack="lf", effort=effort, **changes)
 
 
 def board(folder: Path, *results: Result) -> Leaderboard:
@@ -53,26 +50,22 @@ def both(folder: Path, *results: Result) -> Row:
     return next(row for row in board(folder, *results).rows if row.defense == "both")
 
 
-def looked(row: Row) -> dict[str, list[str]]:
-    return {check.name: list(check.looked) for check in row.checks}
-
-
-def csv_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def named(row: Row) -> dict[str, list[str]]:
+    return {check.name: list(check.tested) for check in row.checks}
 
 
 # --- Flags ----------------------------------------------------------------------------------------
 
 
-def test_what_was_not_looked_for_is_said(tmp_path: Path) -> None:
-    """No flag because nothing was found is not the same as because nobody looked."""
+def test_what_was_not_tested_is_said(tmp_path: Path) -> None:
+    """No flag because nothing was found is not the same as because nothing was tested."""
     row = both(tmp_path)
     assert row.flags == []
-    assert looked(row) == {
-        "null attack": ["null"],
-        "more knowledge": ["eot", "dwbox"],
+    assert named(row) == {
+        "null attack": ["null/pgd"],
+        "more knowledge": ["eot/pgd", "dwbox/pgd"],
         "zero gradients": [],
+        "conformance": [],
         "gradient check": [],
         "black box": [],
         "more effort": [],
@@ -81,13 +74,14 @@ def test_what_was_not_looked_for_is_said(tmp_path: Path) -> None:
     }
     write_leaderboards(tmp_path, tmp_path / "out")
     text = (tmp_path / "out" / f"{TRACK}.md").read_text()
-    section = text.split("## Looked for")[1].split("\n\n")[1]
-    assert "| both | no finding: null | no finding: eot, dwbox | not looked for |" in section
+    section = text.split("## Tested")[1].split("\n\n")[1]
+    both_ = "| both | no finding: null/pgd | no finding: eot/pgd, dwbox/pgd | not tested |"
+    assert both_ in section
     # Of a deterministic defense both settings are one result, which shows nothing.
-    assert "| none *(control)* | not looked for | not looked for |" in section
-    (line,) = [r for r in csv_of(tmp_path / "out" / f"{TRACK}.csv") if r["defense"] == "both"]
-    assert "null attack: no finding (null); " in line["checks"]
-    assert "black box: not looked for; " in line["checks"]
+    assert "| none *(control)* | not tested | not tested |" in section
+    tests = table(tmp_path / "out" / f"{TRACK}.csv", "defense").loc["both", "tests"]
+    assert "null attack: no finding (null/pgd); " in tests
+    assert "black box: not tested; " in tests
 
 
 def test_a_black_box_that_does_better(tmp_path: Path) -> None:
@@ -98,124 +92,144 @@ def test_a_black_box_that_does_better(tmp_path: Path) -> None:
     difference = bootstrap.estimate(gap).percent(sign=True)
     assert difference.startswith("-25.0 [")
     assert flag.startswith(
-        f"square, which follows no gradient, finds {difference} points against eot, the strongest"
+        f"eot/square, which follows no gradient, finds {difference} points against eot/pgd, the "
+        "strongest"
     )
     assert "masked" in flag
-    assert looked(row)["black box"] == ["square"]
+    assert named(row)["black box"] == ["eot/square"]
 
 
 @pytest.mark.parametrize("left", [0.625, 0.65, 0.9])
 def test_a_black_box_that_does_no_better(tmp_path: Path, left: float) -> None:
     """One image of 40 is within the interval."""
     row = both(tmp_path, square(left))
-    assert (row.flags, looked(row)["black box"]) == ([], ["square"])
+    assert (row.flags, named(row)["black box"]) == ([], ["eot/square"])
 
 
 def test_transfer_is_a_black_box_too(tmp_path: Path) -> None:
-    row = both(tmp_path, attacked("transfer", 0.3, "transfer", effort=TRANSFER))
-    assert [flag.split(",")[0] for flag in row.flags] == ["transfer"]
+    transfer = attacked(
+        *("both", "transfer", 0.3), attack="transfer", effort=TRANSFER, evaluations=(0, 0)
+    )
+    assert [flag.split(",")[0] for flag in both(tmp_path, transfer).flags] == ["eot/transfer"]
 
 
-def test_square_of_a_package_is_a_black_box_and_its_pgd_is_none(tmp_path: Path) -> None:
-    effort = PGD | {"name": "Square"}
+def test_a_black_box_is_known_by_what_it_evaluated(tmp_path: Path) -> None:
+    """Square of a package is one, whatever gradient the run could have followed; its PGD isn't."""
     row = both(
         tmp_path,
-        attacked("ta-square", 0.6, "torchattacks", effort=effort),
-        attacked("ta-pgd", 0.1, "torchattacks", effort=PGD),
+        attacked("both", "ta-square", 0.6, attack="torchattacks:Square", evaluations=(0, 9)),
+        attacked("both", "ta-pgd", 0.1, attack="torchattacks:PGD", effort=PGD),
     )
-    assert looked(row)["black box"] == ["ta-square"]
+    assert named(row)["black box"] == ["eot/ta-square"]
     (flag,) = row.flags
-    assert flag.startswith("eot: another attack, ta-pgd, finds")
+    assert flag.startswith("eot/pgd: another attack, eot/ta-pgd, finds")
 
 
 def test_a_black_box_below_our_own_attack_but_not_below_the_strongest(tmp_path: Path) -> None:
     """That shows a weak search, not a masked gradient."""
-    lf = attacked("lf", 0.2, "lf", effort={"steps": 20, "eot": 10, "gradient": "exact"})
-    row = both(tmp_path, square(0.4), lf)
+    row = both(tmp_path, square(0.4), lf("lf", 0.2))
     flag, other = row.flags
-    assert flag.startswith("eot: its search has not converged: square, which follows no gradient")
+    assert flag.startswith(
+        "eot/pgd: its search has not converged: eot/square, which follows no gradient"
+    )
     assert "masked" not in flag
-    assert other.startswith("eot: another attack, lf, finds")
+    assert other.startswith("eot/pgd: another attack, eot/lf, finds")
 
 
 def test_a_black_box_that_knows_more_shows_nothing(tmp_path: Path) -> None:
     """Knowing the forward noise, it stands against what knows the same: 60 %, not 65 %."""
-    known = square(0.6, knows=["forward"])
-    row = both(tmp_path, known)
-    assert (row.flags, looked(row)["black box"]) == ([], ["square"])
-    known = attacked("square", 0.1, "square", effort=SQUARE, knows=["forward"])
-    (flag,) = both(tmp_path, known).flags
-    assert "against dw-fwd" in flag
+    row = both(tmp_path, square(0.6, knows=["forward"]))
+    assert (row.flags, named(row)["black box"]) == ([], ["dw-fwd/square"])
+    (flag,) = both(tmp_path, square(0.1, knows=["forward"])).flags
+    assert "against dw-fwd/pgd" in flag
 
 
-def test_more_effort_of_the_same_family(tmp_path: Path) -> None:
-    row = both(tmp_path, apgd("both", "long", 0.4))
+def more(robust: float, **changes: Any) -> Result:
+    """Our own attack with 50 steps."""
+    return attacked("both", "long", robust, attack="pgd", **changes)
+
+
+def test_more_effort_of_the_same_attack(tmp_path: Path) -> None:
+    row = both(tmp_path, more(0.4))
     (flag,) = row.flags
-    assert flag.startswith("eot: its search has not converged: long, with more steps or draws,")
+    assert flag.startswith(
+        "eot/pgd: its search has not converged: eot/long, with 500 gradient evaluations against 200"
+    )
     assert "finds -25.0 [" in flag
-    assert looked(row)["more effort"] == ["long"]
-    assert both(tmp_path, apgd("both", "long", 0.625)).flags == []
+    assert named(row)["more effort"] == ["eot/long"]
+    assert both(tmp_path, more(0.625)).flags == []
 
 
 @pytest.mark.parametrize(
     ("changes", "counts"),
     [
-        ({"effort": {"steps": 20, "eot": 10}}, False),
-        ({"effort": {"steps": 100, "eot": 5}}, False),
-        ({"effort": {"steps": 20, "eot": 11}}, True),
-        ({"effort": {"steps": 20, "eot": 10, "restarts": 2}}, True),
-        ({"effort": {"steps": 20, "eot": 10, "targets": 9}}, True),
-        ({"effort": {"steps": 50, "eot": 10, "gradient": "bpda"}}, False),
-        ({"attack": "lf", "effort": {"steps": 50, "eot": 10}}, False),
+        ({"evaluations": (200, 0)}, False),
+        ({"evaluations": (199, 10_000)}, False),
+        ({"evaluations": (201, 0)}, True),
+        ({"gradient": "bpda"}, False),
+        ({"attack": "lf"}, False),
+        ({"attack": "apgd"}, False),
         ({"eps": 1.0}, False),
-        # Where all is known EoT is idle.
-        ({"knows": list(BOTH), "effort": {"steps": 20, "eot": 100}}, False),
-        ({"knows": list(BOTH), "effort": {"steps": 21, "eot": 1}}, True),
+        # Where all is known EoT is idle, and the own attack took 20 evaluations.
+        ({"knows": list(BOTH), "evaluations": (20, 0)}, False),
+        ({"knows": list(BOTH), "evaluations": (21, 0)}, True),
     ],
 )
 def test_what_is_more_effort(tmp_path: Path, changes: dict[str, Any], counts: bool) -> None:
-    row = both(tmp_path, apgd("both", "other", 0.1, **changes))
-    assert looked(row)["more effort"] == (["other"] if counts else [])
+    row = both(tmp_path, attacked("both", "other", 0.1, **{"attack": "pgd", **changes}))
+    assert bool(named(row)["more effort"]) == counts
     assert any("not converged" in flag for flag in row.flags) == counts
 
 
 def test_another_attack_that_does_better(tmp_path: Path) -> None:
     """The leaderboard's number is an upper bound, and a lower one is known."""
-    other = {"attack": "lf", "effort": {"steps": 20, "eot": 10, "band": 0.5}}
-    row = both(tmp_path, apgd("both", "smooth", 0.4, **other))
+    row = both(tmp_path, lf("smooth", 0.4))
     (flag,) = row.flags
-    assert flag.startswith("eot: another attack, smooth, finds -25.0 [")
-    assert looked(row)["other attacks"] == ["smooth"]
-    row = both(tmp_path, apgd("both", "smooth", 0.625, **other))
-    assert (row.flags, looked(row)["other attacks"]) == ([], ["smooth"])
-    # What is judged elsewhere, as a black box or as more of the same, isn't judged twice.
-    rest = both(tmp_path / "rest", square(0.6), apgd("both", "long", 0.625))
-    assert looked(rest)["other attacks"] == []
+    assert flag.startswith("eot/pgd: another attack, eot/smooth, finds -25.0 [")
+    assert named(row)["other attacks"] == ["eot/smooth"]
+    row = both(tmp_path, lf("smooth", 0.625))
+    assert (row.flags, named(row)["other attacks"]) == ([], ["eot/smooth"])
+    # What is held against ours elsewhere, as a black box or as more of the same, isn't twice.
+    rest = both(tmp_path / "rest", square(0.6), more(0.625))
+    assert named(rest)["other attacks"] == []
 
 
-def checked(errors: list[float | None], cosine: list[float | None], **effort: Any) -> Result:
+def test_conformance(tmp_path: Path) -> None:
+    record = {"checks": {"replays exactly": "pass"}, "gradient": None}
+    row = both(tmp_path, more(0.7, conformance=record))
+    assert (row.flags, named(row)["conformance"]) == ([], ["eot/long"])
+    record = {"checks": {"replays exactly": "two evaluations differ"}, "gradient": None}
+    (flag,) = both(tmp_path, more(0.7, conformance=record)).flags
+    assert flag == (
+        "the defense fails a conformance check in eot/long: replays exactly: two evaluations differ"
+    )
+
+
+def checked(errors: list[float | None], cosine: list[float | None], **changes: Any) -> Result:
     check = {"ids": [0, 1], "difference_errors": errors, "cosine": cosine}
-    effort = {"steps": 5, "eot": 1, "gradient": "exact"} | effort
-    return attacked("other", 0.9, "pgd", gradient_check=check, effort=effort)
+    record = {"checks": {}, "gradient": check}
+    return attacked(
+        "both", "other", 0.9, attack="pgd", conformance=record, evaluations=(5, 0), **changes
+    )
 
 
 @pytest.mark.parametrize(
     ("result", "says"),
     [
         (checked([1e-6, 2e-6], [1.0, 1.0]), None),
-        (checked([1e-6, 0.031], [1.0, 1.0]), "off from finite differences by 0.031 in other"),
-        (checked([1e-6, 1e-6], [1.0, 0.98]), "the exact gradient, which .* only 0.98 in other"),
+        (checked([1e-6, 0.031], [1.0, 1.0]), "off from finite differences by 0.031 in eot/other"),
+        (checked([1e-6, 1e-6], [1.0, 0.98]), "the exact gradient, which .* only 0.98 in eot/other"),
         (checked([1e-6, 1e-6], [1.0, 0.7], gradient="bpda"), None),
         (
             checked([1e-6, 1e-6], [0.9, -0.12], gradient="bpda"),
-            "the bpda gradient, which .* only -0.12 in other",
+            "the bpda gradient, which .* only -0.12 in eot/other",
         ),
-        (checked([None, 1e-6], [None, 1.0]), r"no gradient on images .*\(other\)"),
+        (checked([None, 1e-6], [None, 1.0]), r"no gradient on images .*\(eot/other\)"),
     ],
 )
 def test_gradient_check(tmp_path: Path, result: Result, says: str | None) -> None:
     row = both(tmp_path, result)
-    assert looked(row)["gradient check"] == ["other"]
+    assert named(row)["gradient check"] == ["eot/other"]
     assert len(row.flags) == (says is not None)
     if says is not None:
         (flag,) = row.flags
@@ -234,15 +248,15 @@ def swept(**changes: Any) -> Findings:
         Measured(
             value=20,
             file="sweeps/standard/x.json",
-            accuracy=Interval(value=0.5, low=0.4, high=0.6),
+            accuracy=Estimate(value=0.5, low=0.4, high=0.6),
             fall=None,
             zero_gradient=0.0,
         ),
         Measured(
             value=100,
             file=None,
-            accuracy=Interval(value=0.3, low=0.2, high=0.4),
-            fall=Interval(value=0.2, low=0.1, high=0.3),
+            accuracy=Estimate(value=0.3, low=0.2, high=0.4),
+            fall=Estimate(value=0.2, low=0.1, high=0.3),
             zero_gradient=0.0,
         ),
     ]
@@ -256,7 +270,8 @@ def swept(**changes: Any) -> Findings:
 
 
 def place(folder: Path, found: Findings) -> Path:
-    path = findings_path(folder, found.track, found.defense, found.threat, found.seed, found.axis)
+    names = (found.track, found.defense, found.threat)
+    path = findings_path(folder, *names, found.seed, found.axis, found.attack)
     found.write(path)
     return path
 
@@ -264,30 +279,27 @@ def place(folder: Path, found: Findings) -> Path:
 def test_sweeps_are_found_shown_and_flagged(tmp_path: Path) -> None:
     results = save(tmp_path / "results", *matrix())
     place(results, swept())
-    place(results, swept(defense="ddim-like", axis="eot", flags=[], notes=[]))
+    place(results, swept(defense="ddim-like", attack="pgd", axis="eot", flags=[], notes=[]))
     place(results, swept(track="another"))
     place(results, swept(track="other")).write_text("not read")
     paths = write_leaderboards(results, tmp_path / "out")
     names = [path.name for path in paths]
     assert names[-2:] == [f"{TRACK}-sweeps.csv", f"{TRACK}-attacks.md"]
-    rows = {row["defense"]: row for row in csv_of(tmp_path / "out" / f"{TRACK}.csv")}
-    assert rows["both"]["flags"] == "sweep of eot over steps: accuracy falls from 50.0 to 30.0 %"
-    assert rows["both"]["checks"].endswith("sweeps: flagged (eot steps)")
-    assert rows["ddim-like"]["checks"].endswith("sweeps: no finding (eot eot)")
+    rows = table(tmp_path / "out" / f"{TRACK}.csv", "defense")
+    assert rows.loc["both", "flags"] == (
+        "sweep of eot over steps: accuracy falls from 50.0 to 30.0 %"
+    )
+    assert rows.loc["both", "tests"].endswith("sweeps: flagged (eot steps)")
+    assert rows.loc["ddim-like", "tests"].endswith("sweeps: no finding (eot/pgd eot)")
     text = (tmp_path / "out" / f"{TRACK}-attacks.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| both | eot"))
     assert "16 x 3 | 20 (its own): 50.0 [40.0, 60.0]; 100: 30.0 [20.0, 40.0] |" in line
     assert "**not-converged**: accuracy falls" in line
     assert "undecided: the ball may be too small" in line
-    assert "| ddim-like | eot | 0 | eot |" in text
-    table = csv_of(tmp_path / "out" / f"{TRACK}-sweeps.csv")
-    assert [(row["defense"], row["value"], row["fall"]) for row in table] == [
-        ("both", "20.0", ""),
-        ("both", "100.0", "0.2"),
-        ("ddim-like", "20.0", ""),
-        ("ddim-like", "100.0", "0.2"),
-    ]
-    assert "Sweeps" not in (tmp_path / "out" / f"{TRACK}.csv").read_text()
+    assert "| ddim-like | eot | pgd | 0 | eot |" in text
+    found = table(tmp_path / "out" / f"{TRACK}-sweeps.csv", "defense", "value")
+    assert found["fall"].dropna().to_dict() == {("both", 100): 0.2, ("ddim-like", 100): 0.2}
+    assert len(found) == 4
 
 
 @pytest.mark.parametrize(
@@ -325,154 +337,158 @@ def test_the_packages_own_verdict(tmp_path: Path) -> None:
     """Half of the draws are right on every image, and the package's single draw on a quarter."""
     verdict = [[i < 10] for i in range(IMAGES)]
     robust = [[draw < 2 for draw in range(4)] for _ in range(IMAGES)]
-    rand = attacked("rand", robust, "autoattack", effort={"eot": 20}, package_robust=verdict)
+    rand = attacked("both", "rand", robust, attack="autoattack:rand", package_robust=verdict)
     known = attacked(
-        "standard",
-        outcomes(0.25, 3),
-        "autoattack",
+        *("both", "standard", outcomes(0.25, 3)),
+        attack="autoattack:standard",
         knows=list(BOTH),
-        effort={"eot": 1},
         package_robust=outcomes(0.25, 3),
     )
     save(tmp_path, *matrix(), rand, known, square(0.7))
     write_leaderboards(tmp_path, tmp_path / "out")
-    rows = attacks_table(tmp_path / "out")
-    hidden = rows["both", "hidden"]
-    assert (hidden["rand"], hidden["rand_package_verdict"]) == ("0.5", "0.25")
+    rows = table(tmp_path / "out" / f"{TRACK}-attacks.csv", "knows", "attack")
+    hidden = rows.loc["none", "rand"]
+    assert hidden[["robust", "package_verdict", "package_gap"]].tolist() == [0.5, 0.25, -0.25]
     bootstrap = Bootstrap(IMAGES)
     gap = bootstrap.estimate(bootstrap.mean([2 * (i < 10) - 1 for i in range(IMAGES)], 2))
-    assert hidden["rand_package_gap"] == "-0.25"
-    assert float(hidden["rand_package_gap_lo"]) == pytest.approx(gap.low)
-    assert float(hidden["rand_package_gap_hi"]) == pytest.approx(gap.high)
-    assert hidden["standard_package_gap"] == ""
-    assert "square_package_verdict" not in hidden
-    assert rows["both", "known"]["standard_package_gap"] == "0.0"
+    assert hidden[["package_gap_lo", "package_gap_hi"]].tolist() == pytest.approx(
+        [gap.low, gap.high]
+    )
+    assert rows.loc["none"].drop("rand")["package_gap"].isna().all()
+    assert rows.loc[("all", "standard"), "package_gap"] == 0
     text = (tmp_path / "out" / f"{TRACK}-attacks.md").read_text()
-    line = next(x for x in text.splitlines() if x.startswith("| both | hidden | rand |"))
+    line = next(x for x in text.splitlines() if x.startswith("| both | none | eot | rand | 25.0 ["))
     assert line.endswith(f"| 50.0 [50.0, 50.0] | {gap.percent(sign=True)} |")
-    assert "| both | known | standard | 25.0 [" in text
+    assert "| both | all | dwbox | standard | 25.0 [" in text
     assert "p^(n + 1)" in text
 
 
-def duel(folder: Path, *results: Result) -> dict[str, dict[str, str]]:
+def ta(robust: float, gradient: int, forward: int = 0, **changes: Any) -> Result:
+    """PGD of a package."""
+    return attacked(
+        *("both", "ta", robust),
+        attack="torchattacks:PGD",
+        effort=PGD,
+        evaluations=(gradient, forward),
+        **changes,
+    )
+
+
+def duel(folder: Path, *results: Result) -> Any:
     save(folder, *matrix(), *results)
     write_leaderboards(folder, folder / "out")
-    rows = csv_of(folder / "out" / f"{TRACK}-packages.csv")
-    return {f"{row['defense']}/{row['package_threat']}": row for row in rows}
+    return table(folder / "out" / f"{TRACK}-third-party.csv", "defense", "attack")
 
 
-def test_packages_against_ours(tmp_path: Path) -> None:
-    """Of ours with at most as many calls the strongest; each image paired."""
-    ta = attacked("ta", 0.25, "torchattacks", effort=PGD, network_calls=calls(300, 100))
-    fair = attacked("fair", 0.5, "apgd", network_calls=calls(350, 50))
-    weaker = attacked("weaker", 0.6, "apgd", network_calls=calls(10, 0))
-    strong = attacked("strong", 0.05, "apgd", network_calls=calls(350, 51))
-    also = attacked("also", 0.05, "autoattack", effort={"eot": 1}, network_calls=calls(1, 0))
-    row = duel(tmp_path, ta, fair, weaker, strong, also)["both/ta"]
-    assert (row["package_attack"], row["package"]) == ("torchattacks:PGD", "0.25")
-    assert (row["package_gradient_calls"], row["package_other_calls"]) == ("300.0", "100.0")
-    assert (row["ours_threat"], row["ours_attack"], row["ours"]) == ("fair", "apgd", "0.5")
-    assert (row["difference"], row["package_lower"], row["why"]) == ("-0.25", "True", "")
+def test_third_parties_against_ours(tmp_path: Path) -> None:
+    """Of ours with at most as many evaluations the strongest; each image paired."""
+    fair = attacked("both", "fair", 0.5, evaluations=(350, 50))
+    weaker = attacked("both", "weaker", 0.6, evaluations=(10, 0))
+    strong = attacked("both", "strong", 0.05, evaluations=(350, 51))
+    also = attacked("both", "also", 0.05, attack="autoattack:rand", evaluations=(1, 0))
+    row = duel(tmp_path, ta(0.25, 300, 100), fair, weaker, strong, also).loc["both", "ta"]
+    keys = ["robust", "gradient_evaluations", "forward_evaluations", "evaluations"]
+    assert row[keys].tolist() == [0.25, 300, 100, 400]
+    assert row[["ours_threat", "ours_attack", "ours_robust"]].tolist() == ["eot", "fair", 0.5]
+    assert row[["difference", "lower"]].tolist() == [-0.25, True]
+    assert pd.isna(row["why"])
     bootstrap = Bootstrap(IMAGES)
     gap = bootstrap.mean([-int(10 <= i < 20) for i in range(IMAGES)], 1)
-    assert float(row["difference_lo"]) == pytest.approx(bootstrap.estimate(gap).low)
-    assert row["results"].split() == [f"{TRACK}/both/{x}/seed-0.json" for x in ("ta", "fair")]
+    assert row["difference_lo"] == pytest.approx(bootstrap.estimate(gap).low)
+    names = [f"{TRACK}/both/eot/{label}/seed-0.json" for label in ("ta", "fair")]
+    assert row["results"].split() == names
     text = (tmp_path / "out" / f"{TRACK}-attacks.md").read_text()
-    line = next(x for x in text.splitlines() if x.startswith("| both | nothing | ta (torchattacks"))
-    assert "| 400 | fair (apgd) | 50.0 [" in line
+    line = next(x for x in text.splitlines() if x.startswith("| both | none | eot | ta | 25.0 ["))
+    assert "| 400 | eot | fair | 50.0 [" in line
     assert line.endswith("| **yes** |")
-    assert "Of 1 comparisons, the package's attack leaves less" in text
+    assert "Of 2 comparisons, the third-party attack leaves less" not in text
+    assert "Of 1 comparisons, the third-party attack leaves less" in text
     assert "interval in 1." in text
 
 
-def test_a_package_within_the_interval(tmp_path: Path) -> None:
-    ta = attacked("ta", 0.625, "torchattacks", effort=PGD, network_calls=calls(2000, 0))
-    row = duel(tmp_path, ta)["both/ta"]
-    assert (row["ours_threat"], row["difference"]) == ("eot", "-0.025")
-    assert row["package_lower"] == "False"
+def test_a_third_party_within_the_interval(tmp_path: Path) -> None:
+    row = duel(tmp_path, ta(0.625, 2000)).loc["both", "ta"]
+    assert row[["ours_attack", "difference", "lower"]].tolist() == ["pgd", -0.025, False]
 
 
-def test_of_a_tie_the_one_with_fewer_calls(tmp_path: Path) -> None:
-    ta = attacked("ta", 0.9, "torchattacks", effort=PGD, network_calls=calls(2000, 0))
-    cheap = attacked("z", 0.65, "apgd", network_calls=calls(10, 0))
-    assert duel(tmp_path, ta, cheap)["both/ta"]["ours_threat"] == "z"
+def test_of_a_tie_the_one_with_fewer_evaluations(tmp_path: Path) -> None:
+    cheap = attacked("both", "z", 0.65, evaluations=(10, 0))
+    assert duel(tmp_path, ta(0.9, 2000), cheap).loc[("both", "ta"), "ours_attack"] == "z"
 
 
-def test_nothing_to_hold_against_a_package(tmp_path: Path) -> None:
-    few = attacked("few", 0.3, "torchattacks", effort=PGD, network_calls=calls(5, 5))
-    free = {"per_purification": 0, "gradient": 0, "judging": 0}
-    zero = apgd(
-        *("free", "ta", 0.3), attack="torchattacks", effort=PGD, sites=["s"], network_calls=free
-    )
-    own = make("free", "eot", 0.2, sites=["s"], network_calls=free)
-    alone = apgd("alone", "ta", 0.3, attack="torchattacks", effort=PGD, sites=["s"])
-    rows = duel(tmp_path, few, zero, own, alone)
-    assert {key: row["why"] for key, row in rows.items()} == {
-        "alone/ta": "no attack of ours with this knowledge",
-        "both/few": "none of ours has as few calls (the fewest: 200)",
-        "free/ta": "purification calls no network, so that calls do not tell effort",
+def test_nothing_to_hold_against_a_third_party(tmp_path: Path) -> None:
+    counts = {"gradient": None, "forward": None, "nfe": 0, "searched_nfe": None}
+    free = [
+        make("free", "eot", 0.2, sites=["s"]).model_dump(by_alias=True) | {"evaluations": counts},
+        attacked("free", "ta", 0.3, attack="torchattacks:PGD", sites=["s"]).model_dump(
+            by_alias=True
+        )
+        | {"evaluations": counts},
+    ]
+    alone = attacked("alone", "ta", 0.3, attack="torchattacks:PGD", sites=["s"])
+    rows = duel(tmp_path, ta(0.3, 5, 5), *map(Result.model_validate, free), alone)
+    assert rows["why"].to_dict() == {
+        ("alone", "ta"): "no attack of ours with this knowledge",
+        ("both", "ta"): "none of ours has as few evaluations (the fewest: 20)",
+        ("free", "ta"): "evaluations were not recorded",
     }
-    for row in rows.values():
-        assert (row["ours"], row["difference"], row["package_lower"]) == ("", "", "")
-    assert rows["free/ta"]["package_gradient_calls"] == ""
+    assert rows[["ours_robust", "difference", "lower"]].isna().all(axis=None)
+    assert pd.isna(rows.loc[("free", "ta"), "gradient_evaluations"])
     text = (tmp_path / "out" / f"{TRACK}-attacks.md").read_text()
-    assert "| none of ours has as few calls (the fewest: 200) |" in text
+    assert "| none of ours has as few evaluations (the fewest: 20) |" in text
     assert "Of 0 comparisons" in text
 
 
-def test_a_package_that_knows_the_same_only(tmp_path: Path) -> None:
-    known = attacked(
-        "ta-known",
-        0.1,
-        "torchattacks",
-        effort=PGD,
-        knows=list(BOTH),
-        draws=3,
-    )
-    row = duel(tmp_path, known)["both/ta-known"]
-    assert (row["knows"], row["ours_threat"]) == ("forward reverse", "dwbox")
+def test_a_third_party_that_knows_the_same_only(tmp_path: Path) -> None:
+    row = duel(tmp_path, ta(0.1, 60, knows=list(BOTH))).loc["both", "ta"]
+    assert (row["knows"], row["ours_threat"]) == ("all", "dwbox")
 
 
 # --- Effort ---------------------------------------------------------------------------------------
 
 
 def test_effort_in_words() -> None:
-    effort = {"gradient": "exact", "surrogate_steps": None, "steps": 20, "step_size": 0.25}
+    effort = {"steps": 20, "step_size": 0.25, "targets": None}
     assert in_words(effort | {"eot": 10, "random_start": False}) == (
-        "20 steps, step size 0.25 eps, EoT-10, gradient exact, no random start"
+        "20 steps, step size 0.25 eps, EoT-10, no random start"
     )
     assert in_words(TRANSFER).startswith("source none, search pgd (20 steps, step size 0.25 eps,")
-    assert in_words(PGD) == "20 steps, alpha 0.05, gradient exact"
+    assert in_words(PGD) == "20 steps, alpha 0.05"
     members = [{"attack": "apgd", "steps": 5, "targets": None}, {"attack": "square", "eot": 2}]
     assert in_words({"members": members}) == "members apgd (5 steps) and square (EoT-2)"
 
 
 def test_equal_efforts_are_folded_and_a_transfer_makes_no_query(tmp_path: Path) -> None:
-    none = calls(0, 0)
-    transfers = [
-        apgd(d, "transfer", 0.8, attack="transfer", effort=TRANSFER, network_calls=none)
-        for d in ("a", "both")
+    transfer: dict[str, Any] = {"attack": "transfer", "effort": TRANSFER, "evaluations": (0, 0)}
+    others = [
+        *(attacked(d, "transfer", 0.8, **transfer, gradient=None) for d in ("a", "both")),
+        *(make("a", "eot", 0.9), make("a", "dwbox", 0.5)),
+        attacked("both", "long", 0.7, evaluations=(7, 3)),
+        attacked("a", "long", 0.7, evaluations=(8, 3)),
     ]
-    owns = [make("a", "eot", 0.9), make("a", "dwbox", 0.5)]
-    longs = [
-        apgd("both", "long", 0.7, network_calls=calls(7, 3)),
-        apgd("a", "long", 0.7, network_calls=calls(8, 3)),
-    ]
-    save(tmp_path, *matrix(), *owns, *longs, *transfers)
+    save(tmp_path, *matrix(), *others)
     write_leaderboards(tmp_path, tmp_path / "out")
     text = (tmp_path / "out" / f"{TRACK}-attacks.md").read_text()
-    table, effort = text.split("## Effort")
-    assert effort.count("| transfer | hidden |") == 1
-    assert "| a, both: no query, but 20 gradients of none |" in effort
+    shown, effort = text.split("## Effort")
+    assert effort.count("| none | eot | transfer |") == 1
+    assert "| a, both: no query |" in effort
     assert "| a: 8 + 3; both: 7 + 3 |" in effort
     assert "{" not in effort
-    assert table.count("(no query)") == 2
+    assert shown.count("(no query)") == 2
     assert "(0x)" not in text
 
 
+def test_what_a_surrogate_takes_is_said(tmp_path: Path) -> None:
+    counts = {"gradient": [10] * IMAGES, "forward": [0] * IMAGES, "nfe": 20, "searched_nfe": 5}
+    fast = more(0.7, gradient="surrogate:5").model_dump(by_alias=True) | {"evaluations": counts}
+    save(tmp_path, *matrix(), Result.model_validate(fast))
+    write_leaderboards(tmp_path, tmp_path / "out")
+    text = (tmp_path / "out" / f"{TRACK}-attacks.md").read_text()
+    assert "gradient surrogate:5 | both: 10 + 0, of 5 NFE in place of 20 |" in text
+
+
 def test_everything_is_the_same_again(tmp_path: Path) -> None:
-    ta = attacked("ta", 0.25, "torchattacks", effort=PGD, network_calls=calls(300, 100))
-    save(tmp_path, *matrix(), ta, square(0.1))
+    save(tmp_path, *matrix(), ta(0.25, 300, 100), square(0.1))
     place(tmp_path, swept())
     paths = write_leaderboards(tmp_path, tmp_path / "out")
     before = [path.read_bytes() for path in paths]

@@ -39,9 +39,12 @@ def number_of(value: object) -> object:
 
 
 class Strict(BaseModel):
-    """Every key must be there, and no other; no value is taken for another (`no` for 0)."""
+    """Every key must be there, and no other; no value is taken for another (`no` for 0).
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    Numbers are finite.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class _UniqueKeys(yaml.SafeLoader):

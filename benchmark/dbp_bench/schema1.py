@@ -83,7 +83,7 @@ def converted(table: dict[str, Any]) -> dict[str, Any]:
     }
     same = (
         *("track", "defense", "threat", "seed", "norm", "eps", "sites", "knows", "options"),
-        *("overrides", "ids", "labels", "draws", "zero_gradient", "provenance"),
+        *("overrides", "ids", "labels", "draws", "provenance"),
     )
     arithmetic = dict(table["arithmetic"])
     arithmetic["max_batch"] = arithmetic.pop("rows")
@@ -97,6 +97,7 @@ def converted(table: dict[str, Any]) -> dict[str, Any]:
         "effort": effort,
         "gradient": gradient,
         "predicted": predicted,
+        "zero_gradient": None if _took_no_gradient(old) else old.zero_gradient,
         "evaluations": _evaluations(old, gradient),
         "conformance": check and {"checks": {}, "gradient": check},
         "arithmetic": arithmetic,
@@ -121,6 +122,8 @@ def _attack(old: Schema1) -> tuple[str, str | None, dict[str, Any]]:
     steps = effort.pop("surrogate_steps", None)
     if steps is not None:
         gradient = f"surrogate:{steps}"
+    if _took_no_gradient(old):
+        gradient = None
     if attack == "torchattacks":
         attack = f"torchattacks:{effort.get('name')}"
         effort = effort.get("options", {})
@@ -129,14 +132,24 @@ def _attack(old: Schema1) -> tuple[str, str | None, dict[str, Any]]:
     return attack, gradient, effort
 
 
+def _took_no_gradient(old: Schema1) -> bool:
+    """Whether an attack that might follow a gradient never took one, such as a package's Square.
+
+    A run stops where every gradient is zero; so if no image met another, none was taken.
+    """
+    return bool(old.zero_gradient) and all(old.zero_gradient or [])
+
+
 def _evaluations(old: Schema1, gradient: str | None) -> dict[str, int | None]:
     """Evaluations from network calls, exact where what was searched is the defense itself.
 
-    A defense without a network leaves no count, nor does a search in a surrogate or, by transfer,
-    in another defense, whose calls were counted with it or not at all.
+    A defense without a network leaves no count, and a search in a surrogate none that can be told
+    apart. A transfer attack never calls the defense, which leaves none to count.
     """
     calls, nfe = old.network_calls, old.network_calls.per_purification
-    if not nfe or old.attack == "transfer" or gradient not in ("exact", "bpda", None):
+    if old.attack == "transfer":
+        return {"gradient": 0, "forward": 0, "nfe": nfe, "searched_nfe": None}
+    if not nfe or gradient not in ("exact", "bpda", None):
         return {"gradient": None, "forward": None, "nfe": nfe, "searched_nfe": None}
     fresh = max((len(draw) for image in old.fresh or [] for draw in image), default=0)
     verdicts = len(old.ids) * len(old.draws) * (2 + fresh)

@@ -31,7 +31,6 @@ FLOOR = 1e-6
 
 _OWNER = "gradients"
 _QUICK_IMAGES, _QUICK_DIRECTIONS = 2, 3
-_UNIT = 10**9
 
 
 # --------------------------------------------------------------------------------- what is measured
@@ -155,10 +154,7 @@ def _mean(values: Tensor) -> Estimate | None:
     if len(values) == 0:
         return None
     bootstrap = Bootstrap(len(values))
-    # Bootstrap takes counts: of billionths.
-    return bootstrap.estimate(
-        bootstrap.mean([round(_UNIT * value) for value in values.tolist()], _UNIT)
-    )
+    return bootstrap.estimate(bootstrap.average(values.tolist()))
 
 
 # ------------------------------------------------------------------------------------- of an entry

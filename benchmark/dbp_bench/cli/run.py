@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from dbp_bench.entries.fields import Entry
     from dbp_bench.entries.track import Track
-    from dbp_bench.result import Kind, Result
+    from dbp_bench.result import Result
     from dbp_bench.runs.estimate import Cost
     from dbp_bench.runs.job import Job, Planned
 
@@ -200,7 +200,9 @@ def _run_all(
 def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json: bool) -> None:
     from rich.table import Table
 
-    rows = [(path, result, _accuracies(result)) for path, result in done]
+    from dbp_bench.reporting.pool import accuracies
+
+    rows = [(path, result, asdict(accuracies(result))) for path, result in done]
     if as_json:
         listed = [
             {
@@ -241,23 +243,6 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
         )
     for path, _, _ in rows:
         say.print(str(path), highlight=False, soft_wrap=True)
-
-
-def _accuracies(result: "Result") -> "dict[str, dict[str, float] | None]":
-    """Clean, robust and fresh-draw accuracy, each with its interval; None where not measured."""
-    from dbp_bench.reporting.statistics import Bootstrap
-
-    bootstrap = Bootstrap(len(result.ids))
-    found: dict[str, dict[str, float] | None] = {}
-    kinds: dict[str, Kind] = {"clean": "clean", "robust": "adversarial", "fresh": "fresh"}
-    for name, kind in kinds.items():
-        if kind == "fresh" and not result.knows:
-            found[name] = None
-            continue
-        right = result.right(kind).reshape(len(result.ids), -1)
-        mean = bootstrap.mean(right.sum(1).tolist(), right.shape[1])
-        found[name] = asdict(bootstrap.estimate(mean))
-    return found
 
 
 def _plan(

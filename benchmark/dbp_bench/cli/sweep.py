@@ -19,7 +19,7 @@ from dbp_bench.cli.app import (
     Trust,
     app,
 )
-from dbp_bench.cli.shared import console, device_of, percent, progress_bar, registry_of
+from dbp_bench.cli.shared import console, device_of, progress_bar, registry_of
 from dbp_bench.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -101,8 +101,8 @@ def _show_sweeps(say: "Console", found: "Sequence[Findings]") -> None:
             mark = " *" if row.value == item.standard else ""
             table.add_row(
                 f"{row.value if isinstance(row.value, str) else f'{row.value:g}'}{mark}",
-                percent(None if row.accuracy is None else row.accuracy.model_dump()),
-                percent(None if row.fall is None else row.fall.model_dump()),
+                "" if row.accuracy is None else row.accuracy.percent(),
+                "" if row.fall is None else row.fall.percent(),
                 "" if row.zero_gradient is None else f"{100 * row.zero_gradient:.1f}",
             )
         say.print(table)

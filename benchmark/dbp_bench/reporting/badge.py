@@ -29,7 +29,7 @@ class Compared(Strict):
     outcomes: int = Field(ge=0)
     differing: int = Field(ge=0)
     allowed: int = Field(ge=0)
-    """Of those, how many may differ: 0 on the machine's own kind, else what rounding may change."""
+    """How many of those may differ: 0 on the machine's own kind, else what rounding may change."""
 
 
 class Verification(Strict):
@@ -48,9 +48,9 @@ class Verification(Strict):
     replay: Compared | None
     attack: Compared | None
     share: float | None
-    """Of the groups of images that were attacked again."""
+    """The share of the groups of images that were attacked again."""
     device_name: str | None
-    """Of the machine that replayed or attacked."""
+    """The machine that replayed or attacked."""
     files: dict[str, str]
     """sha256 of every result file, by its path below the defense's folder."""
 
@@ -72,11 +72,11 @@ class Verification(Strict):
 
     def covers(self, folder: Path) -> bool:
         """Whether the results it names are still those in the defense's `folder`, of all seeds."""
-        threats = {Path(name).parent.name for name in self.files}
+        settings = {Path(name).parent for name in self.files}
         there = {
             path.relative_to(folder).as_posix()
-            for threat in threats
-            for path in (folder / threat).glob("seed-*.json")
+            for setting in settings
+            for path in (folder / setting).glob("seed-*.json")
         }
         return there == set(self.files) and all(
             digest(folder / name) == sha256 for name, sha256 in self.files.items()

@@ -1,8 +1,7 @@
 """Two results, defenses or threat models side by side, image by image."""
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import comb
 from pathlib import Path
 from typing import Final
@@ -10,10 +9,17 @@ from typing import Final
 import numpy as np
 
 from dbp_bench.errors import BadRequest, NotComparable, did_you_mean
-from dbp_bench.reporting.pool import Pool
-from dbp_bench.reporting.ranking import Score, difference, holm
-from dbp_bench.reporting.records import Record, differences, load, read_record, track_facts
-from dbp_bench.reporting.statistics import Bootstrap, Estimate
+from dbp_bench.reporting.pool import Pool, pooled
+from dbp_bench.reporting.ranking import difference, holm
+from dbp_bench.reporting.records import (
+    Record,
+    differences,
+    load,
+    read_record,
+    result_files,
+    track_facts,
+)
+from dbp_bench.reporting.statistics import Estimate, Score
 from dbp_bench.result import Result, without_draws
 
 FLIPS: Final = 20_000
@@ -30,8 +36,8 @@ class Side:
 
     name: str
     """As given."""
-    pools: Mapping[tuple[str, str], Pool]
-    """By defense and threat model."""
+    pools: Mapping[tuple[str, str, str], Pool]
+    """By defense, threat model and attack."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,8 @@ class Comparison:
 
     a: Pool
     b: Pool
-    robust: tuple[Estimate, Estimate]
     difference: Estimate
-    """Of robust accuracies, A minus B, over the same images."""
+    """Difference of robust accuracies, A minus B, over the same images."""
     clean: Estimate
     """The same of clean accuracies."""
     permutation: float
@@ -80,7 +85,8 @@ def side(name: str, results: Path, track: str | None) -> Side:
     """What `name` stands for: a result file, a folder, or a name below the folder `results`.
 
     Args:
-        name: A file or folder, or ``defense``, ``defense/threat`` or ``threat``.
+        name: A file or folder; or a defense, threat model or attack, or several of them in this
+            order, as in ``ddpm/eot``, ``eot/apgd`` or ``ddpm/eot/apgd``.
         results: The folder of results, for names.
         track: Of the results below it.
 
@@ -93,82 +99,62 @@ def side(name: str, results: Path, track: str | None) -> Side:
     if path.is_file():
         return _side(name, [read_record(path)])
     if path.is_dir():
-        files = [p for p in sorted(path.rglob("seed-*.json")) if re.fullmatch(_FILE, p.name)]
-        # What sweeps leave is of many budgets; hidden folders hold unfinished work.
-        within = [p.relative_to(path).parts for p in files]
-        kept = [
-            p
-            for p, parts in zip(files, within, strict=True)
-            if parts[0] != "sweeps" and not any(part.startswith(".") for part in parts)
-        ]
-        if not kept:
+        records = [read_record(file) for file in result_files(path)]
+        if not records:
             raise BadRequest(f"{name}: no results in this folder. `dbp-bench run` makes some.")
-        records = [read_record(p) for p in kept]
-        return _side(name, [r for r in records if track is None or r.result.track == track])
-    if path.suffix == ".json" or name.count("/") > 1 or path.is_absolute():
+        return _side(name, [r for r in records if track in (None, r.result.track)])
+    parts = tuple(name.split("/"))
+    if path.suffix == ".json" or len(parts) > 3 or path.is_absolute():
         raise BadRequest(f"{name}: no such file or folder.")
     records = load(results, track)
-    first, _, second = name.partition("/")
-    defenses = {record.result.defense for record in records}
-    threats = {record.result.threat for record in records}
-    if first not in defenses and (second or first not in threats):
-        known = defenses if second else defenses | threats
-        kind = "defense" if second else "file, folder, defense or threat"
-        raise BadRequest(f"{name}: no {kind} {first!r} in {results}.{did_you_mean(first, known)}")
-    if first not in defenses:
-        return _side(name, [r for r in records if r.result.threat == first])
-    of_defense = [r for r in records if r.result.defense == first]
-    if not second:
-        return _side(name, of_defense)
-    found = [r for r in of_defense if r.result.threat == second]
-    if not found:
-        known = {r.result.threat for r in of_defense}
+    # The parts may begin at the defense, the threat model or the attack.
+    for first in range(4 - len(parts)):
+        found = [r for r in records if _names(r)[first : first + len(parts)] == parts]
+        if found:
+            return _side(name, found)
+    known = {each for record in records for each in _names(record)}
+    if unknown := [part for part in parts if part not in known]:
         raise BadRequest(
-            f"{name}: {first} has no result under {second!r} in {results}."
-            f"{did_you_mean(second, known)}"
+            f"{name}: no file, folder, defense, threat or attack {unknown[0]!r} in {results}."
+            f"{did_you_mean(unknown[0], known)}"
         )
-    return _side(name, found)
+    raise BadRequest(f"{name}: {results} has no such result. `dbp-bench run` makes it.")
 
 
-_FILE: Final = r"seed--?\d+\.json"
+def _names(record: Record) -> tuple[str, str, str]:
+    return record.result.defense, record.result.threat, record.result.label
 
 
 def _side(name: str, records: Sequence[Record]) -> Side:
     if len({record.result.track for record in records}) > 1:
         tracks = sorted({record.result.track for record in records})
         raise NotComparable(f"{name}: results of {', '.join(tracks)}; name one with --track.")
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        groups.setdefault((record.result.defense, record.result.threat), []).append(record)
-    pools = {}
-    for key, group in groups.items():
-        group.sort(key=lambda record: record.result.seed)
-        for record in group[1:]:
-            if record.result.seed == group[0].result.seed:
+    pools = pooled(records)
+    for pool in pools:
+        first = pool.records[0]
+        for record in pool.records[1:]:
+            if record.result.seed == first.result.seed:
                 raise NotComparable(
-                    f"{group[0].path} and {record.path} are both {' under '.join(key)} with one "
-                    "seed; name one of them."
+                    f"{first.path} and {record.path} are both {first.result.defense} under "
+                    f"{pool.setting} with one seed; name one of them."
                 )
-            _refuse(group[0], record, draws=True)
-        pools[key] = Pool(group)
-    return Side(name, pools)
+            _refuse(first, record, draws=True)
+    return Side(name, {_names(pool.records[0]): pool for pool in pools})
 
 
 def compare(a: Side, b: Side) -> Comparisons:
     """Each setting of `a` against the one of `b` that corresponds.
 
-    Where both sides are of one defense, or both of one threat model, that may differ between them;
-    all else must be the same.
+    Where both sides are of one defense, or both of one threat model or attack, that may differ
+    between them; all else must be the same.
 
     Raises:
         NotComparable: They have no setting in common, or two may not be subtracted.
     """
-    defense, threat = (
-        any(len({key[i] for key in each.pools}) != 1 for each in (a, b)) for i in (0, 1)
-    )
+    several = [any(len({key[i] for key in each.pools}) != 1 for each in (a, b)) for i in range(3)]
 
-    def key(names: tuple[str, str]) -> tuple[str, ...]:
-        return tuple(n for n, kept in zip(names, (defense, threat), strict=True) if kept)
+    def key(names: tuple[str, str, str]) -> tuple[str, ...]:
+        return tuple(n for n, kept in zip(names, several, strict=True) if kept)
 
     mine = {key(names): pool for names, pool in a.pools.items()}
     theirs = {key(names): pool for names, pool in b.pools.items()}
@@ -193,7 +179,7 @@ def compare(a: Side, b: Side) -> Comparisons:
 def _listing(*sides: Side) -> str:
     said = []
     for each in sides:
-        names = [f"{defense}/{threat}" for defense, threat in each.pools]
+        names = ["/".join(key) for key in each.pools]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         said.append(f"{each.name} has {', '.join(names[:3])}{more}")
     return "; ".join(said)
@@ -206,15 +192,12 @@ def _pair(a: Pool, b: Pool) -> Comparison:
             f"{a.records[0].path} and {b.records[0].path} cannot be compared: seeds {a.seeds} and "
             f"{b.seeds}. Run the missing ones."
         )
-    bootstrap = Bootstrap(len(a.any.ids))
-    left, right = a.robust(bootstrap), b.robust(bootstrap)
-    p = permutation(a.score(), b.score())
+    p = permutation(a.score, b.score)
     return Comparison(
         a=a,
         b=b,
-        robust=(bootstrap.estimate(left), bootstrap.estimate(right)),
-        difference=bootstrap.estimate(left - right),
-        clean=bootstrap.estimate(a.clean(bootstrap) - b.clean(bootstrap)),
+        difference=a.bootstrap.estimate(a.robust - b.robust),
+        clean=a.bootstrap.estimate(a.clean - b.clean),
         permutation=p,
         adjusted=p,
         mcnemar=mcnemar(a.any.ids, *(_verdicts(pool) for pool in (a, b))),
@@ -236,7 +219,7 @@ def _refuse(a: Record, b: Record, *, draws: bool) -> None:
     first, second = (
         {"track": r.track, "eps": r.eps, **track_facts(r)} for r in (a.result, b.result)
     )
-    # Known draws are judged on the draws that were shown, hidden ones on others; a defense without
+    # Known draws evaluate on the draws that were shown, hidden ones on others; a defense without
     # noise has one draw, which stands for any number.
     alike = draws or (
         bool(a.result.knows) == bool(b.result.knows) and a.result.sites and b.result.sites
@@ -257,16 +240,17 @@ def _notes(a: Pool, b: Pool) -> list[str]:
         notes.append(f"the attacker knows {_known(a.any)} of A, {_known(b.any)} of B")
     if len(a.any.draws) != len(b.any.draws):
         notes.append(
-            f"A is judged on {len(a.any.draws)} draws, B on {len(b.any.draws)}: means by image"
+            f"A is evaluated on {len(a.any.draws)} draws, B on {len(b.any.draws)}: means by image"
         )
-    mine, theirs = ({"attack": p.attack, **p.searched(p.any.effort)} for p in (a, b))
+    mine, theirs = ({"attack": p.any.label, "gradient": p.any.gradient, **p.effort} for p in (a, b))
     if a.all_known or b.all_known:
         # Averaging over draws is idle on one side, so it isn't effort that differs.
         mine, theirs = without_draws(mine), without_draws(theirs)
     if found := differences(mine, theirs):
         notes.append(f"unequal effort: {'; '.join(found)} (A and B)")
-    if a.counted and b.counted and abs(a.calls / b.calls - 1 if b.calls else 0.0) > 0.02:
-        notes.append(f"network calls of the search per attack: {a.calls:.0f} and {b.calls:.0f}")
+    mine_of, theirs_of = a.evaluations, b.evaluations
+    if mine_of and theirs_of and abs(mine_of / theirs_of - 1) > 0.02:
+        notes.append(f"evaluations of the search per attack: {mine_of:.0f} and {theirs_of:.0f}")
     return notes
 
 
@@ -276,8 +260,7 @@ def _known(result: Result) -> str:
 
 def _verdicts(pool: Pool) -> list[bool]:
     """Whether each image was right in more than half of its draws, over all seeds."""
-    score = pool.score()
-    return [2 * count > score.trials for count in score.right]
+    return [2 * count > pool.score.trials for count in pool.score.right]
 
 
 def mcnemar(ids: Sequence[int], a: Sequence[bool], b: Sequence[bool]) -> McNemar:
@@ -325,11 +308,11 @@ def to_table(found: Comparisons) -> dict[str, object]:
         "unmatched": list(found.unmatched),
         "comparisons": [
             {
-                "a": _of(pair.a, pair.robust[0]),
-                "b": _of(pair.b, pair.robust[1]),
+                "a": _side_of(pair.a),
+                "b": _side_of(pair.b),
                 "images": len(pair.a.any.ids),
-                "difference": _interval(pair.difference),
-                "clean_difference": _interval(pair.clean),
+                "difference": asdict(pair.difference),
+                "clean_difference": asdict(pair.clean),
                 "permutation_p": pair.permutation,
                 "permutation_p_holm": pair.adjusted,
                 "mcnemar_p": pair.mcnemar.p,
@@ -342,21 +325,18 @@ def to_table(found: Comparisons) -> dict[str, object]:
     }
 
 
-def _of(pool: Pool, robust: Estimate) -> dict[str, object]:
+def _side_of(pool: Pool) -> dict[str, object]:
     result = pool.any
     return {
         "track": result.track,
         "defense": result.defense,
         "threat": result.threat,
+        "attack": result.label,
         "seeds": pool.seeds,
         "draws": len(result.draws),
         "results": [str(record.path) for record in pool.records],
-        "robust": _interval(robust),
+        "robust": asdict(pool.left),
     }
-
-
-def _interval(estimate: Estimate) -> dict[str, float]:
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
 def in_words(found: Comparisons, ids: int = 12) -> list[str]:
@@ -366,14 +346,13 @@ def in_words(found: Comparisons, ids: int = 12) -> list[str]:
     ]
     many = len(found.pairs) > 1
     for pair in found.pairs:
-        a, b = (f"{pool.any.defense}/{pool.any.threat}" for pool in (pair.a, pair.b))
-        left, right = (estimate.percent() for estimate in pair.robust)
+        a, b = (f"{pool.any.defense}/{pool.setting}" for pool in (pair.a, pair.b))
         adjusted = f" (Holm, of {len(found.pairs)}: {_p(pair.adjusted)})" if many else ""
         test = pair.mcnemar
         lines += [
             "",
-            f"A {a}: {left}",
-            f"B {b}: {right}",
+            f"A {a}: {pair.a.left.percent()}",
+            f"B {b}: {pair.b.left.percent()}",
             (
                 f"A - B: {pair.difference.percent(sign=True)}, paired over "
                 f"{len(pair.a.any.ids)} images; permutation test {_p(pair.permutation)}{adjusted}"

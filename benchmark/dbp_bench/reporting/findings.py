@@ -1,13 +1,12 @@
 """What sweeps found, as they write it down and a report reads it. Never imports torch."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from dbp_bench.declaration import read_json
+from dbp_bench.declaration import Strict, read_json
 from dbp_bench.errors import BadResult
 from dbp_bench.reporting.statistics import Estimate
 from dbp_bench.result import write_atomically
@@ -15,52 +14,37 @@ from dbp_bench.result import write_atomically
 SCHEMA: Literal[1] = 1
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Interval(_Record):
-    """A quantity and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, estimate: Estimate) -> Self:
-        """The `estimate`, to be written down."""
-        return cls(**asdict(estimate))
-
-
-class Measured(_Record):
+class Measured(Strict):
     """What one value gave."""
 
     value: float | str
-    """Of the axis: steps, draws per gradient, eps, or the name of a threat."""
+    """Where on the axis: steps, EoT samples, eps, or the name of a black box."""
     file: str | None
     """Its result, below the folder of results; null where the attack found zero gradients only."""
-    accuracy: Interval | None
+    accuracy: Estimate | None
     """Under attack, over images and draws."""
-    fall: Interval | None
+    fall: Estimate | None
     """Accuracy at the standard minus this one, over the same images and draws (paired)."""
     zero_gradient: float | None
     """Share of the images whose gradient was zero at every step."""
 
 
-class Flag(_Record):
+class Flag(Strict):
     """A reason to doubt that the accuracy is as low as an attack can bring it."""
 
     name: Literal["not-converged", "masking", "black-box-stronger", "zero-gradient"]
     message: str
 
 
-class Findings(_Record):
+class Findings(Strict):
     """What a sweep over one axis found; the file lies beside its results."""
 
     schema_version: Literal[1] = Field(alias="schema")
     track: str
     defense: str
     threat: str
+    attack: str | None = None
+    """The attack's label; null in files that are older than this key."""
     seed: int
     axis: Literal["steps", "eot", "eps", "black-box"]
     standard: float | str
@@ -73,6 +57,11 @@ class Findings(_Record):
     flags: list[Flag]
     notes: list[str]
     """What could not be decided, and what would do."""
+
+    @property
+    def setting(self) -> str:
+        """How texts name what was swept: threat model and, where it is recorded, attack."""
+        return f"{self.threat}/{self.attack}" if self.attack else self.threat
 
     def write(self, path: Path) -> None:
         """Write the file, all of it or nothing."""
@@ -88,9 +77,18 @@ class Findings(_Record):
         return read_json(path, cls, "findings of a sweep")
 
 
-def findings_path(out: Path, track: str, defense: str, threat: str, seed: int, axis: str) -> Path:
+def findings_path(
+    out: Path,
+    track: str,
+    defense: str,
+    threat: str,
+    seed: int,
+    axis: str,
+    attack: str | None = None,
+) -> Path:
     """Where the findings over an `axis` lie, below the folder of results `out`."""
-    return out / "sweeps" / "findings" / track / defense / threat / f"seed-{seed}-{axis}.json"
+    setting = Path(track, defense, threat, *([attack] if attack else []))
+    return out / "sweeps" / "findings" / setting / f"seed-{seed}-{axis}.json"
 
 
 def load_findings(out: Path, tracks: Sequence[str]) -> list[Findings]:
@@ -100,14 +98,16 @@ def load_findings(out: Path, tracks: Sequence[str]) -> list[Findings]:
         BadResult: A file holds none, or those of another place.
     """
     found = []
-    for path in sorted((out / "sweeps" / "findings").glob("*/*/*/seed-*.json")):
-        if path.parts[-4] not in tracks:
+    for path in sorted((out / "sweeps" / "findings").rglob("seed-*.json")):
+        if path.relative_to(out).parts[2] not in tracks:
             continue
         each = Findings.read(path)
-        belongs = findings_path(out, each.track, each.defense, each.threat, each.seed, each.axis)
+        names = (each.track, each.defense, each.threat)
+        belongs = findings_path(out, *names, each.seed, each.axis, each.attack)
         if belongs != path:
             raise BadResult(
-                f"{path}: not where it belongs: by its track, defense, threat, seed and axis it is "
+                f"{path}: not where it belongs: by its track, defense, threat, attack, seed and "
+                f"axis it is "
                 f"{belongs.relative_to(out).as_posix()}. Move it back."
             )
         found.append(each)

@@ -8,50 +8,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from dbp_bench.entries.registry import Registry, Track
+import pandas as pd
+
+from dbp_bench.entries.registry import Registry
+from dbp_bench.entries.track import Track
 from dbp_bench.errors import NotComparable
+from dbp_bench.reporting.attacks import Kind, attacks, third_party
 from dbp_bench.reporting.badge import Badge, badge_of
 from dbp_bench.reporting.findings import Findings
-from dbp_bench.reporting.pool import Pool
+from dbp_bench.reporting.pool import Pool, pooled
+from dbp_bench.reporting.protocol import KNOWN, Column, Protocol, shipped
 from dbp_bench.reporting.ranking import Standing, ranks_with_ties
-from dbp_bench.reporting.records import (
-    KNOWN,
-    MAIN,
-    NULL,
-    PROTOCOL,
-    WHITEBOX,
-    Effort,
-    Record,
-    check_comparable,
-)
-from dbp_bench.reporting.rivals import Attacks, Duel, Kind, attacks_on, duels
+from dbp_bench.reporting.records import Record, check_comparable
 from dbp_bench.reporting.sanity import FEW_DRAWS, Check, checks
-from dbp_bench.reporting.statistics import Bootstrap, Estimate, Replicates, ratio
+from dbp_bench.reporting.statistics import Estimate, Replicates, ratio
 from dbp_bench.reporting.votes import Account
 from dbp_bench.result import Result
 
 Sort = Literal["hidden", "known"]
 
-UNDEFENDED: Final = "none"
-"""The defense whose robust accuracy is the zero of the scale."""
+BASE: Final = "none"
+"""The defense without a purifier, whose robust accuracy is the zero of the scale."""
 
-QUANTITIES: Final = (
-    "clean",
-    "undefended",
-    "hidden",
-    "forward_known",
-    "reverse_known",
-    "all_known",
+NULL: Final = "null"
+"""The column of the null attack, whatever its threat model is called."""
+
+PARTS: Final = (
     "purification",
     "stochasticity",
     "share",
     "stochasticity_forward",
     "stochasticity_reverse",
-    "fresh",
-    "whitebox",
-    "null",
 )
-"""What a leaderboard says of each defense, each with an interval."""
+"""What :func:`decompose` gives."""
 
 
 @dataclass(frozen=True)
@@ -63,25 +52,49 @@ class Row:
     defense: str
     kind: Kind
     estimates: Mapping[str, Estimate | None]
-    """By name, one of :data:`QUANTITIES`; null where something that it needs was not measured."""
+    """By name, one of the leaderboard's quantities; null where something that it needs was not
+    measured."""
+    columns: Mapping[str, Pool]
+    """The results behind the columns, `clean` and the null attack among them."""
     served_by: Mapping[str, str]
     """For columns that another threat model's result serves: which."""
-    accounts: Mapping[str, tuple[str, Account]]
-    """What the draws say: for `clean`, `hidden` and `null`, the threat model and the account."""
+    accounts: Mapping[str, tuple[Pool, Account]]
+    """What the draws say of `clean`, `hidden` and `null`, by column, and whose draws they are."""
     pools: Sequence[Pool]
-    """All that was measured, one for each threat model of the leaderboard."""
-    hidden_draws: int | None
-    known_draws: int | None
-    fresh_draws: int | None
-    """For each known draw."""
-    calls: int
-    """Network calls of one purification."""
+    """All that was measured of the protocol; where nothing was, all that was measured."""
     flags: Sequence[str]
     """What a reader should know before trusting the row."""
     checks: Sequence[Check]
-    """What was looked for, whether it was found or not."""
+    """What was tested, whether it was found or not."""
     badge: Badge
     """What somebody else verified of its results."""
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """Where the defense draws noise."""
+        return self.pools[0].any.sites
+
+    @property
+    def nfe(self) -> int:
+        """Calls of the denoising networks in one purification."""
+        return self.pools[0].any.evaluations.nfe
+
+    @property
+    def hidden_draws(self) -> int | None:
+        """Draws that evaluate images made with all draws hidden."""
+        hidden = self.columns.get("hidden")
+        return hidden.draws if hidden else None
+
+    @property
+    def known_draws(self) -> int | None:
+        """Draws that were known, each attacked anew."""
+        return next((pool.draws for pool in self.columns.values() if pool.knows), None)
+
+    @property
+    def fresh_draws(self) -> int | None:
+        """Fresh draws for each known draw."""
+        known = self.columns.get("all_known")
+        return known.fresh_draws if known else None
 
 
 @dataclass(frozen=True)
@@ -95,29 +108,40 @@ class Leaderboard:
     norm: str
     eps: float
     images: int
-    attack: str
-    effort: Effort | None
-    """Of the columns compared at equal effort; null where none of them was measured."""
-    whitebox_eot: int | float | str | bool | None
+    protocol: Protocol
+    reference: Result | None
+    """A result of the columns at equal effort, for how it searched; null where there is none."""
+    extra: Mapping[str, str]
+    """The protocol's other columns, by key, as they are headed."""
     rows: Sequence[Row]
-    settings: Sequence[tuple[Pool, Kind]]
-    attacks: Sequence[Attacks]
-    """Where attacks other than the leaderboard's own were run."""
-    duels: Sequence[Duel]
-    """Every attack of a package, against ours."""
+    pools: Sequence[tuple[Pool, Kind]]
+    """All that was measured."""
+    attacks: pd.DataFrame
+    """The attacks on each defense, where others than the leaderboard's own were run."""
+    third_party: pd.DataFrame
+    """Every third-party attack, against ours."""
     sweeps: Sequence[Findings]
     """What was swept over."""
-    bootstrap: Bootstrap
 
     @property
     def title(self) -> str:
-        """Of the track, or its name."""
+        """The title of the track, or its name."""
         return self.entry.title if self.entry else self.track
 
     @property
     def demonstration(self) -> bool:
         """Whether the numbers stand for nothing but the method."""
         return self.entry is not None and self.entry.demonstration
+
+    @property
+    def quantities(self) -> Sequence[str]:
+        """What is said of each defense, each with an interval."""
+        return ("clean", "base", *KNOWN, *PARTS, "fresh", *self.extra, NULL)
+
+    @property
+    def eot(self) -> object:
+        """EoT samples of the columns at equal effort; null where that isn't recorded."""
+        return self.reference.effort.get("eot") if self.reference else None
 
 
 def leaderboard(
@@ -130,55 +154,49 @@ def leaderboard(
 
     Args:
         records: Results, all of one track.
-        registry: Where titles and kinds come from; the package's own entries if not given.
+        registry: Where the protocol, titles and kinds come from; the package's own entries if not
+            given.
         sort: The accuracy that ranks: with all draws hidden, or with all of them known.
-        findings: Of sweeps on that track.
+        findings: What sweeps found on that track.
 
     Raises:
         NotComparable: Two of the results may not stand in one table.
     """
+    protocol = Protocol.of(registry) if registry else shipped()
     registry = registry or Registry()
     tracks = sorted({record.result.track for record in records})
     if len(tracks) != 1:
         raise NotComparable(f"one leaderboard per track, not one of {', '.join(tracks) or 'none'}.")
-    check_comparable(records)
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        groups.setdefault((record.result.defense, record.result.threat), []).append(record)
-    pools = [
-        Pool(sorted(group, key=lambda record: record.result.seed)) for group in groups.values()
-    ]
-    # Where nothing is hidden EoT is idle, so that a result there doesn't tell the EoT of others.
-    pools.sort(key=lambda pool: (pool.knows == pool.sites, pool.any.defense, pool.any.threat))
-    main = [pool for pool in pools if pool.any.threat in MAIN]
-    protocol = next((pool.any for pool in main if pool.any.threat in PROTOCOL), None)
-    whitebox = next((pool.any for pool in main if pool.any.threat == WHITEBOX), None)
-    first = protocol or (main or pools)[0].any
-    bootstrap = Bootstrap(len(first.ids))
-
+    check_comparable(records, protocol)
+    pools = pooled(records)
     names = sorted({pool.any.defense for pool in pools})
+    kinds = {name: _kind(registry, name) for name in names}
+    main = [pool for pool in pools if protocol.holds(pool.any)]
+    searches = [pool.any for pool in main if pool.any.threat != protocol.null]
+    reference = _reference([each for each in searches if each.threat in protocol.equal])
+    own = {
+        each.key: _reference([s for s in searches if s.threat == each.threat])
+        for each in protocol.extra
+    }
+    first = reference or (main or pools)[0].any
+    eps = searches[0].eps if searches else next((p.any.eps for p in pools if p.any.eps), first.eps)
     columns = {
-        name: _columns([pool for pool in main if pool.any.defense == name], protocol, whitebox)
+        name: _columns(
+            [pool for pool in main if pool.any.defense == name], protocol, reference, own
+        )
         for name in names
     }
-    zero = columns.get(UNDEFENDED, {}).get("hidden")
-    undefended = None if zero is None else zero.robust(bootstrap)
-    kinds = {name: _kind(registry, name) for name in names}
-    eps = next((pool.any.eps for pool in main or pools if pool.any.threat != NULL), first.eps)
-    unranked = [
+    at_eps = [pool for pool in pools if pool.any.eps == eps > 0]
+    zero = columns.get(BASE, {}).get("hidden")
+    rows = [
         _row(
-            name,
-            kinds[name],
-            sorted(
-                [pool for pool in main if pool.any.defense == name]
-                or [pool for pool in pools if pool.any.defense == name],
-                key=lambda pool: pool.any.threat,
-            ),
             columns[name],
-            [pool for pool in pools if pool.any.defense == name and pool.any.eps == eps > 0],
+            [pool for pool in pools if pool.any.defense == name],
+            [pool for pool in at_eps if pool.any.defense == name],
+            kinds[name],
+            protocol,
             [each for each in findings if each.defense == name],
-            undefended,
-            bootstrap,
+            zero,
         )
         for name in names
     ]
@@ -189,147 +207,109 @@ def leaderboard(
         norm=first.norm,
         eps=eps,
         images=len(first.ids),
-        attack=first.attack,
-        effort=protocol.effort if protocol else None,
-        whitebox_eot=whitebox.effort.get("eot") if whitebox else None,
-        rows=_ranked(unranked, columns, sort),
-        settings=[
-            (pool, kinds[pool.any.defense])
-            for pool in sorted(pools, key=lambda pool: (pool.any.defense, pool.any.threat))
-        ],
-        attacks=[
-            row
-            for name in names
-            for known in (False, True)
-            if (
-                row := attacks_on(
-                    [
-                        pool
-                        for pool in pools
-                        if pool.any.defense == name
-                        and pool.any.threat not in MAIN
-                        and pool.any.eps == eps
-                        and (pool.all_known if known else not pool.knows and not pool.all_known)
-                    ],
-                    columns[name],
-                    kinds[name],
-                    bootstrap,
-                    known=known,
-                )
-            )
-        ],
-        duels=duels(
-            sorted(pools, key=lambda pool: (pool.any.defense, pool.any.threat)),
-            kinds,
-            eps,
-            bootstrap,
-        ),
+        protocol=protocol,
+        reference=reference,
+        extra={each.key: _heading(each, own[each.key]) for each in protocol.extra},
+        rows=_ranked(rows, sort),
+        pools=[(pool, kinds[pool.any.defense]) for pool in pools],
+        attacks=attacks(at_eps, columns, kinds),
+        third_party=third_party(at_eps, kinds),
         sweeps=findings,
-        bootstrap=bootstrap,
     )
 
 
+def _reference(results: Sequence[Result]) -> Result | None:
+    """One of `results` for its effort; rather one with hidden draws, where EoT isn't idle."""
+    return min(results, key=lambda result: set(result.knows) == set(result.sites), default=None)
+
+
+def _heading(column: Column, result: Result | None) -> str:
+    eot = result.effort.get("eot") if result else None
+    return column.threat if eot is None else f"{column.threat}, EoT-{eot}"
+
+
 def _columns(
-    pools: Sequence[Pool], protocol: Result | None, whitebox: Result | None
+    pools: Sequence[Pool],
+    protocol: Protocol,
+    reference: Result | None,
+    own: Mapping[str, Result | None],
 ) -> dict[str, Pool]:
     """The results of one defense that serve the columns; a column without one isn't there."""
-    wanted = [(key, threat, knows, protocol) for key, (threat, knows) in KNOWN.items()]
-    wanted.append((WHITEBOX, WHITEBOX, KNOWN["hidden"][1], whitebox))
     columns = {}
-    for key, threat, knows, reference in wanted:
+    for column in (*protocol.columns, *protocol.extra):
+        like = own.get(column.key, reference)
         fitting = [
             pool
             for pool in pools
-            if reference is not None
-            and pool.any.threat != NULL
-            and pool.knows == knows(pool.sites)
-            and pool.any.attack == reference.attack
-            and pool.searched(pool.any.effort) == pool.searched(reference.effort)
+            if like is not None
+            and pool.any.threat != protocol.null
+            and pool.knows == column.knows(pool.sites)
+            and (pool.any.attack, pool.any.gradient) == (like.attack, like.gradient)
+            and pool.effort == pool.searched(like.effort)
         ]
         # Its own result where there is one, else that of a setting that is the same.
-        fitting.sort(key=lambda pool: (pool.any.threat != threat, pool.any.threat))
+        fitting.sort(key=lambda pool: (pool.any.threat != column.threat, pool.any.threat))
         if fitting:
-            columns[key] = fitting[0]
-    null = [pool for pool in pools if pool.any.threat == NULL and pool.any.eps == 0]
+            columns[column.key] = fitting[0]
+    null = [pool for pool in pools if pool.any.threat == protocol.null and pool.any.eps == 0]
     return columns | ({NULL: null[0]} if null else {})
 
 
 def _row(
-    defense: str,
-    kind: Kind,
-    pools: Sequence[Pool],
     columns: Mapping[str, Pool],
-    attacks: Sequence[Pool],
+    pools: Sequence[Pool],
+    at_eps: Sequence[Pool],
+    kind: Kind,
+    protocol: Protocol,
     findings: Sequence[Findings],
-    undefended: Replicates | None,
-    bootstrap: Bootstrap,
+    zero: Pool | None,
 ) -> Row:
-    found: dict[str, Replicates | None] = {
-        key: pool.robust(bootstrap) for key, pool in columns.items()
-    }
+    """One defense, all of whose results are `pools`; `zero` is the base classifier's."""
+    own = [pool for pool in pools if protocol.holds(pool.any)] or list(pools)
     # A defense is as clean in every setting; the one with most draws tells it best.
-    clean = max(pools, key=lambda pool: pool.draws).clean(bootstrap)
-    found["clean"] = clean
-    found["undefended"] = undefended
-    known = columns.get("all_known")
-    found["fresh"] = None if known is None else known.fresh(bootstrap)
-    found |= decompose(
-        undefended,
-        *(found.get(key) for key in ("hidden", "forward_known", "reverse_known", "all_known")),
-    )
+    clean = max(own, key=lambda pool: pool.draws)
+    found: dict[str, Replicates | None] = {key: pool.robust for key, pool in columns.items()}
+    found |= {"clean": clean.clean, "base": zero.robust if zero else None}
+    found["fresh"] = columns["all_known"].fresh if "all_known" in columns else None
+    found |= decompose(*(found.get(key) for key in ("base", *KNOWN)))
+    extra = [column.key for column in protocol.extra]
     estimates = {
-        key: None if (values := found.get(key)) is None else bootstrap.estimate(values)
-        for key in QUANTITIES
+        key: clean.estimate(found.get(key))
+        for key in ("clean", "base", *KNOWN, *PARTS, "fresh", *extra, NULL)
     }
-    accounts = _accounts(pools, columns, bootstrap)
+    # Clean images are evaluated with the draws that evaluate the adversarial ones.
+    first = columns.get("hidden", clean)
+    accounts = {"clean": (first, first.account("clean"))}
+    for key in ("hidden", NULL):
+        if key in columns:
+            accounts[key] = (columns[key], columns[key].account("adversarial"))
     null = accounts[NULL][1] if NULL in accounts else None
-    made = checks(columns, attacks, null, findings, estimates["stochasticity"], bootstrap)
-    flags = [flag for check in made for flag in check.flags]
-    known_draws = next((pool.draws for pool in columns.values() if pool.knows), None)
-    if known_draws is not None and known_draws < FEW_DRAWS:
-        flags.append(f"fewer than {FEW_DRAWS} known draws")
-    preferred = {key: threat for key, (threat, _) in KNOWN.items()} | {WHITEBOX: WHITEBOX}
-    hidden = columns.get("hidden")
-    return Row(
+    made = checks(columns, at_eps, null, findings, estimates["stochasticity"])
+    preferred = {column.key: column.threat for column in (*protocol.columns, *protocol.extra)}
+    row = Row(
         rank=None,
-        defense=defense,
+        defense=clean.any.defense,
         kind=kind,
         estimates=estimates,
+        columns={"clean": clean, **columns},
         served_by={
             key: columns[key].any.threat
             for key, threat in preferred.items()
             if key in columns and columns[key].any.threat != threat
         },
         accounts=accounts,
-        pools=pools,
-        hidden_draws=hidden.draws if hidden else None,
-        known_draws=known_draws,
-        fresh_draws=len(known.any.fresh[0][0]) if known and known.any.fresh else None,
-        calls=pools[0].any.network_calls.per_purification,
-        flags=flags,
+        pools=own,
+        flags=[flag for check in made for flag in check.flags],
         checks=made,
-        badge=badge_of(pools[0].records[0].path.parent.parent),
+        badge=badge_of(clean.records[0].defense_folder),
     )
-
-
-def _accounts(
-    pools: Sequence[Pool], columns: Mapping[str, Pool], bootstrap: Bootstrap
-) -> dict[str, tuple[str, Account]]:
-    """Of clean images, adversarial ones with all draws hidden, and those of the null attack.
-
-    Clean images are judged with the draws that judge the adversarial ones.
-    """
-    hidden = columns.get("hidden")
-    clean = hidden or max(pools, key=lambda pool: pool.draws)
-    found = {"clean": (clean.any.threat, clean.account("clean", bootstrap))}
-    for key in ("hidden", NULL):
-        if (pool := columns.get(key)) is not None:
-            found[key] = (pool.any.threat, pool.account("robust", bootstrap))
-    return found
+    if row.known_draws is not None and row.known_draws < FEW_DRAWS:
+        row = replace(row, flags=[*row.flags, f"fewer than {FEW_DRAWS} known draws"])
+    return row
 
 
 def decompose(
-    undefended: Replicates | None,
+    base: Replicates | None,
     hidden: Replicates | None,
     forward_known: Replicates | None,
     reverse_known: Replicates | None,
@@ -337,27 +317,19 @@ def decompose(
 ) -> dict[str, Replicates | None]:
     """Robust accuracy split into what purification and what hidden draws give.
 
-    Purification is what is left with all draws known, above the undefended classifier;
+    Purification is what is left with all draws known, above the base classifier;
     stochasticity is what hiding them adds. The latter is split between the forward noise and all
     other noise by the Shapley value: each site's gain when hidden first and when hidden last,
     averaged, so that the order doesn't matter and the two parts add up.
     """
-    parts: dict[str, Replicates | None] = dict.fromkeys(
-        (
-            "purification",
-            "stochasticity",
-            "share",
-            "stochasticity_forward",
-            "stochasticity_reverse",
-        )
-    )
-    if all_known is not None and undefended is not None:
-        parts["purification"] = all_known - undefended
+    parts: dict[str, Replicates | None] = dict.fromkeys(PARTS)
+    if all_known is not None and base is not None:
+        parts["purification"] = all_known - base
     if hidden is None or all_known is None:
         return parts
     parts["stochasticity"] = hidden - all_known
-    if undefended is not None:
-        parts["share"] = ratio(hidden - all_known, hidden - undefended)
+    if base is not None:
+        parts["share"] = ratio(hidden - all_known, hidden - base)
     if forward_known is not None and reverse_known is not None:
         parts["stochasticity_forward"] = (
             (hidden - forward_known) + (reverse_known - all_known)
@@ -368,26 +340,19 @@ def decompose(
     return parts
 
 
-def _ranked(
-    rows: Sequence[Row], columns: Mapping[str, Mapping[str, Pool]], sort: Sort
-) -> list[Row]:
+def _ranked(rows: Sequence[Row], sort: Sort) -> list[Row]:
     """Best first; what was not measured after it, controls last."""
     column = "hidden" if sort == "hidden" else "all_known"
 
     def order(row: Row) -> tuple[bool, bool, float, str]:
         score = row.estimates[column]
-        return (
-            row.kind == "control",
-            score is None,
-            -score.value if score else 0.0,
-            row.defense,
-        )
+        return row.kind == "control", score is None, -score.value if score else 0.0, row.defense
 
     standings = ranks_with_ties(
         {
-            row.defense: columns[row.defense][column].score()
+            row.defense: row.columns[column].score
             for row in rows
-            if row.kind == "defense" and row.estimates[column] is not None
+            if row.kind == "defense" and column in row.columns
         }
     )
     return [replace(row, rank=standings.get(row.defense)) for row in sorted(rows, key=order)]

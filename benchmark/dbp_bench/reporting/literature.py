@@ -1,31 +1,26 @@
 """What others published: numbers with their source, and how to cite the papers. Data, no code."""
 
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from dbp_bench.entries.registry import explain, number
-from dbp_bench.errors import BadEntry
+from dbp_bench.declaration import Strict, read_yaml
 from dbp_bench.reporting.rendering import tex
 
 _FILE = Path(__file__).with_name("literature.yaml")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Source(_Strict):
+class Source(Strict):
     """Where a number was read."""
 
     cite: str
     url: str
 
 
-class Number(_Strict):
+class Number(Strict):
     """A defense under one attack."""
 
     defense: str
@@ -40,17 +35,17 @@ class Number(_Strict):
     """In the source."""
 
 
-class NumberSet(_Strict):
+class NumberSet(Strict):
     """Numbers that may stand in one table."""
 
     title: str
     data: str
     norm: str
-    eps: Annotated[float, BeforeValidator(lambda value: number(str(value)))]
+    eps: Annotated[float, BeforeValidator(lambda value: float(Fraction(str(value))))]
     rows: list[Number]
 
 
-class Paper(_Strict):
+class Paper(Strict):
     """How to cite a paper that entries name by its address."""
 
     url: str
@@ -71,7 +66,7 @@ class Paper(_Strict):
         return f"@{self.type}{{{self.key},\n{lines}\n}}"
 
 
-class Published(_Strict):
+class Published(Strict):
     """All of it."""
 
     sources: dict[str, Source]
@@ -90,21 +85,7 @@ class Published(_Strict):
         return next((paper for paper in self.papers if paper.url == url), None)
 
 
-def read_published(path: Path) -> Published:
-    """What the file at `path` says.
-
-    Raises:
-        BadEntry: It doesn't say what it must.
-    """
-    try:
-        return Published.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        raise BadEntry(f"{path}: {explain(error, Published)}") from None
-    except (OSError, yaml.YAMLError) as error:
-        raise BadEntry(f"{path}: not a YAML file ({' '.join(str(error).split())}).") from None
-
-
 @cache
 def published() -> Published:
     """The package's own file."""
-    return read_published(_FILE)
+    return read_yaml(_FILE, Published)

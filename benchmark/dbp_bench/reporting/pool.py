@@ -1,29 +1,39 @@
-"""The results of one defense under one threat model, taken together over seeds."""
+"""The results of one defense under one threat model and attack, taken together over seeds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Final, Literal
 
-from dbp_bench.entries.registry import EFFORTS, GradientEffort
-from dbp_bench.reporting.ranking import Score
-from dbp_bench.reporting.records import Effort, Record
-from dbp_bench.reporting.statistics import Bootstrap, Replicates
-from dbp_bench.reporting.votes import Account, account
-from dbp_bench.result import Outcomes, Result, searched_effort
+import numpy as np
 
-TORCHATTACKS: Final = "torchattacks"
+from dbp_bench.reporting.protocol import knowledge
+from dbp_bench.reporting.records import Record, fresh_draws
+from dbp_bench.reporting.rendering import in_words
+from dbp_bench.reporting.statistics import Bootstrap, Estimate, Replicates, Score
+from dbp_bench.reporting.votes import Account, Tally, account
+from dbp_bench.result import Kind, Result, Right, searched_effort
+
+THIRD_PARTY: Final = ("autoattack", "torchattacks")
+"""Packages whose own searches are attacks here, under names such as ``torchattacks:PGD``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pool:
-    """The results of one defense under one threat model: one for each seed."""
+    """The results of one defense under one threat model and attack: one for each seed."""
 
     records: Sequence[Record]
 
-    @property
+    @cached_property
     def any(self) -> Result:
         """One of them, for what they have in common."""
         return self.records[0].result
+
+    @property
+    def setting(self) -> str:
+        """The threat model and the attack, as texts name them: ``eot/pgd``."""
+        return self.records[0].setting
 
     @property
     def sites(self) -> frozenset[str]:
@@ -36,18 +46,38 @@ class Pool:
         return frozenset(self.any.knows)
 
     @property
+    def knowledge(self) -> str:
+        """What the attacker was shown, in words."""
+        return knowledge(self.any)
+
+    @property
     def draws(self) -> int:
         """Draws of all seeds."""
         return sum(len(record.result.draws) for record in self.records)
 
     @property
+    def fresh_draws(self) -> int | None:
+        """Fresh draws for each known draw."""
+        return fresh_draws(self.any)
+
+    @property
     def seeds(self) -> list[int]:
-        """In order."""
+        """The seeds, in order."""
         return [record.result.seed for record in self.records]
 
-    def searched(self, effort: Effort) -> Effort:
-        """What of `effort` counts for this defense and this knowledge."""
+    @property
+    def effort(self) -> dict[str, object]:
+        """The part of the effort that counts for this defense and this knowledge."""
+        return self.searched(self.any.effort)
+
+    def searched(self, effort: dict[str, object]) -> dict[str, object]:
+        """The part of another `effort` that would count here."""
         return searched_effort(effort, self.any.knows, self.any.sites)
+
+    @property
+    def search(self) -> str:
+        """The attack and how it searched, in words."""
+        return search_in_words(self.any, self.effort)
 
     @property
     def all_known(self) -> bool:
@@ -55,119 +85,155 @@ class Pool:
         return self.knows == self.sites
 
     @property
-    def attack(self) -> str:
-        """Its name; of one in torchattacks with its class, as an entry would say it."""
-        name = self.any.effort.get("name") if self.any.attack == TORCHATTACKS else None
-        return f"{self.any.attack}:{name}" if isinstance(name, str) else self.any.attack
+    def third_party(self) -> bool:
+        """Whether the search is a package's, not one of our own."""
+        return self.any.attack.partition(":")[0] in THIRD_PARTY
+
+    # --- Effort
 
     @property
-    def borrowed(self) -> bool:
-        """Whether the search is a package's, not one of our own."""
-        return self.any.attack in (TORCHATTACKS, "autoattack")
+    def gradient_evaluations(self) -> float | None:
+        """Gradient evaluations of one attack on one image, on average; None: not recorded."""
+        return self._per_attack("gradient")
+
+    @property
+    def forward_evaluations(self) -> float | None:
+        """Forward evaluations of the search on one image, on average; None: not recorded."""
+        return self._per_attack("forward")
+
+    @cached_property
+    def evaluations(self) -> float | None:
+        """Gradient and forward evaluations together; None where not recorded."""
+        counts = [self.gradient_evaluations, self.forward_evaluations]
+        return sum(c for c in counts if c is not None) if None not in counts else None
+
+    def _per_attack(self, kind: Literal["gradient", "forward"]) -> float | None:
+        # The seeds have as many images; where draws are known, each is attacked anew.
+        counts = [record.result.evaluations_per_image(kind) for record in self.records]
+        if any(count is None for count in counts):
+            return None
+        return sum(c for c in counts if c is not None) / (self.draws if self.knows else len(counts))
 
     @property
     def black_box(self) -> bool:
         """Whether the attack follows no gradient of the defense."""
-        effort = EFFORTS.get(self.any.attack)
-        if effort is None:
-            return False
-        return not issubclass(effort, GradientEffort) or self.attack == f"{TORCHATTACKS}:Square"
+        count = self.gradient_evaluations
+        return self.any.gradient is None if count is None else count == 0
 
     @property
     def queries(self) -> bool:
-        """Whether the attack ever calls the defense."""
-        return self.any.attack != "transfer"
+        """Whether the attack ever evaluates the defense: a transfer attack doesn't."""
+        return self.evaluations != 0
+
+    # --- Outcomes
 
     @property
-    def counted(self) -> bool:
-        """Whether purifying calls a network, so that calls tell effort."""
-        return self.any.network_calls.per_purification > 0
+    def bootstrap(self) -> Bootstrap:
+        """The resamples that all reports on these images share."""
+        return Bootstrap.of(len(self.any.ids))
 
-    @property
-    def calls(self) -> float:
-        """Network calls of the search, with or without a gradient, of one attack on one image."""
-        return self.gradient_calls + self.other_calls
+    def right(self, kind: Kind) -> list[Right]:
+        """Whether each prediction is right, one table for each seed."""
+        return [record.result.right(kind) for record in self.records]
 
-    @property
-    def gradient_calls(self) -> float:
-        """Network calls with a gradient, of one attack on one image."""
-        return self._per_attack(lambda result: result.network_calls.gradient)
+    def tally(self, kind: Literal["clean", "adversarial"]) -> Tally:
+        """The predictions on `kind` images, seed by seed."""
+        tables = [record.result.classes(kind) for record in self.records]
+        return Tally(tables, self.any.labels, noisy=bool(self.sites))
 
-    @property
-    def other_calls(self) -> float:
-        """Network calls of the search without a gradient, of one attack on one image."""
-        return self._per_attack(
-            lambda result: (
-                result.network_calls.judging
-                - result.network_calls.per_purification * _verdicts(result)
-            )
-        )
-
-    def _per_attack(self, calls: Callable[[Result], int]) -> float:
-        attacks = sum(
-            len(record.result.ids) * (len(record.result.draws) if record.result.knows else 1)
-            for record in self.records
-        )
-        return sum(calls(record.result) for record in self.records) / attacks
-
-    def account(self, kind: Literal["clean", "robust"], bootstrap: Bootstrap) -> Account:
+    def account(self, kind: Literal["clean", "adversarial"]) -> Account:
         """What the draws say of `kind`, seed by seed: the mean, votes and worst cases."""
-        tables = [getattr(record.result, kind) for record in self.records]
-        return account(tables, bootstrap, noisy=bool(self.sites))
+        if kind not in self._accounts:
+            self._accounts[kind] = account(self.tally(kind), self.bootstrap)
+        return self._accounts[kind]
 
-    def clean(self, bootstrap: Bootstrap) -> Replicates:
+    @cached_property
+    def _accounts(self) -> dict[str, Account]:
+        return {}
+
+    @cached_property
+    def clean(self) -> Replicates:
         """Accuracy on clean images."""
-        return _mean(bootstrap, [record.result.clean for record in self.records])
+        return self.bootstrap.mean(*_score(self.right("clean")))
 
-    def robust(self, bootstrap: Bootstrap) -> Replicates:
-        """Accuracy on adversarial images."""
-        return _mean(bootstrap, [record.result.robust for record in self.records])
-
-    def package(self, bootstrap: Bootstrap) -> Replicates | None:
-        """The share of images that the attack's own package calls robust; null if it doesn't."""
-        tables = [record.result.package_robust for record in self.records]
-        found = [table for table in tables if table is not None]
-        return _mean(bootstrap, found) if len(found) == len(tables) else None
-
-    def fresh(self, bootstrap: Bootstrap) -> Replicates | None:
-        """Accuracy, on draws that no attacker was shown, on images made for a known one."""
-        outcomes = [
-            [[right for draw in image for right in draw] for image in record.result.fresh or []]
-            for record in self.records
-        ]
-        return _mean(bootstrap, outcomes) if all(rows and rows[0] for rows in outcomes) else None
-
+    @cached_property
     def score(self) -> Score:
         """How often each adversarial image was right, over the draws of all seeds."""
-        tables = [record.result.robust for record in self.records]
-        return Score([sum(map(sum, rows)) for rows in zip(*tables, strict=True)], self.draws)
+        return _score(self.right("adversarial"))
 
-    def zero_gradients(self) -> int:
+    @cached_property
+    def robust(self) -> Replicates:
+        """Accuracy on adversarial images."""
+        return self.bootstrap.mean(*self.score)
+
+    @cached_property
+    def fresh(self) -> Replicates | None:
+        """Accuracy, on draws that no attacker was shown, on images made for a known one."""
+        if not self.fresh_draws:
+            return None
+        return self.bootstrap.mean(*_score([t.reshape(len(t), -1) for t in self.right("fresh")]))
+
+    @cached_property
+    def package(self) -> Replicates | None:
+        """The share of images that the attack's own package calls robust; None if it doesn't."""
+        tables = [record.result.package_robust for record in self.records]
+        found = [np.array(table) for table in tables if table is not None]
+        return self.bootstrap.mean(*_score(found)) if len(found) == len(tables) else None
+
+    def estimate(self, quantity: Replicates | None) -> Estimate | None:
+        """Value and interval of a quantity, if there is one."""
+        return None if quantity is None else self.bootstrap.estimate(quantity)
+
+    @cached_property
+    def left(self) -> Estimate:
+        """Accuracy on adversarial images, with its interval: what the attack left standing."""
+        return self.bootstrap.estimate(self.robust)
+
+    def zero_gradients(self) -> int | None:
         """Images that stay right in some draw and met no gradient but zero, in the worst seed.
 
         An image that is wrong from the start may retire before its first gradient: it hides
-        nothing.
+        nothing. None where no gradient was followed.
         """
-        return max(
-            sum(
-                zero and any(right)
-                for zero, right in zip(
-                    record.result.zero_gradient or [False] * len(record.result.ids),
-                    record.result.robust,
-                    strict=True,
-                )
-            )
-            for record in self.records
-        )
+        zero = [record.result.zero_gradient for record in self.records]
+        pairs = zip(zero, self.right("adversarial"), strict=True)
+        found = [int((np.array(z) & right.any(1)).sum()) for z, right in pairs if z is not None]
+        return max(found) if len(found) == len(zero) else None
 
 
-def _verdicts(result: Result) -> int:
-    """Purifications that judged, not searched."""
-    fresh = len(result.fresh[0][0]) if result.fresh else 0
-    return len(result.ids) * len(result.draws) * (2 + fresh)
+@dataclass(frozen=True)
+class Accuracies:
+    """Accuracies of one result, with intervals; `fresh` is null where no draw was known."""
+
+    clean: Estimate
+    robust: Estimate
+    fresh: Estimate | None
 
 
-def _mean(bootstrap: Bootstrap, tables: Sequence[Outcomes]) -> Replicates:
-    """The accuracy over all columns of all `tables`, whose rows are the same images."""
-    right = [sum(map(sum, rows)) for rows in zip(*tables, strict=True)]
-    return bootstrap.mean(right, sum(len(table[0]) for table in tables))
+def accuracies(result: Result) -> Accuracies:
+    """Clean, robust and fresh-draw accuracy of one result."""
+    pool = Pool([Record(Path(), "", "", result)])
+    clean = pool.bootstrap.estimate(pool.clean)
+    return Accuracies(clean, pool.left, pool.estimate(pool.fresh))
+
+
+def pooled(records: Sequence[Record]) -> list[Pool]:
+    """The `records` by defense, threat model and attack, in this order, each with all its seeds."""
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for record in sorted(records, key=lambda record: record.result.seed):
+        result = record.result
+        groups.setdefault((result.defense, result.threat, result.label), []).append(record)
+    return [Pool(groups[key]) for key in sorted(groups)]
+
+
+def search_in_words(result: Result, effort: dict[str, object] | None = None) -> str:
+    """The attack and how it searched, as it reads in a sentence."""
+    gradient = f"gradient {result.gradient}" if result.gradient else "no gradient"
+    options = in_words(result.effort if effort is None else effort)
+    return ", ".join(filter(None, [result.label, options, gradient]))
+
+
+def _score(tables: Sequence[Right]) -> Score:
+    """How often each image was right, over all columns of all `tables` of the same images."""
+    right = np.concatenate(tables, axis=1)
+    return Score(right.sum(1).tolist(), right.shape[1])

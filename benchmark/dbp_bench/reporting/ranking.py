@@ -14,6 +14,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dbp_bench.reporting.statistics import Score
+
 ALPHA: Final = 0.05
 SEED: Final = 2
 """Of the resamples, which are others than those of the intervals."""
@@ -22,14 +24,6 @@ _PER_PAIR: Final = 200
 """Resamples for each pair, so that Holm's strictest level is well above the smallest p-value."""
 _CHUNK: Final = 1_000
 """Resamples held at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """How often each image was right, in how many trials."""
-
-    right: Sequence[int]
-    trials: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +53,14 @@ def ranks_with_ties(scores: Mapping[str, Score], alpha: float = ALPHA) -> dict[s
     Raises:
         ValueError: They are not of the same number of images, or of none.
     """
-    names = sorted(scores, key=lambda name: (-sum(scores[name].right) / scores[name].trials, name))
+    tested = pairwise(scores)
+    names = sorted(scores, key=lambda name: (-scores[name].mean, name))
     better: dict[str, int] = dict.fromkeys(names, 0)
     worse: dict[str, int] = dict.fromkeys(names, 0)
-    for (first, second), p in pairwise(scores).items():
+    for (first, second), p in tested.items():
         if p > alpha:
             continue
-        a, b = (sum(scores[name].right) / scores[name].trials for name in (first, second))
+        a, b = scores[first].mean, scores[second].mean
         winner, loser = (first, second) if a > b else (second, first)
         worse[winner] += 1
         better[loser] += 1

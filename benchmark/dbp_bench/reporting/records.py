@@ -4,29 +4,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from dbp_bench.errors import BadResult, NotComparable, did_you_mean
-from dbp_bench.result import Result, result_path, without_draws
+from dbp_bench.reporting.protocol import Protocol, knowledge, shipped
+from dbp_bench.result import Result, without_draws
 
-Effort = dict[str, int | float | str | bool]
-
-NULL: Final = "null"
-"""The threat model with eps = 0."""
-WHITEBOX: Final = "whitebox"
-FORWARD: Final = "forward"
-
-KNOWN: Final[Mapping[str, tuple[str, Callable[[frozenset[str]], frozenset[str]]]]] = {
-    "hidden": ("eot", lambda _: frozenset()),
-    "forward_known": ("dw-fwd", lambda sites: sites & {FORWARD}),
-    "reverse_known": ("dw-rev", lambda sites: sites - {FORWARD}),
-    "all_known": ("dwbox", lambda sites: sites),
-}
-"""The columns compared at equal effort: threat model, and what it knows of a defense's sites."""
-PROTOCOL: Final = tuple(threat for threat, _ in KNOWN.values())
-MAIN: Final = (*PROTOCOL, WHITEBOX, NULL)
-"""The threat models that a leaderboard is made of. Others are attacks to hold against it."""
+_FILE: Final = r"seed--?\d+\.json"
 
 
 @dataclass(frozen=True)
@@ -40,25 +25,68 @@ class Record:
     sha256: str
     result: Result
 
+    @property
+    def setting(self) -> str:
+        """How texts name what was measured on a defense: threat model and attack."""
+        return f"{self.result.threat}/{self.result.label}"
 
-def load(results: Path, track: str | None = None) -> list[Record]:
-    """Every result below the folder `results`, of one track or of all.
+    @property
+    def defense_folder(self) -> Path:
+        """The folder of all results of this defense on this track."""
+        return self.path.parents[len(PurePosixPath(self.name).parts) - 3]
+
+
+def load(results: Path | Sequence[Path], track: str | None = None) -> list[Record]:
+    """Every result in `results`, folders of results or single files, of one track or of all.
 
     Raises:
-        BadResult: There is none, a file can't be read, or says something else than its path.
+        BadResult: There is none, a file can't be read or says something else than its path, or two
+            files are of one setting.
     """
-    records = []
-    for path in sorted(results.glob("*/*/*/seed-*.json")):
-        if not re.fullmatch(r"seed--?\d+\.json", path.name):
+    places = [results] if isinstance(results, Path) else list(results)
+    records: list[Record] = []
+    known = set()
+    for place in places:
+        if place.is_file():
+            records.append(read_record(place))
             continue
-        if track is None or path.parts[-4] == track:
-            records.append(_read(results, path))
+        for path in result_files(place):
+            name = path.relative_to(place).as_posix()
+            if name.count("/") not in (3, 4):
+                continue  # lies deeper than a result of any schema: somebody's copy
+            known.add(name.partition("/")[0])
+            if track is None or name.startswith(f"{track}/"):
+                records.append(read_record(path, name))
+                _check_place(records[-1])
+    records = [record for record in records if track in (None, record.result.track)]
     if not records:
-        where = f"{results}: no results" + (f" on track {track!r}" if track else "")
-        known = sorted({path.parts[-4] for path in results.glob("*/*/*/seed-*.json")})
+        where = ", ".join(map(str, places))
         hint = did_you_mean(track, known) if track and known else ""
-        raise BadResult(f"{where}.{hint} `dbp-bench run` makes some, or name another folder.")
+        what = f"no results on track {track!r}" if track else "no results"
+        raise BadResult(
+            f"{where}: {what}.{hint} `dbp-bench run` makes some, or name another folder."
+        )
+    first: dict[Path, Record] = {}
+    for record in records:
+        other = first.setdefault(record.result.path(Path()), record)
+        if other is not record:
+            raise BadResult(
+                f"{other.path} and {record.path} are both {record.result.path(Path()).as_posix()}: "
+                "move one of them away."
+            )
     return records
+
+
+def result_files(place: Path) -> list[Path]:
+    """The result files below a folder, in order; not those of sweeps, nor unfinished work."""
+    found = sorted(path for path in place.rglob("seed-*.json") if re.fullmatch(_FILE, path.name))
+    apart = ("sweeps", "analyses")
+    parts = {path: path.relative_to(place).parts for path in found}
+    return [
+        path
+        for path in found
+        if parts[path][0] not in apart and not any(part.startswith(".") for part in parts[path])
+    ]
 
 
 def read_record(path: Path, name: str | None = None) -> Record:
@@ -68,67 +96,78 @@ def read_record(path: Path, name: str | None = None) -> Record:
         BadResult: It isn't one.
     """
     result = Result.read(path)
-    return Record(path, name or path.as_posix(), sha256(path.read_bytes()).hexdigest(), result)
+    name = name or result.path(Path()).as_posix()
+    return Record(path, name, sha256(path.read_bytes()).hexdigest(), result)
 
 
-def _read(results: Path, path: Path) -> Record:
-    name = path.relative_to(results).as_posix()
-    record = read_record(path, name)
-    result = record.result
-    belongs = result_path(Path(), result.track, result.defense, result.threat, result.seed)
-    if belongs.as_posix() != name:
+def _check_place(record: Record) -> None:
+    belongs = record.result.path(Path())
+    before = belongs.parent.parent / belongs.name  # of a file of schema 1
+    if record.name not in (belongs.as_posix(), before.as_posix()):
         raise BadResult(
-            f"{path}: not where it belongs: by its track, defense, threat and seed it is "
-            f"{belongs.as_posix()}. Move it back."
+            f"{record.path}: not where it belongs: by its track, defense, threat, attack and seed "
+            f"it is {belongs.as_posix()}. Move it back."
         )
-    counts = {len(draws) for image in result.fresh or [] for draws in image}
-    if len(counts) > 1:
-        raise BadResult(f"{path}: fresh: not as many fresh draws for every image and known draw.")
-    return record
 
 
-def check_comparable(records: Sequence[Record]) -> None:
+def check_comparable(records: Sequence[Record], protocol: Protocol | None = None) -> None:
     """Refuse results of one track that may not be subtracted from, or ranked by, each other.
 
     All must be of the same images, and each defense the same one everywhere. Budget, effort, draws
-    and seeds must agree among the threat models in :data:`MAIN`; what other threat models do is
-    their own affair, and is stated beside their numbers.
+    and seeds must agree among the threat models of the `protocol` (the package's own if not given);
+    what other threat models and attacks do is their own affair, and is stated beside their numbers.
 
     Raises:
         NotComparable: With the two files and the fields in which they differ.
     """
-    ordered = sorted(
-        records, key=lambda record: set(record.result.knows) == set(record.result.sites)
-    )
+    protocol = protocol or shipped()
+    ordered = sorted(records, key=lambda record: _nothing_hidden(record.result))
     _check_alike(ordered, lambda result: result.track, track_facts)
     _check_alike(ordered, lambda result: result.defense, _defense_facts)
-    main = [record for record in ordered if record.result.threat in MAIN]
-    searches = [record for record in main if record.result.threat != NULL]
-    _check_alike(searches, lambda result: result.track, lambda result: {"eps": result.eps})
-    _check_alike(main, lambda result: result.threat, _effort_facts)
-    protocol = [record for record in main if record.result.threat in PROTOCOL]
-    _check_alike(protocol, lambda result: result.track, _effort_facts)
-    _check_alike(searches, lambda result: result.track, _search_facts)
+    main = [record for record in ordered if protocol.holds(record.result)]
+    searches = [record for record in main if record.result.threat != protocol.null]
+    _check_alike(searches, lambda result: result.track, lambda result, _: {"eps": result.eps})
+    _check_alike(main, lambda result: result.threat, _search_facts)
+    equal = [record for record in searches if record.result.threat in protocol.equal]
+    _check_alike(equal, lambda result: result.track, _search_facts)
+    free = {key for record in searches for key in protocol.free(record.result.threat)}
+    _check_alike(
+        searches,
+        lambda result: result.track,
+        lambda result, effort: _search_facts(
+            result, {key: value for key, value in effort.items() if key not in free}
+        ),
+    )
     noisy = [record for record in main if record.result.sites]
-    _check_alike(noisy, _draw_kind, _draw_facts)
+
+    def draw_kind(result: Result) -> str:
+        return "null" if result.threat == protocol.null else str(bool(result.knows))
+
+    _check_alike(noisy, draw_kind, _draw_facts)
     for defense in sorted({record.result.defense for record in main}):
         _check_seeds([record for record in main if record.result.defense == defense])
 
 
 _Facts = dict[str, object]
-_EFFORT: Final = "effort."
 
 
 def _check_alike(
-    records: Iterable[Record], group: Callable[[Result], str], facts: Callable[[Result], _Facts]
+    records: Iterable[Record],
+    group: Callable[[Result], str],
+    facts: Callable[[Result, Mapping[str, object]], _Facts],
 ) -> None:
-    """Refuse a result whose facts differ from those of the first of its group."""
+    """Refuse a result whose facts differ from those of the first of its group.
+
+    The `facts` are those of a result and of its effort, as far as that counts.
+    """
     first: dict[str, Record] = {}
     for record in records:
         other = first.setdefault(group(record.result), record)
-        mine, theirs = facts(record.result), facts(other.result)
-        if _nothing_hidden(record.result) or _nothing_hidden(other.result):
-            mine, theirs = _without_draws(mine), _without_draws(theirs)
+        pair = [other.result, record.result]
+        efforts = [result.effort for result in pair]
+        if any(_nothing_hidden(result) for result in pair):
+            efforts = [without_draws(effort) for effort in efforts]
+        theirs, mine = (facts(*each) for each in zip(pair, efforts, strict=True))
         if differing := differences(theirs, mine):
             raise NotComparable(
                 f"{other.path} and {record.path} cannot stand in one leaderboard: "
@@ -146,15 +185,7 @@ def differences(theirs: Mapping[str, object], mine: Mapping[str, object]) -> lis
 
 
 def _nothing_hidden(result: Result) -> bool:
-    return set(result.knows) == set(result.sites)
-
-
-def _without_draws(facts: _Facts) -> _Facts:
-    """Without the effort that doesn't count where nothing is hidden."""
-    effort = {key: value for key, value in facts.items() if key.startswith(_EFFORT)}
-    rest = {key: value for key, value in facts.items() if key not in effort}
-    counts = without_draws({key.removeprefix(_EFFORT): value for key, value in effort.items()})
-    return rest | {f"{_EFFORT}{key}": value for key, value in counts.items()}
+    return knowledge(result) == "all"
 
 
 def _brief(theirs: object, mine: object) -> str:
@@ -169,7 +200,7 @@ def _brief(theirs: object, mine: object) -> str:
     return f"{texts[0]} and {texts[1]}"
 
 
-def track_facts(result: Result) -> _Facts:
+def track_facts(result: Result, _: object = None) -> _Facts:
     """What must be equal for two results to be of the same track, whatever it is called."""
     return {
         "norm": result.norm,
@@ -181,7 +212,8 @@ def track_facts(result: Result) -> _Facts:
     }
 
 
-def _defense_facts(result: Result) -> _Facts:
+def _defense_facts(result: Result, _: object = None) -> _Facts:
+    """What must be equal for two results to be of the same defense, whatever it is called."""
     return {
         "sites": sorted(result.sites),
         **{f"options.{key}": value for key, value in result.options.items()},
@@ -189,30 +221,24 @@ def _defense_facts(result: Result) -> _Facts:
         **{
             f"provenance.code.{key}": value for key, value in (result.provenance.code or {}).items()
         },
-        "network_calls.per_purification": result.network_calls.per_purification,
+        "evaluations.nfe": result.evaluations.nfe,
     }
 
 
-def _effort_facts(result: Result) -> _Facts:
-    return {"attack": result.attack} | {
-        f"{_EFFORT}{key}": value for key, value in result.effort.items()
-    }
+def _search_facts(result: Result, effort: Mapping[str, object]) -> _Facts:
+    """How the attack searched."""
+    options = {f"effort.{key}": value for key, value in effort.items()}
+    return {"attack": result.attack, "gradient": result.gradient, **options}
 
 
-def _search_facts(result: Result) -> _Facts:
-    """All effort but EoT, in which the white-box column differs from the others by its name."""
-    return {key: value for key, value in _effort_facts(result).items() if key != f"{_EFFORT}eot"}
+def _draw_facts(result: Result, _: object = None) -> _Facts:
+    return {"draws": result.draws, "fresh draws": fresh_draws(result)}
 
 
-def _draw_kind(result: Result) -> str:
-    if result.threat == NULL:
-        return NULL
-    return "known" if result.knows else "hidden"
-
-
-def _draw_facts(result: Result) -> _Facts:
-    fresh = len(result.fresh[0][0]) if result.fresh else None
-    return {"draws": result.draws, "fresh draws": fresh}
+def fresh_draws(result: Result) -> int | None:
+    """Fresh draws for each known draw; None where no draw is known."""
+    fresh = result.predicted.fresh
+    return None if fresh is None else len(fresh[0][0])
 
 
 def _check_seeds(records: Sequence[Record]) -> None:

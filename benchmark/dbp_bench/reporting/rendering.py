@@ -1,28 +1,24 @@
-"""How tables are written: CSV cells, Markdown and LaTeX that show plain text as it is."""
+"""How numbers and names are written: effort in words, Markdown and LaTeX that show plain text."""
 
-import csv
-import io
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Final
 
-from dbp_bench.reporting.records import Effort
-from dbp_bench.reporting.statistics import LEVEL, RESAMPLES, Estimate
+import yaml
 
-BOOTSTRAP: Final = (
-    f"In brackets: {100 * LEVEL:.0f} % intervals from a paired bootstrap over images ({RESAMPLES} "
-    "resamples, the same ones for every number of the track; percentiles). They say what other "
-    "images of the kind could have given, not what other training runs or stronger attacks could. "
-    "At 0 or 100 % a bootstrap has no width."
-)
+from dbp_bench.reporting.statistics import LEVEL, RESAMPLES
 
 
-def fractions(estimate: Estimate | None) -> list[object]:
-    """Value and interval, rounded; blank for null."""
-    if estimate is None:
-        return [None, None, None]
-    return [round(x, 6) + 0.0 for x in (estimate.value, estimate.low, estimate.high)]
+@cache
+def _notes() -> dict[str, str]:
+    return dict(yaml.safe_load(Path(__file__).with_name("notes.yaml").read_text(encoding="utf-8")))
+
+
+def note(name: str, **numbers: object) -> str:
+    """What ``notes.yaml`` says under `name`, with its `numbers` filled in."""
+    return _notes()[name].format(level=f"{100 * LEVEL:.0f}", resamples=RESAMPLES, **numbers)
 
 
 def shown_eps(eps: float) -> str:
@@ -33,33 +29,9 @@ def shown_eps(eps: float) -> str:
     return f"{levels}/255" if abs(eps * 255 - levels) < 1e-6 else f"{eps:.6g}"
 
 
-def to_csv_text(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """A CSV file; null is blank."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(lines)
-    return file.getvalue()
-
-
-def json_of(effort: Effort | None) -> str:
-    """An effort for programs; blank for null."""
-    return "" if effort is None else json.dumps(effort)
-
-
-def joined(values: Iterable[object]) -> str:
-    """The different values, in order; blank for null."""
-    return " ".join(dict.fromkeys(str(value) for value in values if value is not None))
-
-
 def listed(values: Iterable[int | None]) -> str:
     """Numbers in a sentence, without null."""
-    return " or ".join(str(value) for value in sorted(v for v in values if v is not None))
-
-
-def text_of(value: object) -> str:
-    """Blank for null."""
-    return "" if value is None else str(value)
+    return " or ".join(str(value) for value in sorted({v for v in values if v is not None}))
 
 
 def md(text: str) -> str:
@@ -82,28 +54,13 @@ def tex(text: str) -> str:
     return "".join(_TEX.get(character, character) for character in " ".join(text.split()))
 
 
-def md_lines(lines: Iterable[Sequence[str]]) -> list[str]:
-    """Rows of a Markdown table."""
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def md_name(defense: str, kind: str) -> str:
-    """A defense; a control is marked."""
-    return f"{md(defense)} *(control)*" if kind == "control" else md(defense)
-
-
-def percent(estimate: Estimate | None, *, sign: bool = False) -> str:
-    """In percent with its interval; blank for null."""
-    return "" if estimate is None else estimate.percent(sign=sign)
-
-
 def in_words(effort: Mapping[str, object]) -> str:
     """An effort as it reads in a sentence, without what isn't set."""
     words = [_PHRASES[key].format(effort[key]) for key in _PHRASES if effort.get(key) is not None]
     for key, value in effort.items():
-        if key not in (*_PHRASES, "attack", "name") and value is not None:
+        if key not in (*_PHRASES, "attack") and value is not None:
             words.append(_setting(key.replace("_", " "), value))
-    return ", ".join(words)
+    return ", ".join(filter(None, words))
 
 
 _PHRASES: Final = {"steps": "{} steps", "step_size": "step size {} eps", "eot": "EoT-{}"}

@@ -10,9 +10,9 @@ import zlib
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
-from dbp_bench.declaration import read_json
+from dbp_bench.declaration import Strict, read_json
 from dbp_bench.result import write_atomically
 
 SCHEMA: Literal[1] = 1
@@ -36,11 +36,7 @@ Png = Annotated[str, AfterValidator(_png)]
 """A PNG file in base64."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Sample(_Record):
+class Sample(Strict):
     """One image, at one draw of the defense's noise."""
 
     id: int
@@ -57,7 +53,7 @@ class Sample(_Record):
     said_adversarial: int
 
 
-class Samples(_Record):
+class Samples(Strict):
     """The pictures of one result; the file lies beside it."""
 
     schema_version: Literal[1] = Field(alias="schema")
@@ -67,13 +63,13 @@ class Samples(_Record):
     threat: str
     seed: int
     draw: int
-    """Of the defense's noise in all pictures; where draws are known, the one that was shown."""
+    """The draw of the defense's noise in all pictures; where draws are known, the one shown."""
     result_sha256: str
-    """Of the result file that they belong to."""
+    """sha256 of the result file that they belong to."""
     compared: int
     """Outcomes that were computed again when the pictures were made."""
     differing: int
-    """Of these, how many differed from the result's."""
+    """How many of these differed from the result's."""
     images: list[Sample]
 
     def write(self, path: Path) -> None:
@@ -99,7 +95,7 @@ def png(rows: list[bytes], channels: int, *, stored: bool = False) -> bytes:
     """A PNG file of 8-bit pixels, grey (one channel) or RGB (three).
 
     Args:
-        rows: Of pixels, top to bottom, each with its channels together.
+        rows: Rows of pixels, top to bottom, each with its channels together.
         channels: 1 or 3.
         stored: Without compression, so that the bytes are the same whatever the zlib.
 

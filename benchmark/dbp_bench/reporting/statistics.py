@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import lru_cache
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,9 @@ from numpy.typing import NDArray
 RESAMPLES: Final = 2000
 SEED: Final = 0
 LEVEL: Final = 0.95
+_BILLION: Final = 10**9
+_EXACT: Final = 2**53
+"""Sums of integers below this are exact in a float."""
 
 Counts = NDArray[np.int64]
 Replicates = NDArray[np.float64]
@@ -29,6 +33,18 @@ class Estimate:
         # Adding 0 turns -0.0 into 0.0.
         value, low, high = (round(100 * x, 1) + 0.0 for x in (self.value, self.low, self.high))
         return f"{value:{'+' if sign else ''}.1f} [{low:.1f}, {high:.1f}]"
+
+
+class Score(NamedTuple):
+    """How often each image was right, in how many trials: a mean that is exact."""
+
+    right: Sequence[int]
+    trials: int
+
+    @property
+    def mean(self) -> float:
+        """The mean over images."""
+        return sum(self.right) / (self.trials * len(self.right))
 
 
 class Bootstrap:
@@ -53,12 +69,24 @@ class Bootstrap:
         for row in self._weights[1:]:
             row[:] = np.bincount(rng.integers(0, images, images), minlength=images)
 
+    @classmethod
+    @lru_cache(maxsize=8)
+    def of(cls, images: int) -> "Bootstrap":
+        """The one bootstrap that all reports of so many `images` share."""
+        return cls(images)
+
+    def average(self, values: Sequence[float]) -> Replicates:
+        """The mean of one real value per image, each rounded to a billionth (see :meth:`mean`)."""
+        return self.mean([round(_BILLION * value) for value in values], _BILLION)
+
     def mean(self, right: Counts | Sequence[int], trials: int) -> Replicates:
         """The accuracy where image i was right in ``right[i]`` of `trials` trials.
 
         Counts, not means per image: sums of integers are exact, so that the last digit is the same
-        on every machine.
+        on every machine. Numbers too large for that are rounded to billionths.
         """
+        if trials * len(right) >= _EXACT:
+            return self.average([int(count) / trials for count in right])
         counts = np.asarray(right, dtype=np.float64)
         if counts.shape != (self.images,):
             raise ValueError(f"counts of shape {counts.shape} for {self.images} images.")

@@ -1,326 +1,309 @@
-"""From a track's numbers to tables: CSV for programs, Markdown and LaTeX for readers."""
+"""A track's numbers as tables: CSV for programs, Markdown and LaTeX for readers."""
 
+import json
 import re
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
+import pandas as pd
+
+from dbp_bench.reporting.attacks import how, setting_of
 from dbp_bench.reporting.badge import BADGES
-from dbp_bench.reporting.leaderboard import QUANTITIES, UNDEFENDED, Leaderboard, Row
-from dbp_bench.reporting.pool import Pool
+from dbp_bench.reporting.frames import (
+    Marked,
+    Shared,
+    cell,
+    frame_of,
+    named,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
+from dbp_bench.reporting.leaderboard import BASE, NULL, Leaderboard
+from dbp_bench.reporting.pool import Pool, search_in_words
+from dbp_bench.reporting.protocol import KNOWN
 from dbp_bench.reporting.ranking import ALPHA
-from dbp_bench.reporting.records import NULL, WHITEBOX
-from dbp_bench.reporting.rendering import (
-    BOOTSTRAP,
-    fractions,
-    in_words,
-    joined,
-    json_of,
-    listed,
-    md,
-    md_lines,
-    md_name,
-    percent,
-    shown_eps,
-    tex,
-    text_of,
-    to_csv_text,
-)
+from dbp_bench.reporting.rendering import listed, md, note, shown_eps, tex
 from dbp_bench.reporting.sanity import COSINE, ERROR, EXACT, Check
-from dbp_bench.reporting.statistics import LEVEL, RESAMPLES, Estimate
+from dbp_bench.reporting.statistics import LEVEL, Estimate
 from dbp_bench.reporting.votes import FEW, METRICS, Account
-
-_ACCURACIES: Final = ("clean", "hidden", "forward_known", "reverse_known", "all_known")
-_PARTS: Final = (
-    "undefended",
-    "purification",
-    "stochasticity",
-    "share",
-    "stochasticity_forward",
-    "stochasticity_reverse",
-)
-_LOOKED: Final = (
-    "No flag says as much as what was looked at, which is named. Null attack: changes no metric. "
-    "More knowledge: knowing all draws helps the attack. Zero gradients: no image stays right in "
-    "some draw without having met a gradient that isn't zero. Gradient check: on two images, in "
-    "float64, the exact gradient is that of "
-    f"finite differences (to {ERROR:g}), and the one that the attack followed points its way "
-    f"(cosine {EXACT:g} or more if it is called exact, {COSINE:g} if it is labelled an "
-    "approximation). Black box: an attack without gradients does no better than the strongest "
-    "along gradients that knows the same. More effort: more steps, restarts or draws per gradient "
-    "(PGD and APGD) do no better than the leaderboard's own attack. Other attacks: nor does any "
-    "other along gradients that knows the same, at whatever effort. Better: by a paired interval "
-    "that excludes 0. Sweeps: what `dbp-bench sweep` found over steps, draws, eps, or with a black "
-    "box. Each comparison may flag by chance: about one in forty does where there is nothing."
-)
-_CHECKS: Final = ("fresh", WHITEBOX, NULL)
-
-_BOUNDS: Final = (
-    "Every robust accuracy is an upper bound: it is what a finite attack left standing, and a "
-    "stronger one may leave less. Stochasticity S is a difference of two upper bounds and no bound "
-    "itself."
-)
-_BLANK: Final = (
-    "Blank: not measured, or it needs something that was not measured, or a share of a difference "
-    "that is not clearly above zero."
-)
-_SAME: Final = (
-    "= : the same setting as another column, for this defense, measured once. (Without reverse "
-    "noise, knowing the forward noise is knowing all; without any noise, all columns are one.)"
-)
-
-_DRAWS: Final = (
-    "Votes and worst cases: M draws judge each image, the same ones for clean and adversarial "
-    "images; any: no noise is drawn, and all are alike. Majority: more than half of k draws right, "
-    "k the largest odd number up to M (a tie would be wrong). Outcomes store right and wrong only; "
-    "a plurality vote over classes can be right more often, so that this is a lower bound of it. "
-    "Worst of m: all of m draws right. Both are unbiased: of draws without replacement from the M, "
-    "C(right, m) / C(M, m) for the worst case. Intervals of that table are from a two-level "
-    f"bootstrap ({RESAMPLES} resamples): images are drawn anew, and for each of them its chance of "
-    "being right, given its outcomes, and M outcomes with that chance. The null attack must give "
-    "the clean numbers; a gap, paired by image and draw, is flagged where its interval is off zero."
-)
-
-
-def to_csv(board: Leaderboard) -> str:
-    """One line per defense; accuracies are fractions."""
-    header = ["rank", "defense", "kind", "track", "norm", "eps", "images", "seeds"]
-    header += [f"{key}{end}" for key in QUANTITIES for end in ("", "_lo", "_hi")]
-    header += ["attack", "effort", "whitebox_eot", "hidden_draws", "known_draws", "fresh_draws"]
-    header += ["network_calls", "served_by", "flags", "checks", "badge", "results"]
-    lines: list[list[object]] = []
-    for row in board.rows:
-        line: list[object] = [
-            text_of(row.rank),
-            row.defense,
-            row.kind,
-            board.track,
-            board.norm,
-            board.eps,
-        ]
-        line += [board.images, " ".join(map(str, row.pools[0].seeds))]
-        for key in QUANTITIES:
-            line += fractions(row.estimates[key])
-        line += [board.attack, json_of(board.effort), board.whitebox_eot]
-        line += [row.hidden_draws, row.known_draws, row.fresh_draws, row.calls]
-        line += [" ".join(f"{key}={threat}" for key, threat in row.served_by.items())]
-        line += ["; ".join(row.flags), "; ".join(_checked(row)), row.badge]
-        line += [" ".join(record.name for pool in row.pools for record in pool.records)]
-        lines.append(line)
-    return to_csv_text(header, lines)
-
-
-def _badges(board: Leaderboard) -> list[str]:
-    """Which defenses have each badge, that of the closest look first."""
-    found = []
-    for badge in reversed(BADGES):
-        names = [md(row.defense) for row in board.rows if row.badge == badge]
-        if names:
-            found.append(f"{badge}: {', '.join(names)}.")
-    return found
-
-
-def _checked(row: Row) -> list[str]:
-    """What was looked for, where, and with what outcome."""
-    return [
-        f"{check.name}: "
-        + (f"{_outcome(check)} ({', '.join(check.looked)})" if check.looked else "not looked for")
-        for check in row.checks
-    ]
-
-
-def _outcome(check: Check) -> str:
-    return "flagged" if check.flags else "no finding"
-
-
-def settings_to_csv(board: Leaderboard) -> str:
-    """One line per defense and threat model, with the files that it follows from."""
-    header = ["defense", "kind", "threat", "knows", "sites", "track", "norm", "eps", "images"]
-    header += ["seeds", "draws", "fresh_draws"]
-    header += [f"{key}{end}" for key in ("robust", "clean", "fresh") for end in ("", "_lo", "_hi")]
-    header += ["majority_of", "worst_all_of"]
-    header += [f"{key}{end}" for key in METRICS[1:] for end in ("", "_lo", "_hi")]
-    header += ["attack", "effort", "overrides", "network_calls", "gradient_calls", "judging_calls"]
-    header += ["zero_gradients", "commit", "dirty", "results", "sha256"]
-    lines: list[list[object]] = []
-    for pool, kind in board.settings:
-        any_, results = pool.any, [record.result for record in pool.records]
-        line: list[object] = [any_.defense, kind, any_.threat, " ".join(any_.knows)]
-        line += [" ".join(any_.sites), board.track, any_.norm, any_.eps, board.images]
-        line += [" ".join(map(str, pool.seeds)), pool.draws]
-        line += [len(any_.fresh[0][0]) if any_.fresh else None]
-        fresh = pool.fresh(board.bootstrap)
-        for values in (pool.robust(board.bootstrap), pool.clean(board.bootstrap), fresh):
-            line += fractions(None if values is None else board.bootstrap.estimate(values))
-        line += _votes(pool, board)
-        line += [pool.attack, json_of(any_.effort), " ".join(any_.overrides)]
-        line += [any_.network_calls.per_purification]
-        line += [sum(result.network_calls.gradient for result in results)]
-        line += [sum(result.network_calls.judging for result in results)]
-        searched = all(result.zero_gradient is not None for result in results)
-        line += [pool.zero_gradients() if searched else None]
-        line += [joined(result.provenance.commit for result in results)]
-        line += [joined(result.provenance.dirty for result in results)]
-        line += [" ".join(record.name for record in pool.records)]
-        line += [" ".join(record.sha256 for record in pool.records)]
-        lines.append(line)
-    return to_csv_text(header, lines)
-
-
-def _votes(pool: Pool, board: Leaderboard) -> list[object]:
-    """Votes and worst cases of adversarial images.
-
-    Where draws are known each has images of its own, on which no vote is taken.
-    """
-    found = pool.account("robust", board.bootstrap)
-    vote = not pool.knows
-    line: list[object] = [found.votes if vote else None, found.draws]
-    for key in METRICS[1:]:
-        line += fractions(found.estimates[key] if vote or key != "majority" else None)
-    return line
-
-
-def draws_to_csv(board: Leaderboard) -> str:
-    """One line per defense and kind of images: clean, attacked with all draws hidden, null attack.
-
-    What one draw gives, what votes over draws, and the worst of several; accuracies are fractions.
-    """
-    header = ["defense", "kind", "images_of", "threat", "track", "norm", "eps", "images"]
-    header += ["draws", "majority_of", "worst_all_of"]
-    header += [f"{key}{end}" for key in METRICS for end in ("", "_lo", "_hi")]
-    lines: list[list[object]] = []
-    for row in board.rows:
-        for key, (threat, found) in row.accounts.items():
-            line: list[object] = [row.defense, row.kind, key, threat, board.track, board.norm]
-            line += [board.eps if key == "hidden" else 0.0, board.images]
-            line += [found.draws, found.votes, found.draws]
-            for metric in METRICS:
-                line += fractions(found.estimates[metric])
-            lines.append(line)
-    return to_csv_text(header, lines)
-
-
-def to_markdown(board: Leaderboard) -> str:
-    """For reading on a page: four tables, and what they mean."""
-    text = [f"# {md(board.title)}", ""]
-    if board.demonstration:
-        text += [
-            (
-                "> **A demonstration.** These numbers show the method, on a small data set with "
-                "small networks. Never compare them with CIFAR-10 or any other track."
-            ),
-            "",
-        ]
-    if board.entry and board.entry.note.strip():
-        text += [md(board.entry.note), ""]
-    text += [f"Accuracies in percent, with {100 * LEVEL:.0f} % intervals. {ranking(board)}", ""]
-    text += ["## Accuracy, by what the attacker knows", ""]
-    text += _md_table(
-        [
-            "Clean",
-            f"Hidden, R<sub>WB</sub>{_eot(board)}",
-            "Forward known, R<sub>F</sub>",
-            "Reverse known, R<sub>R</sub>",
-            "All known, R<sub>DW</sub>",
-        ],
-        board.rows,
-        lambda row: [_md_cell(row, key) for key in _ACCURACIES],
-    )
-    text += ["## Where the robustness comes from", ""]
-    text += _md_table(
-        [
-            "Undefended, R<sub>0</sub>",
-            "Purification, P",
-            "Stochasticity, S",
-            "Share of S, %",
-            "S, forward noise",
-            "S, reverse noise",
-        ],
-        board.rows,
-        lambda row: [_md_cell(row, key) for key in _PARTS],
-    )
-    text += ["## Checks and cost", ""]
-    text += _md_table(
-        [
-            "Known-draw images on fresh draws",
-            _whitebox(board),
-            "Null attack, eps = 0",
-            "Network calls",
-            "Draws hidden / known",
-        ],
-        board.rows,
-        lambda row: [
-            *(_md_cell(row, key) for key in _CHECKS),
-            str(row.calls),
-            f"{row.hidden_draws or '-'} / {row.known_draws or '-'}",
-        ],
-    )
-    text += ["## One draw, votes and worst cases", ""]
-    lines = [
-        ["", "Defense", "Images", "Draws M", *_draws_headings("{}")],
-        ["--:", ":--", ":--", "--:", *("--:" for _ in METRICS)],
-    ]
-    for row in board.rows:
-        for key, (_, found) in row.accounts.items():
-            cells = [text_of(row.rank), md_name(row.defense, row.kind), _KINDS[key], _many(found)]
-            lines.append([*cells, *(percent(found.estimates[metric]) for metric in METRICS)])
-    text += [*md_lines(lines), ""]
-    flagged = [f"- **{md(row.defense)}**: {md(flag)}." for row in board.rows for flag in row.flags]
-    if flagged:
-        text += ["## Flags", "", *flagged, ""]
-    text += _looked(board)
-    text += ["## Verified by others", "", *(f"- {line}" for line in _badges(board)), ""]
-    text += ["## What it means", "", f"{_BOUNDS} {md(_protocol(board))}", ""]
-    text += [f"- {line}" for line in _meanings(board)]
-    text += [f"- {_DRAWS}", "", f"{BOOTSTRAP} {_BLANK}"]
-    if any(row.served_by for row in board.rows):
-        text += ["", _SAME]
-    text += [
-        "",
-        (
-            f"Every number follows from the files under `results/{board.track}/`; "
-            f"`{board.track}-settings.csv` names them, with their sha256."
-        ),
-    ]
-    return "\n".join(text) + "\n"
-
-
-def _looked(board: Leaderboard) -> list[str]:
-    """Which signs of weak attacks and masked gradients were looked for."""
-    names = [check.name for check in board.rows[0].checks]
-    lines = [
-        ["Defense", *(name.capitalize() for name in names)],
-        [":--", *(":--" for _ in names)],
-    ]
-    for row in board.rows:
-        cells = [
-            f"{'**flagged**' if check.flags else 'no finding'}: {_places(check)}"
-            if check.looked
-            else "not looked for"
-            for check in row.checks
-        ]
-        lines.append([md_name(row.defense, row.kind), *cells])
-    return [
-        "## Looked for: weak attacks and masked gradients",
-        "",
-        *md_lines(lines),
-        "",
-        _LOOKED,
-        "",
-    ]
-
-
-def _places(check: Check) -> str:
-    """Where a sign was looked for: by name, or how many are in the CSV file by name."""
-    names = check.looked
-    return md(", ".join(names)) if len(names) <= _NAMED else f"{len(names)} attacks"
-
 
 _NAMED: Final = 4
 """How many names a cell of a table holds."""
 
 
-def to_latex(board: Leaderboard) -> str:
-    """For a paper: four booktabs tables in one float, and a note."""
+# --- What the columns are called
+
+
+def headings(board: Leaderboard) -> dict[str, str]:
+    """What each column of a leaderboard is called, symbols included."""
+    eot = "" if board.eot is None else f", EoT-{board.eot}"
+    return {
+        "clean": "Clean",
+        "hidden": f"Hidden, R_WB{eot}",
+        "forward_known": "Forward known, R_F",
+        "reverse_known": "Reverse known, R_R",
+        "all_known": "All known, R_DW",
+        "base": "Base classifier, R_0",
+        "purification": "Purification, P",
+        "stochasticity": "Stochasticity, S",
+        "share": "Share of S, %",
+        "stochasticity_forward": "S, forward noise",
+        "stochasticity_reverse": "S, reverse noise",
+        "fresh": "Known-draw images on fresh draws",
+        **board.extra,
+        NULL: "Null attack, eps = 0",
+        "nfe": "NFE",
+        "draws": "Draws hidden / known",
+    }
+
+
+_ACCURACIES: Final = ("clean", *KNOWN)
+_PARTS: Final = (
+    *("base", "purification", "stochasticity", "share"),
+    *("stochasticity_forward", "stochasticity_reverse"),
+)
+IMAGES: Final = {"clean": "clean", "hidden": "attacked, draws hidden", NULL: "null attack"}
+
+
+# --- Frames
+
+
+def csv_tables(board: Leaderboard) -> Mapping[str, str]:
+    """The CSV files of a leaderboard, by how their names end."""
+    return {
+        ".csv": to_csv(of_track(rows_frame(board), board)),
+        "-draws.csv": to_csv(of_track(draws_frame(board).drop(columns="rank"), board)),
+        "-results.csv": to_csv(of_track(results_frame(board), board)),
+    }
+
+
+def of_track(frame: pd.DataFrame, board: Leaderboard) -> pd.DataFrame:
+    """The same rows, which say of what track, budget and images they are."""
+    facts: dict[str, Any] = {
+        "track": board.track,
+        "norm": board.norm,
+        "eps": board.eps,
+        "images": board.images,
+    }
+    return frame.assign(**{key: value for key, value in facts.items() if key not in frame})
+
+
+def rows_frame(board: Leaderboard) -> pd.DataFrame:
+    """One row per defense; accuracies are estimates."""
+    search = board.reference
+    return frame_of(
+        {
+            "rank": None if row.rank is None else str(row.rank),
+            "defense": row.defense,
+            "kind": row.kind,
+            "seeds": _joined(row.pools[0].seeds),
+            **{
+                key: cell(row.estimates[key], Shared if key in row.served_by else Estimate)
+                for key in board.quantities
+            },
+            "attack": search.label if search else None,
+            "effort": json.dumps(search.effort) if search else None,
+            "gradient": search.gradient if search else None,
+            "hidden_draws": row.hidden_draws,
+            "known_draws": row.known_draws,
+            "fresh_draws": row.fresh_draws,
+            "nfe": row.nfe,
+            "served_by": _joined(f"{key}={threat}" for key, threat in row.served_by.items()),
+            "flags": "; ".join(row.flags) or None,
+            "tests": "; ".join(map(_said, row.checks)),
+            "badge": row.badge,
+            "results": _joined(record.name for pool in row.pools for record in pool.records),
+        }
+        for row in board.rows
+    )
+
+
+def results_frame(board: Leaderboard) -> pd.DataFrame:
+    """One row per defense, threat model and attack, with the files that it follows from."""
+    return frame_of(_result(pool, kind) for pool, kind in board.pools)
+
+
+def _result(pool: Pool, kind: str) -> dict[str, object]:
+    results = [record.result for record in pool.records]
+    account = pool.account("adversarial")
+    # Where draws are known each has images of its own, on which no vote is taken.
+    found = {**account.estimates, **({"plurality": None} if pool.knows else {})}
+    return {
+        "defense": pool.any.defense,
+        "kind": kind,
+        **setting_of(pool),
+        "knows": pool.knowledge,
+        "sites": _joined(pool.any.sites),
+        "eps": pool.any.eps,
+        "seeds": _joined(pool.seeds),
+        "draws": pool.draws,
+        "fresh_draws": pool.fresh_draws,
+        "robust": pool.left,
+        "clean": cell(pool.estimate(pool.clean)),
+        "fresh": cell(pool.estimate(pool.fresh)),
+        "plurality_of": None if pool.knows else account.votes,
+        "worst_all_of": account.draws,
+        **{key: cell(found[key]) for key in METRICS[1:]},
+        **how(pool),
+        "overrides": _joined(pool.any.overrides),
+        "zero_gradients": pool.zero_gradients(),
+        "commit": _joined(result.provenance.commit for result in results),
+        "dirty": _joined(result.provenance.dirty for result in results),
+        "results": _joined(record.name for record in pool.records),
+        "sha256": _joined(record.sha256 for record in pool.records),
+        "digest": _joined(result.digest for result in results),
+    }
+
+
+def draws_frame(board: Leaderboard) -> pd.DataFrame:
+    """One row per defense and kind of images: clean, attacked with all draws hidden, null attack.
+
+    What one draw gives, what votes over draws, and the worst of several.
+    """
+    return frame_of(
+        {
+            "rank": None if row.rank is None else str(row.rank),
+            "defense": row.defense,
+            "kind": row.kind,
+            "images_of": key,
+            **setting_of(
+                row.columns.get("hidden" if key == "clean" else key, row.columns["clean"])
+            ),
+            "eps": board.eps if key == "hidden" else 0.0,
+            "draws": account.draws,
+            "plurality_of": account.votes,
+            "worst_all_of": account.draws,
+            **{metric: cell(account.estimates[metric]) for metric in METRICS},
+        }
+        for row in board.rows
+        for key, (pool, account) in row.accounts.items()
+    )
+
+
+def _joined(values: Iterable[object]) -> str | None:
+    """The different values, in order; None where there is none."""
+    texts = dict.fromkeys(str(value) for value in values if value is not None)
+    return " ".join(texts) or None
+
+
+def _said(check: Check) -> str:
+    """What was tested, where, and with what outcome."""
+    where = f" ({', '.join(check.tested)})" if check.tested else ""
+    return f"{check.name}: {check.outcome}{where}"
+
+
+# --- Tables for readers
+
+
+def sections(board: Leaderboard) -> dict[str, pd.DataFrame]:
+    """The tables of a leaderboard by title, with the headings that readers see."""
+    titles = headings(board)
+    frame = rows_frame(board)
+    frame["draws"] = [f"{row.hidden_draws or '-'} / {row.known_draws or '-'}" for row in board.rows]
+    tables = {
+        "Accuracy, by what the attacker knows": _ACCURACIES,
+        "Where the robustness comes from": _PARTS,
+        "Checks and cost": ("fresh", *board.extra, NULL, "nfe", "draws"),
+    }
+    shown = {
+        title: frame[["rank", "defense", *keys]].rename(columns=titles)
+        for title, keys in tables.items()
+    }
+    draws = draws_frame(board)
+    draws["images_of"] = draws["images_of"].map(IMAGES)
+    draws["draws"] = [many(each) for row in board.rows for _, each in row.accounts.values()]
+    shown["One draw, votes and worst cases"] = draws[
+        ["rank", "defense", "images_of", "draws", *METRICS]
+    ].rename(columns=_DRAWS)
+    return {
+        title: each.rename(columns={"rank": "", "defense": "Defense"})
+        for title, each in shown.items()
+    }
+
+
+_DRAWS: Final = {
+    "images_of": "Images",
+    "draws": "Draws M",
+    **dict(
+        zip(
+            METRICS,
+            ("One draw", "Plurality of k", f"Worst of {FEW}", "Worst of M"),
+            strict=True,
+        )
+    ),
+}
+
+
+def many(found: Account) -> str:
+    """How many draws, and of how many the vote is where that is another number."""
+    if found.draws is None:
+        return "any"
+    return f"{found.draws}" + (f", k = {found.votes}" if found.votes != found.draws else "")
+
+
+def leaderboard_markdown(board: Leaderboard) -> str:
+    """For reading on a page: the tables, and what they mean."""
+    text = [f"# {md(board.title)}", ""]
+    if board.demonstration:
+        text += [f"> **A demonstration.** {note('demonstration')}", ""]
+    if board.entry and board.entry.note.strip():
+        text += [md(board.entry.note), ""]
+    text += [f"Accuracies in percent, with {100 * LEVEL:.0f} % intervals. {ranking(board)}", ""]
+    kinds = {row.defense: row.kind for row in board.rows}
+    for title, frame in sections(board).items():
+        names = [named(name, kinds[name]) for name in frame["Defense"]]
+        frame["Defense"] = pd.Series(names, dtype=object)
+        text += [f"## {title}", "", *to_markdown(frame)]
+    flagged = [f"- **{md(row.defense)}**: {md(flag)}." for row in board.rows for flag in row.flags]
+    if flagged:
+        text += ["## Flags", "", *flagged, ""]
+    tested = note("tested", error=f"{ERROR:g}", exact=f"{EXACT:g}", cosine=f"{COSINE:g}")
+    text += ["## Tested: weak attacks and masked gradients", ""]
+    text += [*to_markdown(_tested(board)), tested, ""]
+    text += ["## Verified by others", "", *(f"- {line}" for line in _badges(board)), ""]
+    text += ["## What it means", "", f"{note('bounds')} {md(_protocol(board))}", ""]
+    text += [
+        *(f"- {line}" for line in _meanings(board)),
+        "",
+        f"{note('bootstrap')} {note('blank')}",
+    ]
+    if any(row.served_by for row in board.rows):
+        text += ["", note("same")]
+    text += [
+        "",
+        (
+            f"Every number follows from the files under `results/{board.track}/`; "
+            f"`{board.track}-results.csv` names them, with their sha256."
+        ),
+    ]
+    return "\n".join(text) + "\n"
+
+
+def _tested(board: Leaderboard) -> pd.DataFrame:
+    """Which signs of weak attacks and masked gradients were tested."""
+
+    def outcome(check: Check) -> Marked:
+        text = f"**{check.outcome}**" if check.flags else check.outcome
+        names = check.tested
+        few = md(", ".join(names)) if len(names) <= _NAMED else f"{len(names)} attacks"
+        return Marked(f"{text}: {few}" if names else text)
+
+    return frame_of(
+        {"Defense": named(row.defense, row.kind)}
+        | {check.name.capitalize(): outcome(check) for check in row.checks}
+        for row in board.rows
+    )
+
+
+def _badges(board: Leaderboard) -> list[str]:
+    """Which defenses have each badge, that of the closest look first."""
+    names = {badge: [md(r.defense) for r in board.rows if r.badge == badge] for badge in BADGES}
+    return [f"{badge}: {', '.join(names[badge])}." for badge in reversed(BADGES) if names[badge]]
+
+
+def leaderboard_latex(board: Leaderboard) -> str:
+    """For a paper: the tables in one float, and a note."""
     text = [
         "% Written by dbp-bench report. Needs \\usepackage{booktabs}.",
         r"\begin{table*}[t]",
@@ -333,36 +316,18 @@ def to_latex(board: Leaderboard) -> str:
         + "}",
         rf"\label{{tab:{re.sub('[^A-Za-z0-9-]', '-', board.track)}}}",
     ]
-    tables: list[tuple[list[str], Sequence[str]]] = [
-        (
-            [
-                "Clean",
-                f"Hidden $R_{{WB}}${tex(_eot(board))}",
-                "Forward known $R_F$",
-                "Reverse known $R_R$",
-                "All known $R_{DW}$",
-            ],
-            _ACCURACIES,
-        ),
-        (
-            [
-                "Undefended $R_0$",
-                "Purification $P$",
-                "Stochasticity $S$",
-                r"Share of $S$ (\%)",
-                "$S$, forward",
-                "$S$, reverse",
-            ],
-            _PARTS,
-        ),
-        (["On fresh draws", tex(_whitebox(board)), "Null attack"], _CHECKS),
-    ]
-    for headings, keys in tables:
-        text += [*_tex_table(headings, board.rows, keys), r"\par\medskip"]
-    text += [*_tex_draws(board), r"\par\medskip"]
-    notes = [_BOUNDS, _protocol(board), *_meanings(board), _DRAWS, BOOTSTRAP, _BLANK]
+    kinds = {row.defense: row.kind for row in board.rows}
+    for frame in sections(board).values():
+        names = frame["Defense"]
+        repeats = names.duplicated()
+        changed = (names != names.shift()) & (names.map(kinds.get) != names.map(kinds.get).shift())
+        begins = ~repeats if repeats.any() else changed
+        frame.loc[repeats, ["", "Defense"]] = ""
+        text += to_latex(frame, rules=[i for i, begin in enumerate(begins) if begin and i])
+        text += [r"\par\medskip"]
+    notes = [note("bounds"), _protocol(board), *_meanings(board), note("bootstrap"), note("blank")]
     if any(row.served_by for row in board.rows):
-        notes.append(_SAME)
+        notes.append(note("same"))
     notes += [f"{row.defense}: {flag}." for row in board.rows for flag in row.flags]
     text += [r"\begin{minipage}{\textwidth}\footnotesize"]
     text += [tex(note) for note in notes]
@@ -370,164 +335,41 @@ def to_latex(board: Leaderboard) -> str:
     return "\n".join(text) + "\n"
 
 
-def _md_table(
-    columns: Sequence[str], rows: Sequence[Row], cells: Callable[[Row], Sequence[str]]
-) -> list[str]:
-    lines = [
-        ["", "Defense", *columns],
-        ["--:", ":--", *("--:" for _ in columns)],
-        *([text_of(row.rank), md_name(row.defense, row.kind), *cells(row)] for row in rows),
-    ]
-    return [*md_lines(lines), ""]
-
-
-def _md_cell(row: Row, key: str) -> str:
-    estimate = row.estimates[key]
-    if estimate is None:
-        return ""
-    return estimate.percent() + (" =" if key in row.served_by else "")
-
-
-def _tex_table(columns: Sequence[str], rows: Sequence[Row], keys: Sequence[str]) -> list[str]:
-    lines = [
-        rf"\begin{{tabular}}{{rl{'r' * len(columns)}}}",
-        r"\toprule",
-        " & ".join(["", "Defense", *(_tex_heading(column) for column in columns)]) + r" \\",
-        r"\midrule",
-    ]
-    for i, row in enumerate(rows):
-        if i and row.kind == "control" != rows[i - 1].kind:
-            lines.append(r"\midrule")
-        cells = [text_of(row.rank), tex(row.defense), *(_tex_cell(row, key) for key in keys)]
-        lines.append(" & ".join(cells) + r" \\")
-    return [*lines, r"\bottomrule", r"\end{tabular}"]
-
-
-_KINDS: Final = {"clean": "clean", "hidden": "attacked, draws hidden", NULL: "null attack"}
-
-
-def _draws_headings(math: str) -> list[str]:
-    k, m = math.format("k"), math.format("M")
-    return ["One draw", f"Majority of {k}", f"Worst of {FEW}", f"Worst of {m}"]
-
-
-def _many(found: Account) -> str:
-    """How many draws, and of how many the vote is where that is another number."""
-    if found.draws is None:
-        return "any"
-    return f"{found.draws}" + (f", k = {found.votes}" if found.votes != found.draws else "")
-
-
-def _tex_draws(board: Leaderboard) -> list[str]:
-    headings = ["Images", "Draws $M$", *_draws_headings("${}$")]
-    lines = [
-        rf"\begin{{tabular}}{{rll{'r' * (1 + len(METRICS))}}}",
-        r"\toprule",
-        " & ".join(["", "Defense", *headings]) + r" \\",
-    ]
-    for row in board.rows:
-        lines.append(r"\midrule")
-        for i, (key, (_, found)) in enumerate(row.accounts.items()):
-            cells = ["", ""] if i else [text_of(row.rank), tex(row.defense)]
-            cells += [tex(_KINDS[key]), tex(_many(found))]
-            cells += [_tex_estimate(found.estimates[metric]) for metric in METRICS]
-            lines.append(" & ".join(cells) + r" \\")
-    return [*lines, r"\bottomrule", r"\end{tabular}"]
-
-
-def _tex_heading(column: str) -> str:
-    """On two lines, so that a column is as wide as its numbers."""
-    words = column.split(" ")
-    if len(words) == 1:
-        return column
-    half = len(words) // 2
-    lines = rf"{' '.join(words[:half])} \\ {' '.join(words[half:])}"
-    return rf"\begin{{tabular}}[b]{{@{{}}r@{{}}}}{lines}\end{{tabular}}"
-
-
-def _tex_cell(row: Row, key: str) -> str:
-    return _tex_estimate(row.estimates[key], "{}={}" if key in row.served_by else "")
-
-
-def _tex_estimate(estimate: Estimate | None, same: str = "") -> str:
-    if estimate is None:
-        return ""
-    value, interval = estimate.percent().replace("-", "$-$").split(" ", 1)
-    return rf"{value}{same} {{\scriptsize {interval}}}"
-
-
 def ranking(board: Leaderboard) -> str:
     """How the ranks came about, in a few sentences."""
     which = "hidden" if board.sort == "hidden" else "known"
-    return (
-        f"Ranked by the accuracy with all draws {which}, with ties: two defenses differ only where "
-        "a paired bootstrap over images of their difference says so, adjusted by Holm for all "
-        f"pairs (at most {100 * ALPHA:.0f} % chance of any false order). A rank such as 2-4: one "
-        "defense is shown to be better, and from there to place 4 nothing tells them apart. Not "
-        "to be told apart isn't transitive. Controls stand last, without a rank."
-    )
+    return note("ranking", which=which, alpha=f"{100 * ALPHA:.0f}")
+
+
+def protocol(board: Leaderboard) -> str:
+    """The attack at equal effort, the budget and the images, in a few words."""
+    search = [search_in_words(board.reference)] if board.reference else []
+    budget = f"{board.norm}, eps = {shown_eps(board.eps)}"
+    if board.entry and (board.entry.norm, board.entry.eps) != (board.norm, board.eps):
+        budget += f" (not the track's own {board.entry.norm}, {shown_eps(board.entry.eps)})"
+    return "; ".join([*search, budget, f"{board.images} images"])
 
 
 def _protocol(board: Leaderboard) -> str:
     """How everything was measured, in a sentence or two."""
-    effort = board.effort or {}
     noisy = [row for row in board.rows if any(pool.sites for pool in row.pools)]
-    hidden = listed({row.hidden_draws for row in noisy if row.hidden_draws is not None})
-    known = listed({row.known_draws for row in noisy if row.known_draws is not None})
-    fresh = listed({row.fresh_draws for row in noisy if row.fresh_draws is not None})
-    search = ", ".join(filter(None, [board.attack, in_words(effort)]))
-    text = f"Protocol: {search}; {board.norm}, eps = {shown_eps(board.eps)}"
-    if board.entry and (board.entry.norm, board.entry.eps) != (board.norm, board.eps):
-        text += f" (not the track's own {board.entry.norm}, {shown_eps(board.entry.eps)})"
-    text += f"; {board.images} images."
+    hidden = listed(row.hidden_draws for row in noisy)
+    known = listed(row.known_draws for row in noisy)
+    fresh = listed(row.fresh_draws for row in noisy)
+    text = f"Protocol: {protocol(board)}."
     if hidden:
         text += (
-            f" With all draws hidden, images are judged on {hidden} draws no attacker was shown."
+            f" With all draws hidden, images are evaluated on {hidden} draws no attacker was shown."
         )
     if known:
-        text += f" Known draws: {known}, each attacked anew and judged on the draw that was shown"
+        text += f" Known draws: {known}, each attacked anew and evaluated on the draw shown"
         text += f"; its images also on {fresh} fresh draws." if fresh else "."
     return text
 
 
 def _meanings(board: Leaderboard) -> list[str]:
     """What each column is."""
-    lines = [
-        (
-            "Hidden, R_WB: the attacker knows the defense, but no draw of it; known columns: it is "
-            "shown the forward noise, the reverse noise, or all noise (DW-box) of the draw that "
-            "judges, at equal effort. Reverse stands for all noise but the forward noise. EoT, "
-            "the gradient draws averaged in each step, is over hidden draws; with all draws known "
-            "it is idle."
-        ),
-        (
-            f"R_0: the classifier without a defense ({UNDEFENDED!r}). P = R_DW - R_0 is what "
-            "purification gives by itself, S = R_WB - R_DW is what hiding the draws adds, and its "
-            "share is S / (R_WB - R_0)."
-        ),
-        (
-            "S splits into parts by the Shapley value over forward and reverse noise: "
-            "((R_WB - R_F) + (R_R - R_DW)) / 2 and ((R_WB - R_R) + (R_F - R_DW)) / 2. "
-            "They add up to S, but for rounding."
-        ),
-        (
-            "On fresh draws: images made against known draws, judged on draws that no attacker was "
-            "shown."
-        ),
-        "Null attack: eps = 0, which must give clean accuracy.",
-        "Network calls: calls of the denoising networks in one purification.",
-    ]
-    if board.whitebox_eot is not None:
-        lines.insert(1, f"{_whitebox(board)}: the hidden setting with that EoT instead.")
-    return lines
-
-
-def _eot(board: Leaderboard) -> str:
-    eot = (board.effort or {}).get("eot")
-    return "" if eot is None else f", EoT-{eot}"
-
-
-def _whitebox(board: Leaderboard) -> str:
-    if board.whitebox_eot is None:
-        return "White-box"
-    return f"White-box, EoT-{board.whitebox_eot}"
+    titles = {column.key: column.entry.title for column in board.protocol.extra}
+    extra = [f"{heading}: {titles[key]}." for key, heading in board.extra.items()]
+    parts = note("parts", base=repr(BASE))
+    return [note("hidden"), parts, note("checks"), *extra, note("votes")]

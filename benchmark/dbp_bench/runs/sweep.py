@@ -14,8 +14,8 @@ from dbp_bench.data import facts_of
 from dbp_bench.declaration import number
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, ZeroGradient, did_you_mean
-from dbp_bench.reporting.findings import SCHEMA, Findings, Flag, Interval, Measured, findings_path
-from dbp_bench.reporting.statistics import Bootstrap, Estimate, Replicates
+from dbp_bench.reporting.findings import SCHEMA, Findings, Flag, Measured, findings_path
+from dbp_bench.reporting.statistics import Bootstrap, Replicates
 from dbp_bench.result import Result
 from dbp_bench.runs.job import Job, Overrides, resolve
 
@@ -218,9 +218,9 @@ def assess(sweep: Sweep, results: Sequence[Result | None], files: Sequence[str |
             Measured(
                 value=point.value,
                 file=file,
-                accuracy=None if accuracy is None else Interval.of(bootstrap.estimate(accuracy)),
+                accuracy=None if accuracy is None else bootstrap.estimate(accuracy),
                 fall=(
-                    Interval.of(bootstrap.estimate(reference - accuracy))
+                    bootstrap.estimate(reference - accuracy)
                     if compared and accuracy is not None and reference is not None
                     else None
                 ),
@@ -272,7 +272,7 @@ def _flags(
         above = last.accuracy.low > chance
         needed = _any_picture(sweep.standard.job)
         said = (
-            f"accuracy at eps {last.value:g} is {_percent(last.accuracy)} %, above "
+            f"accuracy at eps {last.value:g} is {last.accuracy.percent()} %, above "
             f"{100 * chance:.1f} %"
         )
         if above and float(last.value) >= needed:
@@ -295,17 +295,13 @@ def _fall(axis: str, standard: Measured, last: Measured) -> str:
     assert last.fall is not None
     return (
         f"accuracy falls from {100 * standard.accuracy.value:.1f} to "
-        f"{100 * last.accuracy.value:.1f} %, by {_percent(last.fall)}, when {axis} goes from "
+        f"{100 * last.accuracy.value:.1f} %, by {last.fall.percent()}, when {axis} goes from "
         f"{_shown(standard.value)} to {_shown(last.value)}"
     )
 
 
 def _shown(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:g}"
-
-
-def _percent(interval: Interval) -> str:
-    return Estimate(interval.value, interval.low, interval.high).percent()
 
 
 def _chance(job: Job) -> float:

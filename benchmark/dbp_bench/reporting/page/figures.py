@@ -1,416 +1,362 @@
-"""The figures of a track's page, as inline SVG. Colours are classes: the page's style says them."""
+"""Which figures a page shows, from its leaderboard; one without data says what would give it."""
 
-from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Final, Literal
+from typing import Final
 
+import numpy as np
 from markupsafe import Markup
 
-from dbp_bench.reporting.page.svg import CHARACTER, Box, Drawing, Scale, label, place, ticks
-from dbp_bench.reporting.samples import png
+from dbp_bench.reporting.findings import Findings
+from dbp_bench.reporting.leaderboard import Leaderboard, Row
+from dbp_bench.reporting.page.charts import (
+    Axis,
+    Level,
+    Point,
+    Series,
+    Split,
+    decomposition,
+    panel,
+    plane,
+    strips,
+    swatch,
+    swatch_of,
+)
+from dbp_bench.reporting.pool import Pool
+from dbp_bench.reporting.protocol import KNOWN
 from dbp_bench.reporting.statistics import Estimate
+from dbp_bench.result import Right, without_draws
 
-SHAPES: Final = 8
-"""Series that colour and shape tell apart."""
-
-
-# ------------------------------------------------------------------------------ the decomposition
+ARROWS: Final = (("ddpm", "addt"),)
+"""From a defense to the one that was trained from it."""
 
 
 @dataclass(frozen=True)
-class Split:
-    """One defense's bar, in fractions. What wasn't measured is null."""
+class Figure:
+    """A figure of the page."""
 
-    name: str
-    clean: Estimate
-    undefended: float | None
-    purification: Estimate | None
-    known: Estimate | None
-    """Accuracy with all draws known."""
-    stochasticity: Estimate | None
-    forward: float | None
-    """Of the stochasticity; null where it isn't split."""
-    reverse: float | None
-    hidden: Estimate | None
-    """Accuracy with all draws hidden."""
+    title: str
+    caption: str
+    drawings: Sequence[Markup]
+    legend: Sequence[tuple[Markup, str]]
+    missing: str = ""
+    """The command that would give the data; empty where there is some."""
 
 
-def decomposition(splits: Sequence[Split]) -> Markup:
-    """Stacked bars: undefended, purification, forward noise, reverse noise; clean as outline."""
-    left, right, row, top = 132.0, 700.0, 34.0, 26.0
-    bottom = top + row * len(splits)
-    drawing = Drawing(
-        860, bottom + 40, "Robust accuracy split by where it comes from, one bar for each defense"
+def figures(board: Leaderboard) -> list[Figure]:
+    """All of them, in order."""
+    makers: tuple[Callable[[Leaderboard], Figure], ...] = (
+        _decomposition,
+        _plane,
+        _eot,
+        _knowledge,
+        _strips,
+        _eps,
+        _cost,
+        _effort,
     )
-    x = Scale(0, 1, left, right)
-    _hatch(drawing)
-    for tick in ticks(0, 1):
-        drawing.line(x(tick), top - 6, x(tick), bottom, "grid")
-        drawing.text(x(tick), bottom + 16, label(100 * tick), "tick", "middle")
-    drawing.text((left + right) / 2, bottom + 33, "accuracy, %", "axis", "middle")
-    drawing.text(right + 12, top - 12, "P", "head")
-    drawing.text(right + 84, top - 12, "S", "head")
-    for i, split in enumerate(splits):
-        y = top + row * i + 6
-        drawing.text(left - 10, y + 13, _short(split.name, 18), "name", "end")
-        at = 0.0
-        for kind, size in _parts(split):
-            start, end = sorted((at, at + size))
-            if end > start:
-                extra = " negative" if size < 0 else ""
-                drawing.add(
-                    "rect",
-                    x=x(start),
-                    y=y,
-                    width=x(end) - x(start),
-                    height=18,
-                    class_=f"part {kind}{extra}",
-                )
-                if size < 0:
-                    drawing.add(
-                        "rect",
-                        x=x(start),
-                        y=y,
-                        width=x(end) - x(start),
-                        height=18,
-                        fill="url(#hatch)",
-                    )
-            at += size
-        drawing.add(
-            "rect", x=x(0), y=y - 2, width=x(split.clean.value) - x(0), height=22, class_="outline"
+    return [make(board) for make in makers]
+
+
+def _run(board: Leaderboard, *keys: str) -> str:
+    """The command that measures these columns."""
+    columns = {each.key: each.threat for each in board.protocol.columns}
+    threats = ",".join(columns[key] for key in keys if key in columns)
+    return f"dbp-bench run --track {board.track} --defense all --threat {threats or 'all'}"
+
+
+def _sweep(board: Leaderboard, over: str) -> str:
+    threat = next(
+        (each.threat for each in board.protocol.columns if each.key == "hidden"), "THREAT"
+    )
+    return f"dbp-bench sweep DEFENSE --track {board.track} --threat {threat} --over {over}"
+
+
+_Found = dict[str, tuple[list[Series], list[Level]]]
+"""By the title of a panel, what is drawn in it."""
+
+
+def _panels(found: _Found, x_name: str, axis: Axis, names: Sequence[str] = ()) -> list[Markup]:
+    """Small figures with the same axes; on a linear one, each as wide as its own points."""
+    highs = [
+        *(e.high for series, _ in found.values() for each in series for _, e in each.points),
+        *(level.value for _, levels in found.values() for level in levels),
+    ]
+    top = min(1.0, max([0.1, *highs]) * 1.08)
+    xs = [x for series, _ in found.values() for each in series for x, _ in each.points]
+    ends = {"low": min(xs), "high": max(xs)} if axis == "log" and xs else {}
+    return [
+        panel(title, series, levels, axis=axis, names=names, x_name=x_name, top=top, **ends)
+        for title, (series, levels) in found.items()
+    ]
+
+
+def _decomposition(board: Leaderboard) -> Figure:
+    splits = [
+        Split(
+            name=row.defense,
+            clean=clean,
+            base=_value(row, "base"),
+            purification=row.estimates["purification"],
+            known=row.estimates["all_known"],
+            stochasticity=row.estimates["stochasticity"],
+            forward=_value(row, "stochasticity_forward"),
+            reverse=_value(row, "stochasticity_reverse"),
+            hidden=row.estimates["hidden"],
         )
-        if split.known is not None and split.purification is not None:
-            zero = split.known.value - split.purification.value
-            _whisker(drawing, x, split.purification, zero, y + 13)
-        if split.known is not None and split.stochasticity is not None:
-            _whisker(drawing, x, split.stochasticity, split.known.value, y + 5)
-        for place_, each in ((12, split.purification), (84, split.stochasticity)):
-            if each is not None:
-                drawing.text(right + place_, y + 13, f"{100 * each.value:.1f}", "value")
-    return drawing.markup()
-
-
-def _parts(split: Split) -> list[tuple[str, float]]:
-    """Kind and size of each segment, from the left."""
-    parts: list[tuple[str, float]] = []
-    if split.undefended is not None and split.purification is not None:
-        parts += [("undefended", split.undefended), ("purification", split.purification.value)]
-    elif split.known is not None:
-        parts.append(("known", split.known.value))
-    if split.stochasticity is not None:
-        if split.forward is not None and split.reverse is not None:
-            parts += [("forward", split.forward), ("reverse", split.reverse)]
-        else:
-            parts.append(("unsplit", split.stochasticity.value))
-    elif split.known is None and split.hidden is not None:
-        parts.append(("unknown", split.hidden.value))
-    return parts
-
-
-def _whisker(drawing: Drawing, x: Scale, part: Estimate, start: float, y: float) -> None:
-    low, high = x(start + part.low), x(start + part.high)
-    for kind in ("halo", "whisker"):
-        drawing.line(low, y, high, y, kind)
-        for end in (low, high):
-            drawing.line(end, y - 3, end, y + 3, kind)
-
-
-def _hatch(drawing: Drawing) -> None:
-    drawing.parts.append(
-        '<defs><pattern id="hatch" width="5" height="5" patternUnits="userSpaceOnUse" '
-        'patternTransform="rotate(45)"><line x1="0" y1="0" x2="0" y2="5" class="hatch"/>'
-        "</pattern></defs>"
+        for row in board.rows
+        if (clean := row.estimates["clean"]) is not None
+        and (row.estimates["hidden"] or row.estimates["all_known"])
+    ]
+    kinds = {"base": "base classifier", "purification": "purification, P"}
+    kinds |= {"forward": "hidden forward noise", "reverse": "hidden reverse noise"}
+    if any(s.stochasticity and (s.forward is None or s.reverse is None) for s in splits):
+        kinds["unsplit"] = "hidden noise, not split"
+    if any(s.purification is None and s.known for s in splits):
+        kinds["known"] = "left with all noise known"
+    if any(s.known is None for s in splits):
+        kinds["unknown"] = "not split: known draws were not measured"
+    kinds["outline"] = "clean accuracy"
+    return Figure(
+        title="Where the robustness comes from",
+        caption="Each bar ends at the accuracy with no draw known. What is left with all noise "
+        "known, above the base classifier, is purification (P); what hiding the noise adds "
+        "is stochasticity (S), split between forward and all other noise by the Shapley value. "
+        "Lines: intervals of P and of S. Hatched: a negative part.",
+        drawings=[decomposition(splits)] if splits else [],
+        legend=[(swatch_of(kind), text) for kind, text in kinds.items()],
+        missing="" if splits else _run(board, *KNOWN),
     )
 
 
-def _short(name: str, most: int) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
-
-
-# -------------------------------------------------------------------------------------- one plane
-
-
-@dataclass(frozen=True)
-class Point:
-    """A defense in a plane, accuracies in fractions."""
-
-    name: str
-    x: float
-    y: Estimate
-    spread: Estimate | None = None
-    """Of x, where it has an interval."""
-    control: bool = False
-
-
-def plane(
-    points: Sequence[Point],
-    arrows: Sequence[tuple[str, str]],
-    title: str,
-    x_name: str,
-    y_name: str,
-    *,
-    percent: bool = True,
-) -> Markup:
-    """Points with intervals; where both axes are accuracies (`percent`), with the diagonal."""
-    drawing = Drawing(620, 430, title)
-    frame = Box(64, 14, 606, 372)
-    tops = [each.high for p in points for each in (p.y, p.spread) if each is not None]
-    top = min(1.0, max([0.05, *tops]) * 1.1)
-    y = Scale(0, top, frame.y2, frame.y1)
-    if percent:
-        x = Scale(0, top, frame.x1, frame.x2)
-    else:
-        widest = max([1.0, *(p.x for p in points)])
-        x = Scale(-0.04 * widest, 1.08 * widest, frame.x1, frame.x2)
-    factor = 100 if percent else 1
-    for tick in ticks(0, top):
-        drawing.line(frame.x1, y(tick), frame.x2, y(tick), "grid")
-        drawing.text(frame.x1 - 7, y(tick) + 4, label(100 * tick), "tick", "end")
-    for tick in ticks(0, x.high):
-        drawing.line(x(tick), frame.y1, x(tick), frame.y2, "grid")
-        drawing.text(x(tick), frame.y2 + 17, label(factor * tick), "tick", "middle")
-    drawing.text((frame.x1 + frame.x2) / 2, frame.y2 + 40, x_name, "axis", "middle")
-    drawing.add(
-        "text",
-        y_name,
-        transform=f"translate(16 {(frame.y1 + frame.y2) / 2:.0f}) rotate(-90)",
-        class_="axis",
-        text_anchor="middle",
+def _plane(board: Leaderboard) -> Figure:
+    points = [
+        Point(row.defense, known.value, hidden, known, row.kind == "control")
+        for row in board.rows
+        if (hidden := row.estimates["hidden"]) and (known := row.estimates["all_known"])
+    ]
+    names = {point.name for point in points}
+    arrows = [pair for pair in ARROWS if names.issuperset(pair)]
+    legend = [
+        (swatch_of("point"), "defense"),
+        (swatch_of("point control"), "control"),
+        (swatch_of("diagonal"), "hiding the noise adds nothing"),
+    ]
+    if arrows:
+        said = ", ".join(" to ".join(pair) for pair in arrows)
+        legend.append((swatch_of("arrow"), f"trained from: {said}"))
+    drawing = plane(
+        points,
+        arrows,
+        "Accuracy with no draw known against accuracy with all noise known",
+        "accuracy with all noise known, %",
+        "accuracy with no draw known, %",
     )
-    if percent:
-        drawing.line(x(0), y(0), x(top), y(top), "diagonal")
-    at = {p.name: (x(p.x), y(p.y.value)) for p in points}
-    for source, target in arrows:
-        if source in at and target in at and at[source] != at[target]:
-            _arrow(drawing, at[source], at[target])
-    for p in points:
-        px, py = at[p.name]
-        drawing.line(px, y(max(0.0, p.y.low)), px, y(p.y.high), "spread")
-        if p.spread is not None:
-            drawing.line(x(max(0.0, p.spread.low)), py, x(p.spread.high), py, "spread")
-    for p in points:
-        kind = "point control" if p.control else "point"
-        drawing.mark(*at[p.name], 1 if p.control else 0, kind, 4.5)
-    texts = [_short(p.name, 24) for p in points]
-    for (px, py), text, (tx, ty, far) in zip(
-        at.values(), texts, place(list(at.values()), texts, frame), strict=True
-    ):
-        if far:
-            end = min(max(px, tx), tx + CHARACTER * len(text))
-            drawing.line(px, py, end, min(max(py, ty - 10), ty), "leader")
-        drawing.text(tx, ty, text, "label")
-    return drawing.markup()
-
-
-def _arrow(drawing: Drawing, start: tuple[float, float], end: tuple[float, float]) -> None:
-    dx, dy = end[0] - start[0], end[1] - start[1]
-    length = (dx * dx + dy * dy) ** 0.5
-    if length < 20:
-        return
-    ux, uy = dx / length, dy / length
-    x1, y1 = start[0] + 7 * ux, start[1] + 7 * uy
-    x2, y2 = end[0] - 8 * ux, end[1] - 8 * uy
-    drawing.line(x1, y1, x2, y2, "arrow")
-    for side in (1, -1):
-        drawing.line(x2, y2, x2 - 8 * ux + side * 4 * -uy, y2 - 8 * uy + side * 4 * ux, "arrow")
-
-
-# ----------------------------------------------------------------------------------- small panels
-
-
-@dataclass(frozen=True)
-class Series:
-    """Points of one kind, joined by a line."""
-
-    name: str
-    style: int
-    """Its colour and shape: a number below :data:`SHAPES`."""
-    points: Sequence[tuple[float, Estimate]]
-    joined: bool = True
-
-
-@dataclass(frozen=True)
-class Level:
-    """A horizontal line to hold points against."""
-
-    name: str
-    value: float
-
-
-Axis = Literal["linear", "log", "names"]
-
-
-def panel(
-    title: str,
-    series: Sequence[Series],
-    levels: Sequence[Level],
-    *,
-    axis: Axis,
-    x_name: str,
-    top: float,
-    names: Sequence[str] = (),
-    low: float | None = None,
-    high: float | None = None,
-) -> Markup:
-    """One of several small figures with the same axes.
-
-    Args:
-        title: Above the panel.
-        series: What is drawn.
-        levels: Horizontal lines.
-        axis: How x is laid out; `names`: at 0, 1, ..., with `names` below.
-        x_name: Below the axis.
-        top: The highest accuracy of all panels, a fraction.
-        names: Of the places on an axis of names.
-        low: The least x of all panels; of this one if not given.
-        high: The largest x.
-    """
-    drawing = Drawing(272, 216, f"{title}: accuracy against {x_name}")
-    frame = Box(38, 26, 264, 168)
-    xs = [x for each in series for x, _ in each.points]
-    if axis == "names":
-        x = Scale(-0.35, len(names) - 0.65, frame.x1, frame.x2)
-    else:
-        least = min(xs) if low is None else low
-        most = max(xs) if high is None else high
-        # A logarithm has no 0; a single value has no span.
-        log = axis == "log" and least > 0
-        if most == least:
-            least, most = (least / 2, most * 2) if log else (least - 0.5, most + 0.5)
-        inset = 12.0
-        x = Scale(least, most, frame.x1 + inset, frame.x2 - inset, log)
-    y = Scale(0, top, frame.y2, frame.y1)
-    drawing.text(frame.x1, 15, _short(title, 34), "head")
-    for tick in ticks(0, top, 4):
-        drawing.line(frame.x1, y(tick), frame.x2, y(tick), "grid")
-        drawing.text(frame.x1 - 6, y(tick) + 4, label(100 * tick), "tick", "end")
-    if axis == "names":
-        for i, name in enumerate(names):
-            drawing.text(x(i), frame.y2 + 16, name, "tick", "middle")
-    else:
-        for value in _apart(_marked(xs, x), x):
-            drawing.line(x(value), frame.y2, x(value), frame.y2 + 4, "baseline")
-            drawing.text(x(value), frame.y2 + 16, label(value), "tick", "middle")
-    drawing.text((frame.x1 + frame.x2) / 2, frame.y2 + 36, x_name, "axis", "middle")
-    drawing.line(frame.x1, frame.y2, frame.x2, frame.y2, "baseline")
-    for level in levels:
-        drawing.line(frame.x1, y(level.value), frame.x2, y(level.value), "level")
-    for each in series:
-        style = f"s{each.style % SHAPES}"
-        at = [(x(value), y(estimate.value)) for value, estimate in each.points]
-        if each.joined and len(at) > 1:
-            drawing.path(at, f"curve {style}")
-        for (px, py), (_, estimate) in zip(at, each.points, strict=True):
-            drawing.line(px, y(estimate.low), px, y(estimate.high), f"spread {style}")
-            drawing.mark(px, py, each.style, f"dot {style}", 3.6)
-    return drawing.markup()
-
-
-def _marked(xs: Sequence[float], x: Scale) -> list[float]:
-    """The values that are drawn, where there are few, else round ones."""
-    values = sorted(set(xs))
-    decades = [10.0**k for k in range(-6, 13) if x.low <= 10.0**k <= x.high] if x.log else []
-    if len(decades) > 1 and not all(value in decades or value < 1e3 for value in values):
-        return decades
-    if len(values) <= 6 or x.log:
-        return values
-    return ticks(x.low, x.high, 4)
-
-
-def _apart(values: Sequence[float], x: Scale) -> list[float]:
-    """Those whose texts don't touch; the largest always."""
-    kept: list[float] = []
-    for value in reversed(values):
-        half = 3.4 * len(label(value)) + 3
-        if not kept or x(kept[-1]) - x(value) >= half + 3.4 * len(label(kept[-1])):
-            kept.append(value)
-    return kept[::-1]
-
-
-def swatch(style: int) -> Markup:
-    """The mark of a series, for a legend."""
-    drawing = Drawing(22, 12, "")
-    drawing.path([(0, 6), (22, 6)], f"curve s{style % SHAPES}")
-    drawing.mark(11, 6, style, f"dot s{style % SHAPES}", 3.6)
-    return _silent(drawing.markup())
-
-
-def swatch_of(kind: str) -> Markup:
-    """A patch, line or outline of the decomposition or a panel, for a legend."""
-    drawing = Drawing(22, 12, "")
-    if kind in ("level", "diagonal", "arrow"):
-        drawing.line(0, 6, 22, 6, kind)
-    elif kind == "outline":
-        drawing.add("rect", x=1, y=1, width=20, height=10, class_="outline")
-    elif kind in ("point", "point control"):
-        drawing.mark(11, 6, int(kind != "point"), kind, 4.5)
-    else:
-        drawing.add("rect", x=0, y=0, width=22, height=12, class_=f"part {kind}")
-    return _silent(drawing.markup())
-
-
-def _silent(svg: Markup) -> Markup:
-    """Without a name: the text beside a legend's mark says it."""
-    return Markup(str(svg).replace('role="img" aria-label=""', 'aria-hidden="true"'))
-
-
-# ---------------------------------------------------------------------------------- image by image
-
-WRONG: Final = (213, 94, 0)
-MIDDLE: Final = (236, 236, 236)
-RIGHT: Final = (0, 114, 178)
-_COLUMNS: Final = 480
-"""More images than this are averaged with their neighbours."""
-
-
-def strips(title: str, rows: Mapping[str, Sequence[float]]) -> Markup:
-    """One column for each image, one row for each setting: the share of draws that are right.
-
-    Args:
-        title: Of the figure.
-        rows: By setting; the images in the same order everywhere, best first in the first row
-            (those that tie by the next ones).
-    """
-    height, left, width = 15, 104.0, 490.0
-    order = sorted(
-        range(len(next(iter(rows.values())))), key=lambda i: [-v[i] for v in rows.values()]
+    return Figure(
+        title="Hidden against known",
+        caption="The height above the diagonal is what hiding the noise adds; to the right is what "
+        "purification gives by itself. Lines through the points: intervals.",
+        drawings=[drawing] if points else [],
+        legend=legend,
+        missing="" if points else _run(board, "hidden", "all_known"),
     )
-    sorted_rows = [_binned([values[i] for i in order]) for values in rows.values()]
-    pixels = [b"".join(bytes(shade(value)) for value in row) for row in sorted_rows]
-    drawing = Drawing(
-        left + width + 2, 24 + height * len(rows), f"{title}: share of draws right, image by image"
+
+
+def _eot(board: Leaderboard) -> Figure:
+    found: _Found = {}
+    swept = False
+    for row in board.rows:
+        series = []
+        points = _eot_points(row, board)
+        if len(points) > 1:
+            series.append(Series("results", 0, points))
+        for each in board.sweeps:
+            if each.defense == row.defense and each.axis == "eot" and (at := _measured(each)):
+                swept = True
+                series.append(Series(f"sweep of {each.setting}", 1, at))
+        known = row.estimates["all_known"]
+        if series:
+            found[row.defense] = (series, [Level("all noise known", known.value)] if known else [])
+    legend = [(swatch(0), "results, same search but for EoT")]
+    if swept:
+        legend.append((swatch(1), "sweeps, on their own images and draws"))
+    legend.append((swatch_of("level"), "all noise known"))
+    return Figure(
+        title="Accuracy against EoT",
+        caption="More gradient draws per step (EoT samples) bring an attacker who knows no draw "
+        "nearer to one who knows all of them. Efforts differ along the axis.",
+        drawings=_panels(found, "EoT samples per step", "log"),
+        legend=legend,
+        missing="" if found else _sweep(board, "eot=1,10,40"),
     )
-    drawing.text(0, 14, _short(title, 60), "head")
-    data = b64encode(png(pixels, 3, stored=True)).decode()
-    drawing.add(
-        "image",
-        x=left,
-        y=22,
-        width=width,
-        height=height * len(rows),
-        href=f"data:image/png;base64,{data}",
-        preserveAspectRatio="none",
-        class_="pixels",
+
+
+def _eot_points(row: Row, board: Leaderboard) -> list[tuple[float, Estimate]]:
+    """Results that know nothing, and differ in EoT only."""
+    own = row.columns.get("hidden")
+    if own is None or not own.sites:
+        return []
+    alike = [
+        pool
+        for pool in _pools(row, board)
+        if not pool.knows
+        and (pool.any.attack, pool.any.gradient) == (own.any.attack, own.any.gradient)
+        and without_draws(pool.any.effort) == without_draws(own.any.effort)
+        and isinstance(pool.any.effort.get("eot"), int)
+    ]
+    by_eot = {pool.any.effort["eot"]: pool for pool in alike}
+    return [(eot, by_eot[eot].left) for eot in sorted(by_eot)]
+
+
+def _pools(row: Row, board: Leaderboard) -> list[Pool]:
+    """All results of a defense at the leaderboard's eps."""
+    return [
+        pool
+        for pool, _ in board.pools
+        if pool.any.defense == row.defense and pool.any.eps == board.eps > 0
+    ]
+
+
+_KNOWLEDGE: Final = dict(zip(KNOWN, ("none", "forward", "reverse", "all"), strict=True))
+
+
+def _knowledge(board: Leaderboard) -> Figure:
+    found: _Found = {}
+    for row in board.rows:
+        points = [
+            (float(i), estimate)
+            for i, key in enumerate(KNOWN)
+            if (estimate := row.estimates[key]) is not None
+        ]
+        if row.sites and len(points) > 1:
+            zero = row.estimates["base"]
+            levels = [Level("base classifier", zero.value)] if zero else []
+            found[row.defense] = ([Series("accuracy", 0, points)], levels)
+    return Figure(
+        title="Accuracy against what the attacker knows",
+        caption="At equal effort. Reverse stands for all noise but the forward noise.",
+        drawings=_panels(found, "noise that is known", "names", list(_KNOWLEDGE.values())),
+        legend=[(swatch(0), "accuracy"), (swatch_of("level"), "base classifier")],
+        missing="" if found else _run(board, *KNOWN),
     )
-    for i, name in enumerate(rows):
-        drawing.text(left - 8, 22 + height * i + 11, _short(name, 15), "tick", "end")
-        if i:
-            drawing.line(left, 22 + height * i, left + width, 22 + height * i, "gap")
-    return drawing.markup()
 
 
-def shade(share: float) -> tuple[int, int, int]:
-    """The colour of a share: orange for wrong, blue for right, by way of grey."""
-    start, end, t = (WRONG, MIDDLE, 2 * share) if share < 0.5 else (MIDDLE, RIGHT, 2 * share - 1)
-    r, g, b = (round(a + (z - a) * t) for a, z in zip(start, end, strict=True))
-    return r, g, b
+def _strips(board: Leaderboard) -> Figure:
+    drawings = []
+    for row in board.rows:
+        pools = {key: row.columns[key] for key in KNOWN if key in row.columns}
+        # A result that serves several columns is shown once, under its own name.
+        own_last = sorted(pools, key=lambda key: key not in row.served_by)
+        shown = {pools[key]: key for key in own_last}
+        rows = {
+            f"{_KNOWLEDGE[key]} known": _shares(pool.right("adversarial"))
+            for key, pool in pools.items()
+            if shown[pool] == key
+        }
+        rows["clean"] = _shares(pools.get("hidden", row.columns["clean"]).right("clean"))
+        if len(rows) > 1:
+            drawings.append(strips(row.defense, rows))
+    return Figure(
+        title="Image by image",
+        caption="One column for each image, in the same order in all rows of a defense: by the "
+        "first row, then by the next ones. The colour is the share of draws at which the image is "
+        "classified right. A defense without chance makes a step, one that lives on it a slope.",
+        drawings=drawings,
+        legend=[
+            (swatch_of("right"), "right at every draw"),
+            (swatch_of("half"), "at half of them"),
+            (swatch_of("wrong"), "at none"),
+        ],
+        missing="" if drawings else _run(board, "hidden", "all_known"),
+    )
 
 
-def _binned(values: Sequence[float]) -> list[float]:
-    n = len(values)
-    if n <= _COLUMNS:
-        return list(values)
-    bounds = [i * n // _COLUMNS for i in range(_COLUMNS + 1)]
-    return [sum(values[a:b]) / (b - a) for a, b in pairwise(bounds)]
+def _shares(tables: Sequence[Right]) -> list[float]:
+    """The share of draws, over all seeds, at which each image is right."""
+    shares: list[float] = np.concatenate(tables, axis=1).mean(axis=1).tolist()
+    return shares
+
+
+def _eps(board: Leaderboard) -> Figure:
+    found: _Found = {}
+    settings: dict[str, int] = {}
+    for each in board.sweeps:
+        if each.axis == "eps" and (at := _measured(each)):
+            style = settings.setdefault(each.setting, len(settings))
+            series, levels = found.setdefault(each.defense, ([], []))
+            series.append(Series(each.setting, style, at))
+            levels[:] = [Level("chance", max([each.chance, *(level.value for level in levels)]))]
+    return Figure(
+        title="Accuracy against eps",
+        caption="Down to the end point: at the largest eps any image can become plain grey, and no "
+        "more than chance may be left; more than that is a masked gradient.",
+        drawings=_panels(found, f"eps, {board.norm}", "linear"),
+        legend=[
+            *((swatch(style), setting) for setting, style in settings.items()),
+            (swatch_of("level"), "chance, where noise is hidden"),
+        ],
+        missing="" if found else _sweep(board, "eps=0.1,0.2,0.3,0.5"),
+    )
+
+
+def _cost(board: Leaderboard) -> Figure:
+    points = [
+        Point(row.defense, float(row.nfe), hidden, None, row.kind == "control")
+        for row in board.rows
+        if (hidden := row.estimates["hidden"])
+    ]
+    drawing = plane(
+        points,
+        [],
+        "Accuracy with no draw known against NFE",
+        "NFE, calls of the denoising networks in one purification",
+        "accuracy with no draw known, %",
+        percent=False,
+    )
+    return Figure(
+        title="What a defense costs",
+        caption="Calls of the denoising networks to purify one image.",
+        drawings=[drawing] if points else [],
+        legend=[(swatch_of("point"), "defense"), (swatch_of("point control"), "control")],
+        missing="" if points else _run(board, "hidden"),
+    )
+
+
+def _effort(board: Leaderboard) -> Figure:
+    found: _Found = {}
+    for row in board.rows:
+        points: dict[str, list[tuple[float, Estimate]]] = {}
+        for pool in _pools(row, board):
+            if pool.evaluations:
+                known = pool.knowledge if pool.knowledge in ("none", "all") else "some"
+                points.setdefault(known, []).append((pool.evaluations, pool.left))
+        series = [
+            Series(name, style, sorted(points[name], key=lambda at: (at[0], at[1].value)), False)
+            for style, name in enumerate(("none", "all", "some"))
+            if name in points
+        ]
+        if len({x for each in series for x, _ in each.points}) > 1:
+            found[row.defense] = (series, [])
+    return Figure(
+        title="What an attack costs",
+        caption="Every attack that was run, by the evaluations of its search for one image, with "
+        "and without a gradient; the table of other attacks names them. Efforts differ along the "
+        "axis.",
+        drawings=_panels(found, "evaluations of the search", "log"),
+        legend=[
+            (swatch(0), "no draw known"),
+            (swatch(1), "all noise known"),
+            (swatch(2), "some noise known"),
+        ],
+        missing="" if found else _run(board, "hidden", "all_known"),
+    )
+
+
+def _value(row: Row, key: str) -> float | None:
+    estimate = row.estimates[key]
+    return None if estimate is None else estimate.value
+
+
+def _measured(found: Findings) -> list[tuple[float, Estimate]]:
+    """The points of a sweep that have an accuracy."""
+    return [(float(v.value), v.accuracy) for v in found.values if v.accuracy is not None]

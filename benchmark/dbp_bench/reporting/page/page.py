@@ -4,27 +4,27 @@ import shlex
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult
-from dbp_bench.reporting.leaderboard import UNDEFENDED, Leaderboard, Row
+from dbp_bench.reporting.leaderboard import BASE, NULL, Leaderboard, Row
 from dbp_bench.reporting.literature import Paper, Published, published
-from dbp_bench.reporting.page.columns import serving
-from dbp_bench.reporting.page.drawn import figures
-from dbp_bench.reporting.pool import Pool
-from dbp_bench.reporting.ranking import ALPHA
-from dbp_bench.reporting.records import KNOWN, NULL, Record
-from dbp_bench.reporting.rendering import BOOTSTRAP, in_words, shown_eps
+from dbp_bench.reporting.page.figures import figures
+from dbp_bench.reporting.pool import Pool, search_in_words
+from dbp_bench.reporting.protocol import KNOWN, Protocol
+from dbp_bench.reporting.records import Record
+from dbp_bench.reporting.rendering import note, shown_eps
 from dbp_bench.reporting.samples import Samples, samples_path
 from dbp_bench.reporting.sanity import describe
 from dbp_bench.reporting.statistics import LEVEL, Estimate
-from dbp_bench.reporting.tables import ranking
+from dbp_bench.reporting.tables import IMAGES, many, protocol, ranking
 from dbp_bench.reporting.votes import METRICS
 from dbp_bench.result import Result
 
@@ -32,10 +32,7 @@ FOLDER: Final = Path(__file__).parent
 
 ACCURACIES: Final = {
     "clean": "Clean",
-    "hidden": "Nothing",
-    "forward_known": "Forward noise",
-    "reverse_known": "Reverse noise",
-    "all_known": "All noise",
+    **dict(zip(KNOWN, ("No draw", "Forward noise", "Reverse noise", "All noise"), strict=True)),
 }
 PARTS: Final = {
     "purification": "Purification, P",
@@ -49,16 +46,14 @@ CHECKS: Final = {
     NULL: "Null attack, eps = 0",
 }
 _FROM: Final[Mapping[str, tuple[str, ...]]] = {
-    "purification": ("all_known", "undefended"),
+    "purification": ("all_known", "base"),
     "stochasticity": ("hidden", "all_known"),
-    "share": ("hidden", "all_known", "undefended"),
-    "stochasticity_forward": ("hidden", "forward_known", "reverse_known", "all_known"),
-    "stochasticity_reverse": ("hidden", "forward_known", "reverse_known", "all_known"),
+    "share": ("hidden", "all_known", "base"),
+    "stochasticity_forward": tuple(KNOWN),
+    "stochasticity_reverse": tuple(KNOWN),
     "fresh": ("all_known",),
 }
 """Columns that a derived number follows from; the others are columns themselves."""
-_OPTIONS: Final = ("steps", "eot", "step_size", "loss", "random_start", "restarts", "gradient")
-"""Effort that the command line can set."""
 
 
 @dataclass(frozen=True)
@@ -91,95 +86,39 @@ class Cell:
     """Whether another setting's result serves this column too."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """A row of the leaderboard."""
-
-    anchor: str
-    rank: str
-    rank_sort: str
-    defense: str
-    kind: str
-    sites: str
-    cells: Sequence[Cell]
-    calls: int
-    draws: str
-    flags: int
-
-
-@dataclass(frozen=True)
-class Derived:
-    """A number, and the results that it follows from."""
-
-    name: str
-    value: str
-    links: Sequence[Link]
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Pictures of one result."""
-
-    threat: str
-    href: str
-    samples: Samples
-
-
-@dataclass(frozen=True)
-class Details:
-    """What a row opens to."""
-
-    anchor: str
-    defense: str
-    title: str
-    kind: str
-    sites: str
-    options: Sequence[str]
-    paper: Link | None
-    bibtex: str
-    flags: Sequence[str]
-    badge: str
-    checks: Sequence[tuple[str, str, str]]
-    numbers: Sequence[Derived]
-    galleries: Sequence[Gallery]
-    samples_command: str
-    commands: Sequence[str]
-    environments: Sequence[str]
-    weights: Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A result file."""
-
-    anchor: str
-    defense: str
-    threat: str
-    file: str
-    sha256: str
-    protocol: str
-    command: str
-    code: str
-
-
-@dataclass(frozen=True)
-class Other:
-    """A result that stands in no column of equal effort."""
-
-    defense: str
-    threat: str
-    knows: str
-    effort: str
-    calls: str
-    ratio: str
-    cell: Cell
-
-
 def to_html(
     board: Leaderboard, material: Material | None = None, registry: Registry | None = None
 ) -> str:
     """The page of a track, which needs nothing but itself; every name in it is escaped."""
-    material, registry = material or Material(), registry or Registry()
+    style, script = (_text(name) for name in ("style.css", "script.js"))
+    page = _Page(board, material or Material(), registry or Registry())
+    return _template().render(
+        board=board,
+        policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; "
+        f"script-src '{_hash(script)}'",
+        style=Markup(style),  # our own file
+        script=Markup(script),
+        protocol=protocol(board),
+        ranking=ranking(board),
+        note=note,
+        groups=_groups(board),
+        lines=[page.line(row) for row in board.rows],
+        sites=sorted({site for row in board.rows for site in row.sites}),
+        figures=figures(board),
+        others=page.others(),
+        draws=_draws(board),
+        metrics=_metric_names(board),
+        details=[page.details(row) for row in board.rows],
+        sources=[page.source(record, pool) for pool, _ in board.pools for record in pool.records],
+        published=page.material.published,
+        bootstrap=note("bootstrap"),
+        level=f"{100 * LEVEL:.0f}",
+        same=any(row.served_by for row in board.rows),
+    )
+
+
+@cache
+def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
@@ -188,36 +127,7 @@ def to_html(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    style, script = (_text(name) for name in ("style.css", "script.js"))
-    anchors = _anchors(board)
-    return environment.get_template("template.html").render(
-        board=board,
-        eps=shown_eps(board.eps),
-        policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; "
-        f"script-src '{_hash(script)}'",
-        style=Markup(style),  # our own file
-        script=Markup(script),
-        protocol=_protocol(board),
-        ranking=ranking(board),
-        groups=_groups(board),
-        lines=[_line(row, board, anchors) for row in board.rows],
-        sites=sorted({site for row in board.rows for site in row.pools[0].sites}),
-        figures=figures(board),
-        others=_others(board, anchors),
-        draws=_draws(board),
-        metrics=_metric_names(board),
-        details=[_details(row, board, anchors, material, registry) for row in board.rows],
-        sources=[
-            _source(record, pool, anchors[record.name])
-            for pool, _ in board.settings
-            for record in pool.records
-        ],
-        published=material.published,
-        bootstrap=BOOTSTRAP,
-        level=f"{100 * LEVEL:.0f}",
-        alpha=f"{100 * ALPHA:.0f}",
-        same=any(row.served_by for row in board.rows),
-    )
+    return environment.get_template("template.html")
 
 
 def load_samples(records: Iterable[Record]) -> dict[str, Samples]:
@@ -235,31 +145,158 @@ def load_samples(records: Iterable[Record]) -> dict[str, Samples]:
         if samples.result_sha256 != record.sha256:
             raise BadResult(
                 f"{path}: the samples of another result than {record.path.name} is now; make them "
-                f"again: dbp-bench samples {record.path}, or delete the file."
+                f"again: dbp-bench verify {record.path} --pictures, or delete the file."
             )
         found[record.name] = samples
     return found
 
 
-def command_of(result: Result) -> str:
+def command_of(result: Result, protocol: Protocol) -> str:
     """What makes a result again."""
     words = ["dbp-bench", "run", "--track", result.track, "--defense", result.defense]
-    words += ["--threat", result.threat, "--seed", str(result.seed)]
-    words += ["--examples", str(len(result.ids))]
+    words += ["--threat", result.threat]
+    if not protocol.holds(result):
+        words += ["--attack", result.setting or result.attack]
+    words += ["--seed", str(result.seed), "--examples", str(len(result.ids))]
+    single = {
+        "gradient": result.gradient,
+        "eps": shown_eps(result.eps),
+        "draws": len(result.draws),
+        "batch_size": result.arithmetic.batch_size,
+        "max_batch": result.arithmetic.max_batch,
+    }
     for name in result.overrides:
-        value = result.effort.get(name)
-        option = f"--{name.replace('_', '-')}"
-        if name == "eps":
-            words += [option, shown_eps(result.eps)]
-        elif name == "draws":
-            words += [option, str(len(result.draws))]
-        elif name in ("batch_size", "rows"):
-            words += [option, str(getattr(result.arithmetic, name))]
-        elif name == "random_start":
-            words.append(option if value else "--no-random-start")
-        elif name in _OPTIONS:
-            words += [option, str(value)]
+        if name in single:
+            words += [f"--{name.replace('_', '-')}", str(single[name])]
+        elif name in result.effort:
+            value = result.effort[name]
+            words += ["--set", f"{name}={str(value).lower() if value in (True, False) else value}"]
     return " ".join(shlex.quote(word) for word in [*words, "--device", result.arithmetic.device])
+
+
+class _Page:
+    """Parts of the page that link to one another."""
+
+    def __init__(self, board: Leaderboard, material: Material, registry: Registry) -> None:
+        self.board, self.material, self.registry = board, material, registry
+        self.records = [record for pool, _ in board.pools for record in pool.records]
+        # Numbers, since a name of an entry may hold anything.
+        self.anchors = {record.name: f"result-{i}" for i, record in enumerate(self.records, 1)}
+        self.rows = {row.defense: f"defense-{i}" for i, row in enumerate(board.rows, 1)}
+
+    def line(self, row: Row) -> dict[str, Any]:
+        """A row of the leaderboard."""
+        anchor = self.rows[row.defense]
+        cells = []
+        for key in (*ACCURACIES, *PARTS, *CHECKS):
+            pool = None if key in _FROM else row.columns.get(key)
+            href = self._href(pool) if pool else f"#{anchor}"
+            cells.append(_cell(row.estimates[key], href, same=key in row.served_by))
+        rank = row.rank
+        return {
+            "row": row,
+            "anchor": anchor,
+            "rank": "" if rank is None else str(rank),
+            "rank_sort": "" if rank is None else f"{rank.best}.{rank.worst:04d}",
+            "sites": " ".join(row.sites),
+            "cells": cells,
+            "draws": f"{row.hidden_draws or '-'} / {row.known_draws or '-'}",
+        }
+
+    def others(self) -> list[dict[str, Any]]:
+        """Results at the leaderboard's eps that serve no column of equal effort."""
+        found = []
+        for row in self.board.rows:
+            own = {row.columns[key].knows: row.columns[key] for key in KNOWN if key in row.columns}
+            for pool, _ in self.board.pools:
+                here = pool.any.defense == row.defense and pool.any.eps == self.board.eps
+                if not here or pool in own.values():
+                    continue
+                mine = pool.evaluations
+                first = own[pool.knows].evaluations if pool.knows in own else None
+                found.append(
+                    {
+                        "defense": row.defense,
+                        "threat": pool.any.threat,
+                        "attack": pool.any.label,
+                        "knows": _knowledge(pool),
+                        "effort": pool.search,
+                        "evaluations": "" if mine is None else f"{mine:.0f}",
+                        "ratio": f"{mine / first:.2g}" if first and mine is not None else "",
+                        "cell": _cell(pool.left, self._href(pool)),
+                    }
+                )
+        return found
+
+    def details(self, row: Row) -> dict[str, Any]:
+        """What a row opens to."""
+        known = row.defense in self.registry.defenses
+        entry = self.registry.defense(row.defense).entry if known else None
+        url = entry.paper if entry else None
+        paper = self.material.published.paper(url)
+        records = [record for record in self.records if record.result.defense == row.defense]
+        pictures = f"results/{records[0].name}"
+        return {
+            "row": row,
+            "anchor": self.rows[row.defense],
+            "title": entry.title if entry else "",
+            "sites": ", ".join(row.sites) or "nowhere",
+            "options": [f"{key}: {value}" for key, value in row.pools[0].any.options.items()],
+            "paper": _paper(url, paper),
+            "bibtex": paper.bibtex() if paper else "",
+            "numbers": self._numbers(row),
+            "galleries": [
+                (record.setting, self._link(record), self.material.samples[record.name])
+                for record in records
+                if record.name in self.material.samples
+            ],
+            "samples_command": shlex.join(["dbp-bench", "verify", pictures, "--pictures"]),
+            "commands": [command_of(record.result, self.board.protocol) for record in records],
+            "environments": sorted({_environment(record.result) for record in records}),
+            "weights": sorted(
+                {pair for record in records for pair in record.result.provenance.weights.items()}
+                | {("data", record.result.provenance.data) for record in records}
+            ),
+        }
+
+    def source(self, record: Record, pool: Pool) -> dict[str, Any]:
+        """A result file."""
+        result = record.result
+        draws = f"{len(result.draws)} known draws" if result.knows else f"{len(result.draws)} draws"
+        return {
+            "anchor": self.anchors[record.name],
+            "result": result,
+            "file": record.name,
+            "sha256": record.sha256,
+            "protocol": f"knows {_knowledge(pool)}; {search_in_words(result)}; {result.norm}, eps "
+            f"= {shown_eps(result.eps)}; {len(result.ids)} images, {draws}, seed {result.seed}",
+            "command": command_of(result, self.board.protocol),
+            "code": _code(result),
+        }
+
+    def _numbers(self, row: Row) -> list[tuple[str, str, list[Link]]]:
+        """Each number of a row, and the results that it follows from."""
+        zero = next((each for each in self.board.rows if each.defense == BASE), None)
+        lines = []
+        names = ACCURACIES | {"base": "Base classifier"} | PARTS | CHECKS
+        for key, name in names.items():
+            estimate = row.estimates[key]
+            if estimate is None:
+                continue
+            links = []
+            for column in _FROM.get(key, (key,)):
+                owner, place = (zero, "hidden") if column == "base" else (row, column)
+                pool = owner.columns.get(place) if owner else None
+                links += [Link(r.name, self._link(r)) for r in (pool.records if pool else ())]
+            title = f"{name} known" if key in KNOWN else name
+            lines.append((title, estimate.percent(), links))
+        return lines
+
+    def _href(self, pool: Pool) -> str:
+        return self._link(pool.records[0])
+
+    def _link(self, record: Record) -> str:
+        return f"#{self.anchors[record.name]}"
 
 
 def _text(name: str) -> str:
@@ -270,46 +307,13 @@ def _hash(text: str) -> str:
     return f"sha256-{b64encode(sha256(text.encode()).digest()).decode()}"
 
 
-def _anchors(board: Leaderboard) -> dict[str, str]:
-    """By the name of a result. Numbers: a name of an entry may hold anything."""
-    names = [record.name for pool, _ in board.settings for record in pool.records]
-    return {name: f"result-{i}" for i, name in enumerate(names, start=1)}
-
-
-def _anchor_of(row: Row, board: Leaderboard) -> str:
-    return f"defense-{[each.defense for each in board.rows].index(row.defense) + 1}"
-
-
 def _groups(board: Leaderboard) -> list[tuple[str, list[str]]]:
-    eot = (board.effort or {}).get("eot")
     known = "Accuracy, %, by what the attacker knows; equal effort"
     return [
-        (known + (f" (EoT-{eot})" if eot is not None else ""), list(ACCURACIES.values())),
+        (known + ("" if board.eot is None else f" (EoT-{board.eot})"), list(ACCURACIES.values())),
         ("Where the robustness comes from, points", list(PARTS.values())),
         ("Checks, %", list(CHECKS.values())),
     ]
-
-
-def _line(row: Row, board: Leaderboard, anchors: Mapping[str, str]) -> Line:
-    standing = row.rank
-    anchor = _anchor_of(row, board)
-    cells = []
-    for key in (*ACCURACIES, *PARTS, *CHECKS):
-        pool = None if key in _FROM else serving(row, key)
-        href = f"#{anchors[pool.records[0].name]}" if pool else f"#{anchor}"
-        cells.append(_cell(row.estimates[key], href, same=key in row.served_by))
-    return Line(
-        anchor=anchor,
-        rank="" if standing is None else str(standing),
-        rank_sort="" if standing is None else f"{standing.best}.{standing.worst:04d}",
-        defense=row.defense,
-        kind=row.kind,
-        sites=" ".join(row.pools[0].any.sites),
-        cells=cells,
-        calls=row.calls,
-        draws=f"{row.hidden_draws or '-'} / {row.known_draws or '-'}",
-        flags=len(row.flags),
-    )
 
 
 def _cell(estimate: Estimate | None, href: str, *, same: bool = False) -> Cell:
@@ -319,116 +323,21 @@ def _cell(estimate: Estimate | None, href: str, *, same: bool = False) -> Cell:
     return Cell(value, interval, f"{estimate.value:.6f}", href, same)
 
 
-def _protocol(board: Leaderboard) -> str:
-    effort = ", ".join(filter(None, [board.attack, in_words(board.effort or {})]))
-    return f"{effort}; {board.norm}, eps = {shown_eps(board.eps)}; {board.images} images"
-
-
-def _others(board: Leaderboard, anchors: Mapping[str, str]) -> list[Other]:
-    """Results at the leaderboard's eps that serve no column of equal effort."""
-    columns = [(row, {id(serving(row, key)) for key in KNOWN}) for row in board.rows]
-    found = []
-    for row, used in columns:
-        own = {pool.knows: pool for key in KNOWN if (pool := serving(row, key)) is not None}
-        for pool, _ in board.settings:
-            if pool.any.defense != row.defense or pool.any.eps != board.eps or id(pool) in used:
-                continue
-            reference = own.get(pool.knows)
-            counted = reference is not None and reference.counted and reference.calls > 0
-            found.append(
-                Other(
-                    defense=row.defense,
-                    threat=pool.any.threat,
-                    knows=knowledge(pool),
-                    effort=", ".join(filter(None, [pool.attack, in_words(pool.any.effort)])),
-                    calls=f"{pool.calls:.0f}" if pool.counted else "",
-                    ratio=f"{pool.calls / reference.calls:.2g}" if counted and reference else "",
-                    cell=_cell(
-                        board.bootstrap.estimate(pool.robust(board.bootstrap)),
-                        f"#{anchors[pool.records[0].name]}",
-                    ),
-                )
-            )
-    return found
-
-
-def knowledge(pool: Pool) -> str:
+def _knowledge(pool: Pool) -> str:
     """What the attacker knows, in words."""
-    if not pool.sites:
-        return "no noise"
-    if pool.all_known:
-        return "all noise"
-    return " and ".join(sorted(pool.knows)) or "nothing"
-
-
-_IMAGES: Final = {"clean": "clean", "hidden": "attacked, nothing known", NULL: "null attack"}
+    return "all (there is no noise)" if not pool.sites else pool.knowledge
 
 
 def _draws(board: Leaderboard) -> list[tuple[str, str, str, list[Cell]]]:
     """One draw, votes and worst cases."""
-    lines = []
-    for row in board.rows:
-        for key, (_, account) in row.accounts.items():
-            cells = [_cell(account.estimates[metric], "") for metric in METRICS]
-            draws = "any" if account.draws is None else str(account.draws)
-            if account.votes != account.draws:
-                draws += f", votes of {account.votes}"
-            lines.append((row.defense, _IMAGES[key], draws, cells))
-    return lines
-
-
-def _details(
-    row: Row,
-    board: Leaderboard,
-    anchors: Mapping[str, str],
-    material: Material,
-    registry: Registry,
-) -> Details:
-    entry = registry.defense(row.defense).entry if row.defense in registry.defenses else None
-    url = entry.paper if entry else None
-    paper = material.published.paper(url)
-    records = [
-        record
-        for pool, _ in board.settings
-        for record in pool.records
-        if record.result.defense == row.defense
+    return [
+        (
+            *(row.defense, IMAGES[key], many(account)),
+            [_cell(account.estimates[metric], "") for metric in METRICS],
+        )
+        for row in board.rows
+        for key, (_, account) in row.accounts.items()
     ]
-    galleries = [
-        Gallery(record.result.threat, f"#{anchors[record.name]}", material.samples[record.name])
-        for record in records
-        if record.name in material.samples
-    ]
-    return Details(
-        anchor=_anchor_of(row, board),
-        defense=row.defense,
-        title=entry.title if entry else "",
-        kind=row.kind,
-        sites=", ".join(row.pools[0].any.sites) or "nowhere",
-        options=[f"{key}: {value}" for key, value in row.pools[0].any.options.items()],
-        paper=_paper(url, paper),
-        bibtex=paper.bibtex() if paper else "",
-        flags=row.flags,
-        badge=row.badge,
-        checks=[
-            (
-                check.name,
-                ", ".join(check.looked),
-                "flagged" if check.flags else "no finding" if check.looked else "not looked for",
-            )
-            for check in row.checks
-        ],
-        numbers=_numbers(row, board, anchors),
-        galleries=galleries,
-        samples_command=" ".join(
-            shlex.quote(word) for word in ["dbp-bench", "samples", f"results/{records[0].name}"]
-        ),
-        commands=[command_of(record.result) for record in records],
-        environments=sorted({_environment(record.result) for record in records}),
-        weights=sorted(
-            {pair for record in records for pair in record.result.provenance.weights.items()}
-            | {("data", record.result.provenance.data) for record in records}
-        ),
-    )
 
 
 def _paper(url: str | None, paper: Paper | None) -> Link | None:
@@ -437,27 +346,6 @@ def _paper(url: str | None, paper: Paper | None) -> Link | None:
     # An entry is anyone's: only an address that a browser reads and doesn't run.
     safe = url.startswith(("https://", "http://"))
     return Link(f"{paper.title} ({paper.year})" if paper else url, url if safe else "")
-
-
-def _numbers(row: Row, board: Leaderboard, anchors: Mapping[str, str]) -> list[Derived]:
-    none = next((each for each in board.rows if each.defense == UNDEFENDED), None)
-    lines = []
-    names = ACCURACIES | {"undefended": "Undefended"} | PARTS | CHECKS
-    for key, name in names.items():
-        estimate = row.estimates[key]
-        if estimate is None:
-            continue
-        links = []
-        for source in _FROM.get(key, (key,)):
-            owner = none if source == "undefended" else row
-            pool = owner and serving(owner, "hidden" if source == "undefended" else source)
-            links += [
-                Link(record.name, f"#{anchors[record.name]}")
-                for record in (pool.records if pool else ())
-            ]
-        title = f"{name} known" if key in KNOWN else name
-        lines.append(Derived(title, estimate.percent(), links))
-    return lines
 
 
 def _environment(result: Result) -> str:
@@ -477,26 +365,8 @@ def _code(result: Result) -> str:
     return f"commit {where.commit[:12]}{', with changes' if where.dirty else ''}"
 
 
-def _source(record: Record, pool: Pool, anchor: str) -> Source:
-    result = record.result
-    judged = f"{len(result.draws)} known draws" if result.knows else f"{len(result.draws)} draws"
-    effort = ", ".join(filter(None, [pool.attack, in_words(result.effort)]))
-    return Source(
-        anchor=anchor,
-        defense=result.defense,
-        threat=result.threat,
-        file=record.name,
-        sha256=record.sha256,
-        protocol=f"knows {knowledge(pool)}; {effort}; {result.norm}, "
-        f"eps = {shown_eps(result.eps)}; {len(result.ids)} images, {judged}, seed {result.seed}",
-        command=command_of(result),
-        code=_code(result),
-    )
-
-
-def _metric_names(board: Leaderboard) -> list[str]:
-    """Of the columns of the table of draws."""
-    account = next((a for row in board.rows for _, a in row.accounts.values() if a.draws), None)
-    if account is None:
-        account = next(iter(board.rows[0].accounts.values()))[1]
+def _metric_names(board: Leaderboard) -> Sequence[str]:
+    """The columns of the table of draws."""
+    accounts = [account for row in board.rows for _, account in row.accounts.values()]
+    account = next((each for each in accounts if each.draws), accounts[0])
     return [describe(metric, account).capitalize() for metric in METRICS]

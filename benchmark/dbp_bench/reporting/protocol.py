@@ -1,0 +1,134 @@
+"""Which columns a leaderboard has: one for each threat model whose entry says `protocol: true`."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+from dbp_bench.entries.registry import Registry
+from dbp_bench.entries.threat import Threat
+from dbp_bench.result import Result, without_draws
+
+FORWARD: Final = "forward"
+
+_SITES: Final = frozenset({FORWARD, "reverse", "guidance", "any other"})
+"""Sites on which it shows what a threat model's `knows` means."""
+
+KNOWN: Final[Mapping[str, frozenset[str]]] = {
+    "hidden": frozenset(),
+    "forward_known": frozenset({FORWARD}),
+    "reverse_known": _SITES - {FORWARD},
+    "all_known": _SITES,
+}
+"""The columns between which robustness is split: what the attacker knows of :data:`_SITES`."""
+
+
+def knowledge(result: Result) -> str:
+    """What the attacker was shown: none, forward, all but forward, all, or the sites' names.
+
+    Where a defense draws no noise, nothing is hidden, and the answer is `all`.
+    """
+    knows, sites = set(result.knows), set(result.sites)
+    if knows == sites:
+        return "all"
+    if knows and knows == sites - {FORWARD}:
+        return f"all but {FORWARD}"
+    return ", ".join(sorted(knows)) or "none"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the leaderboard: what one threat model of the protocol leaves."""
+
+    key: str
+    """Its name in tables: one of :data:`KNOWN`, else that of the threat model."""
+    threat: str
+    entry: Threat
+
+    def knows(self, sites: Iterable[str]) -> frozenset[str]:
+        """The sites, of those of a defense, that this threat model knows."""
+        return frozenset(self.entry.sites(sorted(sites)))
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The threat models that a leaderboard is made of. Others are attacks to hold against it."""
+
+    columns: Sequence[Column]
+    """Those of :data:`KNOWN`, at equal effort."""
+    extra: Sequence[Column]
+    """Those that know something else, or search with another effort, such as another EoT."""
+    null: str | None
+    """The threat model with eps = 0."""
+    attacks: Mapping[str, str]
+    """The attack that each of them takes by default."""
+
+    @classmethod
+    def of(cls, registry: Registry) -> "Protocol":
+        """The protocol that the threat entries of `registry` declare."""
+        declared = {name: registry.threat(name).entry for name in registry.protocol}
+        attacking = {name: entry for name, entry in declared.items() if entry.eps != 0}
+        equal = _equal_effort(attacking)
+        by_knowledge: dict[frozenset[str], str] = {}
+        for name in equal:
+            by_knowledge.setdefault(frozenset(attacking[name].sites(sorted(_SITES))), name)
+        columns = [
+            Column(key, by_knowledge[known], attacking[by_knowledge[known]])
+            for key, known in KNOWN.items()
+            if known in by_knowledge
+        ]
+        taken = {column.threat for column in columns}
+        return cls(
+            columns=columns,
+            extra=[Column(n, n, entry) for n, entry in attacking.items() if n not in taken],
+            null=next((name for name in declared if name not in attacking), None),
+            attacks={name: entry.attack for name, entry in declared.items()},
+        )
+
+    @property
+    def equal(self) -> frozenset[str]:
+        """The threat models compared at equal effort."""
+        every = (*self.columns, *self.extra)
+        return frozenset(column.threat for column in every if not self.free(column.threat))
+
+    def holds(self, result: Result) -> bool:
+        """Whether `result` is of the protocol: one of its threat models, with its own attack."""
+        own = self.attacks.get(result.threat)
+        return result.setting is None and own is not None and result.attack == own
+
+    def free(self, threat: str) -> frozenset[str]:
+        """The options in which `threat` may differ from those compared at equal effort."""
+        extra = next((column.entry for column in self.extra if column.threat == threat), None)
+        if extra is None or not self.columns:
+            return frozenset()
+        mine, theirs = extra.effort, self.columns[0].entry.effort
+        return frozenset(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
+
+
+@cache
+def shipped() -> Protocol:
+    """The protocol of the package's own entries."""
+    return Protocol.of(Registry())
+
+
+def _equal_effort(threats: Mapping[str, Threat]) -> list[str]:
+    """The most of `threats` whose attack searches equally hard, by name.
+
+    Where every draw is known, averaging over draws is idle and may differ.
+    """
+
+    def search(entry: Threat, *, draws: bool) -> str:
+        effort = dict(entry.effort) if draws else without_draws(dict(entry.effort))
+        return json.dumps([entry.attack, effort, entry.gradient], sort_keys=True)
+
+    known = {name for name, entry in threats.items() if entry.knows == "all"}
+    groups: dict[str, list[str]] = {}
+    for name in sorted(set(threats) - known) or sorted(known):
+        groups.setdefault(search(threats[name], draws=True), []).append(name)
+    if not groups:
+        return []
+    most = max(groups.values(), key=len)
+    counts = search(threats[most[0]], draws=False)
+    idle = [name for name in known if search(threats[name], draws=False) == counts]
+    return sorted({*most, *idle})
