@@ -174,7 +174,7 @@ def test_shown_draws_are_those_of_every_vote() -> None:
 
 
 def test_copies_of_a_vote_are_draws_like_any_other() -> None:
-    """A look at many draws is each draw alone."""
+    """A pass over many draws gives what each draw gives alone."""
     defense, x = Defense(Noisy(0.5, 0.5), Small(), votes=3), uniform(4, 1, 4, 4)
     view = AttackerView(defense, frozenset(), tape(4), tape(4, owner=ATTACKER), 4096)
     together = view.logits(x, [0, 1, 5])

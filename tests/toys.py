@@ -158,13 +158,6 @@ class GaussianDenoiser(nn.Module):
         mean = self.mean + a**0.5 * self.variance / spread * (z - a**0.5 * self.mean)
         return mean, self.variance * (1 - a) / spread
 
-    def flow(self, z: Tensor, level: int) -> Tensor:
-        """Where the probability-flow ODE takes `z` from `level` to 0: standard scores stay."""
-        a = self.signal(level)
-        score = (z - a**0.5 * self.mean) / (a * self.variance + 1 - a) ** 0.5
-        out: Tensor = self.mean + self.variance**0.5 * score
-        return out
-
 
 class MixtureDenoiser(nn.Module):
     """The exact noise prediction for a mixture of Gaussians at `means` ``(k, c, h, w)``."""
