@@ -1,5 +1,7 @@
 """What several commands do: read options, and say numbers on the terminal."""
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +25,12 @@ def registry_of(
 
 
 def console(quiet: bool) -> "Console":
+    """Where a command writes: text as it is, in which no bracket and no colon is markup."""
     from rich.console import Console
 
-    console = Console(quiet=quiet)
-    # A log has no width of its own: don't fold its tables at 80.
-    return console if console.is_terminal else Console(quiet=quiet, width=140)
+    # A log has no width of its own: its tables aren't folded at 80, unless COLUMNS says so.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
+    return Console(quiet=quiet, width=width, markup=False, emoji=False, highlight=False)
 
 
 def split(names: str) -> list[str]:
@@ -81,12 +84,10 @@ def progress_bar(say: "Console", label: str) -> "Iterator[Progress]":
     from dbp_bench.runs.execute import Progress
 
     if not say.is_terminal or say.quiet:
-        yield Progress(
-            start=lambda total: say.print(f"{label}: {total} gradient evaluations", highlight=False)
-        )
+        yield Progress(start=lambda total: say.print(f"{label}: {total} gradient evaluations"))
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("gradient evaluations"),

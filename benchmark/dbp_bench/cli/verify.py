@@ -20,8 +20,9 @@ def verify(
     file: Annotated[
         str,
         typer.Argument(
-            help="A bundle that `dbp-bench submit` wrote, or hf://datasets/owner/name/path"
-            "[@revision]; a result (seed-0.json); or saved images (adversarial-seed-0.safetensors)."
+            help="A bundle that `dbp-bench submit` wrote, or "
+            "hf://datasets/owner/name/path@revision; a result (seed-0.json); or saved images "
+            "(adversarial-seed-0.safetensors)."
         ),
     ],
     replay: Annotated[
@@ -53,10 +54,15 @@ def verify(
     trust_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compute results again and compare. Exit code 1: a bundle is refused.
+    """Compute results again, and compare them with what is stated.
 
-    The code of a bundle runs only if it is replayed or attacked. A result's first group of images
-    is attacked again with its own seeds. Saved images are evaluated on fresh draws.
+    The code of a bundle runs only if it is replayed or attacked.
+
+    A result's first group of images is attacked again with its own seeds.
+
+    Saved images are evaluated on fresh draws.
+
+    Exit code 1: a bundle is refused, or outcomes of a result are others than stated.
     """
     from dbp_bench.submission.hub import local
 
