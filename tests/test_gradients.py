@@ -46,7 +46,9 @@ def compare(
     """Exact and BPDA gradients of the margin."""
     exact = linear(purifier, size)
     modes = {"exact": exact, "bpda": Defense(StraightThrough(purifier), exact.classifier)}
-    return measure(exact, modes, group(images, size), seed=3, max_batch=7, loss="margin", counts=counts)
+    return measure(
+        exact, modes, group(images, size), seed=3, max_batch=7, loss="margin", counts=counts
+    )
 
 
 def found(findings: Findings, mode: str, draws: int) -> tuple[float, float]:
@@ -126,7 +128,9 @@ def test_zero_gradients_are_left_out_and_counted() -> None:
     exact = linear(purifier, 4)
     images = torch.stack([torch.full((1, 4, 4), v, dtype=torch.float64) for v in (0.2, 0.8, 0.9)])
     some = Group(images, torch.tensor([0, 1, 0]), range(3))
-    findings = measure(exact, {"exact": exact}, some, seed=0, max_batch=9, loss="margin", counts=[1])
+    findings = measure(
+        exact, {"exact": exact}, some, seed=0, max_batch=9, loss="margin", counts=[1]
+    )
     assert [row.images for row in findings.modes + findings.noise_floor] == [2, 2]
     none = Group(images[:1], torch.tensor([0]), [0])
     (row,) = measure(exact, {"exact": exact}, none, seed=0, max_batch=9, counts=[1]).modes

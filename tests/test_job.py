@@ -312,9 +312,7 @@ def test_a_threat_of_the_protocol_is_named_by_all(tmp_path: Path) -> None:
     folder(tmp_path, threats={"mine": mine, "aside": mine | {"protocol": False}})
     registry = Registry([tmp_path])
     assert registry.protocol == sorted([*PROTOCOL, "mine"])
-    planned = plan(
-        registry, TRACK, ["gdmp"], ["all"], seed=0, device="cpu", overrides=Overrides()
-    )
+    planned = plan(registry, TRACK, ["gdmp"], ["all"], seed=0, device="cpu", overrides=Overrides())
     assert sorted(p.job.threat.name for p in planned) == sorted([*PROTOCOL, "mine"])
     (made,) = [p for p in planned if p.job.threat.name == "mine"]
     assert made.job.knows == ["forward", "guidance"]

@@ -98,7 +98,13 @@ def test_an_edited_result_is_found_out(tmp_path: Path, command: "Command") -> No
     assert "of 8 adversarial outcomes stated as right are wrong (0 may be" in said.out
     assert not samples_path(path).exists()
     told = json.loads(command("verify", path, "--json").out)
-    assert told["kinds"]["clean"] == {"outcomes": 8, "lost": 0, "gained": 0, "other": 0, "allowed": 0}
+    assert told["kinds"]["clean"] == {
+        "outcomes": 8,
+        "lost": 0,
+        "gained": 0,
+        "other": 0,
+        "allowed": 0,
+    }
     assert told["kinds"]["adversarial"]["lost"] > 0
 
 

@@ -22,7 +22,7 @@ from own_entries import folder
 from toys import uniform
 
 DECLARED = "declared-surrogate"
-STAGES = [{"t_star": 30, "steps": 3, "times": 2}, {"t_star": 60, "steps": 4, "times": 1}]
+STAGES = [{"t_star": 30, "steps": 2, "times": 2}, {"t_star": 60, "steps": 3, "times": 1}]
 SHORT = [{"t_star": 30, "steps": 1, "times": 1}, {"t_star": 60, "steps": 2, "times": 1}]
 ENTRY = yaml.safe_load(
     """
@@ -80,7 +80,7 @@ def test_what_is_attacked_is_the_surrogate_that_is_declared(tmp_path: Path) -> N
     subject = registry.subject("mine", "digits-linf")
     evaluated = subject.defense()
     searched = subject.searched(evaluated, DECLARED)
-    assert (evaluated.votes, nfe(evaluated)) == (3, 3 * (3 + 3 + 4))
+    assert (evaluated.votes, nfe(evaluated)) == (3, 3 * (2 + 2 + 3))
     assert (searched.votes, nfe(searched)) == (1, 1 + 2)
     # What the surrogate does not say is the entry's.
     assert getattr(searched.purifier, "eta", None) == 1
@@ -104,7 +104,7 @@ def test_a_run_records_it_and_nothing_where_none_is_used(tmp_path: Path) -> None
     result = Result.read(paths[DECLARED])
     assert result.surrogate == {"options": {"stages": SHORT}, "votes": 1}
     exact, short = evaluations.values()
-    assert exact.nfe == short.nfe == exact.searched_nfe == 3 * (3 + 3 + 4)
+    assert exact.nfe == short.nfe == exact.searched_nfe == 3 * (2 + 2 + 3)
     assert short.searched_nfe == 1 + 2
     assert exact.gradient == short.gradient == [1, 1]
     assert result.conformance is not None

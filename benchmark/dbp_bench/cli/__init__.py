@@ -7,44 +7,26 @@ defense failed while running; 130 stopped (the same command continues).
 import os
 import signal
 import sys
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
 
 from dbp_bench import __version__
-
-# Each module adds its commands to the app, in the order of the help.
-from dbp_bench.cli import (
-    analyze,
-    check,
-    list,
-    new,
-    report,
-    run,
-    submit,
-    sweep,
-    training,
-    verify,
-    weights,
-)  # isort: skip
+from dbp_bench.cli import moved
 from dbp_bench.cli.app import app
-from dbp_bench.errors import AttackFailed, DbpError
+from dbp_bench.errors import AttackFailed, DbpError, did_you_mean
 
-__all__ = [
-    "analyze",
-    "app",
-    "check",
-    "list",
-    "main",
-    "new",
-    "report",
-    "run",
-    "submit",
-    "sweep",
-    "training",
-    "verify",
-    "weights",
-]
+for _module in (
+    *("list", "run", "weights", "training"),
+    *("report", "check", "sweep", "analyze"),
+    *("new", "submit", "verify"),
+):
+    # Each adds its commands to the app, whose help shows them in this order.
+    import_module(f"{__name__}.{_module}")
+
+_UsageError: Any = typer.BadParameter.__mro__[1]
+"""What the parser of the command line raises, which Typer does not export."""
 
 
 def main() -> None:
@@ -71,11 +53,30 @@ def main() -> None:
 
 def _invoke() -> None:
     try:
-        app(standalone_mode=True)
-    except SystemExit as stop:
-        if stop.code == 130:  # typer's way to say that it was interrupted
-            raise KeyboardInterrupt from None
-        raise
+        code = app(standalone_mode=False)
+    except _UsageError as error:
+        _fail(_misused(error), 2)
+    if code == 130:  # typer's way to say that it was interrupted
+        raise KeyboardInterrupt
+    sys.exit(code)
+
+
+def _misused(error: Any) -> str:
+    """What is wrong with the command line, on one line, and which help tells more."""
+    names = error.ctx.command_path.split()[1:] if error.ctx else []
+    shown = " ".join(["dbp-bench", *names, "--help"])
+    if hasattr(error, "possibilities"):  # an option that there is not
+        name = str(error.option_name)
+        if names == ["run"] and name in moved.OPTIONS:
+            return moved.OPTIONS[name]
+        known = [option for parameter in error.ctx.command.params for option in parameter.opts]
+        hint = did_you_mean(name, [option for option in known if option.startswith("--")], shown)
+        return f"{' '.join(names)}: no option {name!r}.{hint}"
+    message = " ".join(error.format_message().split())
+    if not message:  # it was called without arguments: the help has been shown
+        sys.exit(2)
+    where = f"{' '.join(names)}: " if names else ""
+    return f"{where}{message[0].lower()}{message[1:].rstrip('.?')}. `{shown}` tells more."
 
 
 def _interrupt(*_: object) -> None:
@@ -96,7 +97,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="And exit.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it and exit.")
     ] = False,
 ) -> None:
     pass

@@ -8,6 +8,7 @@ import typer
 
 from dbp_bench.analyses.catalog import NAMES
 from dbp_bench.cli.app import (
+    DIAGNOSE,
     AsJson,
     Data,
     Device,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from dbp_bench.analyses.record import Record
 
 
-@app.command()
+@app.command(rich_help_panel=DIAGNOSE)
 def analyze(
     analysis: Annotated[
         str,
@@ -66,7 +67,7 @@ def analyze(
     sets: Annotated[
         int | None, typer.Option(help="efficacy: known draws of the mean gradient.")
     ] = None,
-    figure: Annotated[bool, typer.Option(help="Also draw it; needs dbp-bench[figures].")] = True,
+    figure: Annotated[bool, typer.Option(help="Also draw it; needs the extra `figures`.")] = True,
     resume: Annotated[
         bool, typer.Option(help="Continue what is there; otherwise throw it away.")
     ] = True,

@@ -17,54 +17,108 @@ app = typer.Typer(
 EVALUATE, REPORT, DIAGNOSE, SHARE = "Evaluate", "Report", "Diagnose", "Share"
 """The groups that commands are shown in."""
 
-Entries = Annotated[
-    list[Path] | None,
-    typer.Option("--entries", help="A folder with defenses/, attacks/, tracks/ of your own."),
+CHANGED = "Set against the entries, and recorded in the result"
+MACHINE = "Where and how it runs"
+"""The groups, beside "Options", that the options of a command are shown in."""
+
+# ------------------------------------------------------------------------------ what is measured
+
+Defenses = Annotated[
+    str, typer.Option("--defense", metavar="NAMES", help="Separated by commas, or all.")
 ]
-Trust = Annotated[
-    bool, typer.Option("--trust-code", help="Run code that an entry names outside dbp-bench.")
-]
-TrackName = Annotated[str, typer.Option("--track", help="See `dbp-bench list`.")]
-Seed = Annotated[int, typer.Option("--seed", help="Decides every draw of noise.")]
-Out = Annotated[Path, typer.Option("--out", help="The folder of results.")]
-Defenses = Annotated[str, typer.Option("--defense", help="Names, separated by commas, or all.")]
-Threats = Annotated[str, typer.Option("--threat", help="Names, separated by commas, or all.")]
-Examples = Annotated[
-    int | None, typer.Option("--examples", help="The first N images of the track.")
-]
-Draws = Annotated[
-    int | None,
-    typer.Option("--draws", help="Draws that evaluate an image; where known, known draws."),
+Threats = Annotated[
+    str, typer.Option("--threat", metavar="NAMES", help="Separated by commas, or all.")
 ]
 Attack = Annotated[
     str | None,
     typer.Option(
         "--attack",
-        help="In place of the threat model's: one of `dbp-bench list attacks`, torchattacks:PGD, "
-        "autoattack:rand, or my_package.module:MyAttack.",
+        metavar="NAME",
+        help="In place of the threat model's: see `dbp-bench list attacks`; or "
+        "torchattacks:PGD, autoattack:rand, my_package.module:MyAttack.",
         show_default=False,
     ),
 ]
+TrackName = Annotated[
+    str, typer.Option("--track", metavar="NAME", help="See `dbp-bench list tracks`.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Decides every draw of noise.")]
+Out = Annotated[Path, typer.Option("--out", help="The folder of results.")]
+Results = Annotated[
+    Path,
+    typer.Option(
+        "--results", help="The folder of results, or hf://datasets/owner/name/path@revision."
+    ),
+]
+
+# -------------------------------------------------------------------------- against the entries
+
 Options = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="An option of the attack, such as steps=50 or eot=20; can be repeated."
+        "--set",
+        metavar="NAME=VALUE",
+        help="An option of the attack, such as steps=50 or eot=20; can be repeated.",
+        rich_help_panel=CHANGED,
     ),
 ]
 Gradient = Annotated[
     str | None,
     typer.Option(
-        "--gradient", help="What the attack differentiates: exact, bpda, surrogate:N, ..."
+        "--gradient",
+        metavar="KIND",
+        help="What the attack differentiates: exact, bpda, surrogate:N, declared-surrogate.",
+        rich_help_panel=CHANGED,
     ),
 ]
-Eps = Annotated[str | None, typer.Option("--eps", help="Budget in [0, 1] units, such as 8/255.")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images evaluated together.")]
+Eps = Annotated[
+    str | None,
+    typer.Option(
+        "--eps",
+        metavar="NUMBER",
+        help="Budget in [0, 1] units, such as 8/255.",
+        rich_help_panel=CHANGED,
+    ),
+]
+Examples = Annotated[
+    int | None,
+    typer.Option("--examples", help="The first N images of the track.", rich_help_panel=CHANGED),
+]
+Draws = Annotated[
+    int | None,
+    typer.Option(
+        "--draws",
+        help="Draws that evaluate an image; where known, known draws.",
+        rich_help_panel=CHANGED,
+    ),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", help="Images evaluated together.", rich_help_panel=CHANGED),
+]
 MaxBatch = Annotated[
-    int | None, typer.Option("--max-batch", help="Images x EoT samples in one pass, at most.")
+    int | None,
+    typer.Option(
+        "--max-batch",
+        help="Images x EoT samples in one pass, at most.",
+        rich_help_panel=CHANGED,
+    ),
+]
+
+# ------------------------------------------------------------------------------- where and how
+
+Device = Annotated[
+    str,
+    typer.Option("--device", metavar="NAME", help="auto, cpu or cuda.", rich_help_panel=MACHINE),
 ]
 Checkpointing = Annotated[
     str,
-    typer.Option("--checkpointing", help="auto, none or step: memory against time; same results."),
+    typer.Option(
+        "--checkpointing",
+        metavar="POLICY",
+        help="auto, none or step: memory against time; same results.",
+        rich_help_panel=MACHINE,
+    ),
 ]
 Data = Annotated[
     Path | None,
@@ -73,15 +127,29 @@ Data = Annotated[
         help="Where data sets are: a file, a folder, or a folder with one for each data set. "
         "Otherwise DBP_BENCH_DATA, or the Hugging Face hub.",
         show_default=False,
+        rich_help_panel=MACHINE,
     ),
 ]
-Results = Annotated[
-    Path,
+Entries = Annotated[
+    list[Path] | None,
     typer.Option(
-        "--results", help="The folder of results, or hf://datasets/owner/name[/path][@revision]."
+        "--entries",
+        metavar="FOLDER",
+        help="With defenses/, attacks/, tracks/ of your own; can be repeated.",
+        rich_help_panel=MACHINE,
     ),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        help="Run code that an entry names outside dbp-bench.",
+        rich_help_panel=MACHINE,
+    ),
+]
+
+# ------------------------------------------------------------------------------ what is printed
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]

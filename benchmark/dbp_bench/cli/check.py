@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from dbp_bench.checks.gradients import Agreement, Request
 
+GRADIENTS = "With --gradients"
+"""The group that options of the comparison of gradients are shown in."""
+
 
 @app.command(rich_help_panel=DIAGNOSE)
 def check(
@@ -40,14 +43,26 @@ def check(
     ] = False,
     environment: Annotated[
         bool,
-        typer.Option("--environment", help="What is installed; and a tiny golden case, run again."),
+        typer.Option(
+            "--environment", help="Say what is installed, and run a tiny golden case again."
+        ),
     ] = False,
-    images: Annotated[int, typer.Option(help="Of --gradients: the first N images.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of --gradients: decides every draw of noise.")] = 0,
-    loss: Annotated[str, typer.Option(help="Of --gradients: ce, margin or dlr.")] = "ce",
+    images: Annotated[
+        int, typer.Option(help="The first N images of the track.", rich_help_panel=GRADIENTS)
+    ] = 16,
+    seed: Annotated[
+        int, typer.Option(help="Decides every draw of noise.", rich_help_panel=GRADIENTS)
+    ] = 0,
+    loss: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="ce, margin or dlr.", rich_help_panel=GRADIENTS),
+    ] = "ce",
     surrogate_steps: Annotated[
         int | None,
-        typer.Option(help="Of --gradients: steps of the surrogate; half of the defense's."),
+        typer.Option(
+            help="Steps of the surrogate; half of the defense's if not given.",
+            rich_help_panel=GRADIENTS,
+        ),
     ] = None,
     device: Device = "auto",
     data: Data = None,
@@ -55,7 +70,10 @@ def check(
     trust_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Test a defense against the rules that every defense must keep. Exit code 1: a test failed."""
+    """Test a defense against the rules that every defense must keep.
+
+    Exit code 1: a test failed.
+    """
     if environment:
         _environment(as_json)
         return
@@ -121,8 +139,6 @@ def _gradients(asked: "Request", device: str, as_json: bool) -> None:
         say.print(
             f"{subject.name} on {subject.track.name}: {asked.loss} gradients at the first "
             f"{asked.images} images, unattacked; float64, seed {asked.seed}.",
-            highlight=False,
-            markup=False,
         )
         rows = [(names.get(row.mode, row.mode), row) for row in found.modes]
         rows += [("exact, other draws (noise floor)", row) for row in found.noise_floor]
@@ -133,7 +149,6 @@ def _gradients(asked: "Request", device: str, as_json: bool) -> None:
         say.print(
             f"exact against central differences, relative error by image: {errors}"
             f"{'' if found.exact else '  FAIL'}",
-            highlight=False,
         )
     if not found.exact:
         raise typer.Exit(1)

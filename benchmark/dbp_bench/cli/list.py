@@ -20,13 +20,13 @@ def list_entries(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="defenses, threats, attacks or tracks; or the name of one, to show its entry.",
+            help="defenses, threats, attacks, tracks; or the name of one.",
         ),
     ] = None,
     entries: Entries = None,
     as_json: AsJson = False,
 ) -> None:
-    """List defenses, threat models, attacks and tracks, or show what one entry says."""
+    """List defenses, threat models, attacks and tracks; or show one entry."""
     from dbp_bench import attacks
 
     registry = registry_of(entries)

@@ -30,7 +30,7 @@ def report(
     entries: Entries = None,
     quiet: Quiet = False,
 ) -> None:
-    """Make leaderboards (CSV, Markdown, LaTeX, an HTML page) from results."""
+    """Make leaderboards (CSV, Markdown, LaTeX, HTML) from results."""
     from dbp_bench.reporting.records import load
     from dbp_bench.reporting.report import outcomes_csv, write_leaderboards
     from dbp_bench.submission.hub import local
@@ -40,7 +40,7 @@ def report(
     say = console(quiet)
     if outcomes is not None:
         outcomes_csv([record.path for record in load(local(results), track)], outcomes)
-        say.print(str(outcomes), highlight=False, markup=False, soft_wrap=True)
+        say.print(str(outcomes), soft_wrap=True)
         return
     paths = write_leaderboards(
         local(results),
@@ -50,7 +50,7 @@ def report(
         registry=registry_of(entries),
     )
     for path in paths:
-        say.print(str(path), highlight=False, markup=False, soft_wrap=True)
+        say.print(str(path), soft_wrap=True)
 
 
 @app.command(rich_help_panel=REPORT)
@@ -64,7 +64,7 @@ def compare(
     track: Annotated[str | None, typer.Option(help="Of names; not needed if there is one.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare results, defenses or threat models: paired difference, tests, changed images."""
+    """Compare results, defenses or threat models, paired by image."""
     from dbp_bench.reporting import compare as comparing
 
     found = comparing.compare(comparing.side(a, results, track), comparing.side(b, results, track))

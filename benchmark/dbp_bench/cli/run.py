@@ -38,7 +38,6 @@ from dbp_bench.cli.shared import (
     duration,
     eps_of,
     options_of,
-    percent,
     progress_bar,
     registry_of,
     split,
@@ -47,6 +46,7 @@ from dbp_bench.errors import AttackFailed, BadRequest
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from dbp_bench.entries.fields import Entry
     from dbp_bench.entries.track import Track
@@ -64,24 +64,24 @@ def run(
     track: TrackName = "digits-linf",
     seed: Seed = 0,
     out: Out = Path("results"),
-    device: Device = "auto",
-    examples: Examples = None,
-    draws: Draws = None,
     options: Options = None,
     gradient: Gradient = None,
     eps: Eps = None,
+    examples: Examples = None,
+    draws: Draws = None,
     batch_size: BatchSize = None,
     max_batch: MaxBatch = None,
+    device: Device = "auto",
     checkpointing: Checkpointing = "auto",
-    resume: Annotated[bool, typer.Option(help="Continue what is there.")] = True,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what would run: network calls, time and memory."),
+    ] = False,
     save_adversarial: Annotated[
         bool, typer.Option("--save-adversarial", help="Also write the adversarial images.")
     ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Show the plan: settings, network calls, time and memory here."
-        ),
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Replace what is there; otherwise it is continued.")
     ] = False,
     data: Data = None,
     entries: Entries = None,
@@ -89,7 +89,7 @@ def run(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Attack defenses and write one result file for each defense, threat model and attack."""
+    """Attack defenses; write a result for each, under each threat model."""
     from dbp_bench.runs.job import Overrides, plan
 
     registry = registry_of(entries, trust_code, data)
@@ -125,7 +125,7 @@ def run(
         planned,
         out,
         checkpointing,
-        resume=resume,
+        resume=not no_resume,
         save_adversarial=save_adversarial,
         as_json=as_json,
     )
@@ -133,7 +133,7 @@ def run(
 
 def _show_head(say: "Console", track: "Entry[Track]", default: bool) -> None:
     chosen = "  (the default track)" if default else ""
-    say.print(f"track    {track.name}{chosen}: {track.entry.title}", highlight=False, markup=False)
+    say.print(f"track    {track.name}{chosen}: {track.entry.title}")
     if track.entry.demonstration:
         say.print("         a demonstration: never compare its numbers with CIFAR-10", style="dim")
 
@@ -163,12 +163,11 @@ def _run_all(
             if elsewhere and save_adversarial and not adversarial_path(elsewhere).is_file():
                 elsewhere = None
         if elsewhere is not None:
-            sites = ", ".join(job.sites) or "nowhere"
+            noise = f"noise at {', '.join(job.sites)} alone" if job.sites else "no noise"
             say.print(
                 f"{job.label}: the same setting as {elsewhere.parents[1].name}, since "
-                f"{job.subject.name} draws noise at: {sites}. Not run twice; see {elsewhere}",
-                highlight=False,
-                markup=False,
+                f"{job.subject.name} draws {noise}. Not run twice; see {elsewhere}",
+                soft_wrap=True,
             )
             if item.instead is None:
                 done.append((elsewhere, Result.read(elsewhere)))
@@ -176,8 +175,7 @@ def _run_all(
         if resume and not save_adversarial and is_complete(job, out):
             say.print(
                 f"{job.label}: all there already, nothing to run (--no-resume runs it again)",
-                highlight=False,
-                markup=False,
+                soft_wrap=True,
             )
             done.append((job.path(out), Result.read(job.path(out))))
             continue
@@ -202,7 +200,7 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
 
     from dbp_bench.reporting.pool import accuracies
 
-    rows = [(path, result, asdict(accuracies(result))) for path, result in done]
+    rows = [(path, result, accuracies(result)) for path, result in done]
     if as_json:
         listed = [
             {
@@ -212,29 +210,28 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
                 "file": str(path),
                 "images": len(result.ids),
                 "draws": len(result.draws),
-                **estimates,
+                **{name: found and asdict(found) for name, found in estimates.items()},
             }
             for path, result, estimates in rows
         ]
         print(json.dumps(listed, indent=1))
         return
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
     for name in ("defense", "threat", "attack"):
         table.add_column(name)
-    for name in ("clean %", "robust % [95 %]", "fresh draws %", "images", "draws"):
-        table.add_column(name, justify="right")
+    for name in ("clean\n%", "robust\n% [95 %]", "fresh draws\n% [95 %]", "images\nx draws"):
+        table.add_column(name, justify="right", no_wrap=True)
     for _, result, estimates in rows:
         table.add_row(
             result.defense,
             result.threat,
             result.label,
-            percent(estimates["clean"]),
-            percent(estimates["robust"]),
-            percent(estimates["fresh"]),
-            str(len(result.ids)),
-            str(len(result.draws)),
+            f"{100 * estimates.clean.value:.1f}",
+            estimates.robust.percent(),
+            estimates.fresh.percent() if estimates.fresh else "",
+            f"{len(result.ids)} x {len(result.draws)}",
         )
-    say.print(table)
+    say.print("", table, "", sep="\n")
     if any(result.knows for _, result, _ in rows):
         say.print(
             "robust: on the draws that the attacker knew. fresh draws: the same images on draws "
@@ -242,7 +239,7 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
             style="dim",
         )
     for path, _, _ in rows:
-        say.print(str(path), highlight=False, soft_wrap=True)
+        say.print(str(path), soft_wrap=True)
 
 
 def _plan(
@@ -275,50 +272,68 @@ def _plan(
         print(json.dumps({"jobs": rows, "seconds": total}, indent=1))
         return
     table = Table(box=None, pad_edge=False)
-    for name in ("defense", "threat", "attack", "knows", "effort"):
+    for name in ("defense", "threat", "knows"):
         table.add_column(name)
-    for name in ("images", "draws", "network calls", "time", "memory"):
-        table.add_column(name, justify="right")
+    for name in ("images", "draws", "calls", "time", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
     for job, twin, cost in costs:
-        effort = " ".join(
-            f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}"
-            for k, v in job.search.effort.items()
-            if v is not None
-        )
-        head = [
-            job.subject.name,
-            job.threat.name,
-            job.search.label,
-            ", ".join(job.knows) or "nothing",
-            effort,
-        ]
+        known = "all" if job.knows == job.sites else ", ".join(job.knows)
+        head = [job.subject.name, job.threat.name, known if job.knows else "nothing"]
+        head += [str(job.examples), str(job.draws)]
         if cost is None:
-            same = f"= {twin.threat.name}" if twin else ""
-            table.add_row(*head, str(job.examples), str(job.draws), same, "", "")
+            table.add_row(*head, f"= {twin.threat.name}" if twin else "", "", "")
             continue
         table.add_row(
             *head,
-            str(job.examples),
-            str(job.draws),
             f"{'at most ' if cost.at_most else ''}{cost.calls:,}",
             duration(cost.seconds),
-            f"{cost.bytes / 2**20:,.0f} MiB{' by step' if cost.by_step else ''}",
+            f"{cost.bytes / 2**20:,.0f} MiB{' *' if cost.by_step else ''}",
         )
-    say.print(table)
-    for job, _, _ in costs[:1]:
-        say.print(
-            f"{job.subject.track.entry.norm} eps {job.eps:g}, seed {job.seed}, {job.device}; "
-            f"groups of {job.batch_size} images, at most {job.max_batch} images x samples a pass.",
-            highlight=False,
-        )
-    _show_limits(say, [(job, cost) for job, _, cost in costs if cost is not None])
-    known = [cost.at_most for _, _, cost in costs if cost is not None]
-    sooner = ", or less: images may finish early" if any(known) else ""
+    say.print("", table, "", sep="\n")
+    say.print(_plan_in_words([job for job, _, _ in costs]))
+    known_costs = [(job, cost) for job, _, cost in costs if cost is not None]
+    _show_limits(say, known_costs)
+    early = any(cost.at_most for _, cost in known_costs)
     say.print(
-        f"about {duration(total)} in all on this device{sooner}. Network calls: images x calls, "
-        "forward; those of the attack are followed by as many backward.",
-        highlight=False,
+        f"total    {duration(total)} on this device"
+        f"{', or less: images may finish early' if early else ''}"
     )
+    say.print(
+        "calls: of the denoising networks, images x NFE, forward; those of gradients are followed "
+        "by as many backward.",
+        style="dim",
+    )
+    if any(cost.by_step for _, cost in known_costs):
+        say.print("* with gradients checkpointed by step.", style="dim")
+
+
+def _plan_in_words(jobs: "Sequence[Job]") -> "Table":
+    """Each attack with all its options and the threat models that take it, then the budget."""
+    from rich.table import Table
+
+    attacks: dict[str, list[str]] = {}
+    for job in jobs:
+        options = ", ".join(f"{name}={_as_set(v)}" for name, v in job.search.effort.items())
+        said = f"{job.search.label}: {options}; gradient {job.search.gradient or 'none'}"
+        attacks.setdefault(said, []).append(job.threat.name)
+    lines = Table.grid(padding=(0, 2, 0, 0))
+    lines.add_column(min_width=7)
+    for number, (said, threats) in enumerate(attacks.items()):
+        of = f"  ({', '.join(dict.fromkeys(threats))})" if len(attacks) > 1 else ""
+        lines.add_row("attack" if number == 0 else "", said + of)
+    one, norm = jobs[0], jobs[0].subject.track.entry.norm
+    sizes = " and ".join(f"{eps:g}" for eps in dict.fromkeys(job.eps for job in jobs))
+    lines.add_row(
+        "run",
+        f"{norm} eps {sizes}, seed {one.seed}, {one.device}; groups of {one.batch_size} images, "
+        f"at most {one.max_batch} images x samples in a pass",
+    )
+    return lines
+
+
+def _as_set(value: object) -> str:
+    """A value as ``--set`` takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _show_limits(say: "Console", costs: "Sequence[tuple[Job, Cost]]") -> None:
@@ -329,7 +344,6 @@ def _show_limits(say: "Console", costs: "Sequence[tuple[Job, Cost]]") -> None:
             say.print(
                 f"{job.label}: does not fit: {cost.free_bytes / 2**20:,.0f} MiB are free on "
                 f"{job.device}. Try --max-batch {smaller}.",
-                highlight=False,
                 soft_wrap=True,
             )
     missing = list(dict.fromkeys(name for _, cost in costs for name in cost.random_weights))
@@ -337,6 +351,5 @@ def _show_limits(say: "Console", costs: "Sequence[tuple[Job, Cost]]") -> None:
         say.print(
             f"timed with random weights: {', '.join(missing)} not in the cache. "
             "`dbp-bench weights list` says where they are from.",
-            highlight=False,
             soft_wrap=True,
         )

@@ -1,5 +1,7 @@
 """What several commands do: read options, show progress, and say numbers on the terminal."""
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +25,12 @@ def registry_of(
 
 
 def console(quiet: bool) -> "Console":
+    """Where a command writes: text as it is, in which no bracket and no colon is markup."""
     from rich.console import Console
 
-    console = Console(quiet=quiet)
-    # A log has no width of its own: don't fold its tables at 80.
-    return console if console.is_terminal else Console(quiet=quiet, width=140)
+    # A log has no width of its own: its tables aren't folded at 80, unless COLUMNS says so.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
+    return Console(quiet=quiet, width=width, markup=False, emoji=False, highlight=False)
 
 
 def split(names: str) -> list[str]:
@@ -100,7 +103,7 @@ def progress(say: "Console", label: str, unit: str, *, lines: int = 0) -> Iterat
         if unit == "bytes"
         else (bars.MofNCompleteColumn(), bars.TextColumn(unit))
     )
-    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), *counted)
+    columns = (bars.TextColumn("{task.description}", markup=False), bars.BarColumn(), *counted)
     note_column = bars.TextColumn("{task.fields[note]}")
     remaining = bars.TimeRemainingColumn()
     with bars.Progress(*columns, note_column, remaining, console=say, transient=True) as bar:
@@ -147,13 +150,6 @@ def progress_bar(say: "Console", label: str) -> "Iterator[Progress]":
             show(done, total)
 
         yield Progress(start, tick)
-
-
-def percent(estimate: "dict[str, float] | None") -> str:
-    if estimate is None:
-        return ""
-    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def duration(seconds: float) -> str:

@@ -11,15 +11,29 @@ from dbp_bench.cli.app import (
     DIAGNOSE,
     AsJson,
     Attack,
+    BatchSize,
     Data,
     Device,
+    Draws,
     Entries,
+    Examples,
+    Gradient,
+    MaxBatch,
+    Options,
+    Out,
     Quiet,
+    Seed,
     TrackName,
     Trust,
     app,
 )
-from dbp_bench.cli.shared import console, device_of, progress_bar, registry_of
+from dbp_bench.cli.shared import (
+    console,
+    device_of,
+    options_of,
+    progress_bar,
+    registry_of,
+)
 from dbp_bench.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -32,25 +46,30 @@ if TYPE_CHECKING:
 @app.command(rich_help_panel=DIAGNOSE)
 def sweep(
     defense: Annotated[str, typer.Argument(help="A defense.")],
-    threat: Annotated[str, typer.Option(help="A threat model.")],
+    threat: Annotated[str, typer.Option(metavar="NAME", help="A threat model.")],
     attack: Attack = None,
     over: Annotated[
         list[str] | None,
-        typer.Option(help="steps=20,40,100, eot=1,10,40 or eps=0.1,0.2,0.5; can be repeated."),
-    ] = None,
-    black_box: Annotated[
-        str | None,
         typer.Option(
-            help="An attack without gradients to compare with, or none.  [default: square]",
-            show_default=False,
+            metavar="AXIS=VALUES",
+            help="steps=20,40,100, eot=1,10,40 or eps=0.1,0.2,0.5; can be repeated.",
         ),
     ] = None,
+    black_box: Annotated[
+        str,
+        typer.Option(
+            metavar="ATTACK", help="An attack without gradients to compare with, or none."
+        ),
+    ] = "square",
     track: TrackName = "digits-linf",
-    seed: Annotated[int, typer.Option(help="Decides every draw of noise.")] = 0,
-    out: Annotated[Path, typer.Option(help="The folder of results.")] = Path("results"),
-    examples: Annotated[int | None, typer.Option(help="The first N images of the track.")] = None,
-    draws: Annotated[int | None, typer.Option(help="Draws that evaluate an image.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images evaluated together.")] = None,
+    seed: Seed = 0,
+    out: Out = Path("results"),
+    options: Options = None,
+    gradient: Gradient = None,
+    examples: Examples = None,
+    draws: Draws = None,
+    batch_size: BatchSize = None,
+    max_batch: MaxBatch = None,
     device: Device = "auto",
     data: Data = None,
     entries: Entries = None,
@@ -58,32 +77,34 @@ def sweep(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Test for a weak attack or a masked gradient: more steps, more samples, larger budgets."""
-    from functools import partial
-
+    """Look for a weak attack or a masked gradient: more steps, larger eps."""
     from dbp_bench.runs import sweep as sweeps
     from dbp_bench.runs.execute import execute
     from dbp_bench.runs.job import Overrides
 
     registry = registry_of(entries, trust_code, data)
     say = console(quiet or as_json)
-    overrides = Overrides(examples=examples, draws=draws, batch_size=batch_size)
+    overrides = Overrides(
+        effort=options_of(options),
+        gradient=gradient,
+        draws=draws,
+        examples=examples,
+        batch_size=batch_size,
+        max_batch=max_batch,
+    )
     common: dict[str, Any] = {"seed": seed, "device": device_of(device), "overrides": overrides}
     names = (registry, track, defense, threat, attack)
     planned = [sweeps.plan(*names, *sweeps.parse(text), **common) for text in over or []]
     if black_box != "none":
-        planned.append(sweeps.against(*names, black_box or "square", **common))
+        planned.append(sweeps.against(*names, black_box, **common))
     if not planned:
         raise BadRequest("--over names nothing. Write it as steps=20,40,100.")
 
-    def run_one(label: str, job: "Job", folder: Path) -> Path:
-        with progress_bar(say, label) as progress:
+    def run_one(job: "Job", folder: Path) -> Path:
+        with progress_bar(say, f"{job.label} / {folder.name}") as progress:
             return execute(job, folder, progress=progress)
 
-    found = [
-        sweeps.run(item, out, partial(run_one, f"{defense} / {threat} / {item.axis}"))
-        for item in planned
-    ]
+    found = [sweeps.run(item, out, run_one) for item in planned]
     if as_json:
         print(json.dumps([item.model_dump(mode="json", by_alias=True) for item in found], indent=1))
         return
@@ -107,9 +128,9 @@ def _show_sweeps(say: "Console", found: "Sequence[Findings]") -> None:
             )
         say.print(table)
         for flag in item.flags:
-            say.print(f"FLAG {flag.name}: {flag.message}.", highlight=False, soft_wrap=True)
+            say.print(f"FLAG {flag.name}: {flag.message}.", soft_wrap=True)
         for note in item.notes:
-            say.print(f"undecided: {note}.", highlight=False, soft_wrap=True)
+            say.print(f"undecided: {note}.", soft_wrap=True)
         if not item.flags and not item.notes:
-            say.print("no flag.", highlight=False)
+            say.print("no flag.")
     say.print("* as the threat model says. falls by: from there, on the same images.", style="dim")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from dbp_bench.cli.app import Data, Device, Entries, Quiet, TrackName, app
+from dbp_bench.cli.app import EVALUATE, Data, Device, Entries, Quiet, TrackName, app
 from dbp_bench.cli.shared import console, device_of, progress, registry_of
 from dbp_bench.errors import BadRequest
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dbp_bench.training.run import Update
 
 
-@app.command()
+@app.command(rich_help_panel=EVALUATE)
 def train(
     recipe: Annotated[
         str,

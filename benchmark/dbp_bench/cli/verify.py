@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dbp_bench.cli.app import SHARE, AsJson, Data, Device, Entries, Force, Trust, app
-from dbp_bench.cli.shared import device_of, percent, registry_of
+from dbp_bench.cli.shared import device_of, registry_of
 from dbp_bench.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -20,8 +20,9 @@ def verify(
     file: Annotated[
         str,
         typer.Argument(
-            help="A bundle that `dbp-bench submit` wrote, or hf://datasets/owner/name/path"
-            "[@revision]; a result (seed-0.json); or saved images (adversarial-seed-0.safetensors)."
+            help="A bundle that `dbp-bench submit` wrote, or "
+            "hf://datasets/owner/name/path@revision; a result (seed-0.json); or saved images "
+            "(adversarial-seed-0.safetensors)."
         ),
     ],
     replay: Annotated[
@@ -53,10 +54,15 @@ def verify(
     trust_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compute results again and compare. Exit code 1: a bundle is refused.
+    """Compute results again, and compare them with what is stated.
 
-    The code of a bundle runs only if it is replayed or attacked. A result's first group of images
-    is attacked again with its own seeds. Saved images are evaluated on fresh draws.
+    The code of a bundle runs only if it is replayed or attacked.
+
+    A result's first group of images is attacked again with its own seeds.
+
+    Saved images are evaluated on fresh draws.
+
+    Exit code 1: a bundle is refused, or outcomes of a result are others than stated.
     """
     from dbp_bench.submission.hub import local
 
@@ -193,15 +199,15 @@ def _images(
     )
     bootstrap = Bootstrap(len(saved.ids))
     hits = right.sum((0, 2)).tolist()
-    estimate = asdict(bootstrap.estimate(bootstrap.mean(hits, len(right) * draws)))
+    estimate = bootstrap.estimate(bootstrap.mean(hits, len(right) * draws))
     if as_json:
-        table = {"file": str(path), **estimate, "draws": draws, "ids": saved.ids}
+        table = {"file": str(path), **asdict(estimate), "draws": draws, "ids": saved.ids}
         table |= {"right": right.tolist()}
         print(json.dumps({**table, "left_the_ball": outside} if eight_bit else table))
         return
     print(
         f"{path}: {len(right)} x {len(saved.ids)} images inside {result.norm} {result.eps:g} and "
-        f"[0, 1]; {percent(estimate)} % right over {draws} fresh draws."
+        f"[0, 1]; {estimate.percent()} % right over {draws} fresh draws."
     )
     if eight_bit:
         print(

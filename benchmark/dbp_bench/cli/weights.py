@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dbp_bench.cli.app import AsJson, Quiet, app
+from dbp_bench.cli.app import EVALUATE, AsJson, Quiet, app
 from dbp_bench.cli.shared import console
 from dbp_bench.errors import BadRequest, BadWeights
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 weights = typer.Typer(
     help="Published weights: fetch them, or convert local files.", no_args_is_help=True
 )
-app.add_typer(weights, name="weights")
+app.add_typer(weights, name="weights", rich_help_panel=EVALUATE)
 
 CheckpointName = Annotated[str, typer.Argument(help="See `dbp-bench weights list`.")]
 
