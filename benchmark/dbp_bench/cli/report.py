@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dbp_bench.cli.app import REPORT, AsJson, Entries, Quiet, Results, app
+from dbp_bench.cli.app import REPORT, AsJson, Entries, Quiet, Results, TrackName, app
 from dbp_bench.cli.shared import console, registry_of
 from dbp_bench.errors import BadRequest
 
@@ -61,7 +61,7 @@ def compare(
     ],
     b: Annotated[str, typer.Argument(help="The same, to compare with.")],
     results: Results = Path("results"),
-    track: Annotated[str | None, typer.Option(help="Of names; not needed if there is one.")] = None,
+    track: TrackName = "digits-linf",
     as_json: AsJson = False,
 ) -> None:
     """Compare results, defenses or threat models, paired by image."""

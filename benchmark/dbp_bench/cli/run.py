@@ -210,7 +210,7 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
                 "file": str(path),
                 "images": len(result.ids),
                 "draws": len(result.draws),
-                **{name: found and asdict(found) for name, found in estimates.items()},
+                **asdict(estimates),
             }
             for path, result, estimates in rows
         ]
