@@ -9,14 +9,13 @@ PINS := requirements/constraints.txt
 # What the demonstration and a regenerated matrix are written to; results/ holds the committed ones.
 SCRATCH := build
 
-# What the table of attacks is made of: the leaderboard's own, others of ours, and those of packages.
+# What the table of attacks is made of: on these defenses, attacks with hidden and with known draws.
 ATTACKED := ddpm,addt
-OWN := eot,whitebox,dwbox,null
-OURS := apgd-eot,apgd-dwbox,aa-stochastic,aa-stochastic-dwbox,diffattack,lf,selective,square,transfer
-AUTOATTACK := autoattack-standard,autoattack-rand
-BESIDE := apgd-eot,apgd-dwbox,transfer
+HIDDEN := apgd ensemble-hidden diffattack low-frequency selective square transfer autoattack:rand \
+	torchattacks:APGD torchattacks:EOTPGD torchattacks:UPGD
+KNOWN := apgd ensemble-known autoattack:standard $(addprefix torchattacks:,APGD BIM DIFGSM FAB FFGSM \
+	FGSM Jitter MIFGSM NIFGSM PGD RFGSM SINIFGSM Square TPGD VMIFGSM VNIFGSM)
 BUDGETS := eps=0.05,0.1,0.3,0.5,1
-DRIVEN := $(shell ls attacks/torchattacks-*.yaml | sed 's,attacks/\(.*\).yaml,\1,' | paste -sd, -)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format matrix attacks leaderboards clean
@@ -29,8 +28,8 @@ setup: $(VENV)/.dev  ## Install dbp-bench (editable) and the development tools.
 demo: $(VENV)/.core  ## The main job: attack one defense on the embedded digits, on a CPU.
 	$(BIN)/dbp-bench run --defense addt --threat dwbox --out $(SCRATCH)/demo
 
-test: $(VENV)/.dev  ## The default tests: CPU, offline.
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## The default tests: CPU, offline, on all cores.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: $(VENV)/.dev  ## Format, lint, types, import direction.
 	$(BIN)/ruff format --check .
@@ -47,18 +46,22 @@ matrix: $(VENV)/.core  ## Every defense under every threat model again, in build
 		--out $(SCRATCH)/matrix/results
 	$(BIN)/dbp-bench report --results $(SCRATCH)/matrix/results --out $(SCRATCH)/matrix/leaderboards
 
-attacks: $(VENV)/.borrowed  ## Attacks of ours and of packages again (hours), sweeps, and their table.
-	$(BIN)/dbp-bench run --defense $(ATTACKED) --threat $(OWN),$(OURS),$(AUTOATTACK),$(DRIVEN) \
-		--out $(SCRATCH)/attacks/results
-	$(BIN)/dbp-bench run --defense ddim,none --threat $(OWN),$(BESIDE) --out $(SCRATCH)/attacks/results
-	$(BIN)/dbp-bench run --defense none --threat aa-stochastic-dwbox,autoattack-standard,$(DRIVEN) \
-		--out $(SCRATCH)/attacks/results
+attacks: $(VENV)/.third-party  ## Attacks of ours and of third parties again (hours), and their table.
+	for attack in $(HIDDEN); do \
+		$(BIN)/dbp-bench run --defense $(ATTACKED) --threat eot --attack $$attack \
+			--out $(SCRATCH)/attacks/results || exit 1; \
+	done
+	for attack in $(KNOWN); do \
+		$(BIN)/dbp-bench run --defense $(ATTACKED) --threat dwbox --attack $$attack \
+			--out $(SCRATCH)/attacks/results || exit 1; \
+	done
 	for defense in ddpm addt; do \
 		$(BIN)/dbp-bench sweep $$defense --threat eot --over eot=1,3,30 --over $(BUDGETS) \
 			--black-box none --examples 120 --out $(SCRATCH)/attacks/results && \
 		$(BIN)/dbp-bench sweep $$defense --threat dwbox --over steps=50,100 --over $(BUDGETS) \
 			--black-box none --examples 120 --out $(SCRATCH)/attacks/results || exit 1; \
 	done
+	$(BIN)/dbp-bench run --defense $(ATTACKED) --threat all --out $(SCRATCH)/attacks/results
 	$(BIN)/dbp-bench report --results $(SCRATCH)/attacks/results --out $(SCRATCH)/attacks/leaderboards
 
 leaderboards: $(VENV)/.core  ## Write leaderboards/ anew from results/.
@@ -79,7 +82,7 @@ $(VENV)/.core: $(VENV)/.pip pyproject.toml $(PINS)
 	@touch $@
 
 # torchattacks asks for a requests of 2020: without its dependencies, but for the two that it imports.
-$(VENV)/.borrowed: $(VENV)/.core
+$(VENV)/.third-party: $(VENV)/.core
 	$(PIP) install --quiet -c $(PINS) -e '.[autoattack]' scipy tqdm
 	$(PIP) install --quiet --no-deps torchattacks==3.5.1
 	@touch $@
