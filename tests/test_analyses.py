@@ -78,6 +78,10 @@ def victim(whole: Target, draw: int) -> Tape:
     return Tape.make(SEED, VICTIM, whole.groups[0].ids, draw)
 
 
+def right(defense: Defense, images: Tensor, group: Group, *, seed: int, draw: int) -> Tensor:
+    return evaluate.predict(defense, images, group.ids, seed=seed, draw=draw) == group.labels
+
+
 def value(rows: Sequence[Row], quantity: str, series: str, *at: float) -> float:
     (found,) = [r for r in rows if (r.quantity, r.series, r.at) == (quantity, series, at)]
     return found.value
@@ -106,9 +110,9 @@ def test_without_fresh_noise_it_is_the_dw_box(draw: int, votes: int) -> None:
     found = stochasticity.mixed_run(whole, images, SEARCH, 0.0, draw, 2)
     want = attacked(whole, images, SEARCH, BOTH, draw)
     assert torch.equal(found["images"], want)
-    judged = evaluate.judge(whole.defense, want, images, seed=SEED, draw=draw)
+    judged = right(whole.defense, want, images, seed=SEED, draw=draw)
     assert torch.equal(found["right"], judged[:, None].expand(-1, 2).double())
-    clean = evaluate.judge(whole.defense, images.images, images, seed=SEED, draw=draw)
+    clean = right(whole.defense, images.images, images, seed=SEED, draw=draw)
     assert torch.equal(found["clean-right"], clean[:, None].expand(-1, 2).double())
 
 
@@ -119,7 +123,7 @@ def test_without_known_noise_it_is_eot(votes: int) -> None:
     found = stochasticity.mixed_run(whole, images, SEARCH, 1.0, 0, 4)
     want = attacked(whole, images, SEARCH, frozenset(), 0)
     assert torch.equal(found["images"], want)
-    judged = [evaluate.judge(whole.defense, want, images, seed=SEED, draw=d) for d in fresh(4)]
+    judged = [right(whole.defense, want, images, seed=SEED, draw=d) for d in fresh(4)]
     assert torch.equal(found["right"], torch.stack(judged, 1).double())
 
 
@@ -216,9 +220,9 @@ def test_each_subset_has_the_outcomes_of_a_run() -> None:
                 known,
                 seed=SEED,
                 victim_draw=draw if known else 0,
-                rows=whole.max_batch,
+                max_batch=whole.max_batch,
             ).images
-            judged.append(evaluate.judge(whole.defense, adversarial, images, seed=SEED, draw=draw))
+            judged.append(right(whole.defense, adversarial, images, seed=SEED, draw=draw))
         assert torch.equal(found["robust"], torch.stack(judged, 1).double()), known
 
 

@@ -170,7 +170,7 @@ def test_checkpointed_gradients_are_of_the_same_precision(name: Precision) -> No
     """A step that is run again in the backward pass is in the autocast of the first run."""
     images, found = uniform(2, 3, 8, 8), {}
     for policy in contenders.POLICIES:
-        denoiser, classifier = (Lowered(network, name) for network in small())
+        denoiser, classifier = (Lowered(network, name) for network in (unet(), Tiny()))
         seen = contenders.view(contenders.defense(denoiser, classifier, policy, 3), range(2), 1)
         found[policy] = seen.gradient(images, torch.arange(2), cross_entropy, [0]).mean
     assert torch.equal(found["none"], found["step"])
@@ -251,9 +251,14 @@ class Tiny(nn.Module):
 
 
 def small() -> Pair:
+    """Two networks that take no time."""
+    return SmallDenoiser(3).requires_grad_(False), Tiny().requires_grad_(False)
+
+
+def unet(channels: int = 8) -> HoUNet:
     with seeded(0):
-        unet = HoUNet(8, (1, 2), blocks=1, attention=(1,), groups=4)
-    return unet.eval().requires_grad_(False), Tiny().eval().requires_grad_(False)
+        network = HoUNet(channels, (1, 2), blocks=1, attention=(1,), groups=channels // 4)
+    return network.eval().requires_grad_(False)
 
 
 SETTING = Setting(images=2, steps=1, rounds=1, compiles=False, shape=(3, 8, 8))
@@ -418,9 +423,7 @@ def test_what_is_measured_unless_asked() -> None:
 @pytest.mark.filterwarnings("default")  # of the compiler
 def test_cells_on_a_gpu() -> None:
     before = products()
-    with seeded(0):
-        denoiser = HoUNet(32, (1, 2), blocks=1, attention=(1,), groups=8)
-    rows = network.measure((denoiser, Tiny()), "cuda", Setting(16, 5, 2, compiles=True))
+    rows = network.measure((unet(32), Tiny()), "cuda", Setting(16, 5, 2, compiles=True))
     assert products() == before
     assert len(rows) == 6 * 3
     assert all(row["problem"] is None for row in rows)
@@ -450,9 +453,8 @@ def test_memory_of_a_gpu_is_said_in_its_row() -> None:
     whole = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, 2e9 / whole))
     try:
-        rows = network.measure(
-            small(), "cuda", Setting(2000, 50, 1, compiles=False, shape=(3, 8, 8))
-        )
+        setting = Setting(2000, 50, 1, compiles=False, shape=(3, 8, 8))
+        rows = network.measure((unet(), Tiny()), "cuda", setting)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     for hand, stored, by_step in zip(*[iter(rows)] * 3, strict=True):

@@ -308,19 +308,20 @@ def made(name: str, out: Path, updates: int = 2, **given: Given) -> Path:
 GOLDEN = {
     "classifier": "d00c829cd22189d7ec72216f2c48dd0b0410374db8e2e6018fc99705e9c692a3",
     "diffusion": "6b5f57c024cc66301de64933e26a366f00ee629bcf3354fa5561cf0e7a067371",
-    "addt": "eadccbf9e673d7dd1f405c77697f5badfaa2d5a9139c6a8299297769757ef6f2",
+    "addt": "21779bd005d8de3ca46a30d37ef0d1de2a1fa8d4ff2605047c3b814e83372cd2",
 }
-"""Of 15 updates, on the machine and with the torch of `requirements/constraints.txt`."""
+"""After 15 updates, or 5 of ADDT, with the torch of `requirements/constraints.txt`."""
 
 
 def test_recipes_of_the_digits_give_the_weights_that_they_gave(tmp_path: Path) -> None:
     """Bytes depend on the kind of processor; values hardly, so a few are compared by value."""
     for name in recipes.SHIPPED:
-        plan = recipes.changed(recipes.recipe(name, "digits"), 1437, iterations=15)
+        updates = 5 if name == "addt" else 15
+        plan = recipes.changed(recipes.recipe(name, "digits"), 1437, iterations=updates)
         trained = run(plan, digits(), tmp_path, Options(), lambda _: None)
         assert trained is not None
         if trained.sha256 != GOLDEN[name]:
-            facts = {"classifier": 0.3028, "diffusion": 0.74745, "addt": 0.72146}
+            facts = {"classifier": 0.3028, "diffusion": 0.74745, "addt": 0.73970}
             assert next(iter(trained.facts.values())) == pytest.approx(facts[name], abs=0.006)
 
 

@@ -16,7 +16,6 @@ from dbp_bench.analyses.store import Pieces, Tensors
 from dbp_bench.analyses.target import (
     Target,
     attacked,
-    bootstrap,
     correct,
     estimate,
     fresh,
@@ -28,7 +27,7 @@ from dbp_bench.attacks.pgd import PGD
 from dbp_bench.checks.gradients import cosines
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import VICTIM, Site
-from dbp_bench.reporting.statistics import Replicates
+from dbp_bench.reporting.statistics import Bootstrap, Replicates
 
 AXES = ("eot",)
 EXAMPLES = 24
@@ -165,7 +164,7 @@ def _agreement(name: str, scale: str, cosine: Tensor, counts: tuple[int, ...]) -
     rows = [row(name, scale, (), "images-with-gradient", float(len(kept)))]
     if not len(kept):
         return rows
-    resamples = bootstrap(len(kept))
+    resamples = Bootstrap.of(len(kept))
     curves = [mean(kept[:, i]) for i in range(len(counts))]
     numbers = np.array(counts, dtype=np.float64)
     rho = fit(np.stack(curves, 1), numbers)

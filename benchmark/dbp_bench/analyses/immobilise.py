@@ -11,7 +11,6 @@ from dbp_bench.analyses.store import Pieces, Tensors
 from dbp_bench.analyses.target import (
     Target,
     attacked,
-    bootstrap,
     correct,
     fresh,
     mean,
@@ -20,6 +19,7 @@ from dbp_bench.analyses.target import (
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import Site
+from dbp_bench.reporting.statistics import Bootstrap
 
 AXES = ("sites",)
 EXAMPLES = 60
@@ -66,7 +66,7 @@ def called(known: frozenset[Site]) -> str:
 def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
     """The rows of one defense."""
     search = pgd(options)
-    resamples = bootstrap(target.images)
+    resamples = Bootstrap.of(target.images)
     rows, hidden = [], None
     for known in subsets(target.sites):
         name = called(known)

@@ -13,7 +13,6 @@ from dbp_bench.analyses.store import Pieces, Tensors
 from dbp_bench.analyses.target import (
     Target,
     attacked,
-    bootstrap,
     correct,
     fresh,
     losses,
@@ -23,7 +22,7 @@ from dbp_bench.analyses.target import (
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import VICTIM, Site, Tape
-from dbp_bench.reporting.statistics import Replicates
+from dbp_bench.reporting.statistics import Bootstrap, Replicates
 
 AXES = ("k",)
 EXAMPLES = 60
@@ -64,7 +63,7 @@ class Options(Searched):
 def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
     """The rows of one defense."""
     search = pgd(options)
-    rows, resamples = [], bootstrap(target.images)
+    rows, resamples = [], Bootstrap.of(target.images)
     first: Replicates | None = None
     for k in options.levels:
         parts = [

@@ -5,7 +5,6 @@ The one module of the analyses that builds defenses and reads data.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -50,15 +49,14 @@ class Target:
 def targets(jobs: Iterable[Job]) -> Iterator[tuple[Target, Provenance]]:
     """The defense of each job on the job's images, and where it comes from."""
     for job in jobs:
-        device, data = torch.device(job.device), job.data()
-        ids = job.track_ids[: job.examples]
+        data, ids, device = job.data(), job.track_ids[: job.examples], torch.device(job.device)
         groups = []
         for start in range(0, len(ids), job.batch_size):
             part = ids[start : start + job.batch_size]
             images, labels = data.select(part)
             groups.append(Group(images.to(device), labels.to(device), part))
-        name, ball = job.subject.name, job.budget()
-        target = Target(name, job.defense(), groups, ball, job.seed, job.max_batch)
+        name, defense, ball = job.subject.name, job.defense(), job.budget()
+        target = Target(name, defense, groups, ball, job.seed, job.max_batch)
         yield target, provenance(job, data.digest(ids))
 
 
@@ -102,11 +100,11 @@ def correct(
     defense: Defense | None = None,
 ) -> Tensor:
     """Whether `images` ``(b, c, h, w)`` are classified correctly ``(b, draws)``, as in a run."""
-    classes = [
+    predicted = [
         evaluate.predict(defense or target.defense, images, group.ids, seed=target.seed, draw=draw)
         for draw in draws
     ]
-    return torch.stack(classes, 1) == group.labels[:, None]
+    return torch.stack(predicted, 1) == group.labels[:, None]
 
 
 def losses(
@@ -153,17 +151,11 @@ def guesses_of(draw: int) -> str:
     return f"{ATTACKER}/{draw}"
 
 
-@lru_cache(maxsize=4)
-def bootstrap(images: int) -> Bootstrap:
-    """The resamples of so many images: the same for every quantity, so that all are paired."""
-    return Bootstrap(images)
-
-
 def mean(values: Tensor) -> Replicates:
     """Mean of `values` ``(n,)`` and its bootstrap replicates, paired with those of others."""
-    return bootstrap(len(values)).mean_of(values.double().tolist())
+    return Bootstrap.of(len(values)).average(values.double().tolist())
 
 
 def estimate(values: Tensor) -> Estimate:
     """Mean of `values` ``(n,)`` with its 95 % interval, resampled over them."""
-    return bootstrap(len(values)).estimate(mean(values))
+    return Bootstrap.of(len(values)).estimate(mean(values))
