@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from dbp_bench.passes import Passes, Setup
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -16,12 +17,11 @@ from dbp_bench.attacks.common.third_party import Model, Tracked
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.entries.registry import EFFORTS
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import Group, attack, judge
+from dbp_bench.evaluate import Group, attack
 from dbp_bench.noise import ATTACKER, FORWARD, VICTIM, Noise, Site, Tape, seeded
-from dbp_bench.passes import Passes, Setup
 from dbp_bench.result import Result
 from dbp_bench.threat import L2, AttackerView, Linf
-from toys import Linear, Made, Noisy, Small, group, normal, uniform
+from toys import Linear, Made, Noisy, Small, group, is_right, normal, uniform
 
 if TYPE_CHECKING:
     from conftest import Command
@@ -110,8 +110,8 @@ def test_each_part_of_a_batch_is_seen_at_its_own_draws(knows: frozenset[Site]) -
     (gradient,) = torch.autograd.grad(logits[:, 1].sum(), [leaf])
     want = network.weight[1].view(1, 1, 4, 4).expand(3, -1, -1, -1)
     torch.testing.assert_close(gradient.as_subclass(Tensor), want)
-    assert view.log.gradients.tolist() == [1, 0, 1, 1, 0]
-    assert view.log.looks.tolist() == [1] * 5
+    assert view.log.gradient.tolist() == [1, 0, 1, 1, 0]
+    assert view.log.forward.tolist() == [1] * 5
     assert view.log.nonzero.tolist() == [True, False, True, True, False]
 
 
@@ -185,7 +185,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Adversarial images, and the package's flags."""
     ball = L2(eps) if l2 else Linf(eps)
-    out = attack(defense, method, batch, ball, knows, seed=0, victim_draw=0, rows=64)
+    out = attack(defense, method, batch, ball, knows, seed=0, victim_draw=0, max_batch=64)
     assert out.verdict is not None
     return out.images, out.verdict
 
@@ -214,7 +214,7 @@ def test_standard_at_known_draws_is_the_packages_own_evaluation(l2: bool) -> Non
     margin = (own - logits - eps * reach).scatter(1, batch.labels[:, None], torch.inf).amin(1)
     clear = margin.abs() > 0.02 * reach.amax(1) * eps  # further from the boundary than the search
     assert int(clear.sum()) > 40
-    robust = judge(defense, found, batch, seed=0, draw=0)
+    robust = is_right(defense, found, batch)
     assert torch.equal(robust[clear], (margin > 0)[clear])
     assert torch.equal(robust, flags), "where all is known, the two verdicts are one"
     assert 0.1 < float(robust.float().mean()) < 0.9
@@ -261,7 +261,7 @@ def test_a_null_attack_counts_p_cubed_in_the_package_and_p_here() -> None:
     found, flags = run(defense, batch, AutoAttack("rand", 2, 1, 2), eps=0.0, knows=NONE)
     assert torch.equal(found, batch.images)
     assert abs(float(flags.double().mean()) - p**3) < 4 * (p**3 * (1 - p**3) / n) ** 0.5
-    right = judge(defense, found, batch, seed=0, draw=0).double().mean()
+    right = is_right(defense, found, batch).double().mean()
     assert abs(float(right) - p) < 4 * (p * (1 - p) / n) ** 0.5
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from dbp_bench.passes import Passes, Setup
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -21,7 +22,6 @@ from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Attacked, Group, attack
 from dbp_bench.memory import Policy, State
 from dbp_bench.noise import ATTACKER, FORWARD, VICTIM, Noise, Site, Tape
-from dbp_bench.passes import Passes, Setup
 from dbp_bench.purifiers.controls import NoiseOnly, OneShot
 from dbp_bench.purifiers.schedule import Diffusion, Schedule, to_diffusion, to_images
 from dbp_bench.threat import Attack, AttackerView, Gradient, Linf
@@ -65,7 +65,7 @@ def view(of: Defense, knows: frozenset[Site] = NONE, rows: int = 4096) -> Attack
 def run(
     of: Defense, method: Attack, knows: frozenset[Site] = NONE, images: Group = GROUP
 ) -> Attacked:
-    return attack(of, method, images, BALL, knows, seed=0, victim_draw=0, rows=4096)
+    return attack(of, method, images, BALL, knows, seed=0, victim_draw=0, max_batch=4096)
 
 
 def deviations(images: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,7 +197,7 @@ def test_without_weight_it_is_pgd_and_costs_the_same(
 def test_a_deviation_that_weighs_nothing_leaves_the_gradient_bit_for_bit(name: str) -> None:
     network = SmallDenoiser()
     defense = Defense(sampler(name, network), Small(), [network], "none")
-    sight = view(defense, rows=6)
+    sight = view(defense, max_batch=6)
     args = GROUP.images, GROUP.labels, cross_entropy, range(5)
     plain, watched = sight.gradient(*args), sight.gradient(*args, Deviation(0.0))
     assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
@@ -343,4 +343,4 @@ def test_known_draws_make_it_deterministic() -> None:
     defense = Defense(sampler("ddpm", network), Small(), [network], "none")
     one, ten = (run(defense, DiffAttack(1.0, None, 2, 0.4, n), BOTH) for n in (1, 10))
     assert torch.equal(one.images, ten.images)
-    assert ten.gradients.tolist() == [2] * 4
+    assert ten.gradient.tolist() == [2] * 4

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from dbp_bench.passes import Passes, Setup
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -17,11 +18,10 @@ from dbp_bench.attacks.square import Square
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.entries.registry import EFFORTS
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import Group, attack, judge
+from dbp_bench.evaluate import Group, attack
 from dbp_bench.noise import FORWARD, Noise
-from dbp_bench.passes import Passes, Setup
 from dbp_bench.threat import Attack, AttackerView, AttackLog, Budget, Linf
-from toys import Made, TwoSided, normal, uniform
+from toys import Made, TwoSided, is_right, normal, uniform
 
 PIXELS = 16
 
@@ -66,7 +66,7 @@ def static(images: Tensor, noise: Noise) -> Tensor:
 def run(method: Ensemble, batch: Group, *, hidden: bool, eps: float = 0.2) -> Tensor:
     defense = Defense(Made(static) if hidden else Identity(), Brightness())
     out = attack(
-        defense, method, batch, Linf(eps), frozenset(), seed=0, victim_draw=0, rows=1 << 14
+        defense, method, batch, Linf(eps), frozenset(), seed=0, victim_draw=0, max_batch=1 << 14
     )
     return out.images - batch.images
 
@@ -99,7 +99,7 @@ def test_members_that_change_nothing_make_no_progress() -> None:
     method = Ensemble([Shift(constant(0.0)) for _ in range(6)], 4)
     moved = run(method, batch, hidden=True)
     assert not moved.any()
-    right = judge(defense, batch.images + moved, batch, seed=0, draw=0).double().mean()
+    right = is_right(defense, batch.images + moved, batch).double().mean()
     assert abs(float(right) - 0.8413) < 4 * (0.8413 * 0.1587 / 1500) ** 0.5
 
 
@@ -114,7 +114,7 @@ def test_luck_of_a_noisy_choice_does_not_lower_the_accuracy() -> None:
     defense = Defense(Made(static), Brightness())
     moved = run(Ensemble([turn(k) for k in range(5)], 3), batch, hidden=True)
     assert len({tuple(row) for row in moved.flatten(1).tolist()}) > 3, "the choices differ"
-    right = judge(defense, batch.images + moved, batch, seed=0, draw=0).double().mean()
+    right = is_right(defense, batch.images + moved, batch).double().mean()
     assert abs(float(right) - 0.8413) < 4 * (0.8413 * 0.1587 / 1500) ** 0.5
 
 
@@ -171,7 +171,7 @@ def test_what_a_member_returns_outside_the_ball_is_not_what_is_compared() -> Non
         frozenset(),
         seed=0,
         victim_draw=0,
-        rows=8,
+        max_batch=8,
     )
     assert float((seen[0] - batch.images).abs().max()) < 0.1 + 1e-6
 
@@ -190,7 +190,7 @@ def test_a_members_own_verdict_is_not_the_ensembles(hidden: bool, others: int) -
 
     def verdict(method: Attack) -> Tensor | None:
         out = attack(
-            defense, method, batch, Linf(0.2), frozenset(), seed=0, victim_draw=0, rows=256
+            defense, method, batch, Linf(0.2), frozenset(), seed=0, victim_draw=0, max_batch=256
         )
         return out.verdict
 
@@ -212,9 +212,9 @@ def test_real_members_together_are_as_strong_as_the_best() -> None:
 
     def accuracy(method: Attack) -> Tensor:
         out = attack(
-            defense, method, group, Linf(0.05), frozenset(), seed=0, victim_draw=0, rows=64
+            defense, method, group, Linf(0.05), frozenset(), seed=0, victim_draw=0, max_batch=64
         )
-        return judge(defense, out.images, group, seed=0, draw=0)
+        return is_right(defense, out.images, group)
 
     alone = torch.stack([accuracy(member) for member in members])
     assert torch.equal(accuracy(Ensemble(members, 1)), alone.all(0))

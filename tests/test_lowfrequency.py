@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from dbp_bench.passes import Passes, Setup
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -14,7 +15,6 @@ from dbp_bench.defense import Defense, Identity
 from dbp_bench.entries.registry import EFFORTS
 from dbp_bench.evaluate import Group, attack
 from dbp_bench.noise import ATTACKER, VICTIM, Tape
-from dbp_bench.passes import Passes, Setup
 from dbp_bench.threat import L1, L2, AttackerView, Budget, Linf
 from toys import BOTH, Linear, Noisy, Small, TwoSided, group, normal, uniform
 
@@ -120,7 +120,7 @@ def test_the_whole_band_is_pgd(ball: Budget) -> None:
     of = group(6, size=8)
     defense = Defense(Noisy(0.1, 0.1), Small())
     want, same, half = (
-        attack(defense, m, of, ball, frozenset(), seed=0, victim_draw=0, rows=99).images
+        attack(defense, m, of, ball, frozenset(), seed=0, victim_draw=0, max_batch=99).images
         for m in (
             PGD(3, 0.4, 2, "margin", True, 2),
             LowFrequency(1.0, 3, 0.4, 2, "margin", True, 2),
@@ -170,7 +170,7 @@ def test_l2_optimum_of_a_linear_classifier(weight: Tensor, reached: float) -> No
         BOTH,
         seed=0,
         victim_draw=0,
-        rows=99,
+        max_batch=99,
     ).images
     torch.testing.assert_close(
         scores(defense, of, found), torch.full((20,), reached), rtol=1e-4, atol=0
@@ -181,7 +181,7 @@ def test_linf_optimum_of_a_linear_classifier() -> None:
     """Where the sign of the weight is in the band, that of PGD: here it darkens every pixel."""
     defense, of = linear(waves((0, 0)))
     method = LowFrequency(0.25, 4, 0.5, 1)
-    found = attack(defense, method, of, Linf(0.1), BOTH, seed=0, victim_draw=0, rows=99).images
+    found = attack(defense, method, of, Linf(0.1), BOTH, seed=0, victim_draw=0, max_batch=99).images
     torch.testing.assert_close(found, of.images - 0.1, atol=1e-6, rtol=0)
 
 
@@ -192,7 +192,7 @@ def test_several_restarts_are_at_least_as_good_as_one() -> None:
     falls = []
     for restarts in (1, 4):
         method = LowFrequency(0.5, 3, 0.4, 1, "margin", True, restarts)
-        found = attack(defense, method, of, Linf(0.1), BOTH, seed=0, victim_draw=0, rows=99).images
+        found = attack(defense, method, of, Linf(0.1), BOTH, seed=0, victim_draw=0, max_batch=99).images
         falls.append(defense.classifier(found)[:, 1].detach())
     assert bool((falls[1] >= falls[0]).all())
     assert bool((falls[1] > falls[0]).any())

@@ -18,7 +18,7 @@ from dbp_bench.attacks import ATTACKS, build
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.entries.registry import EFFORTS, Registry
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import Group, attack, judge
+from dbp_bench.evaluate import Group, attack
 from dbp_bench.noise import FORWARD, VICTIM, Noise, Site, Tape
 from dbp_bench.reporting.statistics import Bootstrap
 from dbp_bench.reporting.votes import METRICS, gaps
@@ -28,7 +28,7 @@ from dbp_bench.runs.job import Overrides, resolve
 from dbp_bench.threat import L1, L2, Attack, AttackerView, Budget, Linf
 from own_entries import folder
 from packages import need
-from toys import BOTH, Linear, Made, Noisy, SmallDenoiser, normal, sampler, uniform
+from toys import BOTH, Linear, Made, Noisy, SmallDenoiser, is_right, normal, sampler, uniform
 
 NONE, SOME = frozenset[Site](), frozenset({FORWARD})
 KNOWLEDGE = {"none known": NONE, "forward known": SOME, "all known": BOTH}
@@ -139,7 +139,7 @@ def test_every_attack_runs_at_every_knowledge_and_stays_in_the_ball(
         return found
 
     defense = tiny()
-    out = attack(defense, search, batch, ball, knows, seed=0, victim_draw=0, rows=64)
+    out = attack(defense, search, batch, ball, knows, seed=0, victim_draw=0, max_batch=64)
     (own,) = returned
     for images, slack in ((own, 1e-5), (out.images, 1e-6)):
         assert images.shape == batch.images.shape
@@ -149,7 +149,7 @@ def test_every_attack_runs_at_every_knowledge_and_stays_in_the_ball(
         assert float(images.max()) <= 1 + slack
     assert bool((out.images != batch.images).flatten(1).any(1).sum() >= 6), "most images moved"
     if knows == BOTH:
-        right = judge(defense, out.images, batch, seed=0, draw=0)
+        right = is_right(defense, out.images, batch)
         assert not bool(right.all()), "every image was right before"
 
 
@@ -159,7 +159,7 @@ def test_no_ball_no_attack(name: str, ball: Budget) -> None:
     shape: Any = type(ball)
     batch = group(4)
     defense = tiny()
-    out = attack(defense, made(name), batch, shape(0.0), NONE, seed=0, victim_draw=0, rows=64)
+    out = attack(defense, made(name), batch, shape(0.0), NONE, seed=0, victim_draw=0, max_batch=64)
     assert torch.equal(out.images, batch.images)
 
 
@@ -181,7 +181,7 @@ def test_a_defense_that_turns_nan_under_attack_is_refused(name: str) -> None:
     batch = group(4)
     defense = Defense(Made(Lost(batch.images)), Scores())
     with pytest.raises(AttackFailed, match="not finite"):
-        attack(defense, made(name), batch, Linf(0.1), NONE, seed=0, victim_draw=0, rows=64)
+        attack(defense, made(name), batch, Linf(0.1), NONE, seed=0, victim_draw=0, max_batch=64)
 
 
 def test_groups_draw_as_their_images_do_and_not_as_their_places() -> None:
@@ -192,13 +192,13 @@ def test_groups_draw_as_their_images_do_and_not_as_their_places() -> None:
 
     def searched(rows: list[int]) -> Tensor:
         part = Group(batch.images[rows], batch.labels[rows], rows)
-        return attack(defense, method, part, L2(0.6), SOME, seed=0, victim_draw=2, rows=64).images
+        return attack(defense, method, part, L2(0.6), SOME, seed=0, victim_draw=2, max_batch=64).images
 
     whole = searched(list(range(12)))
     for rows in ([9], [9, 3], [3, 9, 11, 0]):
         torch.testing.assert_close(searched(rows), whole[rows], atol=1e-5, rtol=0)
     swapped = Group(batch.images[[9]], batch.labels[[9]], [0])
-    other = attack(defense, method, swapped, L2(0.6), SOME, seed=0, victim_draw=2, rows=64).images
+    other = attack(defense, method, swapped, L2(0.6), SOME, seed=0, victim_draw=2, max_batch=64).images
     assert float((other - whole[[9]]).abs().max()) > 1e-3, "the control: an id that is another's"
 
 
@@ -218,11 +218,11 @@ def test_success_in_the_loop_is_caught_by_the_null_attack_in_every_metric() -> N
         fell.copy_((view.logits(found, range(10)).argmax(2) != labels[:, None]).any(1))
         return found
 
-    out = attack(defense, search, batch, Linf(0.0), NONE, seed=0, victim_draw=0, rows=64)
+    out = attack(defense, search, batch, Linf(0.0), NONE, seed=0, victim_draw=0, max_batch=64)
     assert 0.3 * n < int(fell.sum()) < n
 
     def judged(images: Tensor) -> Tensor:
-        return torch.stack([judge(defense, images, batch, seed=0, draw=d) for d in range(9)], 1)
+        return torch.stack([is_right(defense, images, batch, d) for d in range(9)], 1)
 
     clean, robust = judged(images), judged(out.images)
     in_the_loop = robust & ~fell[:, None]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from dbp_bench.passes import Passes, Setup
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -12,11 +13,10 @@ from dbp_bench.attacks.pgd import PGD
 from dbp_bench.attacks.selective import Selective, shares
 from dbp_bench.defense import Defense
 from dbp_bench.entries.registry import EFFORTS
-from dbp_bench.evaluate import Attacked, Group, attack, judge
+from dbp_bench.evaluate import Attacked, Group, attack
 from dbp_bench.noise import FORWARD, Noise, Site
-from dbp_bench.passes import Passes, Setup
 from dbp_bench.threat import L2, Attack, Budget, Linf
-from toys import BOTH, Noisy, Small, group, normal
+from toys import BOTH, Noisy, Small, group, is_right, normal
 
 BALLS: list[Budget] = [Linf(0.05), L2(0.3)]
 NONE = frozenset[Site]()
@@ -25,7 +25,7 @@ NONE = frozenset[Site]()
 def search(
     of: Defense, method: Attack, images: Group, ball: Budget, knows: frozenset[Site] = NONE
 ) -> Attacked:
-    return attack(of, method, images, ball, knows, seed=0, victim_draw=0, rows=4096)
+    return attack(of, method, images, ball, knows, seed=0, victim_draw=0, max_batch=4096)
 
 
 # --------------------------------------------------------------------- nothing to choose from
@@ -46,7 +46,7 @@ def test_known_draws_are_pgd_at_the_same_cost(ball: Budget) -> None:
     want = search(defense, PGD(3, 0.4, 4, "margin"), of, ball, BOTH)
     found = search(defense, Selective(3, 0.4, 4), of, ball, BOTH)
     assert torch.equal(found.images, want.images)
-    assert found.gradients.tolist() == [3] * 6
+    assert found.gradient.tolist() == [3] * 6
 
 
 def test_without_sharpness_it_is_pgd_with_eot_at_the_same_cost() -> None:
@@ -54,7 +54,7 @@ def test_without_sharpness_it_is_pgd_with_eot_at_the_same_cost() -> None:
     want = search(defense, PGD(3, 0.4, 4, "margin"), of, L2(0.3))
     found = search(defense, Selective(3, 0.4, 4, sharpness=0.0), of, L2(0.3))
     torch.testing.assert_close(found.images, want.images, atol=1e-5, rtol=0)
-    assert found.gradients.tolist() == [12] * 6
+    assert found.gradient.tolist() == [12] * 6
 
 
 # ------------------------------------------------------------------------ what draws weigh
@@ -149,8 +149,8 @@ def robust(method: Attack) -> float:
     of = Group(torch.full((60, 1, 8, 8), 0.5), torch.zeros(60).long(), range(60))
     defense = Defense(TwoKinds(), Halves())
     found = search(defense, method, of, Linf(EPS))
-    assert found.gradients.tolist() == [8 * 10] * 60
-    right = [judge(defense, found.images, of, seed=0, draw=d) for d in range(40)]
+    assert found.gradient.tolist() == [8 * 10] * 60
+    right = [is_right(defense, found.images, of, d) for d in range(40)]
     return float(torch.stack(right).double().mean())
 
 

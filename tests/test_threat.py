@@ -11,7 +11,7 @@ from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import FRESH, Attacked, attack, judge
+from dbp_bench.evaluate import FRESH, Attacked, attack
 from dbp_bench.noise import ATTACKER, FORWARD, REVERSE, VICTIM, Noise, Site, Tape
 from dbp_bench.threat import L2, Attack, AttackerView, Budget, Linf, budget
 from toys import (
@@ -27,6 +27,7 @@ from toys import (
     SmallDenoiser,
     distinct,
     group,
+    is_right,
     normal,
     sampler,
     uniform,
@@ -72,7 +73,7 @@ def search(
     victim_draw: int = 0,
 ) -> Attacked:
     return attack(
-        of or defense(), method, GROUP, ball, knows, seed=0, victim_draw=victim_draw, rows=64
+        of or defense(), method, GROUP, ball, knows, seed=0, victim_draw=victim_draw, max_batch=64
     )
 
 
@@ -198,7 +199,7 @@ def test_a_gradient_is_the_mean_over_the_guesses() -> None:
 def test_chunks_of_copies_change_nothing_but_rounding(knows: frozenset[Site], rows: int) -> None:
     toy, draws = defense(), range(5)
     args = GROUP.images, GROUP.labels, cross_entropy, draws
-    whole, chunked = view(toy, knows, rows=1000), view(toy, knows, rows=rows)
+    whole, chunked = view(toy, knows, max_batch=1000), view(toy, knows, rows=rows)
     for want, got in zip(whole.gradient(*args), chunked.gradient(*args), strict=True):
         assert_close(got, want)
     logits = whole.logits(GROUP.images, draws)
@@ -415,14 +416,14 @@ def test_gradients_seen_through_a_part_of_the_view_count(rows: Tensor) -> None:
 
     seen = search(look_at_some)
     assert seen.nonzero.tolist() == [False, True, False, False, True, False]
-    assert seen.gradients.tolist() == [0, 1, 0, 0, 1, 0]
-    assert not search(returning(lambda x: x)).gradients.any(), "no gradient was asked for"
+    assert seen.gradient.tolist() == [0, 1, 0, 0, 1, 0]
+    assert not search(returning(lambda x: x)).gradient.any(), "no gradient was asked for"
 
 
 def test_judging_uses_the_draw_it_is_given() -> None:
     classifier = Linear(torch.ones(PIXELS) / PIXELS, -0.5)
     toy = Defense(Noisy(0.3, 0.3), classifier)
-    outcomes = [judge(toy, GROUP.images, GROUP, seed=0, draw=d) for d in range(8)]
+    outcomes = [is_right(toy, GROUP.images, GROUP, d) for d in range(8)]
     for draw, outcome in enumerate(outcomes):
         tape = Tape.make(0, VICTIM, GROUP.ids, draw)
         x = GROUP.images
@@ -437,7 +438,7 @@ def test_logits_that_are_not_finite_are_not_judged() -> None:
             return x.flatten(1) / 0
 
     with pytest.raises(AttackFailed, match="logits that are not finite"):
-        judge(Defense(Identity(), Broken()), GROUP.images, GROUP, seed=0, draw=0)
+        is_right(Defense(Identity(), Broken()), GROUP.images, GROUP)
 
 
 def test_an_attack_does_not_change_the_images_it_is_given() -> None:

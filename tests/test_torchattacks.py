@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import yaml
+from dbp_bench.passes import Passes, Setup, of_torchattacks
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -16,13 +17,12 @@ from dbp_bench.attacks.torchattacks import NORMS, Torchattacks
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.entries.registry import EFFORTS, Registry, Threat
 from dbp_bench.errors import AttackFailed, BadEntry
-from dbp_bench.evaluate import Attacked, Group, attack, judge
+from dbp_bench.evaluate import Attacked, Group, attack
 from dbp_bench.extras import BadExtra
 from dbp_bench.noise import FORWARD, VICTIM, Noise, Site, Tape
-from dbp_bench.passes import Passes, Setup, of_torchattacks
 from dbp_bench.threat import L2, Budget, Linf
 from own_entries import folder
-from toys import Linear, Made, normal, uniform
+from toys import Linear, Made, is_right, normal, uniform
 
 if TYPE_CHECKING:
     from conftest import Command
@@ -92,7 +92,7 @@ def run(
     defense: Defense | None = None,
 ) -> Attacked:
     defense = defense or Defense(Made(noisy), Scores(batch.images.shape[1]))
-    return attack(defense, method, batch, ball, knows, seed=0, victim_draw=0, rows=64)
+    return attack(defense, method, batch, ball, knows, seed=0, victim_draw=0, max_batch=64)
 
 
 # ----------------------------------------------------------------------------------- without it
@@ -109,7 +109,7 @@ def test_it_finds_the_optimum_of_a_linear_classifier(monkeypatch: pytest.MonkeyP
     want = group.images + EPS * sign * weight.sign().view(1, 1, 4, 4)
     torch.testing.assert_close(out.images, want, atol=1e-6, rtol=0)
     assert type(out.images) is Tensor
-    assert out.gradients.tolist() == [4] * 9
+    assert out.gradient.tolist() == [4] * 9
     assert torch.equal(torch.get_rng_state(), state), "the process's generator is left alone"
 
 
@@ -397,7 +397,7 @@ def test_every_attack_runs_and_hurts(name: str, knows: frozenset[Site]) -> None:
         out = run(Torchattacks(name, options), batch, balls[norm], knows, defense)
         assert torch.equal(torch.get_rng_state(), state)
         if knows:
-            right = judge(defense, out.images, batch, seed=0, draw=0).float().mean()
+            right = is_right(defense, out.images, batch).float().mean()
             assert float(right) < (0.95 if name == "Square" else 0.5)
     assert defense.classifier.weight.grad is None
 
@@ -426,8 +426,8 @@ def test_the_plan_counts_the_passes_of_every_attack(name: str, more: Mapping[str
         balls: Mapping[str, Budget] = {"Linf": Linf(1e-6), "L2": L2(1e-6)}
         out = run(Torchattacks(name, options), batch, balls[norm], ALL, defense)
         planned = of_torchattacks(name, options, Setup(False, norm.lower(), 1e-6, classes=5))
-        assert out.gradients.tolist() == [planned.gradients] * 3
-        assert out.looks.tolist() == [planned.looks] * 3
+        assert out.gradient.tolist() == [planned.gradients] * 3
+        assert out.forward.tolist() == [planned.looks] * 3
 
 
 @pytest.mark.extras

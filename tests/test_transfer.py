@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from dbp_bench.passes import Passes, Setup
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -17,7 +18,6 @@ from dbp_bench.entries.registry import EFFORTS
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Group, attack
 from dbp_bench.noise import FORWARD, Noise
-from dbp_bench.passes import Passes, Setup
 from dbp_bench.threat import Linf
 from toys import Linear, Made, normal, uniform
 
@@ -57,13 +57,13 @@ def test_the_worst_image_of_the_source_is_found_without_the_victim(noisy: bool) 
         frozenset({FORWARD}),
         seed=0,
         victim_draw=0,
-        rows=64,
+        max_batch=64,
     )
     sign = (1 - 2 * group.labels).view(-1, 1, 1, 1)
     want = group.images + EPS * sign * WEIGHT.sign().view(1, 1, 4, 4)
     torch.testing.assert_close(out.images, want, atol=1e-6, rtol=0)
-    assert not out.gradients.any()
-    assert not out.looks.any()
+    assert not out.gradient.any()
+    assert not out.forward.any()
 
 
 def test_a_source_that_masks_its_gradient_is_refused() -> None:
@@ -77,7 +77,7 @@ def test_a_source_that_masks_its_gradient_is_refused() -> None:
             frozenset(),
             seed=0,
             victim_draw=0,
-            rows=8,
+            max_batch=8,
         )
 
 

@@ -443,6 +443,8 @@ class Setup:
     classes: int = 10
     sources: Mapping[str, bool] = field(default_factory=dict)
     """Other defenses that the attack searches in, and whether they draw noise."""
+    gradient: str = "exact"
+    """What is differentiated: ``exact``, ``bpda``, ``surrogate:N`` or ``declared-surrogate``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from dbp_bench.passes import Passes, Setup
+from dbp_bench.runs.saved import adversarial_path, read_saved
 from torch import Tensor, nn
 
 from dbp_bench.attacks import build
@@ -13,12 +15,10 @@ from dbp_bench.entries.registry import EFFORTS, Registry
 from dbp_bench.errors import BadRequest
 from dbp_bench.evaluate import Attacked, Group, attack
 from dbp_bench.noise import FORWARD, Noise
-from dbp_bench.passes import Passes, Setup
 from dbp_bench.result import Result
 from dbp_bench.runs.estimate import estimate
 from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Job, Overrides, resolve
-from dbp_bench.runs.saved import adversarial_path, read_saved
 from dbp_bench.threat import budget
 from own_entries import folder
 from packages import need
