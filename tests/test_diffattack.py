@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from dbp_bench.passes import Passes, Setup
 from pydantic import ValidationError
 from torch import Tensor, nn
 

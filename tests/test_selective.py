@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from dbp_bench.passes import Passes, Setup
 from pydantic import ValidationError
 from torch import Tensor, nn
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import yaml
-from dbp_bench.passes import Passes, Setup, of_torchattacks
 from pydantic import ValidationError
 from torch import Tensor, nn
 

@@ -211,6 +211,10 @@ class Gradient(NamedTuple):
     """``(b, draws, k)``."""
 
 
+Method = Callable[["AttackerView", Tensor, Tensor, Budget], Tensor]
+"""A search: perturbed images ``(b, c, h, w)`` for a view, images, labels and a budget."""
+
+
 class AttackLog:
     """The evaluations that an attack took of each image; the log of a part adds to the whole's."""
 

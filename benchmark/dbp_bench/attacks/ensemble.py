@@ -12,7 +12,7 @@ from dbp_bench.attacks.common.objectives import margin
 from dbp_bench.attacks.common.options import Count, checked
 from dbp_bench.attacks.pgd import SELECTION
 from dbp_bench.errors import did_you_mean
-from dbp_bench.threat import Attack, AttackerView, Budget, Evaluations, Setup
+from dbp_bench.threat import Attack, AttackerView, Budget, Evaluations, Method, Setup
 
 COMPARISON = SELECTION + (1 << 30)
 """Guesses from here on compare members; no member ever evaluates one."""
@@ -85,7 +85,7 @@ class Ensemble:
 
 
 def strongest(
-    members: Sequence[Attack],
+    members: Sequence[Method],
     compare: int,
     view: AttackerView,
     images: Tensor,
