@@ -88,6 +88,22 @@ def test_rows_are_lost_rather_than_wrong() -> None:
         model(x.flip(0))
 
 
+@pytest.mark.parametrize("one", [torch.tensor(1), 1])
+def test_images_are_written_one_by_one(one: Tensor | int) -> None:
+    """As APGD of torchattacks does, where it then may write none."""
+    found = Tracked.of(uniform(3, 1, 4, 4))
+    other = Tracked.of(uniform(3, 1, 4, 4, seed=1)).requires_grad_()
+    want = found.clone()
+    found[one] = other[one] + 0.0
+    none = torch.tensor([], dtype=torch.int64)
+    found[none] = other[none] + 0.0
+    assert torch.equal(found.detach()[1], other.detach()[1])
+    assert torch.equal(found.detach()[[0, 2]], want[[0, 2]])
+    assert isinstance(found, Tracked)
+    assert found.rows is not None
+    assert found.rows.tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("knows", [ALL, NONE])
 def test_each_part_of_a_batch_is_seen_at_its_own_draws(knows: frozenset[Site]) -> None:
     batch = group(5)

@@ -116,7 +116,7 @@ class Builder:
         except ValidationError as error:
             raise BadEntry(f"{path}: {dotted}: {explain(error, function)}") from None  # type: ignore[arg-type]
         except (BadEntry, TypeError, ValueError, KeyError) as error:
-            raise BadEntry(f"{path}: {dotted}: {error}") from None
+            raise BadEntry(f"{path}: {dotted}: {' '.join(str(error).split())}") from None
 
     def _import(self, dotted: str, path: Path, kind: Kind) -> Callable[..., Any]:
         module, _, attribute = dotted.partition(":")
