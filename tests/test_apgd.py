@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dbp_bench.attacks import apgd, build
+from dbp_bench.attacks import apgd, make
 from dbp_bench.attacks.apgd import APGD, Draws, climb
 from dbp_bench.attacks.common.objectives import OBJECTIVES, TARGETED, Towards, margin
 from dbp_bench.attacks.pgd import SELECTION
@@ -36,7 +36,7 @@ def view_of(of: Defense, n: int, knows: frozenset[Site] = BOTH) -> AttackerView:
 def search(
     of: Defense, method: APGD, group: Group, ball: Budget, knows: frozenset[Site] = BOTH
 ) -> Attacked:
-    return attack(of, method, group, ball, knows, seed=0, victim_draw=0, rows=4096)
+    return attack(of, method, group, ball, knows, seed=0, victim_draw=0, max_batch=4096)
 
 
 # ------------------------------------------------------------------------------- known optima
@@ -60,14 +60,17 @@ def linear_optimum(images: Tensor, sign: Tensor, ball: Budget) -> Tensor:
 
 @pytest.mark.parametrize("ball", [Linf(0.1), Linf(0.5), L2(0.3), L1(0.4), L1(1.5)])
 @pytest.mark.parametrize("loss", ["ce", "margin"])
-def test_optimum_of_a_linear_classifier(ball: Budget, loss: str) -> None:
+def test_optimum_of_a_linear_classifier(
+    monkeypatch: pytest.MonkeyPatch, ball: Budget, loss: str
+) -> None:
+    monkeypatch.setattr(APGD, "retire", False)
     images = uniform(40, 1, 4, 4)
     if isinstance(ball, L2):
         images = 0.35 + 0.3 * images
     group = Group(images, torch.arange(40) % 2, range(40))
     sign = (2 * group.labels - 1).float()
     defense = Defense(Identity(), Linear(WEIGHT))
-    method = APGD(100 if isinstance(ball, L1) else 30, 1, loss, retire=False)
+    method = APGD(100 if isinstance(ball, L1) else 30, 1, loss)
     start = view_of(defense, 40).random_start(images, ball, 0)
     plan: dict[str, Any] = {"rho": 0.75, "draws": Draws(1, 0, 0), "finish": False, "retire": False}
     view = view_of(defense, 40)
@@ -195,7 +198,8 @@ def test_no_progress_on_a_constant_model(ball: Budget, random_start: bool, loss:
     images, labels = uniform(20, 1, 4, 4), torch.arange(20) % 4
     view = view_of(constant(), 20, NOTHING)
     targets = 2 if loss in TARGETED else None
-    method = APGD(6, 2, loss, random_start=random_start, restarts=2, targets=targets)
+    restarts = 2 if random_start else 1
+    method = APGD(6, 2, loss, random_start=random_start, restarts=restarts, targets=targets)
     # The l1 search is projected on its way, also at the start; the others are not.
     wide = ball if not isinstance(ball, L1) else L1(3 * ball.eps)
     start = view.random_start(images, wide, 0) if random_start else images
@@ -207,7 +211,7 @@ def test_no_progress_on_a_constant_model(ball: Budget, random_start: bool, loss:
 def test_a_best_iterate_by_a_lucky_draw_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Judged by draws of its own, one iterate of many looks better than the start."""
     fresh = count(SELECTION)
-    monkeypatch.setattr(Draws, "judging", property(lambda _: [next(fresh)]))
+    monkeypatch.setattr(Draws, "comparing", property(lambda _: [next(fresh)]))
     images = uniform(20, 1, 4, 4)
     found = APGD(6, 2, random_start=False)(
         view_of(constant(), 20, NOTHING), images, torch.arange(20) % 16, Linf(0.1)
@@ -223,7 +227,7 @@ class Spy(AttackerView):
         tapes = Tape.make(0, VICTIM, range(n)), Tape.make(0, ATTACKER, range(n))
         super().__init__(of, NOTHING, *tapes, 4096)
         self.gradients: list[list[int]] = []
-        self.looks: list[list[int]] = []
+        self.compared: list[list[int]] = []
 
     def __getitem__(self, rows: Tensor) -> AttackerView:
         assert len(rows) == len(self.tape.ids), "nobody retires"
@@ -234,7 +238,7 @@ class Spy(AttackerView):
         return super().gradient(*args)
 
     def logits(self, *args: Any) -> Tensor:
-        self.looks.append(list(args[1]))
+        self.compared.append(list(args[1]))
         return super().logits(*args)
 
 
@@ -245,16 +249,16 @@ def test_draws_are_fresh_for_gradients_common_for_comparisons_and_never_both() -
     assert [len(draws) for draws in spy.gradients] == [5] * 16, "EoT counts"
     asked = [draw for draws in spy.gradients for draw in draws]
     assert len(set(asked)) == len(asked), "every step of every run has draws of its own"
-    # Once for the targets; then 5 looks at the iterates of each run and one at its best.
-    targets, *rest = spy.looks
+    # Once for the targets; then for the 5 iterates of each run, and for its best.
+    targets, *rest = spy.compared
     runs = [rest[6 * i : 6 * i + 6] for i in range(4)]
     finals = [run[5] for run in runs]
     within = [run[:5] for run in runs]
-    assert all(look == run[0] for run in within for look in run)
-    assert all(look == finals[0] for look in finals)
+    assert all(draws == run[0] for run in within for draws in run)
+    assert all(draws == finals[0] for draws in finals)
     sets = [targets, finals[0], *(run[0] for run in within), asked]
     assert len(set().union(*sets)) == sum(map(len, sets)), "no draw serves two ends"
-    assert all(len(look) == 5 and min(look) >= SELECTION for look in spy.looks)
+    assert all(len(draws) == 5 and min(draws) >= SELECTION for draws in spy.compared)
 
 
 def test_no_image_is_skipped_for_a_clean_draw() -> None:
@@ -262,8 +266,8 @@ def test_no_image_is_skipped_for_a_clean_draw() -> None:
     images = uniform(12, 1, 4, 4)
     group = Group(images, torch.arange(12) % 2, range(12))
     found = search(Defense(Noisy(0.5, 0.5), Linear(WEIGHT)), APGD(4, 3), group, Linf(0.1), NOTHING)
-    assert found.gradients.tolist() == [4 * 3] * 12
-    assert found.looks.tolist() == [5 * 3] * 12
+    assert found.gradient.tolist() == [4 * 3] * 12
+    assert found.forward.tolist() == [5 * 3] * 12
     assert bool(found.nonzero.all())
     assert bool((found.images != images).flatten(1).any(1).all())
 
@@ -281,47 +285,44 @@ def purified() -> Defense:
     "method",
     [APGD(10, 4, restarts=2), APGD(10, 4, "margin-targeted", targets=1, random_start=False)],
 )
-def test_retirement_changes_nothing_but_the_calls(method: APGD, ball: Budget) -> None:
+def test_retirement_changes_nothing_but_the_calls(
+    monkeypatch: pytest.MonkeyPatch, method: APGD, ball: Budget
+) -> None:
     """The last four images are wrong from the start; some of the others become so."""
     images = uniform(24, 1, 4, 4)
     defense = Defense(Noisy(0.1, 0.1), Linear(WEIGHT, -float(WEIGHT.sum()) / 2))
     own = view_of(defense, 24).logits(images, [0])[:, 0].argmax(1)
     group = Group(images, torch.where(torch.arange(24) < 20, own, 1 - own), range(24))
-    all_the_way = APGD(
-        method.steps,
-        4,
-        method.loss,
-        restarts=method.restarts,
-        targets=method.targets,
-        random_start=method.random_start,
-        retire=False,
-    )
-    soon, late = search(defense, method, group, ball), search(defense, all_the_way, group, ball)
+    soon = search(defense, method, group, ball)
+    monkeypatch.setattr(APGD, "retire", False)
+    late = search(defense, method, group, ball)
     # A batch of another size rounds otherwise, and searches let that grow.
     torch.testing.assert_close(soon.images, late.images, atol=2e-3, rtol=0)
     steps = method.steps * method.restarts
-    assert late.gradients.tolist() == [steps] * 24
-    assert bool((soon.gradients <= late.gradients).all())
+    assert late.gradient.tolist() == [steps] * 24
+    assert bool((soon.gradient <= late.gradient).all())
     wrong, also = (
         view_of(defense, 24).logits(x, [0])[:, 0].argmax(1) != group.labels
         for x in (soon.images, late.images)
     )
     assert torch.equal(wrong, also)
     # An image that is still right has taken every step; one that was wrong before, a step or two.
-    assert soon.gradients[~wrong].tolist() == [steps] * int((~wrong).sum())
+    assert soon.gradient[~wrong].tolist() == [steps] * int((~wrong).sum())
     assert bool(wrong[20:].all())
     if not isinstance(ball, L1):  # whose first phases are outside the ball
-        assert int(soon.gradients[20:].max()) <= 3
+        assert int(soon.gradient[20:].max()) <= 3
     assert 4 < int(wrong.sum()) < 24
 
 
-def test_where_all_is_known_the_gradient_pass_is_the_only_one() -> None:
+def test_where_all_is_known_the_gradient_pass_is_the_only_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """But for the last iterate, of which no gradient is needed."""
     group = Group(uniform(8, 1, 4, 4), torch.zeros(8, dtype=torch.int64), range(8))
-    weak = APGD(12, 9, restarts=2, retire=False)
-    found = search(purified(), weak, group, Linf(0.01))
-    assert found.gradients.tolist() == [2 * 12] * 8
-    assert found.looks.tolist() == [2] * 8
+    monkeypatch.setattr(APGD, "retire", False)
+    found = search(purified(), APGD(12, 9, restarts=2), group, Linf(0.01))
+    assert found.gradient.tolist() == [2 * 12] * 8
+    assert found.forward.tolist() == [2] * 8
 
 
 # ------------------------------------------------------------------------------- feasibility
@@ -329,7 +330,9 @@ def test_where_all_is_known_the_gradient_pass_is_the_only_one() -> None:
 
 @pytest.mark.parametrize("knows", [NOTHING, BOTH])
 @pytest.mark.parametrize("ball", BALLS)
-def test_every_iterate_is_feasible(ball: Budget, knows: frozenset[Site]) -> None:
+def test_every_iterate_is_feasible(
+    monkeypatch: pytest.MonkeyPatch, ball: Budget, knows: frozenset[Site]
+) -> None:
     """But for the l1 search, whose first phases have larger balls; what it returns is."""
     images = uniform(6, 1, 4, 4)
     seen: list[Tensor] = []
@@ -339,8 +342,8 @@ def test_every_iterate_is_feasible(ball: Budget, knows: frozenset[Site]) -> None
         return x + 0.1 * noise.normal(FORWARD, 0, x)
 
     defense = Defense(Made(look), Linear(WEIGHT), (), "none")
-    method = APGD(10, 1, restarts=2, retire=False)
-    found = method(view_of(defense, 6, knows), images, torch.arange(6) % 2, ball)
+    monkeypatch.setattr(APGD, "retire", False)
+    found = APGD(10, 1, restarts=2)(view_of(defense, 6, knows), images, torch.arange(6) % 2, ball)
     for x in [found, *seen] if not isinstance(ball, L1) else [found]:
         assert bool(((x >= 0) & (x <= 1)).all())
         assert bool((ball.size((x - images)) <= ball.eps + 1e-6).all())
@@ -353,9 +356,10 @@ def test_an_infeasible_start_does_not_survive(monkeypatch: pytest.MonkeyPatch) -
     ball = L2(0.4)
     assert bool((ball.size(far - images) > 0.8).all())
     monkeypatch.setattr(AttackerView, "random_start", lambda *_: far)
+    monkeypatch.setattr(APGD, "retire", False)
     defense = Defense(Noisy(0.1, 0.1), Linear(WEIGHT))
     for knows in (NOTHING, BOTH):
-        found = APGD(3, 2, retire=False)(view_of(defense, 6, knows), images, labels, ball)
+        found = APGD(3, 2)(view_of(defense, 6, knows), images, labels, ball)
         assert bool((ball.size(found - images) <= 0.4 + 1e-6).all())
 
 
@@ -429,18 +433,8 @@ def test_a_loss_that_the_classifier_is_too_small_for_is_refused() -> None:
 
 
 def test_an_attack_by_name() -> None:
-    effort = {
-        "steps": 3,
-        "eot": 2,
-        "loss": "dlr-targeted",
-        "rho": 0.5,
-        "random_start": True,
-        "restarts": 1,
-        "targets": 4,
-        "gradient": "exact",
-        "surrogate_steps": None,
-    }
-    assert build("apgd", effort) == APGD(3, 2, "dlr-targeted", 0.5, targets=4)
+    options = {"steps": 3, "eot": 2, "loss": "dlr-targeted", "rho": 0.5, "targets": 4}
+    assert make("apgd", options) == APGD(3, 2, "dlr-targeted", 0.5, targets=4)
 
 
 # --------------------------------------------------------------------- against pyautoattack

@@ -3,28 +3,25 @@
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dbp_bench.attacks import autoattack
+from dbp_bench.attacks import autoattack, make
 from dbp_bench.attacks.autoattack import AutoAttack, package_verdict
 from dbp_bench.attacks.common.third_party import Model, Tracked
 from dbp_bench.defense import Defense, Identity
-from dbp_bench.entries.registry import EFFORTS
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import Group, attack, judge
+from dbp_bench.evaluate import Group, attack
 from dbp_bench.noise import ATTACKER, FORWARD, VICTIM, Noise, Site, Tape, seeded
-from dbp_bench.passes import Passes, Setup
 from dbp_bench.result import Result
-from dbp_bench.threat import L2, AttackerView, Linf
-from toys import Linear, Made, Noisy, Small, group, normal, uniform
-
-if TYPE_CHECKING:
-    from conftest import Command
+from dbp_bench.runs.execute import execute
+from dbp_bench.runs.job import Overrides, resolve
+from dbp_bench.threat import L2, AttackerView, Evaluations, Linf, Setup
+from toys import Linear, Made, Noisy, Small, group, is_right, normal, uniform
 
 EPS = 0.03
 SIDE = 6
@@ -91,6 +88,22 @@ def test_rows_are_lost_rather_than_wrong() -> None:
         model(x.flip(0))
 
 
+@pytest.mark.parametrize("one", [torch.tensor(1), 1])
+def test_images_are_written_one_by_one(one: Tensor | int) -> None:
+    """As APGD of torchattacks does, where it then may write none."""
+    found = Tracked.of(uniform(3, 1, 4, 4))
+    other = Tracked.of(uniform(3, 1, 4, 4, seed=1)).requires_grad_()
+    want = found.clone()
+    found[one] = other[one] + 0.0
+    none = torch.tensor([], dtype=torch.int64)
+    found[none] = other[none] + 0.0
+    assert torch.equal(found.detach()[1], other.detach()[1])
+    assert torch.equal(found.detach()[[0, 2]], want[[0, 2]])
+    assert isinstance(found, Tracked)
+    assert found.rows is not None
+    assert found.rows.tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("knows", [ALL, NONE])
 def test_each_part_of_a_batch_is_seen_at_its_own_draws(knows: frozenset[Site]) -> None:
     batch = group(5)
@@ -110,8 +123,8 @@ def test_each_part_of_a_batch_is_seen_at_its_own_draws(knows: frozenset[Site]) -
     (gradient,) = torch.autograd.grad(logits[:, 1].sum(), [leaf])
     want = network.weight[1].view(1, 1, 4, 4).expand(3, -1, -1, -1)
     torch.testing.assert_close(gradient.as_subclass(Tensor), want)
-    assert view.log.gradients.tolist() == [1, 0, 1, 1, 0]
-    assert view.log.looks.tolist() == [1] * 5
+    assert view.log.gradient.tolist() == [1, 0, 1, 1, 0]
+    assert view.log.forward.tolist() == [1] * 5
     assert view.log.nonzero.tolist() == [True, False, True, True, False]
 
 
@@ -185,7 +198,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Adversarial images, and the package's flags."""
     ball = L2(eps) if l2 else Linf(eps)
-    out = attack(defense, method, batch, ball, knows, seed=0, victim_draw=0, rows=64)
+    out = attack(defense, method, batch, ball, knows, seed=0, victim_draw=0, max_batch=64)
     assert out.verdict is not None
     return out.images, out.verdict
 
@@ -214,7 +227,7 @@ def test_standard_at_known_draws_is_the_packages_own_evaluation(l2: bool) -> Non
     margin = (own - logits - eps * reach).scatter(1, batch.labels[:, None], torch.inf).amin(1)
     clear = margin.abs() > 0.02 * reach.amax(1) * eps  # further from the boundary than the search
     assert int(clear.sum()) > 40
-    robust = judge(defense, found, batch, seed=0, draw=0)
+    robust = is_right(defense, found, batch)
     assert torch.equal(robust[clear], (margin > 0)[clear])
     assert torch.equal(robust, flags), "where all is known, the two verdicts are one"
     assert 0.1 < float(robust.float().mean()) < 0.9
@@ -261,7 +274,7 @@ def test_a_null_attack_counts_p_cubed_in_the_package_and_p_here() -> None:
     found, flags = run(defense, batch, AutoAttack("rand", 2, 1, 2), eps=0.0, knows=NONE)
     assert torch.equal(found, batch.images)
     assert abs(float(flags.double().mean()) - p**3) < 4 * (p**3 * (1 - p**3) / n) ** 0.5
-    right = judge(defense, found, batch, seed=0, draw=0).double().mean()
+    right = is_right(defense, found, batch).double().mean()
     assert abs(float(right) - p) < 4 * (p * (1 - p) / n) ** 0.5
 
 
@@ -297,7 +310,7 @@ def test_the_processs_random_state_and_the_weights_are_left_alone() -> None:
     ],
 )
 def test_losses_that_need_more_classes_are_refused(
-    classes: int, version: str, message: str
+    classes: int, version: Literal["standard", "rand"], message: str
 ) -> None:
     batch = cloud(8, classes)
     method = AutoAttack(version, 2, 2, 1)
@@ -320,7 +333,7 @@ def test_a_defense_that_returns_nan_is_refused() -> None:
 
 
 def test_standard_is_refused_where_draws_are_hidden() -> None:
-    with pytest.raises(AttackFailed, match=r"standard .* hidden: use version rand"):
+    with pytest.raises(AttackFailed, match=r"standard .* hidden: use autoattack:rand"):
         run(
             Defense(Noisy(0.1, 0.1), Linear(torch.ones(16))),
             group(2),
@@ -357,24 +370,55 @@ class Still:
 
 
 def test_the_packages_verdict_stands_in_the_record(
-    tmp_path: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = SimpleNamespace(APGDAttack=Still, APGDAttack_targeted=Still)
     fake = {"autopgd_base": module, "fab_pt": module, "square": module}
     monkeypatch.setattr(autoattack, "load_extra", lambda _: fake)
-    small = ["--examples", "3", "--batch-size", "2", "--draws", "4", "--out", tmp_path]
-    said = command("run", "--defense", "oneshot", "--threat", "autoattack-rand", *small)
-    assert said.code == 0, said.err
-    result = Result.read(tmp_path / "digits-linf/oneshot/autoattack-rand/seed-0.json")
+    job = resolve(
+        Registry(),
+        "digits-linf",
+        "oneshot",
+        "eot",
+        attack="autoattack:rand",
+        seed=0,
+        device="cpu",
+        overrides=Overrides(examples=3, batch_size=2, draws=4),
+    )
+    path = execute(job, tmp_path)
+    assert path == tmp_path / "digits-linf/oneshot/eot/autoattack-rand/seed-0.json"
+    result = Result.read(path)
     assert result.package_robust is not None
     assert [len(row) for row in result.package_robust] == [1, 1, 1], "an image is attacked once"
-    assert result.robust == result.clean, "the attack found nothing, and says so in our verdict"
+    predicted = result.predicted
+    assert predicted.adversarial == predicted.clean, "the attack found nothing, and so do we"
 
 
-def test_a_standard_version_with_draws_to_average_is_refused() -> None:
-    own = {"steps": 1, "queries": 1, "gradient": "exact", "surrogate_steps": None}
-    effort = EFFORTS["autoattack"]
-    with pytest.raises(ValidationError, match="standard averages over nothing"):
-        effort.model_validate({"version": "standard", "eot": 2, **own})
-    rand = effort.model_validate({"version": "rand", "eot": 2, **own})
-    assert rand.passes(Setup(hidden=True)) == Passes(2 * 2 * 2, 5, exact=False)
+# --------------------------------------------------------------------------------- its declaration
+
+
+def test_its_versions() -> None:
+    """Each has the package's own options where none are given."""
+    assert make("autoattack:standard", {}) == AutoAttack("standard", 100, 5000, 1)
+    assert make("autoattack:rand", {"queries": 1}) == AutoAttack("rand", 100, 1, 20)
+    rand = AutoAttack("rand", steps=1, queries=1, eot=2)
+    assert rand.evaluations(Setup(hidden=True)) == Evaluations(2 * 2 * 2, 5, exact=False)
+    assert rand.evaluations(Setup(hidden=False)) == Evaluations(2 * 2, 5, exact=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("autoattack", {}, "no version ''; write autoattack:standard or autoattack:rand"),
+        ("autoattack:plus", {}, "no version 'plus'; write autoattack:standard or"),
+        ("autoattack:standard", {"eot": 2}, "eot: standard averages over nothing"),
+        ("autoattack:rand", {"stepz": 2}, "stepz: is unknown. Did you mean 'steps'"),
+        ("autoattack:rand", {"queries": 0}, "queries: input should be greater than or equal to 1"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(
+    name: str, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        make(name, options)
+    assert "\n" not in str(caught.value)

@@ -1,30 +1,27 @@
 """The deviation's gradient is the known one, and without its weight the attack is PGD."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dbp_bench import memory
-from dbp_bench.attacks import build
+from dbp_bench.attacks import make
 from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.attacks.diffattack import Deviation, DiffAttack, spread
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity, StraightThrough
-from dbp_bench.entries.registry import EFFORTS, Registry
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Attacked, Group, attack
 from dbp_bench.memory import Policy, State
 from dbp_bench.noise import ATTACKER, FORWARD, VICTIM, Noise, Site, Tape
-from dbp_bench.passes import Passes, Setup
 from dbp_bench.purifiers.controls import NoiseOnly, OneShot
 from dbp_bench.purifiers.schedule import Diffusion, Schedule, to_diffusion, to_images
-from dbp_bench.threat import Attack, AttackerView, Gradient, Linf
+from dbp_bench.threat import Attack, AttackerView, Evaluations, Gradient, Linf, Setup
 from toys import BOTH, SAMPLERS, SUBSETS, Made, Small, SmallDenoiser, group, sampler, uniform
 
 GROUP = group(4)
@@ -58,14 +55,14 @@ def tape(owner: str, draw: int = 0) -> Tape:
     return Tape.make(0, owner, GROUP.ids, draw)
 
 
-def view(of: Defense, knows: frozenset[Site] = NONE, rows: int = 4096) -> AttackerView:
-    return AttackerView(of, knows, tape(VICTIM), tape(f"{ATTACKER}/0"), rows)
+def view(of: Defense, knows: frozenset[Site] = NONE, max_batch: int = 4096) -> AttackerView:
+    return AttackerView(of, knows, tape(VICTIM), tape(f"{ATTACKER}/0"), max_batch)
 
 
 def run(
     of: Defense, method: Attack, knows: frozenset[Site] = NONE, images: Group = GROUP
 ) -> Attacked:
-    return attack(of, method, images, BALL, knows, seed=0, victim_draw=0, rows=4096)
+    return attack(of, method, images, BALL, knows, seed=0, victim_draw=0, max_batch=4096)
 
 
 def deviations(images: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +111,7 @@ def test_the_deviation_of_a_linear_sampler_is_the_known_one(knows: frozenset[Sit
 def test_the_search_climbs_the_deviation(knows: frozenset[Site]) -> None:
     """Where the classifier is indifferent, a step goes to the corner that deviates most."""
     defense = Defense(Shrinking(), Indifferent(), [], "none")
-    found = run(defense, DiffAttack(1.0, None, 1, 1.0, 1), knows)
+    found = run(defense, DiffAttack(1, 1.0, 1), knows)
     fresh = noise_of(knows, 0)
     value, slope = deviations(GROUP.images, fresh)
     assert float(slope.abs().min()) > 1e-6
@@ -157,7 +154,7 @@ def test_policies_agree_bit_for_bit_at_every_knowledge(name: str, knows: frozens
     for policy in ("none", "step", "auto"):
         network = SmallDenoiser()
         defense = Defense(sampler(name, network, steps=3), Small(), [network], policy)
-        found.append(run(defense, DiffAttack(2.0, 2, 2, 0.4, 2, "margin"), knows))
+        found.append(run(defense, DiffAttack(2, 0.4, 2, "margin", weight=2.0, levels=2), knows))
     assert all(torch.equal(found[0].images, other.images) for other in found[1:])
     assert not torch.equal(found[0].images, GROUP.images)
 
@@ -178,7 +175,7 @@ def test_without_weight_it_is_pgd_and_costs_the_same(
 ) -> None:
     """Bit for bit; and with a weight it asks for as much, but finds another image."""
     found = []
-    weighted = [DiffAttack(w, None, 2, 0.4, 3, **options) for w in (0.0, 50.0)]
+    weighted = [DiffAttack(2, 0.4, 3, weight=w, **options) for w in (0.0, 50.0)]
     methods: list[Attack] = [PGD(2, 0.4, 3, **options), *weighted]
     for method in methods:
         network = SmallDenoiser()
@@ -189,15 +186,15 @@ def test_without_weight_it_is_pgd_and_costs_the_same(
     assert not torch.equal(other.images, pgd.images)
     assert cost == as_much == too
     for one in (same, other):
-        assert torch.equal(one.gradients, pgd.gradients)
-        assert torch.equal(one.looks, pgd.looks)
+        assert torch.equal(one.gradient, pgd.gradient)
+        assert torch.equal(one.forward, pgd.forward)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_deviation_that_weighs_nothing_leaves_the_gradient_bit_for_bit(name: str) -> None:
     network = SmallDenoiser()
     defense = Defense(sampler(name, network), Small(), [network], "none")
-    sight = view(defense, rows=6)
+    sight = view(defense, max_batch=6)
     args = GROUP.images, GROUP.labels, cross_entropy, range(5)
     plain, watched = sight.gradient(*args), sight.gradient(*args, Deviation(0.0))
     assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
@@ -209,7 +206,7 @@ def test_restarts_are_compared_by_the_classifier_alone() -> None:
     defense = Defense(sampler("ddim", network), Small(), [network], "none")
     knows = frozenset({FORWARD})
     single = [
-        run(defense, DiffAttack(1e4, None, 2, 0.2, 1, random_start=True, restarts=n), knows).images
+        run(defense, DiffAttack(2, 0.2, 1, random_start=True, restarts=n, weight=1e4), knows).images
         for n in (1, 2)
     ]
     sight = view(defense, knows)
@@ -249,7 +246,7 @@ def test_more_levels_than_steps_are_refused() -> None:
     network = SmallDenoiser()
     defense = Defense(sampler("ddpm", network, steps=3), Small(), [network], "none")
     with pytest.raises(AttackFailed, match="levels: 4, but this purifier takes 3 reverse steps"):
-        run(defense, DiffAttack(1.0, 4, 1, 0.4, 1))
+        run(defense, DiffAttack(1, 0.4, 1, levels=4))
 
 
 # ------------------------------------------------------------------------------ what it is not for
@@ -291,56 +288,40 @@ class Twice:
 def test_a_purifier_that_shows_nothing_is_refused(purifier: Any) -> None:
     defense = Defense(purifier, Small(), [], "none")
     with pytest.raises(AttackFailed, match=r"shows no states .* take attack pgd .*eot") as failed:
-        run(defense, DiffAttack(1.0, None, 1, 0.4, 2))
+        run(defense, DiffAttack(1, 0.4, 2))
     assert "\n" not in str(failed.value)
-    run(defense, DiffAttack(0.0, None, 1, 0.4, 2))
-
-
-EFFORT = {
-    "steps": 2,
-    "step_size": 0.5,
-    "eot": 3,
-    "loss": "ce",
-    "random_start": False,
-    "restarts": 1,
-    "gradient": "exact",
-    "surrogate_steps": None,
-    "weight": 1,
-    "levels": 4,
-}
+    run(defense, DiffAttack(1, 0.4, 2, weight=0.0))
 
 
 def test_its_declaration() -> None:
-    effort = EFFORTS["diffattack"].model_validate(EFFORT)
-    assert effort.passes(Setup(hidden=False)) == Passes(2, 0, exact=True)
-    assert build("diffattack", effort.model_dump()) == DiffAttack(1.0, 4, 2, 0.5, 3)
+    made = make("diffattack", {"steps": 2, "step_size": 0.5, "eot": 3, "levels": 4})
+    assert made == DiffAttack(2, 0.5, 3, weight=1.0, levels=4)
+    assert made.evaluations(Setup(hidden=False)) == Evaluations(2, 0, exact=True)
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"weight": -1}, "weight"),
-        ({"levels": 0}, "levels"),
-        ({"gradient": "bpda"}, "gradient: bpda has none inside the purifier"),
-    ],
-)
-def test_efforts_that_cannot_be_are_refused(changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValidationError, match=says):
-        EFFORTS["diffattack"].model_validate(EFFORT | changes)
+@pytest.mark.parametrize(("key", "value"), [("weight", -1), ("levels", 0)])
+def test_a_bad_option_is_refused(key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{key}: input should be"):
+        make("diffattack", {key: value})
 
 
-def test_the_entry_asks_for_as_much_as_eot() -> None:
-    registry = Registry()
-    own, eot = (registry.threat(name).entry for name in ("diffattack", "eot"))
-    added = {"weight", "levels"}
-    assert {k: v for k, v in own.effort.items() if k not in added} == eot.effort
-    assert (own.knows, own.draws, own.eps) == (eot.knows, eot.draws, eot.eps)
-    assert not own.protocol
+def test_a_gradient_that_does_not_go_through_the_purifier_is_unfit() -> None:
+    bpda = Setup(hidden=True, gradient="bpda")
+    assert "bpda has none inside the purifier" in str(DiffAttack().unfit(bpda))
+    assert DiffAttack(weight=0.0).unfit(bpda) is None
+    assert DiffAttack().unfit(Setup(hidden=True, gradient="surrogate:3")) is None
+    targeted = DiffAttack(loss="ce-targeted", restarts=10)
+    assert "give 9 at most" in str(targeted.unfit(Setup(hidden=True))), "as PGD"
+
+
+def test_it_asks_for_as_much_as_pgd() -> None:
+    own, pgd = (asdict(make(name, {})) for name in ("diffattack", "pgd"))
+    assert own == {**pgd, "weight": 1.0, "levels": None}
 
 
 def test_known_draws_make_it_deterministic() -> None:
     network = SmallDenoiser()
     defense = Defense(sampler("ddpm", network), Small(), [network], "none")
-    one, ten = (run(defense, DiffAttack(1.0, None, 2, 0.4, n), BOTH) for n in (1, 10))
+    one, ten = (run(defense, DiffAttack(2, 0.4, n), BOTH) for n in (1, 10))
     assert torch.equal(one.images, ten.images)
-    assert ten.gradients.tolist() == [2] * 4
+    assert ten.gradient.tolist() == [2] * 4

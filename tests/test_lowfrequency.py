@@ -4,18 +4,15 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from dbp_bench.attacks import build
+from dbp_bench.attacks import make
 from dbp_bench.attacks.low_frequency import Banded, LowFrequency, cosines, low_pass
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity
-from dbp_bench.entries.registry import EFFORTS
 from dbp_bench.evaluate import Group, attack
 from dbp_bench.noise import ATTACKER, VICTIM, Tape
-from dbp_bench.passes import Passes, Setup
-from dbp_bench.threat import L1, L2, AttackerView, Budget, Linf
+from dbp_bench.threat import L1, L2, AttackerView, Budget, Evaluations, Linf, Setup
 from toys import BOTH, Linear, Noisy, Small, TwoSided, group, normal, uniform
 
 BALLS = [Linf(0.05), L2(0.3), L1(0.5)]
@@ -95,7 +92,7 @@ def test_before_its_projection_no_perturbation_leaves_the_band(
 ) -> None:
     of = group(6, size=8, channels=2)
     defense, recorded = Defense(Noisy(0.1, 0.1), Small(channels=2)), Recorded(ball)
-    method = LowFrequency(0.5, 4, 0.4, 2, "margin", random_start)
+    method = LowFrequency(4, 0.4, 2, "margin", random_start, band=0.5)
     found = method(view(defense, of), of.images, of.labels, recorded)
     assert len(recorded.seen) == 4 + random_start
     for perturbation in recorded.seen:
@@ -108,7 +105,7 @@ def test_in_l2_nothing_but_the_pixel_box_leaves_the_band() -> None:
     of = group(6, size=8)
     inner = Group(0.3 + 0.4 * of.images, of.labels, of.ids)
     defense = Defense(Noisy(0.1, 0.1), Small())
-    found = LowFrequency(0.25, 5, 0.5, 2)(view(defense, inner), inner.images, inner.labels, L2(0.2))
+    found = LowFrequency(5, 0.5, 2, "ce", band=0.25)(view(defense, inner), inner.images, inner.labels, L2(0.2))
     change = found - inner.images
     assert above(change, 2, 2).abs().max() < 1e-6
     torch.testing.assert_close(L2(0.2).size(change), torch.full((6,), 0.2), rtol=1e-4, atol=0)
@@ -120,11 +117,11 @@ def test_the_whole_band_is_pgd(ball: Budget) -> None:
     of = group(6, size=8)
     defense = Defense(Noisy(0.1, 0.1), Small())
     want, same, half = (
-        attack(defense, m, of, ball, frozenset(), seed=0, victim_draw=0, rows=99).images
+        attack(defense, m, of, ball, frozenset(), seed=0, victim_draw=0, max_batch=99).images
         for m in (
             PGD(3, 0.4, 2, "margin", True, 2),
-            LowFrequency(1.0, 3, 0.4, 2, "margin", True, 2),
-            LowFrequency(0.5, 3, 0.4, 2, "margin", True, 2),
+            LowFrequency(3, 0.4, 2, "margin", True, 2, band=1.0),
+            LowFrequency(3, 0.4, 2, "margin", True, 2, band=0.5),
         )
     )
     assert torch.equal(want, same)
@@ -164,13 +161,13 @@ def test_l2_optimum_of_a_linear_classifier(weight: Tensor, reached: float) -> No
     defense, of = linear(weight)
     found = attack(
         defense,
-        LowFrequency(0.5, 8, 0.25, 1),
+        LowFrequency(8, 0.25, 1, "ce", band=0.5),
         of,
         L2(0.2),
         BOTH,
         seed=0,
         victim_draw=0,
-        rows=99,
+        max_batch=99,
     ).images
     torch.testing.assert_close(
         scores(defense, of, found), torch.full((20,), reached), rtol=1e-4, atol=0
@@ -180,8 +177,8 @@ def test_l2_optimum_of_a_linear_classifier(weight: Tensor, reached: float) -> No
 def test_linf_optimum_of_a_linear_classifier() -> None:
     """Where the sign of the weight is in the band, that of PGD: here it darkens every pixel."""
     defense, of = linear(waves((0, 0)))
-    method = LowFrequency(0.25, 4, 0.5, 1)
-    found = attack(defense, method, of, Linf(0.1), BOTH, seed=0, victim_draw=0, rows=99).images
+    method = LowFrequency(4, 0.5, 1, "ce", band=0.25)
+    found = attack(defense, method, of, Linf(0.1), BOTH, seed=0, victim_draw=0, max_batch=99).images
     torch.testing.assert_close(found, of.images - 0.1, atol=1e-6, rtol=0)
 
 
@@ -191,8 +188,8 @@ def test_several_restarts_are_at_least_as_good_as_one() -> None:
     defense = Defense(Identity(), TwoSided(normal(1, 16, seed=5)[0], 1.0))
     falls = []
     for restarts in (1, 4):
-        method = LowFrequency(0.5, 3, 0.4, 1, "margin", True, restarts)
-        found = attack(defense, method, of, Linf(0.1), BOTH, seed=0, victim_draw=0, rows=99).images
+        method = LowFrequency(3, 0.4, 1, "margin", True, restarts, band=0.5)
+        found = attack(defense, method, of, Linf(0.1), BOTH, seed=0, victim_draw=0, max_batch=99).images
         falls.append(defense.classifier(found)[:, 1].detach())
     assert bool((falls[1] >= falls[0]).all())
     assert bool((falls[1] > falls[0]).any())
@@ -200,29 +197,17 @@ def test_several_restarts_are_at_least_as_good_as_one() -> None:
 
 # --------------------------------------------------------------------------- its declaration
 
-EFFORT = {
-    "band": 0.5,
-    "steps": 3,
-    "step_size": 0.5,
-    "eot": 2,
-    "loss": "margin",
-    "random_start": True,
-    "restarts": 2,
-    "gradient": "exact",
-    "surrogate_steps": None,
-}
-
-
 def test_its_declaration() -> None:
-    effort = EFFORTS["lf"].model_validate(EFFORT)
-    assert effort.passes(Setup(hidden=False)) == Passes(6, 2, exact=True)
-    assert build("lf", effort.model_dump()) == LowFrequency(0.5, 3, 0.5, 2, "margin", True, 2)
+    options = {"steps": 3, "step_size": 0.5, "eot": 2, "random_start": True, "restarts": 2}
+    made = make("low-frequency", options)
+    assert made == LowFrequency(3, 0.5, 2, "margin", True, 2, 0.5)
+    assert made.evaluations(Setup(hidden=False)) == Evaluations(6, 2, exact=True)
 
 
 @pytest.mark.parametrize("band", [0, 1.5, -0.1])
 def test_a_bad_band_is_refused(band: float) -> None:
-    with pytest.raises(ValidationError, match="band"):
-        EFFORTS["lf"].model_validate({**EFFORT, "band": band})
+    with pytest.raises(ValueError, match="^band: input should be"):
+        make("low-frequency", {"band": band})
 
 
 def test_a_band_is_a_budget() -> None:

@@ -14,59 +14,62 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dbp_bench.attacks import ATTACKS, build
+from dbp_bench import attacks
 from dbp_bench.defense import Defense, Identity
-from dbp_bench.entries.registry import EFFORTS, Registry
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import Group, attack, judge
+from dbp_bench.evaluate import Group, attack, predict
 from dbp_bench.noise import FORWARD, VICTIM, Noise, Site, Tape
-from dbp_bench.reporting.statistics import Bootstrap
-from dbp_bench.reporting.votes import METRICS, gaps
 from dbp_bench.result import Result
 from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Overrides, resolve
-from dbp_bench.threat import L1, L2, Attack, AttackerView, Budget, Linf
+from dbp_bench.threat import (
+    L1,
+    L2,
+    Attack,
+    AttackerView,
+    Budget,
+    Linf,
+    Method,
+    Norm,
+    Setup,
+    budget,
+)
 from own_entries import folder
 from packages import need
-from toys import BOTH, Linear, Made, Noisy, SmallDenoiser, normal, sampler, uniform
+from toys import BOTH, Linear, Made, Noisy, SmallDenoiser, is_right, normal, sampler, uniform
 
-NONE, SOME = frozenset[Site](), frozenset({FORWARD})
-KNOWLEDGE = {"none known": NONE, "forward known": SOME, "all known": BOTH}
+SOME = frozenset({FORWARD})
+KNOWLEDGE = {"none known": frozenset[Site](), "forward known": SOME, "all known": BOTH}
 
-MODE = {"gradient": "exact", "surrogate_steps": None}
 _STEPS = {"steps": 4, "step_size": 0.5, "eot": 2, "loss": "ce"}
 _STARTS = {"random_start": True, "restarts": 2}
 _SQUARE = {"n_queries": 12, "p_init": 0.8, "eot": 2}
-_APGD = {"steps": 8, "loss": "ce", "rho": 0.75, **_STARTS, "targets": None}
+_APGD = {"steps": 8, "loss": "ce", **_STARTS}
 
 EFFORT: Mapping[str, Mapping[str, Any]] = {
-    "pgd": {**_STEPS, **_STARTS, **MODE},
-    "apgd": {**_APGD, "eot": 2, **MODE},
-    "lf": {**_STEPS, **_STARTS, "band": 0.5, **MODE},
-    "selective": {**_STEPS, "sharpness": 1, "rounds": 2, **MODE},
-    "diffattack": {**_STEPS, **_STARTS, "weight": 1, "levels": None, **MODE},
+    "pgd": {**_STEPS, **_STARTS},
+    "apgd": {**_APGD, "eot": 2},
+    "low-frequency": {**_STEPS, **_STARTS, "band": 0.5},
+    "selective": {**_STEPS, "sharpness": 1, "rounds": 2},
+    "diffattack": {**_STEPS, **_STARTS, "weight": 1, "levels": None},
     "square": _SQUARE,
-    "autoattack": {"version": "rand", "steps": 4, "queries": 12, "eot": 2, **MODE},
-    "torchattacks": {
-        "name": "PGD",
-        "options": {"alpha": 0.02, "steps": 4, "random_start": True},
-        **MODE,
-    },
+    "autoattack:rand": {"steps": 4, "queries": 12, "eot": 2},
+    "torchattacks:PGD": {"alpha": 0.2, "steps": 4},
     "ensemble": {
         "eot": 2,
         "compare": 4,
         "members": [{"attack": "apgd", **_APGD}, {"attack": "square", **_SQUARE}],
-        **MODE,
     },
-    "transfer": {"source": "none", "search": {"attack": "pgd", **_STEPS, **_STARTS}},
+    "transfer": {"source": "toy", "search": {"attack": "pgd", **_STEPS, **_STARTS}},
 }
 """A small effort of each attack."""
 
-_L1 = {"pgd", "apgd", "lf", "selective", "diffattack", "autoattack"}
+_L1 = {"pgd", "apgd", "low-frequency", "selective", "diffattack", "transfer", "autoattack:rand"}
 """Attacks that also search in l1."""
-_FOLLOW = ("pgd", "apgd", "lf", "selective", "autoattack", "torchattacks")
+_FOLLOW = ("pgd", "apgd", "low-frequency", "selective", "autoattack:rand", "torchattacks:PGD")
 """Attacks that follow a gradient of the logits."""
-_PACKAGES = {"autoattack": "pyautoattack", "torchattacks": "torchattacks"}
+_PACKAGES = {"autoattack:rand": "pyautoattack", "torchattacks:PGD": "torchattacks"}
 
 
 class Scores(nn.Module):
@@ -95,17 +98,42 @@ def group(n: int = 12) -> Group:
 
 def made(name: str) -> Attack:
     """The attack at its small effort; skipped where its package isn't there and wasn't promised."""
-    need(_PACKAGES.get(name), name)
-    effort = EFFORTS[name].model_validate(EFFORT[name]).model_dump()
-    source = Defense(Identity(), Scores()) if name == "transfer" else None
-    return build(name, effort, source)
+    need(_PACKAGES.get(name), name.partition(":")[0])
+    return attacks.make(name, EFFORT[name])
 
 
-def balls(name: str) -> list[Budget]:
-    linf, l2, l1 = Linf(0.1), L2(0.6), L1(3.0)
-    if name == "torchattacks":  # its PGD; there is one of its own for l2
-        return [linf]
-    return [linf, l2, *([l1] if name in _L1 else [])]
+def search(
+    method: Method,
+    batch: Group,
+    ball: Budget,
+    knows: frozenset[Site] = frozenset(),
+    *,
+    of: Defense | None = None,
+    draw: int = 0,
+) -> Tensor:
+    """The adversarial images of `method`, which has a source to search in."""
+    sources = {"toy": Defense(Identity(), Scores())}
+    found = attack(
+        of or tiny(),
+        method,
+        batch,
+        ball,
+        knows,
+        seed=0,
+        victim_draw=draw,
+        max_batch=64,
+        sources=sources,
+    )
+    return found.images
+
+
+BALLS: Mapping[Norm, Budget] = {"linf": Linf(0.1), "l2": L2(0.6), "l1": L1(3.0)}
+
+
+def norms(name: str) -> list[Norm]:
+    if name == "torchattacks:PGD":  # there is one of its own for l2
+        return ["linf"]
+    return ["linf", "l2", "l1"] if name in _L1 else ["linf", "l2"]
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
@@ -113,54 +141,54 @@ def marks(name: str) -> list[pytest.MarkDecorator]:
 
 
 CASES = [
-    pytest.param(name, ball, id=f"{name}-{type(ball).__name__}", marks=marks(name))
-    for name in sorted(EFFORTS)
-    for ball in balls(name)
+    pytest.param(name, norm, id=f"{name}-{norm}", marks=marks(name))
+    for name in sorted(EFFORT)
+    for norm in norms(name)
 ]
 
 
 def test_no_attack_is_left_out() -> None:
-    assert set(EFFORTS) == set(ATTACKS) | {"ensemble", "transfer"}
-    assert set(EFFORTS) <= set(EFFORT), "a new attack needs an effort here"
+    assert {name.partition(":")[0] for name in EFFORT} == set(attacks.names())
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in EFFORT])
+def test_an_attack_fits_where_it_searches(name: str) -> None:
+    for norm in BALLS:
+        assert (made(name).unfit(Setup(hidden=True, norm=norm)) is None) == (norm in norms(name))
 
 
 @pytest.mark.parametrize("knows", KNOWLEDGE.values(), ids=KNOWLEDGE)
-@pytest.mark.parametrize(("name", "ball"), CASES)
+@pytest.mark.parametrize(("name", "norm"), CASES)
 def test_every_attack_runs_at_every_knowledge_and_stays_in_the_ball(
-    name: str, ball: Budget, knows: frozenset[Site]
+    name: str, norm: Norm, knows: frozenset[Site]
 ) -> None:
     """Its own images, before the harness projects them; and where all is known, it hurts."""
-    batch, method = group(), made(name)
+    batch, method, ball = group(), made(name), BALLS[norm]
     returned: list[Tensor] = []
 
-    def search(view: AttackerView, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+    def watched(view: AttackerView, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
         found = method(view, images, labels, budget)
         returned.append(found.detach().clone())
         return found
 
-    defense = tiny()
-    out = attack(defense, search, batch, ball, knows, seed=0, victim_draw=0, rows=64)
+    out = search(watched, batch, ball, knows)
     (own,) = returned
-    for images, slack in ((own, 1e-5), (out.images, 1e-6)):
+    for images, slack in ((own, 1e-5), (out, 1e-6)):
         assert images.shape == batch.images.shape
         assert bool(images.isfinite().all())
         assert float(ball.size(images - batch.images).max()) <= ball.eps + slack
         assert float(images.min()) >= -slack
         assert float(images.max()) <= 1 + slack
-    assert bool((out.images != batch.images).flatten(1).any(1).sum() >= 6), "most images moved"
+    assert bool((out != batch.images).flatten(1).any(1).sum() >= 6), "most images moved"
     if knows == BOTH:
-        right = judge(defense, out.images, batch, seed=0, draw=0)
-        assert not bool(right.all()), "every image was right before"
+        assert not bool(is_right(tiny(), out, batch).all()), "every image was right before"
 
 
-@pytest.mark.parametrize(("name", "ball"), CASES)
-def test_no_ball_no_attack(name: str, ball: Budget) -> None:
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_no_ball_no_attack(name: str, norm: Norm) -> None:
     """At eps = 0 there are the clean images, bit for bit, whatever the attack."""
-    shape: Any = type(ball)
     batch = group(4)
-    defense = tiny()
-    out = attack(defense, made(name), batch, shape(0.0), NONE, seed=0, victim_draw=0, rows=64)
-    assert torch.equal(out.images, batch.images)
+    assert torch.equal(search(made(name), batch, budget(norm, 0.0)), batch.images)
 
 
 @dataclass(frozen=True)
@@ -181,24 +209,23 @@ def test_a_defense_that_turns_nan_under_attack_is_refused(name: str) -> None:
     batch = group(4)
     defense = Defense(Made(Lost(batch.images)), Scores())
     with pytest.raises(AttackFailed, match="not finite"):
-        attack(defense, made(name), batch, Linf(0.1), NONE, seed=0, victim_draw=0, rows=64)
+        search(made(name), batch, Linf(0.1), of=defense)
 
 
 def test_groups_draw_as_their_images_do_and_not_as_their_places() -> None:
     """What a worker is given decides nothing: image 9 has one noise, alone or in any company."""
     batch = group(12)
-    defense = tiny()
     method = made("pgd")
 
     def searched(rows: list[int]) -> Tensor:
         part = Group(batch.images[rows], batch.labels[rows], rows)
-        return attack(defense, method, part, L2(0.6), SOME, seed=0, victim_draw=2, rows=64).images
+        return search(method, part, L2(0.6), SOME, draw=2)
 
     whole = searched(list(range(12)))
     for rows in ([9], [9, 3], [3, 9, 11, 0]):
         torch.testing.assert_close(searched(rows), whole[rows], atol=1e-5, rtol=0)
     swapped = Group(batch.images[[9]], batch.labels[[9]], [0])
-    other = attack(defense, method, swapped, L2(0.6), SOME, seed=0, victim_draw=2, rows=64).images
+    other = search(method, swapped, L2(0.6), SOME, draw=2)
     assert float((other - whole[[9]]).abs().max()) > 1e-3, "the control: an id that is another's"
 
 
@@ -207,28 +234,35 @@ def test_groups_draw_as_their_images_do_and_not_as_their_places() -> None:
 
 def test_success_in_the_loop_is_caught_by_the_null_attack_in_every_metric() -> None:
     """A search that does nothing meets wrong draws, too; they must not count."""
+    from dbp_bench.reporting.statistics import Bootstrap
+    from dbp_bench.reporting.votes import METRICS, Tally, gaps
+
     n = 300
     images = uniform(n, 1, 4, 4)
     batch = Group(images, torch.arange(n) % 2, range(n))
     defense = Defense(Noisy(0.3, 0.0), Linear(torch.linspace(-1, 1, 16)))
     method, fell = made("pgd"), torch.zeros(n, dtype=torch.bool)
 
-    def search(view: AttackerView, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+    def watched(view: AttackerView, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
         found = method(view, images, labels, budget)
         fell.copy_((view.logits(found, range(10)).argmax(2) != labels[:, None]).any(1))
         return found
 
-    out = attack(defense, search, batch, Linf(0.0), NONE, seed=0, victim_draw=0, rows=64)
+    out = search(watched, batch, Linf(0.0), of=defense)
     assert 0.3 * n < int(fell.sum()) < n
 
-    def judged(images: Tensor) -> Tensor:
-        return torch.stack([judge(defense, images, batch, seed=0, draw=d) for d in range(9)], 1)
+    def predicted(images: Tensor) -> Tensor:
+        draws = [predict(defense, images, batch.ids, seed=0, draw=d) for d in range(9)]
+        return torch.stack(draws, 1)
 
-    clean, robust = judged(images), judged(out.images)
-    in_the_loop = robust & ~fell[:, None]
+    clean, adversarial = predicted(images), predicted(out)
+    in_the_loop = torch.where(fell[:, None], 1 - batch.labels[:, None], adversarial)
+
+    def tally(classes: Tensor) -> Tally:
+        return Tally([classes.tolist()], batch.labels.tolist(), noisy=True)
+
     ours, mutant = (
-        gaps([clean.tolist()], [table.tolist()], Bootstrap(n), noisy=True)
-        for table in (robust, in_the_loop)
+        gaps(tally(clean), tally(table), Bootstrap(n)) for table in (adversarial, in_the_loop)
     )
     for metric in METRICS:
         gap, caught = ours[metric], mutant[metric]
@@ -238,19 +272,29 @@ def test_success_in_the_loop_is_caught_by_the_null_attack_in_every_metric() -> N
         assert caught.high < 0, f"{metric}: a flag"
 
 
-def test_the_null_attack_gives_clean_outcomes_where_draws_disagree(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("threat", "attack_name"), [("null", None), ("dwbox", None), ("eot", "square")]
+)
+def test_the_null_attack_gives_clean_outcomes_where_draws_disagree(
+    tmp_path: Path, threat: str, attack_name: str | None
+) -> None:
     """Of a run as a whole; on images that are always right, there would be nothing to see."""
     table = yaml.safe_load(Registry().defense("noise-only").path.read_text())
     table["settings"] = [table["settings"][0] | {"tracks": ["digits-linf"]}]
     table["settings"][0]["options"] = {**table["settings"][0]["options"], "t_star": 300}
     registry = Registry([folder(tmp_path / "entries", defenses={"noisy": table})])
-    for threat, eps in (("null", None), ("dwbox", 0.0), ("square", 0.0)):
-        effort = {"n_queries": 2} if threat == "square" else {"steps": 2}
-        asked = Overrides(effort, eps=eps, examples=10, batch_size=10)
-        job = resolve(
-            registry, "digits-linf", "noisy", threat, seed=0, device="cpu", overrides=asked
-        )
-        result = Result.read(execute(job, registry, tmp_path / "out"))
-        rights = [sum(row) for row in result.clean]
-        assert any(0 < right < len(result.draws) for right in rights)
-        assert result.robust == result.clean
+    effort = {"n_queries": 2} if attack_name == "square" else {"steps": 2}
+    job = resolve(
+        registry,
+        "digits-linf",
+        "noisy",
+        threat,
+        attack=attack_name,
+        seed=0,
+        device="cpu",
+        overrides=Overrides(effort, eps=0.0, examples=10, batch_size=10),
+    )
+    result = Result.read(execute(job, tmp_path / "out"))
+    rights = [sum(row) for row in result.right("clean")]
+    assert any(0 < right < len(result.draws) for right in rights)
+    assert result.predicted.adversarial == result.predicted.clean

@@ -129,12 +129,12 @@ def test_normals_are_normal() -> None:
     values = draw(range(1000), size=n // 1000).flatten().double().sort().values
     bound = 1.36 / n**0.5  # what one correct generator in twenty exceeds; this seed is no such one
 
-    def misfit(x: Tensor) -> float:
+    def distance(x: Tensor) -> float:
         return kolmogorov_smirnov(x, torch.special.ndtr(x))
 
     assert float(torch.special.ndtr(torch.tensor(0.7))) == pytest.approx(NormalDist().cdf(0.7))
-    assert misfit(values) < bound
-    assert misfit(values * 1.02**0.5) > bound, "the bound would not notice a variance of 1.02"
+    assert distance(values) < bound
+    assert distance(values * 1.02**0.5) > bound, "the bound would not notice a variance of 1.02"
     for power, moment, spread in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
         error = float((values**power).mean()) - moment
         assert abs(error) < 3 * (spread / n) ** 0.5, f"moment {power}"
@@ -273,7 +273,7 @@ def test_shuffled_is_a_permutation_that_the_seed_decides() -> None:
     assert [i for i in once if i < 200] == shuffled(range(100, 200), 0, "order")
 
 
-def test_remembered_draws_are_the_tapes_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_draws_are_the_tapes_own(monkeypatch: pytest.MonkeyPatch) -> None:
     tape = Tape.make(3, "victim", [7, 1, 4], 2)
     asked = []
     draw = Tape.normal
@@ -296,7 +296,7 @@ def test_remembered_draws_are_the_tapes_own(monkeypatch: pytest.MonkeyPatch) -> 
         for _ in range(2):
             found = part.normal(FORWARD, 4, torch.empty(len(same.ids), 3, 5))
             assert torch.equal(found, wanted)
-            found.zero_()  # what a purifier does to it must not be remembered
+            found.zero_()  # what a purifier does to it must not reach the cache
         assert torch.equal(part.ids, same.ids)
     assert asked == [(FORWARD, 4, 3)]
     with pytest.raises(ValueError, match="has 3 rows, but the batch has 2"):

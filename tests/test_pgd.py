@@ -7,20 +7,17 @@ from typing import Any, cast
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dbp_bench.attacks import build
+from dbp_bench.attacks import make
 from dbp_bench.attacks.common.objectives import OBJECTIVES, Towards, cross_entropy
 from dbp_bench.attacks.pgd import PGD, SELECTION
 from dbp_bench.defense import Defense, Identity
-from dbp_bench.entries.registry import EFFORTS
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import Group, attack, judge
+from dbp_bench.evaluate import Group, attack
 from dbp_bench.noise import FORWARD, REVERSE, Site
-from dbp_bench.passes import Setup
-from dbp_bench.threat import L2, AttackerView, Budget, Gradient, Linf, Objective
-from toys import BOTH, SUBSETS, Echo, Linear, Noisy, TwoSided, normal, uniform
+from dbp_bench.threat import L2, AttackerView, Budget, Gradient, Linf, Objective, Setup
+from toys import BOTH, SUBSETS, Echo, Linear, Noisy, TwoSided, is_right, normal, uniform
 
 PIXELS = 16
 WEIGHT = normal(1, PIXELS, seed=5)[0]
@@ -36,7 +33,7 @@ def search(
     victim_draw: int = 0,
 ) -> Tensor:
     """The adversarial images of `method`."""
-    found = attack(of, method, group, ball, knows, seed=0, victim_draw=victim_draw, rows=4096)
+    found = attack(of, method, group, ball, knows, seed=0, victim_draw=victim_draw, max_batch=4096)
     return found.images
 
 
@@ -64,7 +61,7 @@ def test_linf_accuracy_of_a_linear_classifier(eps: float, method: PGD) -> None:
 
     found = search(Defense(Identity(), classifier), method, group, Linf(eps))
     torch.testing.assert_close(found, worst, atol=1e-6, rtol=0)
-    robust = judge(Defense(Identity(), classifier), found, group, seed=0, draw=0)
+    robust = is_right(Defense(Identity(), classifier), found, group)
     assert torch.equal(robust, margin > 0)
     inside = ((group.images >= eps) & (group.images <= 1 - eps)).flatten(1).all(1)
     dual = sign * classifier.score(group.images).detach() - eps * WEIGHT.abs().sum()
@@ -85,7 +82,7 @@ def test_l2_accuracy_of_a_linear_classifier(eps: float, method: PGD) -> None:
     found = search(defense, method, group, L2(eps))
     want = group.images - eps * sign.view(-1, 1, 1, 1) * (WEIGHT / WEIGHT.norm()).view(4, 4)
     torch.testing.assert_close(found, want, atol=1e-5, rtol=0)
-    robust = judge(defense, found, group, seed=0, draw=0)
+    robust = is_right(defense, found, group)
     assert torch.equal(robust, margin > 0)
     assert 0 < float(robust.float().mean()) < 1
 
@@ -103,7 +100,7 @@ def test_noise_before_a_linear_classifier() -> None:
         want = PHI((margin - ball.eps * float(dual)) / scale)
         for knows in SUBSETS:
             found = search(defense, PGD(2, 1.0, 2), group, ball, knows)
-            right = [judge(defense, found, group, seed=0, draw=d) for d in range(draws)]
+            right = [is_right(defense, found, group, d) for d in range(draws)]
             error = float(torch.stack(right).double().mean()) - want
             assert abs(error) < 4 * (want * (1 - want) / (n * draws)) ** 0.5
 
@@ -151,7 +148,7 @@ def measured(knows: frozenset[Site], n: int = 600, draws: int = 6) -> float:
     for draw in range(draws):
         if knows or not draw:
             found = search(defense, PGD(2, 1.0, 96), group, Linf(EPS), knows, draw)
-        right.append(judge(defense, found, group, seed=0, draw=draw))
+        right.append(is_right(defense, found, group, draw))
     return float(torch.stack(right).double().mean())
 
 
@@ -317,7 +314,7 @@ def test_a_class_that_an_untargeted_search_never_tries_is_found() -> None:
         PGD(1, 1.0, 1, "margin-targeted"),
         PGD(1, 1.0, 1, "margin-targeted", restarts=2),
     ):
-        found = attack(defense, method, group, Linf(0.13), BOTH, seed=0, victim_draw=0, rows=64)
+        found = attack(defense, method, group, Linf(0.13), BOTH, seed=0, victim_draw=0, max_batch=64)
         wrong.append(int(defense.classifier(found.images).argmax()) != 0)
     assert wrong == [False, False, True]
 
@@ -329,21 +326,20 @@ def test_a_targeted_search_takes_what_its_effort_says(
 ) -> None:
     images = uniform(3, 1, 4, 4)
     group = Group(images, torch.tensor([0, 5, 9]), range(3))
-    effort = EFFORT | {"loss": "dlr-targeted", "restarts": restarts}
-    declared = EFFORTS["pgd"].model_validate(effort)
+    method = PGD(2, 0.5, 2, "dlr-targeted", restarts=restarts)
     found = attack(
         Defense(Noisy(0.1, 0.1), Echo()),
-        build("pgd", effort),
+        method,
         group,
         Linf(0.1),
         knows,
         seed=0,
         victim_draw=0,
-        rows=64,
+        max_batch=64,
     )
-    planned = declared.passes(Setup(hidden=knows != BOTH))
-    assert found.gradients.tolist() == [planned.gradients] * 3
-    assert found.looks.tolist() == [planned.looks] * 3
+    planned = method.evaluations(Setup(hidden=knows != BOTH))
+    assert found.gradient.tolist() == [planned.gradient] * 3
+    assert found.forward.tolist() == [planned.forward] * 3
 
 
 def test_more_targets_than_wrong_classes_are_refused() -> None:
@@ -357,43 +353,12 @@ def test_more_targets_than_wrong_classes_are_refused() -> None:
     search(Defense(Identity(), classifier), PGD(1, 1.0, 1, "ce-targeted"), group, L2(0.1))
 
 
-EFFORT: dict[str, Any] = {
-    "steps": 2,
-    "step_size": 0.5,
-    "eot": 2,
-    "loss": "ce",
-    "random_start": False,
-    "restarts": 1,
-    "gradient": "exact",
-    "surrogate_steps": None,
-}
-
-
-@pytest.mark.parametrize("name", ["pgd", "lf", "diffattack"])
+@pytest.mark.parametrize("name", ["pgd", "low-frequency", "diffattack"])
 def test_restarts_need_something_that_differs(name: str) -> None:
-    own: dict[str, dict[str, Any]] = {
-        "lf": {"band": 0.5},
-        "diffattack": {"weight": 1, "levels": None},
-    }
-    model, several = EFFORTS[name], EFFORT | own.get(name, {}) | {"restarts": 9}
     for changes in ({"random_start": True}, {"loss": "dlr-targeted"}):
-        model.model_validate(several | changes)
-    with pytest.raises(ValidationError, match="needs random_start: true or a targeted loss"):
-        model.model_validate(several | {"loss": "dlr"})
-
-
-def test_a_selective_search_has_no_restarts_to_aim_with() -> None:
-    effort = {key: EFFORT[key] for key in EFFORT.keys() - {"random_start", "restarts"}}
-    selective = effort | {"sharpness": 1, "rounds": 3}
-    EFFORTS["selective"].model_validate(selective)
-    with pytest.raises(ValidationError, match="'ce', 'margin' or 'dlr'"):
-        EFFORTS["selective"].model_validate(selective | {"loss": "ce-targeted"})
-
-
-def test_no_step_is_no_attack() -> None:
-    classifier, group = linear()
-    found = search(Defense(Identity(), classifier), PGD(0, 1.0, 1), group, Linf(0.1))
-    assert torch.equal(found, group.images)
+        make(name, {"restarts": 9, **changes})
+    with pytest.raises(ValueError, match="needs random_start: true or a targeted loss"):
+        make(name, {"restarts": 9, "loss": "dlr"})
 
 
 def test_cross_entropy_is_per_image() -> None:
@@ -403,4 +368,4 @@ def test_cross_entropy_is_per_image() -> None:
 
 
 def test_an_attack_by_name() -> None:
-    assert build("pgd", {"steps": 2, "step_size": 0.1, "eot": 3}) == PGD(2, 0.1, 3)
+    assert make("pgd", {"steps": 2, "step_size": "1/10", "eot": 3}) == PGD(2, 0.1, 3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dbp_bench.attacks import build
+from dbp_bench.attacks import make
 from dbp_bench.attacks.common.objectives import margin
 from dbp_bench.attacks.pgd import SELECTION
 from dbp_bench.attacks.square import Square, side
@@ -31,7 +31,7 @@ def view_of(of: Defense, n: int, knows: frozenset[Site] = BOTH) -> AttackerView:
 def search(
     of: Defense, method: Square, group: Group, ball: Budget, knows: frozenset[Site] = BOTH
 ) -> Attacked:
-    return attack(of, method, group, ball, knows, seed=0, victim_draw=0, rows=4096)
+    return attack(of, method, group, ball, knows, seed=0, victim_draw=0, max_batch=4096)
 
 
 def linear(n: int) -> tuple[Defense, Group]:
@@ -47,15 +47,17 @@ def linear(n: int) -> tuple[Defense, Group]:
 
 @pytest.mark.parametrize(("ball", "share"), [(Linf(0.1), 0.99), (L2(0.3), 0.55)])
 @pytest.mark.parametrize("noise", [0.0, 0.05])
-def test_optimum_of_a_linear_classifier(ball: Budget, share: float, noise: float) -> None:
+def test_optimum_of_a_linear_classifier(
+    monkeypatch: pytest.MonkeyPatch, ball: Budget, share: float, noise: float
+) -> None:
     """Within 1 % in the cube, whose corners it visits.
 
     Not so in the l2 ball: there its bumps are 3 pixels wide at least, which is most of this image.
     """
     bare, group = linear(20)
     defense = Defense(Noisy(noise, noise), bare.classifier)
-    method = Square(600, 0.8, 2, retire=False)
-    found = method(view_of(defense, 20, NOTHING), group.images, group.labels, ball)
+    monkeypatch.setattr(Square, "retire", False)
+    found = Square(600, 0.8, 2)(view_of(defense, 20, NOTHING), group.images, group.labels, ball)
     dual = WEIGHT.abs().sum() if isinstance(ball, Linf) else WEIGHT.norm()
     clean, new = (margin(bare.classifier(x), group.labels) for x in (group.images, found))
     gained = (new - clean) / (ball.eps * dual)
@@ -66,13 +68,13 @@ def test_optimum_of_a_linear_classifier(ball: Budget, share: float, noise: float
 
 def test_no_gradient_is_asked_for() -> None:
     defense, group = linear(6)
-    found = search(defense, Square(20, 0.8, 3, retire=False), group, Linf(0.01))
-    assert found.gradients.tolist() == [0] * 6
-    assert found.looks.tolist() == [22] * 6, "the clean image, the stripes, and each candidate"
+    found = search(defense, Square(20, 0.8, 3), group, Linf(1e-4))
+    assert found.gradient.tolist() == [0] * 6
+    assert found.forward.tolist() == [22] * 6, "the clean image, the stripes, and each candidate"
     hidden = search(
         Defense(Noisy(0.1, 0.1), defense.classifier), Square(20, 0.8, 3), group, Linf(0.01), NOTHING
     )
-    assert hidden.looks.tolist() == [21 * 2 * 3] * 6, "two looks a comparison, and one at the end"
+    assert hidden.forward.tolist() == [21 * 2 * 3] * 6, "two at each comparison, and two at the end"
 
 
 # --------------------------------------------------------------------------------- the search
@@ -90,7 +92,10 @@ def test_squares_shrink_as_in_the_paper() -> None:
 @pytest.mark.parametrize("ball", BALLS)
 @pytest.mark.parametrize("shape", [(1, 4, 4), (3, 8, 8), (2, 7, 11)])
 def test_every_candidate_is_feasible(
-    ball: Budget, knows: frozenset[Site], shape: tuple[int, int, int]
+    monkeypatch: pytest.MonkeyPatch,
+    ball: Budget,
+    knows: frozenset[Site],
+    shape: tuple[int, int, int],
 ) -> None:
     images = uniform(5, *shape)
     seen: list[Tensor] = []
@@ -101,7 +106,8 @@ def test_every_candidate_is_feasible(
 
     weight = normal(1, images[0].numel())[0]
     defense = Defense(Made(look), Linear(weight), (), "none")
-    Square(40, 0.8, 1, retire=False)(view_of(defense, 5, knows), images, torch.arange(5) % 2, ball)
+    monkeypatch.setattr(Square, "retire", False)
+    Square(40, 0.8, 1)(view_of(defense, 5, knows), images, torch.arange(5) % 2, ball)
     moved = 0
     for x in seen:
         assert bool(((x >= 0) & (x <= 1)).all())
@@ -140,13 +146,13 @@ def test_a_remembered_lucky_draw_is_caught() -> None:
     images, labels = uniform(20, 1, 4, 4), torch.arange(20) % 16
 
     class Mutant(AttackerView):
-        """Gives every look draws of its own."""
+        """Gives every evaluation draws of its own."""
 
-        looks = 0
+        asked = 0
 
         def logits(self, images: Tensor, draws: Any) -> Tensor:
-            Mutant.looks += 1
-            shift = 1000 * Mutant.looks
+            Mutant.asked += 1
+            shift = 1000 * Mutant.asked
             return super().logits(images, [draw + shift for draw in draws])
 
     tapes = Tape.make(0, VICTIM, range(20)), Tape.make(0, ATTACKER, range(20))
@@ -173,18 +179,21 @@ def test_candidate_and_incumbent_share_draws_that_are_fresh_at_each_query() -> N
 
 
 @pytest.mark.parametrize("ball", BALLS)
-def test_retirement_changes_nothing_but_the_calls(ball: Budget) -> None:
+def test_retirement_changes_nothing_but_the_calls(
+    monkeypatch: pytest.MonkeyPatch, ball: Budget
+) -> None:
     images = uniform(24, 1, 4, 4)
     defense = Defense(Noisy(0.1, 0.1), Linear(WEIGHT, -float(WEIGHT.sum()) / 2))
     own = view_of(defense, 24).logits(images, [0])[:, 0].argmax(1)
     group = Group(images, torch.where(torch.arange(24) < 20, own, 1 - own), range(24))
     soon = search(defense, Square(60, 0.8, 3), group, ball)
-    late = search(defense, Square(60, 0.8, 3, retire=False), group, ball)
+    monkeypatch.setattr(Square, "retire", False)
+    late = search(defense, Square(60, 0.8, 3), group, ball)
     torch.testing.assert_close(soon.images, late.images, atol=1e-6, rtol=0)
     wrong = view_of(defense, 24).logits(soon.images, [0])[:, 0].argmax(1) != group.labels
-    assert late.looks.tolist() == [62] * 24
-    assert soon.looks[~wrong].tolist() == [62] * int((~wrong).sum())
-    assert soon.looks[20:].tolist() == [1] * 4, "wrong without any change"
+    assert late.forward.tolist() == [62] * 24
+    assert soon.forward[~wrong].tolist() == [62] * int((~wrong).sum())
+    assert soon.forward[20:].tolist() == [1] * 4, "wrong without any change"
     assert torch.equal(soon.images[20:], images[20:])
     assert 4 < int(wrong.sum()) < 24
 
@@ -224,4 +233,4 @@ def test_a_budget_that_it_does_not_search_is_refused() -> None:
 
 
 def test_an_attack_by_name() -> None:
-    assert build("square", {"n_queries": 9, "p_init": 0.3, "eot": 2}) == Square(9, 0.3, 2)
+    assert make("square", {"n_queries": 9, "p_init": 0.3, "eot": 2}) == Square(9, 0.3, 2)

@@ -11,9 +11,9 @@ from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import FRESH, Attacked, attack, judge
+from dbp_bench.evaluate import FRESH, Attacked, attack, predict
 from dbp_bench.noise import ATTACKER, FORWARD, REVERSE, VICTIM, Noise, Site, Tape
-from dbp_bench.threat import L2, Attack, AttackerView, Budget, Linf, budget
+from dbp_bench.threat import L1, L2, AttackerView, Budget, Linf, Method, budget
 from toys import (
     BOTH,
     SUBSETS,
@@ -53,10 +53,12 @@ def echo() -> Defense:
     return Defense(Made(lambda x, n: n.normal(FORWARD, 0, x)), Echo())
 
 
-def view(of: Defense, knows: frozenset[Site], *, rows: int = 64, draw: int = 0) -> AttackerView:
+def view(
+    of: Defense, knows: frozenset[Site], *, max_batch: int = 64, draw: int = 0
+) -> AttackerView:
     victim = Tape.make(0, VICTIM, GROUP.ids, draw)
     guess = Tape.make(0, f"{ATTACKER}/{draw}", GROUP.ids)
-    return AttackerView(of, knows, victim, guess, rows)
+    return AttackerView(of, knows, victim, guess, max_batch)
 
 
 def run(of: Defense, knows: frozenset[Site], *, eot: int = 3, victim_draw: int = 0) -> Attacked:
@@ -64,7 +66,7 @@ def run(of: Defense, knows: frozenset[Site], *, eot: int = 3, victim_draw: int =
 
 
 def search(
-    method: Attack,
+    method: Method,
     *,
     of: Defense | None = None,
     knows: frozenset[Site] = BOTH,
@@ -72,7 +74,7 @@ def search(
     victim_draw: int = 0,
 ) -> Attacked:
     return attack(
-        of or defense(), method, GROUP, ball, knows, seed=0, victim_draw=victim_draw, rows=64
+        of or defense(), method, GROUP, ball, knows, seed=0, victim_draw=victim_draw, max_batch=64
     )
 
 
@@ -194,23 +196,23 @@ def test_a_gradient_is_the_mean_over_the_guesses() -> None:
 
 
 @pytest.mark.parametrize("knows", SUBSETS)
-@pytest.mark.parametrize("rows", [1, 12, 13])
-def test_chunks_of_copies_change_nothing_but_rounding(knows: frozenset[Site], rows: int) -> None:
+@pytest.mark.parametrize("most", [1, 12, 13])
+def test_chunks_of_copies_change_nothing_but_rounding(knows: frozenset[Site], most: int) -> None:
     toy, draws = defense(), range(5)
     args = GROUP.images, GROUP.labels, cross_entropy, draws
-    whole, chunked = view(toy, knows, rows=1000), view(toy, knows, rows=rows)
+    whole, chunked = view(toy, knows, max_batch=1000), view(toy, knows, max_batch=most)
     for want, got in zip(whole.gradient(*args), chunked.gradient(*args), strict=True):
         assert_close(got, want)
     logits = whole.logits(GROUP.images, draws)
     assert_close(chunked.logits(GROUP.images, draws), logits)
 
 
-@pytest.mark.parametrize(("rows", "batches"), [(1, [6] * 5), (12, [12, 12, 6]), (1000, [30])])
-def test_no_pass_is_larger_than_allowed(rows: int, batches: list[int]) -> None:
+@pytest.mark.parametrize(("most", "batches"), [(1, [6] * 5), (12, [12, 12, 6]), (1000, [30])])
+def test_no_pass_is_larger_than_allowed(most: int, batches: list[int]) -> None:
     denoiser = Recorder(GaussianDenoiser())
     toy = Defense(sampler("ddpm", denoiser, steps=1), Small(), [denoiser], "none")
     args = GROUP.images, GROUP.labels, cross_entropy, range(5)
-    view(toy, frozenset(), rows=rows).gradient(*args)
+    view(toy, frozenset(), max_batch=most).gradient(*args)
     assert [len(z) for z, _ in denoiser.seen] == batches
 
 
@@ -334,12 +336,13 @@ def test_random_starts_are_uniform_in_the_ball(ball: Budget) -> None:
 def test_budgets_by_name() -> None:
     assert budget("linf", 0.3) == Linf(0.3)
     assert budget("l2", 0.3) == L2(0.3)
+    assert budget("l1", 0.3) == L1(0.3)
 
 
 # ------------------------------------------------------------------- what evaluate guarantees
 
 
-def returning(change: Callable[[Tensor], Tensor]) -> Attack:
+def returning(change: Callable[[Tensor], Tensor]) -> Method:
     return lambda view, images, labels, budget: change(images)
 
 
@@ -409,35 +412,35 @@ def test_some_zero_gradients_are_no_failure_but_are_told() -> None:
     "rows", [torch.tensor([4, 1]), torch.tensor([False, True, False, False, True, False])]
 )
 def test_gradients_seen_through_a_part_of_the_view_count(rows: Tensor) -> None:
-    def look_at_some(view: AttackerView, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+    def ask_for_some(view: AttackerView, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
         view[rows].gradient(images[rows], labels[rows], cross_entropy, [0])
         return images
 
-    seen = search(look_at_some)
+    seen = search(ask_for_some)
     assert seen.nonzero.tolist() == [False, True, False, False, True, False]
-    assert seen.gradients.tolist() == [0, 1, 0, 0, 1, 0]
-    assert not search(returning(lambda x: x)).gradients.any(), "no gradient was asked for"
+    assert seen.gradient.tolist() == [0, 1, 0, 0, 1, 0]
+    assert not search(returning(lambda x: x)).gradient.any(), "no gradient was asked for"
 
 
-def test_judging_uses_the_draw_it_is_given() -> None:
+def test_an_evaluation_uses_the_draw_it_is_given() -> None:
     classifier = Linear(torch.ones(PIXELS) / PIXELS, -0.5)
     toy = Defense(Noisy(0.3, 0.3), classifier)
-    outcomes = [judge(toy, GROUP.images, GROUP, seed=0, draw=d) for d in range(8)]
-    for draw, outcome in enumerate(outcomes):
+    found = [predict(toy, GROUP.images, GROUP.ids, seed=0, draw=d) for d in range(8)]
+    for draw, classes in enumerate(found):
         tape = Tape.make(0, VICTIM, GROUP.ids, draw)
         x = GROUP.images
         noisy = x + 0.3 * tape.normal(FORWARD, 0, x) + 0.3 * tape.normal(REVERSE, 0, x)
-        assert torch.equal(outcome, (classifier.score(noisy) > 0).long() == GROUP.labels)
-    assert distinct(torch.stack(outcomes)) > 1
+        assert torch.equal(classes, (classifier.score(noisy) > 0).long())
+    assert distinct(torch.stack(found)) > 1
 
 
-def test_logits_that_are_not_finite_are_not_judged() -> None:
+def test_logits_that_are_not_finite_are_no_prediction() -> None:
     class Broken(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.flatten(1) / 0
 
     with pytest.raises(AttackFailed, match="logits that are not finite"):
-        judge(Defense(Identity(), Broken()), GROUP.images, GROUP, seed=0, draw=0)
+        predict(Defense(Identity(), Broken()), GROUP.images, GROUP.ids, seed=0, draw=0)
 
 
 def test_an_attack_does_not_change_the_images_it_is_given() -> None:

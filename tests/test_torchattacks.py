@@ -1,5 +1,6 @@
 """Attacks of torchattacks are driven through the view; what doesn't fit is refused in one line."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -8,21 +9,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import yaml
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dbp_bench.attacks import autoattack, build, torchattacks
+from dbp_bench.attacks import autoattack, described, make, torchattacks
 from dbp_bench.attacks.torchattacks import NORMS, Torchattacks
 from dbp_bench.defense import Defense, Identity
-from dbp_bench.entries.registry import EFFORTS, Registry, Threat
-from dbp_bench.errors import AttackFailed, BadEntry
-from dbp_bench.evaluate import Attacked, Group, attack, judge
+from dbp_bench.entries.build import Subject
+from dbp_bench.entries.registry import Registry
+from dbp_bench.errors import AttackFailed
+from dbp_bench.evaluate import Attacked, Group, attack
 from dbp_bench.extras import BadExtra
 from dbp_bench.noise import FORWARD, VICTIM, Noise, Site, Tape
-from dbp_bench.passes import Passes, Setup, of_torchattacks
-from dbp_bench.threat import L2, Budget, Linf
+from dbp_bench.threat import L2, Attack, Budget, Evaluations, Linf, Setup
 from own_entries import folder
-from toys import Linear, Made, normal, uniform
+from toys import Linear, Made, is_right, normal, uniform
 
 if TYPE_CHECKING:
     from conftest import Command
@@ -85,14 +85,14 @@ def cloud(n: int, channels: int = 3) -> Group:
 
 
 def run(
-    method: Torchattacks,
+    method: Attack,
     batch: Group,
     ball: Budget,
     knows: frozenset[Site] = ALL,
     defense: Defense | None = None,
 ) -> Attacked:
     defense = defense or Defense(Made(noisy), Scores(batch.images.shape[1]))
-    return attack(defense, method, batch, ball, knows, seed=0, victim_draw=0, rows=64)
+    return attack(defense, method, batch, ball, knows, seed=0, victim_draw=0, max_batch=64)
 
 
 # ----------------------------------------------------------------------------------- without it
@@ -104,12 +104,12 @@ def test_it_finds_the_optimum_of_a_linear_classifier(monkeypatch: pytest.MonkeyP
     group = Group(0.25 + 0.5 * uniform(9, 1, 4, 4), torch.arange(9) % 2, range(9))
     defense = Defense(Identity(), Linear(weight))
     state = torch.get_rng_state()
-    out = run(Torchattacks("PGD", {"alpha": 0.02, "steps": 4}), group, Linf(EPS), NONE, defense)
+    out = run(Torchattacks("PGD", {"alpha": 0.7, "steps": 4}), group, Linf(EPS), NONE, defense)
     sign = (1 - 2 * group.labels).view(-1, 1, 1, 1)
     want = group.images + EPS * sign * weight.sign().view(1, 1, 4, 4)
     torch.testing.assert_close(out.images, want, atol=1e-6, rtol=0)
     assert type(out.images) is Tensor
-    assert out.gradients.tolist() == [4] * 9
+    assert out.gradient.tolist() == [4] * 9
     assert torch.equal(torch.get_rng_state(), state), "the process's generator is left alone"
 
 
@@ -117,36 +117,66 @@ def test_it_says_nothing_on_the_screen(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     install(monkeypatch, PGD=Fake)
-    run(Torchattacks("PGD", {"alpha": 0.02, "steps": 1}), cloud(2), Linf(EPS))
+    run(Torchattacks("PGD", {"alpha": 0.7, "steps": 1}), cloud(2), Linf(EPS))
     assert capsys.readouterr() == ("", "")
+
+
+def test_step_sizes_are_relative_to_eps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the default one of the package, whose own eps it is divided by."""
+    given: list[tuple[float, float, int]] = []
+
+    class Seen(Fake):
+        def __call__(self, images: Tensor, labels: Tensor) -> Any:
+            given.append((self.eps, self.alpha, self.steps))
+            return images
+
+    install(monkeypatch, PGD=Seen)
+    for options in ({"alpha": "1/2", "steps": 4}, {}):
+        run(make("torchattacks:PGD", options), cloud(2), Linf(0.06))
+    assert given == [(0.06, 0.03, 4), (0.06, pytest.approx(0.02, rel=1e-5), 10)]
+
+
+def test_options_that_are_left_out_are_those_of_the_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, PGD=Fake)
+    made = make("torchattacks:PGD", {"steps": 4})
+    assert made == Torchattacks("PGD", {"alpha": 0.333333, "steps": 4})
+    assert described("torchattacks:PGD", made) == {"alpha": 0.333333, "steps": 4}
+    assert made.evaluations(Setup(hidden=True)) == Evaluations(4, 0, exact=True)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("PDG", {}, "torchattacks: no attack 'PDG'. Did you mean 'PGD'"),
-        ("CW", {}, "torchattacks: no attack 'CW'."),
-        ("PGD", {"alpha": 1}, "steps missing. It takes: alpha, steps."),
+        ("torchattacks", {}, "no attack ''. Known: APGD, "),
+        ("torchattacks:PDG", {}, "no attack 'PDG'. Did you mean 'PGD'"),
+        ("torchattacks:CW", {}, "no attack 'CW'."),
         (
-            "PGD",
-            {"alpha": 1, "step": 2},
-            "step is unknown. Did you mean 'steps'? Known: alpha, steps.",
+            "torchattacks:PGD",
+            {"step": 2},
+            "step: is unknown. Did you mean 'steps'? Known: alpha, steps",
         ),
-        ("PGD", {"alpha": 1, "steps": 2, "eps": 1}, "eps is filled in by dbp-bench"),
+        ("torchattacks:PGD", {"steps": 2.5}, "steps: 2.5, where the package has 10"),
+        ("torchattacks:PGD", {"steps": True}, "steps: True, where the package has 10"),
+        ("torchattacks:PGD", {"alpha": "x"}, "alpha: 'x', where the package has 0.1"),
+        ("torchattacks:PGD", {"eps": 1}, "eps: is filled in by dbp-bench"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any], message: str
 ) -> None:
     install(monkeypatch, PGD=Fake)
-    with pytest.raises(BadEntry) as caught:
-        run(Torchattacks(name, options), cloud(2), Linf(EPS))
-    assert message in str(caught.value)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        make(name, options)
     assert "\n" not in str(caught.value)
 
 
 def test_another_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, PGD=Fake)
+    unfit = make("torchattacks:PGD", {}).unfit(Setup(hidden=True, norm="l2"))
+    assert unfit is not None
+    assert unfit.startswith("torchattacks:PGD searches in linf, not in l2: choose a track")
     with pytest.raises(AttackFailed, match="torchattacks:PGD searches in linf, not in l2: choose"):
         run(Torchattacks("PGD", {"alpha": 1, "steps": 2}), cloud(2), L2(EPS))
 
@@ -208,65 +238,23 @@ def test_what_leaves_the_ball_is_projected(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(out.images, batch.images + EPS)
 
 
-# --------------------------------------------------------------------------------- its declaration
-
-THREAT: Mapping[str, Any] = {
-    "title": "t",
-    "knows": "none",
-    "attack": "torchattacks:PGD",
-    "effort": {
-        "options": {"alpha": "2/255", "steps": 4},
-        "gradient": "exact",
-        "surrogate_steps": None,
-    },
-    "draws": 3,
-    "eps": None,
-    "protocol": False,
-}
-
-
-def test_a_name_with_a_colon() -> None:
-    threat = Threat.model_validate(THREAT)
-    assert threat.attack == "torchattacks"
-    effort = EFFORTS["torchattacks"].model_validate(threat.effort)
-    assert effort.passes(Setup(hidden=True)) == Passes(4, 0, exact=True)
-    want = Torchattacks("PGD", {"alpha": 2 / 255, "steps": 4})
-    assert build("torchattacks", effort.model_dump()) == want
-    long = {**THREAT, "attack": "torchattacks", "effort": {"name": "PGD", **THREAT["effort"]}}
-    assert Threat.model_validate(long) == threat
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"attack": "torchattack:PGD"}, "no attack 'torchattack:PGD'. Did you mean 'torchattacks'"),
-        ({"attack": "torchattacks"}, "effort.name: is missing"),
-        ({"effort": {"options": {}}}, "effort.gradient: is missing"),
-    ],
-)
-def test_a_bad_declaration_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError) as caught:
-        Threat.model_validate({**THREAT, **change})
-    assert message in str(caught.value)
-
-
 # ------------------------------------------------------------------------- before anything runs
 
-
-def entries(path: Path, options: Mapping[str, Any], within: str | None = None) -> Path:
-    """A folder with the threat `borrowed`, and the data beyond reach."""
-    effort = {**THREAT["effort"], "options": options}
-    threat: dict[str, Any] = {**THREAT, "effort": effort}
-    part = {"attack": "torchattacks", "name": "PGD", "options": options}
-    if within == "ensemble":
-        shared = {"eot": 1, "compare": 1, "gradient": "exact", "surrogate_steps": None}
-        threat |= {"attack": "ensemble", "effort": {**shared, "members": [part]}}
-    if within == "transfer":
-        threat |= {"attack": "transfer", "effort": {"source": "none", "search": part}}
-    return folder(path, attacks={"fine": FINE, "borrowed": threat})
-
-
 FINE: Mapping[str, Any] = yaml.safe_load(Registry().threats["whitebox"].read_text())
+
+
+def threat(attack: str, **effort: Any) -> dict[str, Any]:
+    return {**FINE, "attack": attack, "effort": effort, "protocol": False}
+
+
+def within(outer: str | None, **options: Any) -> dict[str, Any]:
+    """A threat whose attack is torchattacks:PGD, or is made of it."""
+    part = {"attack": "torchattacks:PGD", **options}
+    if outer == "ensemble":
+        return threat("ensemble", members=[part])
+    if outer == "transfer":
+        return threat("transfer", search=part)
+    return threat("torchattacks:PGD", **options)
 
 
 @pytest.fixture
@@ -274,46 +262,47 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object, **__: object) -> None:
         raise AssertionError("something is built or computed")
 
-    monkeypatch.setattr(Registry, "build_defense", stop)
-    monkeypatch.setattr("dbp_bench.runs.execute.load_data", stop)
+    monkeypatch.setattr(Subject, "defense", stop)
+    monkeypatch.setattr(Subject, "data", stop)
 
 
 @pytest.mark.usefixtures("nothing_is_computed")
-@pytest.mark.parametrize("within", [None, "ensemble", "transfer"])
-@pytest.mark.parametrize("verb", ["run", "plan"])
+@pytest.mark.parametrize("outer", [None, "ensemble", "transfer"])
+@pytest.mark.parametrize("how", [[], ["--dry-run"]])
 def test_options_that_do_not_exist_are_refused_before_the_first_job(
-    verb: str,
-    within: str | None,
+    how: list[str],
+    outer: str | None,
     tmp_path: Path,
     command: "Command",
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     install(monkeypatch, PGD=Fake)
-    mine = entries(tmp_path / "mine", {"alpha": 1, "stepz": 2}, within)
+    threats = {"fine": FINE, "third-party": within(outer, alpha=1, stepz=2)}
+    mine = folder(tmp_path / "mine", threats=threats)
     common = ["--entries", mine, "--defense", "oneshot", "--out", tmp_path / "out"]
-    said = command(verb, *common, "--threat", "fine,borrowed")
+    said = command("run", *how, *common, "--threat", "fine,third-party")
     assert said.code == 2
-    assert "borrowed.yaml: torchattacks:PGD: options: stepz is unknown." in said.err
-    assert "Did you mean 'steps'? Known: alpha, steps." in said.err
+    assert "third-party.yaml: " in said.err
+    assert "torchattacks:PGD: stepz: is unknown. Did you mean 'steps'?" in said.err
     assert len(said.err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize("name", ["torchattacks:PGD", "autoattack:rand"])
 def test_a_missing_package_is_told_before_the_first_job(
-    tmp_path: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(name: str) -> Mapping[str, ModuleType]:
         raise BadExtra(f"{name}: not installed. Install: this.")
 
     monkeypatch.setattr(torchattacks, "load_extra", missing)
     monkeypatch.setattr(autoattack, "load_extra", missing)
-    mine = entries(tmp_path / "mine", {"alpha": 1, "steps": 2})
+    mine = folder(tmp_path / "mine", threats={"third-party": threat(name)})
     common = ["--entries", mine, "--defense", "oneshot", "--out", tmp_path / "out"]
-    for threat, package in (("borrowed", "torchattacks"), ("autoattack-rand", "autoattack")):
-        said = command("run", *common, "--threat", f"fine,{threat}")
-        assert (said.code, said.err.count("\n")) == (2, 1)
-        assert f"{package}: not installed. Install: this." in said.err
+    said = command("run", *common, "--threat", "whitebox,third-party")
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert f"{name.partition(':')[0]}: not installed. Install: this." in said.err
 
 
 @pytest.mark.usefixtures("nothing_is_computed")
@@ -324,19 +313,20 @@ def test_sweeps_refuse_as_early(
     how: list[str], tmp_path: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, PGD=Fake)
-    mine = entries(tmp_path / "mine", {"alpha": 1})
-    said = command("sweep", "oneshot", "--entries", mine, "--threat", "borrowed", *how)
-    assert "steps missing. It takes: alpha, steps." in said.err
+    mine = folder(tmp_path / "mine", threats={"third-party": within(None, stepz=1)})
+    said = command("sweep", "oneshot", "--entries", mine, "--threat", "third-party", *how)
+    assert "stepz: is unknown. Did you mean 'steps'?" in said.err
 
 
 @pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize("outer", [None, "ensemble", "transfer"])
 def test_another_norm_than_the_tracks_is_refused_as_early(
-    tmp_path: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
+    outer: str | None, tmp_path: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, PGD=Fake)
-    mine = entries(tmp_path / "mine", {"alpha": 1, "steps": 2})
+    mine = folder(tmp_path / "mine", threats={"third-party": within(outer, steps=2)})
     common = ["--entries", mine, "--defense", "oneshot", "--track", "digits-l2"]
-    said = command("run", *common, "--threat", "borrowed", "--out", tmp_path / "out")
+    said = command("run", *common, "--threat", "third-party", "--out", tmp_path / "out")
     assert "torchattacks:PGD searches in linf, not in l2: choose" in said.err
 
 
@@ -349,18 +339,19 @@ def test_an_entry_is_read_without_the_package(
         raise BadExtra("asked for")
 
     monkeypatch.setattr(torchattacks, "load_extra", missing)
-    mine = entries(tmp_path / "mine", {"alpha": 1, "stepz": 2})
+    threats = {"fine": FINE, "third-party": within(None, alpha=1, stepz=2)}
+    mine = folder(tmp_path / "mine", threats=threats)
     assert command("list", "--entries", mine).code == 0
-    assert command("describe", "borrowed", "--entries", mine).code == 0
-    plan = ["--defense", "oneshot", "--examples", "2", "--threat", "fine"]
-    assert command("plan", "--entries", mine, *plan, "--out", tmp_path / "out").code == 0
+    assert command("list", "third-party", "--entries", mine).code == 0
+    plan = ["--defense", "oneshot", "--examples", "2", "--threat", "fine", "--dry-run"]
+    assert command("run", "--entries", mine, *plan, "--out", tmp_path / "out").code == 0
 
 
 # -------------------------------------------------------------------------------------- with it
 
 SMALL: Mapping[str, Any] = {
     "steps": 4,
-    "alpha": 0.02,
+    "alpha": 0.4,
     "n_queries": 10,
     "num_iter_set": 3,
     "N": 2,
@@ -371,21 +362,21 @@ SMALL: Mapping[str, Any] = {
 """Options in place of the defaults, to be quick."""
 
 
+def with_options(name: str, given: Mapping[str, Any]) -> Attack:
+    """The attack, with those of the `given` options that it has."""
+    import inspect
+
+    from dbp_bench.extras import load_extra
+
+    takes = inspect.signature(getattr(load_extra("torchattacks")["torchattacks"], name)).parameters
+    return make(f"torchattacks:{name}", {k: v for k, v in given.items() if k in takes})
+
+
 @pytest.mark.extras
 @pytest.mark.parametrize("knows", [ALL, NONE])
 @pytest.mark.parametrize("name", NORMS)
 def test_every_attack_runs_and_hurts(name: str, knows: frozenset[Site]) -> None:
     """At the draw it was shown, where one is shown: that is where its images must be wrong."""
-    import inspect
-
-    from dbp_bench.extras import load_extra
-
-    signature = inspect.signature(getattr(load_extra("torchattacks")["torchattacks"], name))
-    options = {
-        key: SMALL.get(key, parameter.default)
-        for key, parameter in signature.parameters.items()
-        if key not in torchattacks._FILLED
-    }
     batch = cloud(24)
     defense = Defense(Made(noisy), Scores(3))
     # Labels by the noisy image, so that every image starts right where the draw is known.
@@ -394,10 +385,10 @@ def test_every_attack_runs_and_hurts(name: str, knows: frozenset[Site]) -> None:
     state = torch.get_rng_state()
     for norm in NORMS[name]:
         balls: Mapping[str, Budget] = {"Linf": Linf(0.05), "L2": L2(1.0)}
-        out = run(Torchattacks(name, options), batch, balls[norm], knows, defense)
+        out = run(with_options(name, SMALL), batch, balls[norm], knows, defense)
         assert torch.equal(torch.get_rng_state(), state)
         if knows:
-            right = judge(defense, out.images, batch, seed=0, draw=0).float().mean()
+            right = is_right(defense, out.images, batch).float().mean()
             assert float(right) < (0.95 if name == "Square" else 0.5)
     assert defense.classifier.weight.grad is None
 
@@ -405,18 +396,9 @@ def test_every_attack_runs_and_hurts(name: str, knows: frozenset[Site]) -> None:
 @pytest.mark.extras
 @pytest.mark.parametrize("more", [{}, {"n_restarts": 2, "multi_targeted": True}])
 @pytest.mark.parametrize("name", NORMS)
-def test_the_plan_counts_the_passes_of_every_attack(name: str, more: Mapping[str, Any]) -> None:
-    import inspect
-
-    from dbp_bench.extras import load_extra
-
-    signature = inspect.signature(getattr(load_extra("torchattacks")["torchattacks"], name))
+def test_the_plan_counts_the_evaluations_of_every_attack(name: str, more: Mapping[str, Any]) -> None:
     given = {"steps": 3, "num_iter_set": 3, "eot_iter": 2, "n_queries": 4, "N": 2, "m": 2, **more}
-    options = {
-        key: given.get(key, parameter.default)
-        for key, parameter in signature.parameters.items()
-        if key not in torchattacks._FILLED
-    }
+    method = with_options(name, given)
     batch = cloud(3)
     defense = Defense(Made(noisy), Scores(3))
     tape = Tape.make(0, VICTIM, batch.ids, 0)
@@ -424,17 +406,18 @@ def test_the_plan_counts_the_passes_of_every_attack(name: str, more: Mapping[str
     for norm in NORMS[name]:
         # With so small a radius, no image falls: all are searched to the end.
         balls: Mapping[str, Budget] = {"Linf": Linf(1e-6), "L2": L2(1e-6)}
-        out = run(Torchattacks(name, options), batch, balls[norm], ALL, defense)
-        planned = of_torchattacks(name, options, Setup(False, norm.lower(), 1e-6, classes=5))
-        assert out.gradients.tolist() == [planned.gradients] * 3
-        assert out.looks.tolist() == [planned.looks] * 3
+        out = run(method, batch, balls[norm], ALL, defense)
+        setup = Setup(False, "l2" if norm == "L2" else "linf", 1e-6, classes=5)
+        planned = method.evaluations(setup)
+        assert out.gradient.tolist() == [planned.gradient] * 3
+        assert out.forward.tolist() == [planned.forward] * 3
 
 
 @pytest.mark.extras
 def test_the_real_pgd_is_the_formula() -> None:
     weight = normal(1, 16, seed=5)[0]
     group = Group(0.25 + 0.5 * uniform(9, 1, 4, 4), torch.arange(9) % 2, range(9))
-    method = Torchattacks("PGD", {"alpha": 0.02, "steps": 4, "random_start": False})
+    method = make("torchattacks:PGD", {"alpha": 0.7, "steps": 4, "random_start": False})
     out = run(method, group, Linf(EPS), NONE, Defense(Identity(), Linear(weight)))
     sign = (1 - 2 * group.labels).view(-1, 1, 1, 1)
     want = group.images + EPS * sign * weight.sign().view(1, 1, 4, 4)

@@ -1,24 +1,25 @@
 """Transfer attacks search in the source and never call the victim."""
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dbp_bench.attacks import build
+from dbp_bench.attacks import make
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.attacks.transfer import Transfer
 from dbp_bench.defense import Defense, Identity
-from dbp_bench.entries.registry import EFFORTS
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Group, attack
-from dbp_bench.noise import FORWARD, Noise
-from dbp_bench.passes import Passes, Setup
-from dbp_bench.threat import Linf
+from dbp_bench.noise import FORWARD, Noise, Tape
+from dbp_bench.result import Result
+from dbp_bench.runs.execute import execute
+from dbp_bench.runs.job import Overrides, resolve
+from dbp_bench.threat import AttackerView, Evaluations, Linf, Setup
 from toys import Linear, Made, normal, uniform
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 EPS = 0.05
 WEIGHT = normal(1, 16, seed=5)[0]
+TAPE = Tape.make(0, "toy", range(8))
 
 
 class Silent(nn.Module):
@@ -51,19 +53,20 @@ def test_the_worst_image_of_the_source_is_found_without_the_victim(noisy: bool) 
     group = batch()
     out = attack(
         victim,
-        Transfer(source, PGD(4, 0.5, 2)),
+        Transfer("toy", {"attack": "pgd", "steps": 4, "step_size": 0.5, "eot": 2}),
         group,
         Linf(EPS),
         frozenset({FORWARD}),
         seed=0,
         victim_draw=0,
-        rows=64,
+        max_batch=64,
+        sources={"toy": source},
     )
     sign = (1 - 2 * group.labels).view(-1, 1, 1, 1)
     want = group.images + EPS * sign * WEIGHT.sign().view(1, 1, 4, 4)
     torch.testing.assert_close(out.images, want, atol=1e-6, rtol=0)
-    assert not out.gradients.any()
-    assert not out.looks.any()
+    assert not out.gradient.any()
+    assert not out.forward.any()
 
 
 def test_a_source_that_masks_its_gradient_is_refused() -> None:
@@ -71,88 +74,96 @@ def test_a_source_that_masks_its_gradient_is_refused() -> None:
     with pytest.raises(AttackFailed, match="source is zero"):
         attack(
             Defense(Identity(), Silent()),
-            Transfer(source, PGD(1, 1.0, 1)),
+            Transfer("toy", {"attack": "pgd", "steps": 1, "step_size": 1.0, "eot": 1}),
             batch(),
             Linf(EPS),
             frozenset(),
             seed=0,
             victim_draw=0,
-            rows=8,
+            max_batch=8,
+            sources={"toy": source},
         )
 
 
-SEARCH = {
-    "attack": "pgd",
-    "steps": 2,
-    "step_size": 0.5,
-    "eot": 3,
-    "loss": "ce",
-    "random_start": False,
-    "restarts": 1,
-}
+def test_a_source_that_the_attacker_does_not_have_is_refused() -> None:
+    view = AttackerView(Defense(Identity(), Silent()), frozenset(), TAPE, TAPE, 8, sources={})
+    with pytest.raises(AttackFailed, match="asks for the defense 'toy', which its `sources` do"):
+        Transfer("toy")(view, batch().images, batch().labels, Linf(EPS))
+
+
+SEARCH = {"attack": "pgd", "steps": 2, "step_size": 0.5, "eot": 3}
 
 
 def test_its_declaration() -> None:
-    effort = EFFORTS["transfer"].model_validate({"source": "none", "search": SEARCH})
-    assert effort.passes(Setup(hidden=False)) == Passes(2, 0, exact=True)
-    assert effort.passes(Setup(hidden=True)) == Passes(6, 0, exact=True)
-    source = Defense(Identity(), Silent())
-    assert build("transfer", effort.model_dump(), source) == Transfer(source, PGD(2, 0.5, 3))
-    with pytest.raises(ValueError, match="needs the defense"):
-        build("transfer", effort.model_dump())
+    made = make("transfer", {"source": "none", "search": SEARCH})
+    assert isinstance(made, Transfer)
+    assert made.sources == ("none",)
+    # How many draws its search is averaged over, the source decides, not the victim.
+    for hidden in (False, True):
+        plain = Setup(hidden, sources={"none": False})
+        assert made.evaluations(plain) == Evaluations(2, 0, exact=True)
+        noisy = Setup(hidden, sources={"none": True})
+        assert made.evaluations(noisy) == Evaluations(6, 0, exact=True)
+    # It records every option of its search, and is the same when made of what it records.
+    assert made.search == {"attack": "pgd", **asdict(PGD(2, 0.5, 3))}
+    assert make("transfer", asdict(made)) == made
 
 
 @pytest.mark.parametrize(
     ("search", "message"),
     [
-        ({**SEARCH, "attack": "transfer"}, "no attack 'transfer'"),
-        ({**SEARCH, "gradient": "bpda"}, "pgd: gradient: is the same for all"),
-        ({"attack": "pgd", "steps": 2}, "pgd: step_size: is missing"),
+        ({**SEARCH, "attack": "transfer"}, "transfer: attacks made of attacks are not put into"),
+        ({**SEARCH, "gradient": "bpda"}, "pgd: gradient: is unknown"),
+        ({"attack": "pgd", "steps": 0}, "pgd: steps: input should be greater than or equal to 1"),
     ],
 )
 def test_a_bad_search_is_refused(search: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError) as caught:
-        EFFORTS["transfer"].model_validate({"source": "none", "search": search})
-    assert message in str(caught.value)
+    with pytest.raises(ValueError, match=message) as caught:
+        make("transfer", {"source": "none", "search": search})
+    assert "\n" not in str(caught.value)
 
 
-ENTRY = """\
-title: From a defense of choice
-knows: none
-attack: transfer
-effort:
-  source: {source}
-  search:
-    {{attack: pgd, steps: 2, step_size: 0.5, eot: 1, loss: ce, random_start: false, restarts: 1}}
-draws: 3
-eps: null
-protocol: false
-"""
+def test_what_does_not_fit_its_source_is_refused() -> None:
+    """A victim whose draws are known does not make the source deterministic."""
+    made = make("transfer", {"source": "toy", "search": {"attack": "square"}})
+    assert made.unfit(Setup(hidden=False, sources={"toy": True})) is None
+    assert "not in l1" in str(made.unfit(Setup(hidden=False, norm="l1", sources={"toy": True})))
 
 
-def entries(folder: Path, source: str) -> Path:
-    (folder / "attacks").mkdir(parents=True)
-    (folder / "attacks" / "moved.yaml").write_text(ENTRY.format(source=source))
-    return folder
-
-
-def test_from_the_command_line(tmp_path: Path, command: "Command") -> None:
+def test_a_run_of_it(tmp_path: Path) -> None:
     """The record names the source's weights and counts no query to the victim's networks."""
-    common = ["--defense", "oneshot", "--threat", "moved", "--examples", "2", "--batch-size", "2"]
-    mine = entries(tmp_path / "mine", "ddpm")
-    said = command("run", "--entries", mine, *common, "--out", tmp_path / "out")
-    assert said.code == 0, said.err
-    (path,) = (tmp_path / "out").glob("*/*/*/seed-0.json")
-    record = json.loads(path.read_text())
-    assert record["network_calls"]["gradient"] == 0
-    assert set(record["provenance"]["weights"]) == {"classifier", "denoiser", "source.denoiser"}
-    assert "source" in record["provenance"]["entries"]
-    assert record["effort"]["source"] == "ddpm"
+    asked = Overrides(
+        {"source": "ddpm", "search": {"attack": "pgd", "steps": 2, "eot": 1}},
+        examples=2,
+        batch_size=2,
+        draws=3,
+    )
+    job = resolve(
+        Registry(),
+        "digits-linf",
+        "oneshot",
+        "eot",
+        attack="transfer",
+        seed=0,
+        device="cpu",
+        overrides=asked,
+    )
+    path = execute(job, tmp_path)
+    assert path == tmp_path / "digits-linf/oneshot/eot/transfer/seed-0.json"
+    result = Result.read(path)
+    assert result.evaluations.gradient == result.evaluations.forward == [0, 0]
+    assert result.evaluations.searched_nfe == 0
+    assert set(result.provenance.weights) == {"classifier", "denoiser", "ddpm.denoiser"}
+    assert "source.ddpm" in result.provenance.entries
+    assert result.effort["source"] == "ddpm"
+    # It asks the victim for no gradient, so that a gradient of zero would say nothing.
+    assert result.gradient is None
+    assert result.zero_gradient is None
 
 
 def test_an_unknown_source_is_refused(tmp_path: Path, command: "Command") -> None:
-    mine = entries(tmp_path / "mine", "ddpn")
-    out = ["--out", tmp_path / "out"]
-    said = command("run", "--entries", mine, "--defense", "oneshot", "--threat", "moved", *out)
-    assert said.code != 0
+    asked = ["--defense", "oneshot", "--threat", "eot", "--attack", "transfer"]
+    said = command("run", *asked, "--set", "source=ddpn", "--out", tmp_path / "out")
+    assert said.code == 2
     assert "no defense 'ddpn'. Did you mean 'ddpm'" in said.err
+    assert not (tmp_path / "out").exists()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dbp_bench.defense import Denoiser
-from dbp_bench.evaluate import Group
+from dbp_bench.defense import Defense, Denoiser
+from dbp_bench.evaluate import Group, predict
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site, Tape, seeded
 from dbp_bench.purifiers.ddpm import DDIM, DDPM
 from dbp_bench.purifiers.dpm_solver import DPMSolver
@@ -45,6 +45,11 @@ def group(n: int, size: int = 4, channels: int = 1) -> Group:
 def distinct(rows: Tensor) -> int:
     """How many rows differ from all before them."""
     return len({tuple(row) for row in rows.flatten(1).tolist()})
+
+
+def is_right(defense: Defense, images: Tensor, of: Group, draw: int = 0) -> Tensor:
+    """Which ``(b,)`` of the `images` the defense gets right at victim draw `draw` of seed 0."""
+    return predict(defense, images, of.ids, seed=0, draw=draw) == of.labels
 
 
 # ---------------------------------------------------------------------------------- schedules

@@ -9,7 +9,7 @@ from torch import Tensor
 from dbp_bench.defense import Defense
 from dbp_bench.errors import AttackFailed, ZeroGradient
 from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
-from dbp_bench.threat import Attack, AttackerView, Budget, Tick, ignore
+from dbp_bench.threat import AttackerView, Budget, Method, Tick, ignore
 
 FRESH = 1 << 32
 """Victim draws from here on evaluate images made for known draws; no attacker is shown one."""
@@ -45,7 +45,7 @@ class Attacked:
 
 def attack(
     defense: Defense,
-    method: Attack,
+    method: Method,
     group: Group,
     budget: Budget,
     knows: frozenset[Site],

@@ -211,6 +211,10 @@ class Gradient(NamedTuple):
     """``(b, draws, k)``."""
 
 
+Method = Callable[["AttackerView", Tensor, Tensor, Budget], Tensor]
+"""A search: perturbed images ``(b, c, h, w)`` for a view, images, labels and a budget."""
+
+
 class AttackLog:
     """The evaluations that an attack took of each image; the log of a part adds to the whole's."""
 
@@ -443,6 +447,8 @@ class Setup:
     classes: int = 10
     sources: Mapping[str, bool] = field(default_factory=dict)
     """Other defenses that the attack searches in, and whether they draw noise."""
+    gradient: str = "exact"
+    """What is differentiated: ``exact``, ``bpda``, ``surrogate:N`` or ``declared-surrogate``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ dataclass with the methods of :class:`dbp_bench.threat.Attack`; its fields are i
 attacks share is in ``common/``. Importing this package imports no torch.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from importlib import import_module
@@ -51,15 +52,21 @@ def make(name: str, options: Mapping[str, Any]) -> "Attack":
     check_name(own)
     module = import_module(f"{__name__}.{own.replace('-', '_')}")
     # The attack of a module is the class that the module itself defines with these methods.
-    (kind,) = (
+    kinds = [
         value
         for value in vars(module).values()
         if isinstance(value, type)
         and value.__module__ == module.__name__
         and callable(getattr(value, "evaluations", None))
-    )
+    ]
+    if len(kinds) != 1:
+        raise ValueError(
+            f"{module.__file__} defines {len(kinds)} classes with a method evaluations; the attack "
+            "is the only one"
+        )
+    (kind,) = kinds
     if colon and not hasattr(kind, "variant"):
-        raise ValueError(f"{name}: {own} has no variants; write {own}")
+        raise ValueError(f"{own} has no variants; write {own}")
     given = kind.variant(variant, options) if hasattr(kind, "variant") else options
     attack: Attack = construct(kind, given)
     return attack
@@ -75,6 +82,8 @@ def construct(kind: type[Any], options: Mapping[str, Any]) -> Any:
         return kind(**options)
     except ValidationError as error:
         raise ValueError(explain(error, kind).rstrip(".")) from None
+    except TypeError as error:  # of a dataclass that checks nothing itself
+        raise ValueError(str(error)) from None
 
 
 def described(name: str, attack: "Attack") -> dict[str, Any]:
@@ -83,10 +92,16 @@ def described(name: str, attack: "Attack") -> dict[str, Any]:
     They are the fields of its dataclass, or what its method `effort` gives.
 
     Raises:
-        ValueError: The attack is no dataclass.
+        ValueError: The attack is no dataclass, or a result cannot hold an option.
     """
-    if hasattr(attack, "effort"):
-        return dict(attack.effort())
-    if not is_dataclass(attack) or isinstance(attack, type):
+    if not hasattr(attack, "effort") and not is_dataclass(attack):
         raise ValueError(f"{name} is not a dataclass, so that its options cannot be recorded")
-    return asdict(attack)
+    options = attack.effort() if hasattr(attack, "effort") else asdict(attack)  # type: ignore[call-overload]
+    try:
+        # As a result gives them back: a tuple is a list there.
+        return dict(json.loads(json.dumps(options, allow_nan=False)))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name}: options {options!r} are not made of finite numbers, strings, true, false and "
+            "lists, so that they cannot be recorded"
+        ) from None

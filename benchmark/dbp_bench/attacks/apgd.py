@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from math import ceil
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -72,9 +72,11 @@ class APGD:
         restarts: Runs for each target.
         targets: Target classes, the most likely wrong ones by mean logits of the clean image over
             common draws; None where the loss has no target.
-        retire: Whether finished images stop. The images found are the same; False is for measuring
-            what it saves.
     """
+
+    retire: ClassVar[bool] = True
+    """Whether finished images stop. It is no option, since the images found are the same: False is
+    for measuring what it saves."""
 
     steps: Count = 100
     eot: Count = 10
@@ -83,7 +85,6 @@ class APGD:
     random_start: bool = True
     restarts: Count = 1
     targets: Count | None = None
-    retire: bool = True
 
     def __post_init__(self) -> None:
         if self.restarts > 1 and not self.random_start:

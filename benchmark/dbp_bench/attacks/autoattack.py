@@ -65,7 +65,7 @@ class AutoAttack:
         """
         if version not in VERSIONS:
             known = " or ".join(f"autoattack:{name}" for name in VERSIONS)
-            raise ValueError(f"autoattack: no version {version!r}; write {known}")
+            raise ValueError(f"no version {version!r}; write {known}")
         return {"version": version, "eot": 20 if version == "rand" else 1, **options}
 
     def effort(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from dbp_bench.attacks.common.options import Count, Number, checked
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.errors import AttackFailed
 from dbp_bench.memory import State
-from dbp_bench.threat import AttackerView, Budget
+from dbp_bench.threat import AttackerView, Budget, Setup
 
 
 @checked
@@ -59,6 +59,15 @@ class DiffAttack(PGD):
 
     weight: Annotated[Number, Field(ge=0, le=1e6)] = 1.0
     levels: Count | None = None
+
+    def unfit(self, setup: Setup) -> str | None:
+        """Whether no gradient goes through the purifier, where the deviation is; or as PGD."""
+        if self.weight and setup.gradient == "bpda":
+            return (
+                "gradient: bpda has none inside the purifier, where the deviation is; take exact "
+                "or a surrogate"
+            )
+        return PGD.unfit(self, setup)
 
     def __call__(
         self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget

@@ -11,7 +11,8 @@ from dbp_bench import attacks
 from dbp_bench.attacks.common.objectives import margin
 from dbp_bench.attacks.common.options import Count, checked
 from dbp_bench.attacks.pgd import SELECTION
-from dbp_bench.threat import Attack, AttackerView, Budget, Evaluations, Setup
+from dbp_bench.errors import did_you_mean
+from dbp_bench.threat import Attack, AttackerView, Budget, Evaluations, Method, Setup
 
 COMPARISON = SELECTION + (1 << 30)
 """Guesses from here on compare members; no member ever evaluates one."""
@@ -84,7 +85,7 @@ class Ensemble:
 
 
 def strongest(
-    members: Sequence[Attack],
+    members: Sequence[Method],
     compare: int,
     view: AttackerView,
     images: Tensor,
@@ -129,9 +130,15 @@ def inner(table: Mapping[str, Any]) -> Attack:
     Raises:
         ValueError: There is no such attack, it is itself made of attacks, or an option is wrong.
     """
-    name = str(table.get("attack"))
+    if "attack" not in table:
+        raise ValueError("attack: is missing")
+    name = str(table["attack"])
+    known = set(attacks.names()) - set(MADE_OF_ATTACKS)
     if name in MADE_OF_ATTACKS:
         raise ValueError(f"{name}: attacks made of attacks are not put into one another")
+    if name.partition(":")[0] not in known:
+        hint = did_you_mean(name, known).rstrip(".")
+        raise ValueError(f"no attack {name!r} of this package.{hint}")
     own = {key: value for key, value in table.items() if key != "attack"}
     try:
         return attacks.make(name, own)

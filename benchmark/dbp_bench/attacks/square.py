@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import sqrt
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,14 +38,15 @@ class Square:
         n_queries: Candidates for each image.
         p_init: Share of the pixels in the first squares, in (0, 1].
         eot: Guesses over which each margin is averaged.
-        retire: Whether finished images stop. The images found are the same; False is for measuring
-            what it saves.
     """
+
+    retire: ClassVar[bool] = True
+    """Whether finished images stop. It is no option, since the images found are the same: False is
+    for measuring what it saves."""
 
     n_queries: Count = 1000
     p_init: Share = 0.8
     eot: Count = 5
-    retire: bool = True
 
     def evaluations(self, setup: Setup) -> Evaluations:
         """Candidate and incumbent at each query and the end; known draws: each candidate once."""

@@ -63,26 +63,26 @@ class Torchattacks:
 
         Raises:
             BadExtra: The package isn't there.
-            ValueError: No such attack can be driven, or an option is unknown.
+            ValueError: No such attack can be driven, or an option is unknown or of another type.
         """
         if name not in NORMS:
-            raise ValueError(f"torchattacks: no attack {name!r}.{did_you_mean(name, NORMS)}")
+            raise ValueError(f"no attack {name!r}.{did_you_mean(name, NORMS)}".rstrip("."))
         parameters = inspect.signature(_class(name)).parameters
         takes = {key: p.default for key, p in parameters.items() if key not in _FILLED}
-        for key in options:
+        given = {key: number_of(value) for key, value in options.items()}
+        for key, value in given.items():
             if key in _FILLED:
                 raise ValueError(
-                    f"torchattacks:{name}: {key} is filled in by dbp-bench: leave it out. "
-                    f"It takes: {', '.join(takes) or 'nothing'}."
+                    f"{key}: is filled in by dbp-bench: leave it out. It takes: "
+                    f"{', '.join(takes) or 'nothing'}"
                 )
             if key not in takes:
-                raise ValueError(
-                    f"torchattacks:{name}: {key} is unknown.{did_you_mean(key, takes)}"
-                )
+                raise ValueError(f"{key}: is unknown.{did_you_mean(key, takes)}".rstrip("."))
+            if not _is_like(value, takes[key]):
+                raise ValueError(f"{key}: {value!r}, where the package has {takes[key]!r}")
         default_eps = next((parameters[key].default for key in _EPS if key in parameters), None)
         if _STEP_SIZE in takes and default_eps:
             takes[_STEP_SIZE] = round(takes[_STEP_SIZE] / default_eps, 6)
-        given = {key: number_of(value) for key, value in options.items()}
         return {"name": name, "options": {**takes, **given}}
 
     def effort(self) -> dict[str, Any]:
@@ -171,6 +171,13 @@ class Torchattacks:
         if not isinstance(found, Tensor):
             raise AttackFailed(f"torchattacks:{self.name} returned no images.")
         return plain(found, images)
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Whether `value` is of the type of a parameter's `default`; a whole number is a number."""
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return default is None or type(value) is type(default)
 
 
 def _class(name: str) -> type[Any]:

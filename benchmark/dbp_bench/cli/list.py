@@ -59,11 +59,11 @@ def list_entries(
 def _title(attack: str) -> str:
     """The first sentence of the module of an attack, which is read and not imported."""
     import ast
+    from importlib.util import find_spec
 
-    from dbp_bench import attacks
-
-    path = Path(next(iter(attacks.__path__))) / f"{attack.replace('-', '_')}.py"
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    spec = find_spec(f"dbp_bench.attacks.{attack.replace('-', '_')}")
+    source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
+    text = ast.get_docstring(ast.parse(source)) or ""
     return text.partition("\n")[0].rstrip(".")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from dbp_bench import attacks, data
-from dbp_bench.declaration import number_of
+from dbp_bench.declaration import explain, number_of
 from dbp_bench.entries.defense import DefenseEntry, Setting, Surrogate
 from dbp_bench.entries.fields import AnyRef, CheckpointRef, Entry, NetworkRef, sha256_if_there
 from dbp_bench.entries.threat import is_outside
@@ -90,7 +90,7 @@ class Builder:
             try:
                 attack = attacks.make(name, options)
             except ValueError as error:
-                raise BadEntry(f"{where}: {name}: {error}.") from None
+                raise BadEntry(f"{where}: {name}: {str(error).rstrip('.')}.") from None
         for method in ("__call__", "evaluations", "unfit"):
             if not callable(getattr(attack, method, None)):
                 raise BadEntry(f"{where}: {name} is not an attack: it has no method {method}.")
@@ -113,8 +113,10 @@ class Builder:
         given = _typed(function, arguments, path)
         try:
             return function(**given)
+        except ValidationError as error:
+            raise BadEntry(f"{path}: {dotted}: {explain(error, function)}") from None  # type: ignore[arg-type]
         except (BadEntry, TypeError, ValueError, KeyError) as error:
-            raise BadEntry(f"{path}: {dotted}: {error}") from None
+            raise BadEntry(f"{path}: {dotted}: {' '.join(str(error).split())}") from None
 
     def _import(self, dotted: str, path: Path, kind: Kind) -> Callable[..., Any]:
         module, _, attribute = dotted.partition(":")

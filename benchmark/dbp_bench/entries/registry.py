@@ -32,7 +32,7 @@ class Registry:
     """All entries: the package's own, and those of the user's folders.
 
     Args:
-        folders: Folders with `defenses/`, `attacks/` and `tracks/` of one's own.
+        folders: Folders with `defenses/`, `attacks/` and `tracks/` of one's own, or with modules.
         trust_code: Whether code that an entry names outside this package may run.
         data: Where the user says that data sets are; None for the environment variable or the hub.
         instead: Files of defenses, by name, that count in place of any of that name.
@@ -41,7 +41,7 @@ class Registry:
     one is not to trust it: its code runs with `trust_code` only.
 
     Raises:
-        BadEntry: A folder isn't there or holds no entries, or a name is taken.
+        BadEntry: A folder isn't there or holds neither entries nor modules, or a name is taken.
     """
 
     def __init__(
@@ -56,10 +56,12 @@ class Registry:
         self.folders = [folder.resolve() for folder in folders]
         self.builder = Builder(tuple(self.folders), trust_code, data)
         for folder in self.folders:
-            if not any((folder / kind).is_dir() for kind in KINDS):
+            # A module alone is enough: of an attack, which needs no entry.
+            modules = [*folder.glob("*.py"), *folder.glob("*/__init__.py")]
+            if not modules and not any((folder / kind).is_dir() for kind in KINDS):
                 raise BadEntry(
                     f"{folder}: no folder defenses/, attacks/threats/, attacks/settings/ or "
-                    "tracks/ in it."
+                    "tracks/ in it, and no module."
                 )
 
     @cached_property

@@ -162,7 +162,8 @@ class Job:
     @property
     def setup(self) -> "Setup":
         """What decides, beside its options, how many evaluations the attack takes."""
-        return _setup(self.subject, self.knows, self.eps, self.sources)
+        gradient = self.search.gradient or "exact"
+        return _setup(self.subject, self.knows, self.eps, self.sources, gradient)
 
     @property
     def evaluations(self) -> "Evaluations":
@@ -414,14 +415,18 @@ def _search(
             f"--gradient {gradient!r}: exact, bpda, declared-surrogate, or surrogate:N with the "
             "number of steps."
         )
+    if overrides.effort:
+        where = f"{where} with --set {', '.join(overrides.effort)}"
     made = registry.builder.attack(name, {**effort, **overrides.effort}, where)
     if gradient == "declared-surrogate":
         _ = subject.surrogate
+    if gradient.startswith("surrogate:") and "steps" not in subject.setting.options:
+        raise BadRequest(f"gradient: {gradient}, but {subject.name} has no option `steps`: take exact.")
     sources = {
         source: registry.subject(source, subject.track.name)
         for source in getattr(made, "sources", ())
     }
-    setup = _setup(subject, knows, eps, sources)
+    setup = _setup(subject, knows, eps, sources, gradient)
     unfit = made.unfit(setup)
     if unfit is not None:
         raise BadRequest(f"{subject.name} / {threat.name} / {name}: {unfit}.")
@@ -429,7 +434,10 @@ def _search(
         effort = attacks.described(name, made)
     except ValueError as error:
         raise BadEntry(f"{where}: {error}.") from None
-    follows = made.evaluations(setup).gradient > 0
+    # An attack that searches in other defenses asks the one under attack for no gradient.
+    follows = made.evaluations(setup).gradient > 0 and not sources
+    if gradient != "exact" and not follows:
+        raise BadRequest(f"gradient: {gradient}, but {name} follows no gradient of {subject.name}.")
     return Search(made, name, setting, effort, gradient if follows else None), sources
 
 
@@ -446,7 +454,11 @@ def _check_attack(name: str, settings: Iterable[str]) -> None:
 
 
 def _setup(
-    subject: Subject, knows: list[str], eps: float, sources: Mapping[str, Subject]
+    subject: Subject,
+    knows: list[str],
+    eps: float,
+    sources: Mapping[str, Subject],
+    gradient: str,
 ) -> "Setup":
     from dbp_bench.threat import Setup
 
@@ -457,6 +469,7 @@ def _setup(
         eps=eps,
         classes=data.facts_of(track.data).classes,
         sources={name: bool(source.sites) for name, source in sources.items()},
+        gradient=gradient,
     )
 
 

@@ -68,6 +68,8 @@ class Tracked(Tensor):
         kwargs: Any = None,
     ) -> Any:
         """The outcome of `func`, with the rows that it has."""
+        if func is _T.__setitem__:
+            args = (args[0], _as_list(args[1]), *args[2:])
         out = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if isinstance(out, Tracked) and func is not _T.__setitem__:
             rows = _rows(func, args, kwargs or {}, out)
@@ -103,6 +105,17 @@ def _rows(func: Callable[..., Any], args: Sequence[Any], kwargs: Any, out: Tenso
     if found and alike and all(torch.equal(found[0], other) for other in found[1:]):
         return found[0]
     return None
+
+
+def _as_list(index: Any) -> Any:
+    """The `index`; that of one image as a list of one.
+
+    To write one image through its view breaks the graph of a subclass of tensors (torch 2.13).
+    """
+    if isinstance(index, int) and not isinstance(index, bool):
+        return [index]
+    one = isinstance(index, Tensor) and not index.dim() and not index.dtype.is_floating_point
+    return index[None] if one and index.dtype != torch.bool else index
 
 
 def _selected(images: Any, index: Any) -> Tensor | None:

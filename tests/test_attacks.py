@@ -1,0 +1,401 @@
+"""An attack is one file or one dotted path; what cannot go together is refused in one line."""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from dbp_bench import attacks
+from dbp_bench.attacks.pgd import PGD
+from dbp_bench.entries.build import Subject
+from dbp_bench.entries.registry import Registry
+from dbp_bench.errors import BadRequest
+from dbp_bench.result import Result
+from dbp_bench.runs.estimate import estimate
+from dbp_bench.runs.execute import execute
+from dbp_bench.runs.job import Job, Overrides, resolve
+from own_entries import folder
+
+if TYPE_CHECKING:
+    from conftest import Command
+
+TOY = Path(__file__).parent / "data" / "toy_momentum.py"
+"""An attack of 48 lines."""
+
+INSIDE, OUTSIDE = "toy-momentum", "toy_momentum:Momentum"
+PROTOCOL = Registry().protocol
+SMALL = Overrides({"steps": 3, "eot": 2}, examples=3, batch_size=3, draws=3)
+
+
+def job_of(
+    registry: Registry, threat: str, attack: str | None = None, asked: Overrides = SMALL
+) -> Job:
+    """A job on a few digits, against DDPM."""
+    names = (registry, "digits-linf", "ddpm", threat)
+    return resolve(*names, attack=attack, seed=0, device="cpu", overrides=asked)
+
+
+# ------------------------------------------------------------ one file of ours, one dotted path
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the toy attack alone, which is also a module of the package."""
+    path = tmp_path / "mine"
+    path.mkdir()
+    shutil.copy(TOY, path)
+    monkeypatch.setattr(attacks, "__path__", [*attacks.__path__, str(path)])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield path
+    for name in ("toy_momentum", "dbp_bench.attacks.toy_momentum"):
+        sys.modules.pop(name, None)
+    vars(attacks).pop("toy_momentum", None)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No conformance record, which takes as long as a small run."""
+    monkeypatch.setattr("dbp_bench.runs.execute.record", lambda _: None)
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_file_is_found_by_its_name(command: "Command") -> None:
+    assert INSIDE in attacks.names()
+    said = command("list", "attacks")
+    assert re.search(rf"{INSIDE} +Steps along the running mean of the gradients", said.out)
+    assert not [name for name in sys.modules if "toy_momentum" in name], "it is not imported"
+
+
+def run_as_planned(job: Job, out: Path) -> Result:
+    """The result of `job`, which took exactly the evaluations that were planned."""
+    cost = estimate(job, out, "none")
+    path = execute(job, out, policy="none")
+    assert path == job.path(out)
+    result = Result.read(path)
+    planned, taken = job.evaluations, result.evaluations
+    assert planned.exact
+    assert not cost.at_most
+    assert taken.gradient == [job.attacks * planned.gradient] * len(result.ids)
+    assert taken.forward == [job.attacks * planned.forward] * len(result.ids)
+    evaluated = len(result.ids) * len(result.draws) * (5 if result.knows else 2)
+    searched = sum(taken.gradient) + sum(taken.forward)
+    assert cost.calls == searched * taken.searched_nfe + evaluated * taken.nfe
+    return result
+
+
+@pytest.mark.parametrize("threat", PROTOCOL)
+def test_the_toy_attack_runs_as_planned_at_every_threat_model(
+    toy: Path, unchecked: None, threat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file of the package, and the same file outside: they find the same."""
+    monkeypatch.setattr("dbp_bench.runs.estimate.MOMENT", 0.0)
+    inside = run_as_planned(job_of(Registry(), threat, INSIDE), tmp_path / "out")
+    mine = Registry([toy], trust_code=True)
+    outside = run_as_planned(job_of(mine, threat, OUTSIDE), tmp_path / "out")
+    for result, name, label in (
+        (inside, INSIDE, INSIDE),
+        (outside, OUTSIDE, "toy_momentum-Momentum"),
+    ):
+        assert (result.attack, result.label) == (name, label)
+        assert (result.setting, result.gradient) == (None, "exact")
+        assert result.effort == {"steps": 3, "step_size": 0.25, "eot": 2, "decay": 1.0}
+        eot = 1 if threat == "dwbox" else 2
+        assert job_of(mine, threat, name).evaluations.gradient == 3 * eot
+    assert inside.digest == outside.digest
+    assert inside.predicted == outside.predicted
+    assert inside.provenance.code is None
+    assert list(outside.provenance.code or {}) == ["toy_momentum"]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_changed_file_outside_is_another_attack(toy: Path, tmp_path: Path) -> None:
+    registry = Registry([toy], trust_code=True)
+    asked = Overrides({"steps": 1}, examples=1, batch_size=1, draws=1)
+    execute(job_of(registry, "eot", OUTSIDE, asked), tmp_path / "out")
+    with (toy / "toy_momentum.py").open("a") as file:
+        file.write("# changed\n")
+    with pytest.raises(BadRequest, match="holds another request: code is "):
+        execute(job_of(registry, "eot", OUTSIDE, asked), tmp_path / "out")
+
+
+def test_every_threat_model_takes_the_toy_attack(toy: Path, command: "Command") -> None:
+    """By the command line, whose plan names it."""
+    small = ["--examples", "1", "--batch-size", "1", "--set", "steps=3", "--json", "--dry-run"]
+    for attack in (INSIDE, OUTSIDE):
+        own = ["--entries", toy, "--trust-code"] if attack == OUTSIDE else []
+        said = command(
+            "run", *own, "--defense", "ddpm", "--threat", "all", "--attack", attack, *small
+        )
+        assert (said.code, said.err) == (0, "")
+        jobs = json.loads(said.out)["jobs"]
+        assert [job["attack"] for job in jobs] == [attack] * len(PROTOCOL)
+        assert sorted(job["threat"] for job in jobs) == PROTOCOL
+        assert all(("toy_momentum" in job.get("code", {})) == bool(own) for job in jobs)
+
+
+def rows_of_attack(tables: Path, label: str) -> list[str]:
+    """The lines of the reported CSV tables that name an attack by its label."""
+    lines = [line for csv in sorted(tables.glob("*.csv")) for line in csv.read_text().splitlines()]
+    return [line for line in lines if label in line.split(",")]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_toy_attack_appears_in_the_report(
+    toy: Path, tmp_path: Path, command: "Command"
+) -> None:
+    """Beside PGD, at the threat models that it ran at."""
+    asked = Overrides({"steps": 1}, examples=3, batch_size=3, draws=3)
+    registry = Registry([toy], trust_code=True)
+    for attack in (None, INSIDE, OUTSIDE):
+        for threat in ("eot", "dwbox"):
+            execute(job_of(registry, threat, attack, asked), tmp_path / "results")
+    said = command(
+        "report", "--results", tmp_path / "results", "--out", tmp_path / "tables", "--entries", toy
+    )
+    assert said.code == 0, said.err
+    for label in (INSIDE, "toy_momentum-Momentum"):
+        assert len(rows_of_attack(tmp_path / "tables", label)) >= 2
+
+
+# ------------------------------------------------------------- what is refused before it begins
+
+
+@pytest.fixture
+def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise AssertionError("something is built or computed")
+
+    monkeypatch.setattr(Subject, "defense", stop)
+    monkeypatch.setattr(Subject, "data", stop)
+
+
+@pytest.fixture(scope="module")
+def in_l1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a track in l1 and a defense on it, both called "own"."""
+    shipped = Registry()
+    track, defense = (
+        yaml.safe_load(entry.path.read_text())
+        for entry in (shipped.track("digits-linf"), shipped.defense("oneshot"))
+    )
+    defense["settings"][0]["tracks"] = ["own"]
+    return folder(
+        tmp_path_factory.mktemp("l1"),
+        tracks={"own": track | {"norm": "l1", "eps": 4}},
+        defenses={"own": defense},
+    )
+
+
+REFUSED: list[tuple[Sequence[str], str]] = [
+    # What the attack does not search in.
+    (["--attack", "pgd", "--set", "loss=ce-targeted", "--set", "restarts=20"], "give 9 at most"),
+    (
+        ["--attack", "apgd", "--set", "loss=dlr-targeted", "--set", "targets=20"],
+        "ddpm / eot / apgd: targets: 20 wrong classes to aim at, but there are 9; give 9 at most",
+    ),
+    # What the attack does not have.
+    (["--attack", "pdg"], "no attack 'pdg'. Did you mean 'pgd'?"),
+    (["--attack", "ensemble-hiden"], "no attack 'ensemble-hiden'. Did you mean 'ensemble-hidden'?"),
+    (["--attack", "low_frequency"], "Did you mean 'low-frequency'?"),
+    (["--attack", "pgd:fast"], "pgd has no variants; write pgd."),
+    (["--attack", "apgd", "--set", "stepz=3"], "apgd: stepz: is unknown. Did you mean 'steps'?"),
+    (["--set", "stepz=3"], "eot.yaml with --set stepz: pgd: stepz: is unknown. Did you mean"),
+    (["--attack", "ensemble-hidden", "--set", "eott=3"], "ensemble: eott: is unknown. Did you"),
+    # What it cannot differentiate.
+    (
+        ["--gradient", "surrogate:0"],
+        "--gradient 'surrogate:0': exact, bpda, declared-surrogate, or",
+    ),
+    (["--gradient", "bdpa"], "--gradient 'bdpa': exact, bpda, declared-surrogate, or surrogate:N"),
+    (["--gradient", "declared-surrogate"], "ddpm.yaml declares none for 'digits-linf'"),
+    (["--attack", "square", "--gradient", "bpda"], "square follows no gradient of ddpm"),
+    (["--attack", "transfer", "--gradient", "bpda"], "transfer follows no gradient of ddpm"),
+    (["--attack", "diffattack", "--gradient", "bpda"], "bpda has none inside the purifier"),
+]
+
+
+def refused(command: "Command", out: Path, *asked: str | Path, defense: str = "ddpm") -> str:
+    """What is said against a run, in one line and before anything is written below `out`."""
+    said = command("run", "--defense", defense, "--threat", "eot", *asked, "--out", out)
+    assert said.code == 2, said
+    assert len(said.err.splitlines()) == 1
+    assert not out.exists()
+    return said.err
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize(("asked", "says"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
+def test_what_cannot_go_together_is_refused(
+    asked: Sequence[str], says: str, command: "Command", tmp_path: Path
+) -> None:
+    assert says in refused(command, tmp_path / "out", *asked)
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_a_surrogate_needs_steps_to_shorten(command: "Command", tmp_path: Path) -> None:
+    said = refused(command, tmp_path / "out", "--gradient", "surrogate:2", defense="oneshot")
+    assert "gradient: surrogate:2, but oneshot has no option `steps`: take exact." in said
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize("attack", ["square", "ensemble-hidden"])
+def test_a_norm_that_an_attack_does_not_search_is_refused(
+    attack: str, in_l1: Path, command: "Command", tmp_path: Path
+) -> None:
+    asked = ["--entries", in_l1, "--track", "own", "--attack", attack]
+    said = refused(command, tmp_path / "out", *asked, defense="own")
+    assert "square searches in linf and l2, not in l1: take pgd, apgd or autoattack." in said
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_a_version_for_deterministic_models_is_refused_where_draws_are_hidden(
+    command: "Command", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dbp_bench.attacks.autoattack.load_extra", lambda _: {})
+    said = refused(command, tmp_path / "out", "--attack", "autoattack:standard")
+    assert "draws of this defense are hidden: take autoattack:rand, or ensemble." in said
+    job_of(Registry(), "dwbox", "autoattack:standard", Overrides())
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_code_outside_runs_only_where_it_is_trusted(
+    toy: Path, command: "Command", tmp_path: Path
+) -> None:
+    said = refused(command, tmp_path / "out", "--entries", toy, "--attack", OUTSIDE)
+    assert f"{OUTSIDE} is code from outside dbp-bench. Add --trust-code to run it." in said
+    assert "toy_momentum" not in sys.modules
+
+
+BROKEN: list[tuple[str, str]] = [
+    ("def evaluations(self, setup): ...", "it has no method unfit."),
+    ("def unfit(self, setup): ...", "it has no method evaluations."),
+    ("def __init__(self): raise ValueError('no\\n good')", "mine:Attack: no good"),
+]
+"""Bodies of a class that is no attack, and what is said of it."""
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize(("body", "says"), BROKEN)
+def test_an_object_that_is_no_attack_is_refused(
+    body: str, says: str, command: "Command", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "mine"
+    own.mkdir()
+    (own / "mine.py").write_text(f"class Attack:\n    __call__ = print\n    {body}\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    try:
+        asked = ["--entries", own, "--trust-code", "--attack", "mine:Attack"]
+        assert says in refused(command, tmp_path / "out", *asked)
+    finally:
+        sys.modules.pop("mine", None)
+
+
+METHODS = """
+from dataclasses import dataclass, field
+from dbp_bench.threat import Evaluations
+class Methods:
+    def __call__(self, view, images, labels, budget): return images
+    def evaluations(self, setup): return Evaluations(0, 1, True)
+    def unfit(self, setup): return None
+"""
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize(
+    ("kind", "options", "says"),
+    [
+        ("class Attack(Methods): pass", [], "mine:Attack is not a dataclass, so that its options"),
+        (
+            "@dataclass\nclass Attack(Methods):\n    steps: set = field(default_factory=set)",
+            [],
+            "options {'steps': set()} are not made of finite numbers, strings, true, false",
+        ),
+        (
+            "@dataclass\nclass Attack(Methods):\n    steps: int = 1",
+            ["stepz=2"],
+            "'stepz'. It takes",
+        ),
+        ("@dataclass\nclass Attack(Methods):\n    steps: int = 1", ["steps=x"], "options.steps: "),
+        ("@dataclass\nclass Attack(Methods):\n    steps: int", [], "'steps'. It takes: steps."),
+    ],
+)
+def test_options_that_cannot_be_recorded_are_refused(
+    kind: str,
+    options: Sequence[str],
+    says: str,
+    command: "Command",
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a dataclass of one's own, which need not check its options itself."""
+    own = tmp_path / "mine"
+    own.mkdir()
+    (own / "mine.py").write_text(f"{METHODS}\n{kind}\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    asked: list[str | Path] = ["--entries", own, "--trust-code", "--attack", "mine:Attack"]
+    try:
+        asked += [part for option in options for part in ("--set", option)]
+        assert says in refused(command, tmp_path / "out", *asked)
+    finally:
+        sys.modules.pop("mine", None)
+
+
+# ------------------------------------------------------------------------------- options
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("pgd", {"steps": 0}, "steps: input should be greater than or equal to 1, not 0"),
+    ("pgd", {"steps": "five"}, "steps: input should be a valid integer, not 'five'"),
+    ("pgd", {"steps": 2.0}, "steps: input should be a valid integer"),
+    ("pgd", {"steps": True}, "steps: input should be a valid integer, not True"),
+    ("pgd", {"step_size": 0}, "step_size: input should be greater than 0, not 0"),
+    ("pgd", {"step_size": 11}, "step_size: input should be less than or equal to 10, not 11"),
+    ("pgd", {"step_size": "far"}, "step_size: input should be a valid number, not 'far'"),
+    ("pgd", {"step_size": float("nan")}, "step_size: input should be "),
+    ("pgd", {"eot": -1}, "eot: input should be greater than or equal to 1, not -1"),
+    ("pgd", {"loss": "dlr2"}, "loss: input should be 'ce', 'margin', 'dlr', 'ce-targeted', "),
+    ("pgd", {"random_start": 1}, "random_start: input should be a valid boolean, not 1"),
+    ("pgd", {"restarts": 2}, "restarts: more than 1 needs random_start: true or a targeted loss"),
+    ("apgd", {"rho": 1}, "rho: input should be less than 1, not 1"),
+    ("apgd", {"targets": 0, "loss": "ce-targeted"}, "targets: input should be greater than or"),
+    ("apgd", {"targets": 2}, "targets: goes with a targeted loss, and is null elsewhere"),
+    ("apgd", {"restarts": 2, "random_start": False}, "restarts: more than 1 needs random_start"),
+    ("apgd", {"retire": False}, "retire: is unknown"),
+    ("low-frequency", {"band": 0}, "band: input should be greater than 0, not 0"),
+    ("low-frequency", {"steps": None}, "steps: input should be a valid integer, not None"),
+    ("diffattack", {"weight": -1}, "weight: input should be greater than or equal to 0, not -1"),
+    ("diffattack", {"levels": 0}, "levels: input should be greater than or equal to 1, not 0"),
+    ("selective", {"sharpness": 2000}, "sharpness: input should be less than or equal to 1000"),
+    ("selective", {"rounds": 0}, "rounds: input should be greater than or equal to 1, not 0"),
+    ("square", {"n_queries": 0}, "n_queries: input should be greater than or equal to 1, not 0"),
+    ("square", {"p_init": 2}, "p_init: input should be less than or equal to 1, not 2"),
+    ("ensemble", {"compare": 0}, "compare: input should be greater than or equal to 1, not 0"),
+    ("ensemble", {"members": "pgd"}, "members: input should be a valid list, not 'pgd'"),
+    ("transfer", {"source": 5}, "source: input should be a valid string, not 5"),
+    ("transfer", {"search": []}, "search: input should be a valid dictionary, not []"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "says"), WRONG)
+def test_a_wrong_option_is_one_line_that_names_it(
+    name: str, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}") as caught:
+        attacks.make(name, options)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_defaults_of_an_attack_are_right() -> None:
+    """Each of ours can be made without an option, but for those of other packages."""
+    for name in set(attacks.names()) - {"autoattack", "torchattacks"}:
+        made = attacks.make(name, {})
+        assert attacks.make(name, attacks.described(name, made)) == made
+    assert attacks.make("pgd", {}) == PGD()
+
+
+def test_text_that_writes_a_number_is_one() -> None:
+    assert attacks.make("pgd", {"step_size": "8/255"}) == PGD(step_size=8 / 255)
