@@ -11,7 +11,6 @@ from dbp_bench.data import digits, first, load_data, names, split_ids
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadEntry, BadRequest
 from dbp_bench.evaluate import Group
-from dbp_bench.threat import budget
 
 DATA = digits()
 GRID = {"digits-linf": 0.05, "digits-l2": 0.25}
@@ -78,23 +77,22 @@ def test_first() -> None:
 
 
 def robust_accuracy(track: str, eps: float) -> float:
-    """Of the undefended classifier under PGD-20 on all images of the track."""
-    registry = Registry()
-    entry = registry.track(track)
-    defense = registry.build_defense(registry.defense("none"), entry)
-    ids = DATA.ids[entry.entry.split]
+    """The base classifier's robust accuracy under PGD-20 on all images of the track."""
+    subject = Registry().subject("none", track)
+    ids = subject.ids()
     group = Group(*DATA.select(ids), ids)
     found = evaluate.attack(
-        defense,
+        subject.defense(),
         PGD(steps=20, step_size=0.25, eot=1),
         group,
-        budget(entry.entry.norm, eps),
+        subject.budget(eps),
         frozenset(),
         seed=0,
         victim_draw=0,
-        rows=360,
+        max_batch=360,
     )
-    return float(evaluate.judge(defense, found.images, group, seed=0, draw=0).float().mean())
+    classes = evaluate.predict(subject.defense(), found.images, ids, seed=0, draw=0)
+    return float((classes == group.labels).float().mean())
 
 
 @pytest.mark.parametrize("track", GRID)

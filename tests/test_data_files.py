@@ -511,7 +511,7 @@ def test_run_on_files(own: Path, tmp_path: Path, command: "Command") -> None:
         place, out = LAYOUTS[layout](tmp_path / layout), tmp_path / f"results-{layout}"
         said = command("run", *ASK, "--entries", own, "--out", out, "--data", place)
         assert said.code == 0, said.err
-        (path,) = out.glob("small-linf/*/*/seed-0.json")
+        (path,) = out.glob("small-linf/*/*/*/seed-0.json")
         files[layout] = path.read_bytes()
     # The record is a function of the images, not of the file they came from.
     assert files["parquet"] == files["npz"]
@@ -524,11 +524,11 @@ def test_run_on_files(own: Path, tmp_path: Path, command: "Command") -> None:
     x = data.select(result.ids)[0].flatten(1) - 0.5
     right = (x @ torch.sin(torch.arange(10 * 3072.0)).view(10, 3072).T).argmax(1)
     want = (right == torch.tensor(result.labels)).tolist()
-    assert [row[0] for row in result.clean] == want
+    assert result.right("clean")[:, 0].tolist() == want
 
 
 def test_plan_needs_no_data_and_run_says_so(own: Path, tmp_path: Path, command: "Command") -> None:
-    said = command("plan", *ASK, "--entries", own)
+    said = command("run", "--dry-run", *ASK, "--entries", own)
     assert said.code == 0, said.err
     assert "13" in said.out
     said = command("run", *ASK, "--entries", own, "--out", tmp_path / "out")

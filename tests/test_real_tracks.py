@@ -1,4 +1,4 @@
-"""Published defenses on the tracks of papers, offline: generated weights in the exact layouts."""
+"""Published defenses on the tracks of papers, offline: random weights in the exact layouts."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,9 @@ from dbp_bench.data import catalog as data_catalog
 from dbp_bench.data import places, splits
 from dbp_bench.data.catalog import Facts
 from dbp_bench.defense import Defense, Identity
-from dbp_bench.entries.registry import OWN_CLASSIFIER, CheckpointRef, Registry, Setting
+from dbp_bench.entries.defense import OWN_CLASSIFIER, Setting
+from dbp_bench.entries.fields import CheckpointRef
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadWeights
 from dbp_bench.networks import ho
 from dbp_bench.networks.wrn import WideResNet
@@ -28,9 +30,9 @@ from dbp_bench.purifiers.guided import published_scale
 from dbp_bench.purifiers.resize import Resized
 from dbp_bench.purifiers.schedule import Schedule
 from dbp_bench.reporting.report import write_leaderboards
-from dbp_bench.result import Result
-from dbp_bench.runs import execute as runner
+from dbp_bench.result import Conformance, Result
 from dbp_bench.runs.estimate import _PROBES, estimate
+from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Job, Overrides, resolve
 from dbp_bench.weights import catalog, store, zoo
 from dbp_bench.weights import files as weight_files
@@ -87,8 +89,7 @@ CALLS = {
 
 
 def setting_of(registry: Registry, name: str, track: str) -> Setting:
-    entry = registry.defense(name)
-    return entry.entry.setting(track, name, str(entry.path))
+    return registry.subject(name, track).setting
 
 
 def checkpoints(registry: Registry = SHIPPED) -> list[str]:
@@ -126,8 +127,8 @@ def test_the_entry_builds_with_the_full_networks(
 ) -> None:
     monkeypatch.setattr("dbp_bench.weights.build.build", full_size)
     monkeypatch.setattr(nn.Module, "to", lambda self, *_: self)  # nothing on meta can be moved
-    built = SHIPPED.build_defense(SHIPPED.defense(name), SHIPPED.track(track))
-    setting = setting_of(SHIPPED, name, track)
+    subject = SHIPPED.subject(name, track)
+    built, setting = subject.defense(), subject.setting
     assert built.sites == frozenset(SHIPPED.defense(name).entry.sites)
     assert built.votes == setting.votes
     own = setting.classifier or SHIPPED.track(track).entry.classifier
@@ -137,9 +138,7 @@ def test_the_entry_builds_with_the_full_networks(
         assert isinstance(built.purifier, Resized)
         assert built.purifier.size == 256
     if setting.surrogate:
-        SHIPPED.build_defense(
-            SHIPPED.defense(name), SHIPPED.track(track), options=setting.surrogate.options
-        )
+        subject.defense(options=setting.surrogate.options)
 
 
 @pytest.mark.parametrize(("name", "track"), PAIRS)
@@ -148,7 +147,7 @@ def test_the_entry_makes_as_many_calls_as_published(
 ) -> None:
     network = Counting(6 if track == "imagenet-linf" else 3)
     monkeypatch.setattr("dbp_bench.weights.build.build", lambda _: network)
-    built = SHIPPED.build_defense(SHIPPED.defense(name), SHIPPED.track(track))
+    built = SHIPPED.subject(name, track).defense()
     inner = built.purifier.purifier if isinstance(built.purifier, Resized) else built.purifier
     small = uniform(1, 3, 16, 16, seed=1).float()
     purified = inner(small, Tape.make(0, "test", [0]))
@@ -414,13 +413,25 @@ def forget_stubs() -> None:
             del sys.modules[name]
 
 
-def job_of(registry: Registry, name: str, track: str, threat: str = "eot", **effort: Any) -> Job:
-    overrides = Overrides({"steps": 1, "eot": 1, **effort}, examples=4, batch_size=4, draws=1)
-    return resolve(registry, track, name, threat, seed=0, device="cpu", overrides=overrides)
+def job_of(
+    registry: Registry,
+    name: str,
+    track: str,
+    *,
+    attack: str | None = None,
+    gradient: str | None = None,
+    **effort: Any,
+) -> Job:
+    """A job of four images and one gradient evaluation, where nothing is known."""
+    options = {"steps": 1, "eot": 1, **effort}
+    overrides = Overrides(options, gradient, examples=4, batch_size=4, draws=1)
+    return resolve(
+        registry, track, name, "eot", attack=attack, seed=0, device="cpu", overrides=overrides
+    )
 
 
-SLOW = {("gradual", "imagenet-linf", "eot"), ("gradual", "cifar10-linf", "surrogate-eot")}
-"""The same networks, sampler and threats are in other combinations."""
+SLOW = {("gradual", "imagenet-linf", None), ("gradual", "cifar10-linf", None)}
+"""The same networks, sampler and attack are in other combinations."""
 
 
 def every_data_set() -> list[Any]:
@@ -429,61 +440,73 @@ def every_data_set() -> list[Any]:
         (name, track if name.startswith("at-") else track.partition("-")[0]): track
         for name, track in PAIRS
     }
-    found = [(name, track, "eot") for (name, _), track in tracks.items()]
-    found += [
-        ("gradual", "cifar10-linf", "surrogate-eot"),
-        ("gradual", "imagenet-linf", "gradual-published"),
-        ("edm", "cifar10-l2", "diffattack"),
+    found: list[tuple[str, str, str | None, str | None]] = [
+        (name, track, None, None) for (name, _), track in tracks.items()
     ]
-    return [pytest.param(*case, marks=[pytest.mark.slow] if case in SLOW else []) for case in found]
+    found += [
+        ("gradual", "cifar10-linf", "pgd", "declared-surrogate"),
+        ("gradual", "imagenet-linf", "gradual-published", None),
+        ("edm", "cifar10-l2", "diffattack", None),
+    ]
+    return [
+        pytest.param(*case, marks=[pytest.mark.slow] if case[:3] in SLOW else []) for case in found
+    ]
 
 
-@pytest.mark.parametrize(("name", "track", "threat"), every_data_set())
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs make no conformance record, which is many passes; other tests are about it."""
+    empty = Conformance(checks={}, gradient=None)
+    monkeypatch.setattr("dbp_bench.runs.execute.record", lambda _: empty)
+
+
+@pytest.mark.parametrize(("name", "track", "attack", "gradient"), every_data_set())
 def test_from_the_published_file_to_a_result(
     name: str,
     track: str,
-    threat: str,
+    attack: str | None,
+    gradient: str | None,
     world: Registry,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # In double precision, many passes: other tests look at gradients.
-    monkeypatch.setattr("dbp_bench.runs.execute.gradients.quick", lambda *_: None)
-    job = job_of(world, name, track, threat)
-    result = Result.read(runner.execute(job, world, tmp_path))
+    unchecked(monkeypatch)
+    job = job_of(world, name, track, attack=attack, gradient=gradient)
+    result = Result.read(execute(job, tmp_path))
     setting = setting_of(world, name, track)
     want = {
         key: store.read(ref.checkpoint).sha256
-        for key, ref in {**setting.refs, "classifier": job.track.entry.classifier}.items()
+        for key, ref in {**setting.refs, "classifier": world.track(track).entry.classifier}.items()
         if isinstance(ref, CheckpointRef)
     }
     assert result.provenance.weights == want
     assert (OWN_CLASSIFIER in want) == name.startswith("at-")
     assert result.options == setting.recorded
     assert result.sites == sorted(SHIPPED.defense(name).entry.sites)
-    assert [len(row) for row in result.robust] == [1] * 4
-    if threat in ("surrogate-eot", "gradual-published"):
+    assert result.classes("adversarial").shape == (4, 1)
+    if gradient or attack == "gradual-published":
+        assert result.gradient == "declared-surrogate"
         assert result.surrogate is not None
-        assert result.network_calls.gradient == 4 * (2 + 1 + 1)  # one gradient of each image
+        assert result.evaluations.gradient == [1] * 4
+        assert result.evaluations.searched_nfe == 2 + 1 + 1
 
 
 def test_a_defense_with_a_classifier_of_its_own(world: Registry) -> None:
-    built = world.build_defense(world.defense("at-wang2023"), world.track("cifar10-linf"))
+    built = world.subject("at-wang2023", "cifar10-linf").defense()
     assert isinstance(built.purifier, Identity)
     assert isinstance(built.classifier, WideResNet)
-    tracks = world.build_defense(world.defense("none"), world.track("cifar10-linf")).classifier
+    tracks = world.subject("none", "cifar10-linf").defense().classifier
     assert isinstance(tracks, WideResNet)
     assert [float(net.std[0]) for net in (tracks, built.classifier)] == pytest.approx([1, 0.2471])
-    built = world.build_defense(world.defense("at-salman2020"), world.track("imagenet-linf"))
+    built = world.subject("at-salman2020", "imagenet-linf").defense()
     assert type(built.classifier).__module__ == "robustbench.model_zoo"
 
 
 def test_the_rows_stand_in_one_leaderboard(
     world: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dbp_bench.runs.execute.gradients.quick", lambda *_: None)
+    unchecked(monkeypatch)
     for name in ("none", "ddim", "at-wang2023"):
-        runner.execute(job_of(world, name, "cifar10-linf"), world, tmp_path / "r")
+        execute(job_of(world, name, "cifar10-linf"), tmp_path / "r")
     written = write_leaderboards(tmp_path / "r", tmp_path / "boards")
     (board,) = (p for p in written if p.name == "cifar10-linf.md")
     rows = [line for line in board.read_text().splitlines() if "| at-wang2023 |" in line]
@@ -494,19 +517,25 @@ def test_the_rows_stand_in_one_leaderboard(
 
 
 @pytest.mark.parametrize(
-    ("name", "threat"),
-    [("ddim", "eot"), ("edm", "eot"), ("gradual", "surrogate-eot")],
+    ("name", "gradient"), [("ddim", None), ("edm", None), ("gradual", "declared-surrogate")]
 )
 def test_a_plan_counts_the_calls_of_the_run(
-    name: str, threat: str, world: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    gradient: str | None,
+    world: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dbp_bench.runs.execute.gradients.quick", lambda *_: None)
+    unchecked(monkeypatch)
     monkeypatch.setattr("dbp_bench.runs.estimate.MOMENT", 0.0)
-    job = job_of(world, name, "cifar10-linf", threat, steps=2)
-    cost = estimate(job, world, tmp_path, "auto")
-    assert cost.made_up == ()
-    result = Result.read(runner.execute(job, world, tmp_path))
-    assert cost.calls == result.network_calls.gradient + result.network_calls.judging
+    job = job_of(world, name, "cifar10-linf", gradient=gradient, steps=2)
+    cost = estimate(job, tmp_path, "auto")
+    assert cost.random_weights == ()
+    counts = Result.read(execute(job, tmp_path)).evaluations
+    assert counts.gradient == [2] * 4
+    assert counts.searched_nfe is not None
+    # Clean and adversarial images are evaluated, four of each, at one draw.
+    assert cost.calls == 4 * 2 * counts.searched_nfe + 4 * 2 * counts.nfe
 
 
 @pytest.mark.parametrize(
@@ -522,9 +551,9 @@ def test_a_plan_tells_the_memory_of_a_pass(
 ) -> None:
     monkeypatch.setattr("dbp_bench.runs.estimate.MOMENT", 0.0)
     job = job_of(world, name, "cifar10-linf")
-    cost = estimate(job, world, tmp_path, policy)
+    cost = estimate(job, tmp_path, policy)
     assert cost.by_step == (policy == "step")
-    built = world.build_defense(job.defense, job.track, policy=policy)
+    built = job.defense(policy=policy)
     x = uniform(4, 3, 32, 32, seed=2).float().requires_grad_()
     tape = Tape.make(0, "test", range(4))
     kept = memory.activation_bytes(lambda: built.logits(x, tape))
@@ -542,23 +571,23 @@ def test_a_plan_without_weights_says_so(
     _PROBES.clear()
     registry = Registry(instead=world.instead)
     job = job_of(registry, "ddim", "cifar10-linf", steps=2)
-    cost = estimate(job, registry, tmp_path, "none")
-    assert cost.made_up == ("cifar10-ddpm-ema", "cifar10-wrn-28-10")
+    cost = estimate(job, tmp_path, "none")
+    assert cost.random_weights == ("cifar10-ddpm-ema", "cifar10-wrn-28-10")
     assert cost.calls == 3 * 4 * (2 + 2)
     assert cost.seconds > 0
     with pytest.raises(BadWeights, match="Run: dbp-bench weights fetch cifar10-ddpm-ema"):
-        runner.execute(job, registry, tmp_path / "out")
+        execute(job, tmp_path / "out")
     said = command(
-        *("plan", "--track", "cifar10-linf", "--defense", "none,at-wang2023"),
+        *("run", "--dry-run", "--track", "cifar10-linf", "--defense", "none,at-wang2023"),
         *("--threat", "eot,dwbox", "--device", "cpu", "--json"),
     )
     assert (said.code, said.err) == (0, "")
     said = command(
-        *("plan", "--track", "cifar10-linf", "--defense", "none,at-wang2023"),
+        *("run", "--dry-run", "--track", "cifar10-linf", "--defense", "none,at-wang2023"),
         *("--threat", "eot", "--device", "cpu", "--examples", "4", "--batch-size", "4"),
     )
     assert (
-        "timed with made-up weights: cifar10-wrn-28-10, "
+        "timed with random weights: cifar10-wrn-28-10, "
         "robustbench:cifar10/Linf/Wang2023Better_WRN-28-10 not in the cache"
         in " ".join(said.out.split())
     )
@@ -571,7 +600,7 @@ def test_a_plan_without_weights_says_so(
 def test_the_automatic_policy_needs_no_room_for_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """It stops measuring where it is clear that not everything fits."""
     network = filled(ho.HoUNet(channels=16, multipliers=(1, 2), blocks=1, groups=16))
-    purifier = SHIPPED.build_defense(SHIPPED.defense("none"), SHIPPED.track("digits-linf")).purifier
+    purifier = SHIPPED.subject("none", "digits-linf").defense().purifier
     assert isinstance(purifier, Identity)
     calls = []
 

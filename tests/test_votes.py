@@ -1,6 +1,7 @@
 """A majority of several purifications: draws, decision, logits, attacks, entries and records."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,18 @@ from torch import Tensor, nn
 
 from dbp_bench.attacks.apgd import APGD
 from dbp_bench.attacks.common.objectives import cross_entropy
-from dbp_bench.attacks.ensemble import Ensemble
+from dbp_bench.attacks.ensemble import strongest
 from dbp_bench.attacks.square import Square
 from dbp_bench.checks.conformance import CHECKS, fault
-from dbp_bench.checks.gradients import differentiated
 from dbp_bench.defense import NO_MAJORITY, STEPS_PER_VOTE, Defense, StraightThrough
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import AttackFailed, BadEntry
-from dbp_bench.evaluate import Group, attack, judge
+from dbp_bench.evaluate import Group, attack, predict
 from dbp_bench.noise import ATTACKER, FORWARD, REVERSE, VICTIM, Noise, Site, Tape
 from dbp_bench.result import Result
 from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Job, Overrides, resolve
-from dbp_bench.threat import Attack, AttackerView, Budget, Linf
+from dbp_bench.threat import AttackerView, Budget, Linf
 from own_entries import folder, toy_defense
 from toys import (
     Echo,
@@ -94,8 +94,8 @@ def test_a_tie_has_no_winner_and_counts_as_wrong(named: list[int], winner: int) 
     x = uniform(1, 1, 2, 2)
     assert defense.classes(x, tape(1)).tolist() == [winner]
     for label in range(4):
-        group = Group(x, torch.tensor([label]), [0])
-        assert judge(defense, x, group, seed=0, draw=0).tolist() == [label == winner]
+        right = predict(defense, x, [0], seed=0, draw=0) == label
+        assert right.tolist() == [label == winner]
 
 
 def test_without_votes_the_class_is_that_of_the_largest_logit() -> None:
@@ -106,9 +106,8 @@ def test_without_votes_the_class_is_that_of_the_largest_logit() -> None:
 
 def test_a_vote_that_is_not_finite_is_refused() -> None:
     defense = voting([[[0.0, 1.0]], [[0.0, float("nan")]], [[0.0, 1.0]]])
-    group = Group(uniform(1, 1, 2, 2), torch.tensor([1]), [0])
     with pytest.raises(AttackFailed, match="logits that are not finite"):
-        judge(defense, group.images, group, seed=0, draw=0)
+        predict(defense, uniform(1, 1, 2, 2), [0], seed=0, draw=0)
 
 
 def test_logits_are_those_of_the_mean_probability() -> None:
@@ -237,7 +236,7 @@ def torn(votes: int) -> tuple[Defense, Group]:
 def test_no_image_of_a_vote_retires(name: str, votes: int, retires: bool) -> None:
     """Every draw is known. Logits end the search of an image only where they decide."""
     defense, group = torn(votes)
-    right = judge(defense, group.images, group, seed=0, draw=0)
+    right = predict(defense, group.images, group.ids, seed=0, draw=0) == group.labels
     with torch.no_grad():
         soft = defense.logits(group.images, tape(60)).argmax(1) == group.labels
     # This is what must not be taken for the end: wrong by the logits, right by the majority.
@@ -248,10 +247,11 @@ def test_no_image_of_a_vote_retires(name: str, votes: int, retires: bool) -> Non
         seen.append(len(images))
         return images
 
-    methods: dict[str, Attack] = {
-        "apgd": APGD(6, 1, restarts=2, random_start=True),
-        "square": Square(12, 0.8, 1),
-        "ensemble": Ensemble([member, member], 1),
+    members: list[Any] = [member, member]
+    methods: dict[str, Any] = {
+        "apgd": APGD(steps=6, eot=1, restarts=2, random_start=True),
+        "square": Square(n_queries=12, eot=1),
+        "ensemble": partial(strongest, members, 1),
     }
     found = attack(
         defense,
@@ -261,39 +261,39 @@ def test_no_image_of_a_vote_retires(name: str, votes: int, retires: bool) -> Non
         defense.sites,
         seed=0,
         victim_draw=0,
-        rows=4096,
+        max_batch=4096,
     )
     if name == "ensemble":
         assert (min(seen) < 60) == retires
         return
-    work = found.gradients if name == "apgd" else found.looks
+    work = found.gradient if name == "apgd" else found.forward
     full = {"apgd": 2 * 6, "square": 12 + 2}[name]
     assert int(work.max()) == full
     assert (int(work.min()) < full) == retires
 
 
 def test_bpda_votes_as_often_as_the_defense(tmp_path: Path) -> None:
-    registry, entry = entries(tmp_path, votes=3)
-    track = registry.track("digits-linf")
-    judged = registry.build_defense(registry.defense("voter"), track)
-    assert judged.votes == 3
-    bpda = differentiated(registry, entry, track, judged, {"gradient": "bpda"})
+    subject = entries(tmp_path, votes=3).subject("voter", "digits-linf")
+    evaluated = subject.defense()
+    assert evaluated.votes == 3
+    bpda = subject.searched(evaluated, "bpda")
     assert isinstance(bpda.purifier, StraightThrough)
     x = uniform(2, 1, 8, 8)
     with torch.no_grad():
-        torch.testing.assert_close(bpda.logits(x, tape(2)), judged.logits(x, tape(2)))
+        torch.testing.assert_close(bpda.logits(x, tape(2)), evaluated.logits(x, tape(2)))
 
 
 # ----------------------------------------------------------------------------------- entries
 
 
-def entries(path: Path, **setting: Any) -> tuple[Registry, Any]:
+def entries(path: Path, **setting: Any) -> Registry:
     """A registry with the defense `voter`, forward noise on the digits."""
     table = toy_defense("dbp_bench.purifiers.controls:NoiseOnly", ["forward"])
     table["settings"][0]["options"] = {"t_star": 400, "clamp_output": False}
     table["settings"][0] |= setting
     registry = Registry([folder(path, defenses={"voter": table})])
-    return registry, registry.defense("voter")
+    registry.defense("voter")
+    return registry
 
 
 def job(registry: Registry, **changes: Any) -> Job:
@@ -306,20 +306,20 @@ def job(registry: Registry, **changes: Any) -> Job:
 
 def test_an_entry_says_how_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
-    once, _ = entries(tmp_path / "once")
-    same, _ = entries(tmp_path / "same", votes=1)
-    thrice, _ = entries(tmp_path / "thrice", votes=3)
+    once = entries(tmp_path / "once")
+    same = entries(tmp_path / "same", votes=1)
+    thrice = entries(tmp_path / "thrice", votes=3)
     assert job(once).identity() == job(same).identity()
     assert job(once).identity() != job(thrice).identity()
     results = {}
     for name, registry in (("once", once), ("thrice", thrice)):
-        results[name] = Result.read(execute(job(registry), registry, tmp_path / f"out-{name}"))
+        results[name] = Result.read(execute(job(registry), tmp_path / f"out-{name}"))
     plain = {"t_star": 400, "clamp_output": False}
     assert results["once"].options == plain
     assert results["thrice"].options == {**plain, "votes": 3}
-    assert results["thrice"].clean != results["once"].clean
+    assert results["thrice"].predicted.clean != results["once"].predicted.clean
     # Continued from its own file: the identity of a record is that of its request.
-    execute(job(thrice), thrice, tmp_path / "out-thrice")
+    execute(job(thrice), tmp_path / "out-thrice")
 
 
 @pytest.mark.parametrize(

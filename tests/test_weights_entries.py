@@ -13,10 +13,12 @@ import yaml
 from safetensors.torch import save_file
 
 from dbp_bench.declaration import read_yaml
-from dbp_bench.entries.registry import CheckpointRef, NetworkRef, Registry, Track
+from dbp_bench.entries.build import Builder
+from dbp_bench.entries.fields import CheckpointRef, NetworkRef
+from dbp_bench.entries.registry import Registry
+from dbp_bench.entries.track import Track
 from dbp_bench.errors import BadEntry, BadWeights, DbpError, UnknownName
 from dbp_bench.networks import wrn
-from dbp_bench.runs.job import Overrides, resolve, weights_of
 from dbp_bench.weights import catalog, store
 from dbp_bench.weights.convert import convert, network_of, renamed
 from dbp_bench.weights.files import check_fit, digest
@@ -106,18 +108,16 @@ def test_a_checkpoint_in_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     save_file(state, tmp_path / "weights.safetensors")
     record = convert("cifar10-wrn-28-10", tmp_path / "weights.safetensors")
     ref = CheckpointRef(checkpoint="cifar10-wrn-28-10")
-    built = Registry().build_network(ref, ENTRY)
+    built = Builder().network(ref, ENTRY)
     for name, value in built.state_dict().items():
         assert value.equal(state[name].to(value.dtype))
     assert ref.sha256 == record.sha256 == digest(store.file("cifar10-wrn-28-10"))
 
     entries = with_defense(track(tmp_path / "entries", {"checkpoint": "cifar10-wrn-28-10"}))
-    overrides = Overrides()
-    registry = Registry([entries])
-    job = resolve(registry, "mine", "ddpm2", "null", seed=0, device="cpu", overrides=overrides)
-    held = weights_of(job)
+    subject = Registry([entries]).subject("ddpm2", "mine")
+    held = subject.weights()
     assert held["classifier"] == record.sha256
-    denoiser = job.setting.networks["denoiser"]
+    denoiser = subject.setting.networks["denoiser"]
     assert isinstance(denoiser, NetworkRef)
     assert held["denoiser"] == denoiser.sha256
 
@@ -190,7 +190,7 @@ def test_a_file_of_robustbench_fills_our_network(
     said = command("weights", "convert", name, "--from", file)
     assert said.code == 0, said.err
     ref = CheckpointRef(checkpoint=name)
-    torch.testing.assert_close(dict(Registry().build_network(ref, ENTRY).state_dict()), want)
+    torch.testing.assert_close(dict(Builder().network(ref, ENTRY).state_dict()), want)
     assert ref.sha256 == digest(store.file(name))
     assert name in json.loads(command("weights", "list", "--json").out)
     assert f"{name}: sound" in command("weights", "verify").out
@@ -289,11 +289,11 @@ def test_a_model_of_robustbench(install: Install, cache: Path, command: "Command
     install("robustbench", ROBUSTBENCH)
     ref = CheckpointRef(checkpoint=PACKAGED)
     with pytest.raises(BadWeights, match=rf"Run: dbp-bench weights fetch {PACKAGED}\.$"):
-        Registry().build_network(ref, ENTRY)
+        Builder().network(ref, ENTRY)
     said = command("weights", "fetch", PACKAGED, "--accept-licence")
     assert said.code == 0, said.err
     assert "licence: the model's own" in said.out
-    network = Registry().build_network(ref, ENTRY)
+    network = Builder().network(ref, ENTRY)
     assert not network.training
     assert network(torch.ones(1, 2)).tolist() == [[147.0] * 3]
     assert PACKAGED in command("weights", "list").out
@@ -303,7 +303,7 @@ def test_a_model_of_robustbench(install: Install, cache: Path, command: "Command
     assert ref.sha256 == digest(cache / "f.safetensors")
     (cache / "robustbench" / "cifar10" / "Linf" / "Wong2020Fast.pt").write_bytes(b"2")
     with pytest.raises(BadWeights, match=r"recorded is .*\.\.\.: the package loads others now"):
-        Registry().build_network(ref, ENTRY)
+        Builder().network(ref, ENTRY)
 
 
 def test_a_model_that_robustbench_lacks(install: Install) -> None:
@@ -333,7 +333,7 @@ def test_a_model_of_timm_normalises_inside(install: Install, name: str) -> None:
     from dbp_bench.weights import zoo
 
     record = zoo.fetch(name)
-    network = Registry().build_network(CheckpointRef(checkpoint=name), ENTRY)
+    network = Builder().network(CheckpointRef(checkpoint=name), ENTRY)
     logits = network(torch.ones(1, 3, 1, 1))
     assert logits.tolist() == [[1.0, 3.0, 1.0]]
     assert network.double()(torch.ones(1, 3, 1, 1).double()).dtype == torch.float64

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from dbp_bench.entries.registry import NetworkRef, Registry
+from dbp_bench.entries.build import Builder
+from dbp_bench.entries.fields import NetworkRef
 from dbp_bench.errors import BadWeights
 from dbp_bench.networks.digits import DigitsCNN
 from dbp_bench.weights import files as weight_files
@@ -20,7 +21,7 @@ NETWORK = "dbp_bench.networks.digits:DigitsCNN"
 def build(file: Path, sha256: str | None = None, network: str = NETWORK) -> torch.nn.Module:
     """The network of an entry beside `file`, whose sha256 is right where none is given."""
     ref = NetworkRef(network=network, file=file.name, sha256=sha256 or digest(file))
-    return Registry().build_network(ref, file.parent / "entry.yaml")
+    return Builder().network(ref, file.parent / "entry.yaml")
 
 
 def refused(file: Path, **changes: Any) -> str:
