@@ -16,7 +16,7 @@ from dbp_bench.result import Result
 from dbp_bench.runs.estimate import estimate
 from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Job, Overrides, resolve
-from dbp_bench.runs.replay import adversarial_path, read_saved
+from dbp_bench.runs.saved import adversarial_path, read_saved
 from dbp_bench.threat import Evaluations, Norm, Setup, budget
 from own_entries import folder
 from packages import need

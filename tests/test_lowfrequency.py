@@ -105,7 +105,9 @@ def test_in_l2_nothing_but_the_pixel_box_leaves_the_band() -> None:
     of = group(6, size=8)
     inner = Group(0.3 + 0.4 * of.images, of.labels, of.ids)
     defense = Defense(Noisy(0.1, 0.1), Small())
-    found = LowFrequency(5, 0.5, 2, "ce", band=0.25)(view(defense, inner), inner.images, inner.labels, L2(0.2))
+    found = LowFrequency(5, 0.5, 2, "ce", band=0.25)(
+        view(defense, inner), inner.images, inner.labels, L2(0.2)
+    )
     change = found - inner.images
     assert above(change, 2, 2).abs().max() < 1e-6
     torch.testing.assert_close(L2(0.2).size(change), torch.full((6,), 0.2), rtol=1e-4, atol=0)
@@ -189,13 +191,16 @@ def test_several_restarts_are_at_least_as_good_as_one() -> None:
     falls = []
     for restarts in (1, 4):
         method = LowFrequency(3, 0.4, 1, "margin", True, restarts, band=0.5)
-        found = attack(defense, method, of, Linf(0.1), BOTH, seed=0, victim_draw=0, max_batch=99).images
+        found = attack(
+            defense, method, of, Linf(0.1), BOTH, seed=0, victim_draw=0, max_batch=99
+        ).images
         falls.append(defense.classifier(found)[:, 1].detach())
     assert bool((falls[1] >= falls[0]).all())
     assert bool((falls[1] > falls[0]).any())
 
 
 # --------------------------------------------------------------------------- its declaration
+
 
 def test_its_declaration() -> None:
     options = {"steps": 3, "step_size": 0.5, "eot": 2, "random_start": True, "restarts": 2}

@@ -314,7 +314,9 @@ def test_a_class_that_an_untargeted_search_never_tries_is_found() -> None:
         PGD(1, 1.0, 1, "margin-targeted"),
         PGD(1, 1.0, 1, "margin-targeted", restarts=2),
     ):
-        found = attack(defense, method, group, Linf(0.13), BOTH, seed=0, victim_draw=0, max_batch=64)
+        found = attack(
+            defense, method, group, Linf(0.13), BOTH, seed=0, victim_draw=0, max_batch=64
+        )
         wrong.append(int(defense.classifier(found.images).argmax()) != 0)
     assert wrong == [False, False, True]
 

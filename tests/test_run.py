@@ -26,7 +26,8 @@ from dbp_bench.result import Conformance, Result, json_schema, write_atomically
 from dbp_bench.runs import execute as runner
 from dbp_bench.runs.execute import Progress, execute
 from dbp_bench.runs.job import Job, Overrides, resolve
-from dbp_bench.runs.replay import adversarial_path, read_saved, reevaluated
+from dbp_bench.runs.replay import reevaluated
+from dbp_bench.runs.saved import adversarial_path, read_saved
 from own_entries import folder, toy_defense
 
 SHIPPED = Registry()

@@ -168,6 +168,7 @@ def test_half_of_the_draws_are_noise() -> None:
 
 # --------------------------------------------------------------------------- its declaration
 
+
 def test_its_declaration() -> None:
     options = {"steps": 3, "step_size": 0.5, "eot": 2, "sharpness": 5, "rounds": 2}
     made = make("selective", options)

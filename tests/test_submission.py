@@ -27,7 +27,7 @@ from dbp_bench.result import outcome_digest
 from dbp_bench.runs import execute as runner
 from dbp_bench.runs import replay
 from dbp_bench.runs.job import Overrides, plan
-from dbp_bench.runs.replay import adversarial_path
+from dbp_bench.runs.saved import adversarial_path
 from dbp_bench.submission import archive, claims, scaffold, verify
 from dbp_bench.submission.again import chosen_groups
 from dbp_bench.submission.archive import Manifest, Refused

@@ -17,7 +17,7 @@ from dbp_bench.reporting.statistics import Bootstrap
 from dbp_bench.result import Predicted, Result
 from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Job, Overrides, resolve
-from dbp_bench.runs.replay import adversarial_path, as_8_bit, read_saved
+from dbp_bench.runs.saved import adversarial_path, as_8_bit, read_saved
 from dbp_bench.runs.sweep import Sweep, against, assess, parse, plan, run
 from own_entries import folder, toy_defense
 

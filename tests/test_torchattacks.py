@@ -396,7 +396,9 @@ def test_every_attack_runs_and_hurts(name: str, knows: frozenset[Site]) -> None:
 @pytest.mark.extras
 @pytest.mark.parametrize("more", [{}, {"n_restarts": 2, "multi_targeted": True}])
 @pytest.mark.parametrize("name", NORMS)
-def test_the_plan_counts_the_evaluations_of_every_attack(name: str, more: Mapping[str, Any]) -> None:
+def test_the_plan_counts_the_evaluations_of_every_attack(
+    name: str, more: Mapping[str, Any]
+) -> None:
     given = {"steps": 3, "num_iter_set": 3, "eot_iter": 2, "n_queries": 4, "N": 2, "m": 2, **more}
     method = with_options(name, given)
     batch = cloud(3)

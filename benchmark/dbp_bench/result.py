@@ -15,16 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, ValidationError, model_validator
 
+from dbp_bench import schema1
 from dbp_bench.declaration import Strict, explain
 from dbp_bench.errors import BadResult
+from dbp_bench.schema1 import NOT_RECORDED as NOT_RECORDED
 
 SCHEMA = 2
 
 NO_MAJORITY = -1
 """The predicted class where a defense's votes name no class more often than every other."""
-
-NOT_RECORDED = -2
-"""The predicted class where all that is known is that it is wrong: in files made from schema 1."""
 
 Kind = Literal["clean", "adversarial", "fresh"]
 
@@ -278,8 +277,6 @@ class Result(Strict):
         Raises:
             BadResult: It isn't one, is damaged, or was written by a newer version.
         """
-        from dbp_bench import schema1  # not above: it makes results of this schema
-
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -296,7 +293,11 @@ class Result(Strict):
                 f"{path}: schema {version!r}, this version reads 1 and {SCHEMA}. {hint}"
             )
         try:
-            return cls.model_validate(schema1.converted(table) if version == 1 else table)
+            if version == 1:
+                table = schema1.converted(table)
+                outcomes = (table[key] for key in ("ids", "labels", "draws", "predicted"))
+                table["digest"] = outcome_digest(*outcomes)
+            return cls.model_validate(table)
         except ValidationError as error:
             model = schema1.Schema1 if error.title == "Schema1" else cls
             raise BadResult(f"{path}: {explain(error, model)}") from None

@@ -5,7 +5,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from dbp_bench.declaration import Strict
-from dbp_bench.result import NOT_RECORDED, SCHEMA, GradientCheck, Provenance, outcome_digest
+
+NOT_RECORDED = -2
+"""The predicted class where all that is known is that it is wrong."""
 
 
 class _NetworkCalls(Strict):
@@ -52,14 +54,16 @@ class Schema1(Strict):
     fresh: list[list[list[bool]]] | None
     zero_gradient: list[bool] | None
     package_robust: list[list[bool]] | None = None
-    gradient_check: GradientCheck | None = None
+    gradient_check: dict[str, Any] | None = None
     network_calls: _NetworkCalls
     arithmetic: _Arithmetic
-    provenance: Provenance
+    provenance: dict[str, Any]
 
 
 def converted(table: dict[str, Any]) -> dict[str, Any]:
-    """The keys of schema 2 from those of schema 1, where that is exact; else null.
+    """The keys of schema 2, where they follow exactly from those of schema 1; else null.
+
+    The digest is left to the reader.
 
     A right prediction is the label, and a wrong one is -2: wrong, class not recorded.
 
@@ -89,7 +93,7 @@ def converted(table: dict[str, Any]) -> dict[str, Any]:
     arithmetic["max_batch"] = arithmetic.pop("rows")
     check = table.get("gradient_check")
     return {
-        "schema": SCHEMA,
+        "schema": 2,
         **{key: table[key] for key in same},
         **optional,
         "attack": attack,
@@ -101,7 +105,6 @@ def converted(table: dict[str, Any]) -> dict[str, Any]:
         "evaluations": _evaluations(old, gradient),
         "conformance": check and {"checks": {}, "gradient": check},
         "arithmetic": arithmetic,
-        "digest": outcome_digest(old.ids, old.labels, old.draws, predicted),
     }
 
 

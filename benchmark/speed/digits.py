@@ -8,12 +8,13 @@ import multiprocessing
 import os
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
 
+from dbp_bench import attacks
 from dbp_bench.attacks.apgd import APGD
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Attacked, attack
@@ -78,6 +79,12 @@ def attack_step(device: str, rounds: int) -> list[Row]:
     return rows
 
 
+class _Patient(APGD):
+    """APGD that takes every image to the last step."""
+
+    retire: ClassVar[bool] = False
+
+
 def retirement(device: str, rounds: int, count: int = IMAGES) -> Row:
     """APGD-40 with every draw known, to itself where every image stays to the last step.
 
@@ -91,7 +98,7 @@ def retirement(device: str, rounds: int, count: int = IMAGES) -> Row:
         ball, known = Linf(EPS), target.sites
         return attack(target, method, group, ball, known, seed=0, victim_draw=0, max_batch=count)
 
-    patient = replace(_ATTACK, retire=False)
+    patient = _Patient(**attacks.described("apgd", _ATTACK))
     own, whole = search(_ATTACK), search(patient)
     right, same = (right_at(target, each.images, group) for each in (own, whole))
     if not torch.equal(right, same):

@@ -150,7 +150,7 @@ def _run_all(
 ) -> None:
     from dbp_bench.result import Result
     from dbp_bench.runs.execute import execute, is_complete
-    from dbp_bench.runs.replay import adversarial_path
+    from dbp_bench.runs.saved import adversarial_path
 
     for item in planned:
         item.job.identity()  # weights that must be fetched are missed before anything has begun

@@ -178,17 +178,18 @@ def _images(
     from dbp_bench.reporting.statistics import Bootstrap
     from dbp_bench.result import Result
     from dbp_bench.runs import replay
+    from dbp_bench.runs.saved import adversarial_path, as_8_bit, read_saved
 
     if draws < 1:
         raise BadRequest(f"--draws {draws}: must be 1 or more.")
     beside = path.with_name(f"{path.stem.removeprefix('adversarial-')}.json")
-    if replay.adversarial_path(beside) != path:
+    if adversarial_path(beside) != path:
         raise BadRequest(f"{path}: not a file of adversarial images beside its result.")
     result = Result.read(beside)
     job = replay.job_of(result, beside, registry, device)
-    saved, outside = replay.read_saved(path, job), 0
+    saved, outside = read_saved(path, job), 0
     if eight_bit:
-        saved, outside = replay.as_8_bit(saved, job)
+        saved, outside = as_8_bit(saved, job)
     defense, fresh = job.defense(), [FRESH + i for i in range(draws)]
     labels = torch.tensor(job.data().labels_of(saved.ids)).view(-1, 1)
     right = torch.stack(

@@ -38,7 +38,7 @@ from dbp_bench.result import (
 )
 from dbp_bench.runs.job import Job, identity_of, refuse_other_request
 from dbp_bench.runs.provenance import provenance
-from dbp_bench.runs.replay import adversarial_path, pack
+from dbp_bench.runs.saved import adversarial_path, pack
 from dbp_bench.threat import Tick, ignore
 
 FRESH_DRAWS = 3

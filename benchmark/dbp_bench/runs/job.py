@@ -421,7 +421,9 @@ def _search(
     if gradient == "declared-surrogate":
         _ = subject.surrogate
     if gradient.startswith("surrogate:") and "steps" not in subject.setting.options:
-        raise BadRequest(f"gradient: {gradient}, but {subject.name} has no option `steps`: take exact.")
+        raise BadRequest(
+            f"gradient: {gradient}, but {subject.name} has no option `steps`: take exact."
+        )
     sources = {
         source: registry.subject(source, subject.track.name)
         for source in getattr(made, "sources", ())

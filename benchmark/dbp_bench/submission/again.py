@@ -16,7 +16,8 @@ from dbp_bench.evaluate import FRESH
 from dbp_bench.reporting.badge import Compared
 from dbp_bench.runs import replay
 from dbp_bench.runs.job import Job
-from dbp_bench.runs.replay import Comparison, Saved, adversarial_path
+from dbp_bench.runs.replay import Comparison
+from dbp_bench.runs.saved import Saved, adversarial_path
 from dbp_bench.submission.archive import Refused
 from dbp_bench.submission.claims import Claim, read_images
 

@@ -17,7 +17,7 @@ from dbp_bench.entries.registry import Registry
 from dbp_bench.reporting.records import Record
 from dbp_bench.result import Kind, Result
 from dbp_bench.runs.job import Job, Overrides, Planned, identity_of, plan, resolve
-from dbp_bench.runs.replay import Saved, adversarial_path, read_saved
+from dbp_bench.runs.saved import Saved, adversarial_path, read_saved
 from dbp_bench.submission.archive import Bundle, Refused, Summary
 
 ACCEPTED: Final = frozenset({"0.1.0"})

@@ -17,7 +17,7 @@ from dbp_bench.entries.build import Subject
 from dbp_bench.entries.fields import NetworkRef
 from dbp_bench.entries.outside import Source
 from dbp_bench.reporting.records import Record, read_record
-from dbp_bench.runs.replay import adversarial_path
+from dbp_bench.runs.saved import adversarial_path
 from dbp_bench.submission.archive import Bundle, Refused
 
 ENTRIES: Final = "entries"

@@ -16,7 +16,7 @@ from dbp_bench.errors import BadRequest
 from dbp_bench.reporting.records import read_record
 from dbp_bench.result import Result
 from dbp_bench.runs.job import Job
-from dbp_bench.runs.replay import adversarial_path
+from dbp_bench.runs.saved import adversarial_path
 from dbp_bench.submission import archive, claims, layout, verify
 from dbp_bench.submission.archive import Manifest, Refused
 from dbp_bench.weights import files as weight_files

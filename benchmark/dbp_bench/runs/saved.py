@@ -1,0 +1,90 @@
+"""Adversarial images kept beside a result: packed, read back, and checked against the budget."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dbp_bench.errors import BadRequest, BadWeights
+from dbp_bench.runs.job import Job, refuse_other_request
+
+_SLACK = 1e-6
+"""By how much rounding in float32 may leave the budget."""
+
+
+def adversarial_path(result: Path) -> Path:
+    """Where the adversarial images of a result lie."""
+    return result.with_name(f"adversarial-{result.stem}.safetensors")
+
+
+def pack(job: Job, images: Tensor) -> bytes:
+    """Adversarial images ``(attacks, n, c, h, w)`` with their ids and where they come from."""
+    tensors = {
+        "images": images[:, : job.examples].contiguous(),
+        "ids": torch.tensor(job.track_ids[: job.examples]),
+    }
+    return save(tensors, metadata={"request": json.dumps(job.identity())})
+
+
+class Saved(NamedTuple):
+    """Saved adversarial images, and what they were made from."""
+
+    images: Tensor
+    """``(attacks, n, c, h, w)``, inside the budget and [0, 1]."""
+    clean: Tensor
+    """``(n, c, h, w)`` in [0, 1]."""
+    ids: list[int]
+
+
+def read_saved(path: Path, job: Job) -> Saved:
+    """The adversarial images in a file that ``--save-adversarial`` wrote for `job`.
+
+    Raises:
+        BadWeights: The file isn't one of adversarial images.
+        BadRequest: The file is of another request, or an image is outside the budget or the pixel
+            box, or unknown to the track.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            request = json.loads(file.metadata()["request"])
+            images, ids = file.get_tensor("images"), file.get_tensor("ids").tolist()
+        request = {**request, "device": job.device}
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise BadWeights(f"{path}: not a file of adversarial images ({error}).") from None
+    refuse_other_request(job.identity(), request, path)
+    if ids != job.track_ids[: len(ids)] or not ids:
+        name = job.subject.track.name
+        raise BadRequest(f"{path}: the ids are not the first images of track {name}.")
+    clean, _ = job.data().select(ids)
+    if len(images) == 0 or images.shape[1:] != clean.shape or images.dtype != clean.dtype:
+        raise BadRequest(
+            f"{path}: images of shape {tuple(images.shape[1:])} in {images.dtype}, not "
+            f"{tuple(clean.shape)} in {clean.dtype}."
+        )
+    ball = job.budget()
+    for found in images:
+        size = float(ball.size(found - clean).max())
+        inside = bool(((found >= 0) & (found <= 1)).all())
+        if not (inside and size <= ball.eps + _SLACK):
+            raise BadRequest(
+                f"{path}: images outside the budget: {job.subject.track.entry.norm} {size:.6g} "
+                f"against eps {ball.eps:g}, or outside [0, 1]."
+            )
+    return Saved(images, clean, ids)
+
+
+def as_8_bit(saved: Saved, job: Job) -> tuple[Saved, int]:
+    """The images as a file of 256 grey levels would hold them, and how many left the budget so.
+
+    They are rounded to whole numbers of 1/255, then projected, since rounding can leave the budget
+    by half a level.
+    """
+    ball, clean = job.budget(), saved.clean
+    rounded = (saved.images * 255).round() / 255
+    outside = sum(int((ball.size(found - clean) > ball.eps + _SLACK).sum()) for found in rounded)
+    images = torch.stack([ball.project(found, clean) for found in rounded])
+    return saved._replace(images=images), outside
