@@ -29,7 +29,6 @@ from dbp_bench.memory import Policy
 from dbp_bench.noise import Site
 from dbp_bench.result import (
     Arithmetic,
-    Conformance,
     EvaluationCounts,
     Predicted,
     Result,
@@ -39,7 +38,7 @@ from dbp_bench.result import (
 from dbp_bench.runs.job import Job, identity_of, refuse_other_request
 from dbp_bench.runs.provenance import provenance
 from dbp_bench.runs.saved import adversarial_path, pack
-from dbp_bench.threat import Tick, ignore
+from dbp_bench.threat import Attack, Budget, Tick, ignore
 
 FRESH_DRAWS = 3
 """Fresh draws that evaluate each image made for a known draw."""
@@ -141,33 +140,32 @@ def execute(
             more images but fewer draws, or the other way round.
         AttackFailed: The attack or the defense gave numbers that can't be used.
     """
-    path = job.path(out)
-    work = _work_folder(job, out)
-    progress = progress or Progress()
-    job.identity()  # checkpoints that must be fetched first are missed before anything is deleted
+    # Checkpoints that must be fetched first are missed here, before anything is deleted.
+    path, identity = job.path(out), job.identity()
+    work, saved = _work_folder(path, out), adversarial_path(path)
     with locked(work):
         if not resume:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
-            for old in (path, adversarial_path(path)):
+            for old in (path, saved):
                 old.unlink(missing_ok=True)
-        held = _held(job, path, work)
-        saved = adversarial_path(path)
-        if held and _covers(held, job):
+        held = _held(path, work, identity, job.examples, job.draws)
+        if held and _covers(held, job.examples, job.draws):
             if saved.is_file() or not save_adversarial:
                 return path
             # The images of all that the result holds, however few are asked for.
             job = replace(
                 job, examples=len(held.ids), draws=len(held.draws), overrides=held.overrides
             )
-        write_atomically(work / "request.json", json.dumps(job.identity(), indent=1))
+        write_atomically(work / "request.json", json.dumps(identity, indent=1))
         data = job.data()
         # Reads every image once: a damaged one is found before anything is attacked.
         digest = data.digest(job.track_ids[: job.examples])
-        states = _work(job, data, work, policy, progress)
-        result = _assemble(job, data, digest, states, record(job))
+        pieces = _Pieces.read(job, work)
+        _complete(pieces, job, data, policy, progress or Progress())
+        result = _assemble(job, identity, pieces, data, digest)
         if save_adversarial or saved.is_file():
-            write_atomically(saved, pack(job, _adversarial(job, states)))
+            write_atomically(saved, pack(job, pieces.images()))
         result.write(path)
     return path
 
@@ -175,43 +173,38 @@ def execute(
 def is_complete(job: Job, out: Path) -> bool:
     """Whether `out` holds a result for all that `job` asks for."""
     path = job.path(out)
-    held = Result.read(path) if path.is_file() else None
-    return held is not None and identity_of(held) == job.identity() and _covers(held, job)
+    if not path.is_file():
+        return False
+    held = Result.read(path)
+    return identity_of(held) == job.identity() and _covers(held, job.examples, job.draws)
 
 
 def missing_gradients(job: Job, out: Path) -> int:
     """Gradient evaluations that `job` has still to take, for an estimate."""
     if is_complete(job, out):
         return 0
-    work = _work_folder(job, out)
+    work = _work_folder(job.path(out), out)
     if _request(work) != job.identity():
         return job.gradient_evaluations
-    return _missing(job, [_State.read(_group_path(work, i)) for i in range(len(job.groups))])
+    return _Pieces.read(job, work).attacks_missing * job.evaluations.gradient
 
 
-def _missing(job: Job, states: list[_State]) -> int:
-    """Gradient evaluations that are still to be taken."""
-    return sum(
-        len(ids) * job.evaluations.gradient
-        for ids, state in zip(job.groups, states, strict=True)
-        for attack in range(job.attacks)
-        if attack not in state.images
-    )
-
-
-def _held(job: Job, path: Path, work: Path) -> Result | None:
+def _held(
+    path: Path, work: Path, identity: dict[str, Any], examples: int, draws: int
+) -> Result | None:
     """The result at `path`, if any; refuses one, or unfinished work, of another request."""
     held = Result.read(path) if path.is_file() else None
     if held:
-        refuse_other_request(job.identity(), identity_of(held), path)
-        if not _covers(held, job) and (len(held.ids) > job.examples or len(held.draws) > job.draws):
+        refuse_other_request(identity, identity_of(held), path)
+        larger = len(held.ids) > examples or len(held.draws) > draws
+        if larger and not _covers(held, examples, draws):
             raise BadRequest(
                 f"{path} holds {len(held.ids)} images x {len(held.draws)} draws: ask for at least "
-                f"as many of both, not {job.examples} x {job.draws}, or choose another --out."
+                f"as many of both, not {examples} x {draws}, or choose another --out."
             )
     request = _request(work)
     if request is not None:
-        refuse_other_request(job.identity(), request, work)
+        refuse_other_request(identity, request, work)
     else:
         # Work whose request isn't known can't be continued.
         for group in work.glob("group-*"):
@@ -223,69 +216,135 @@ def _request(work: Path) -> dict[str, Any] | None:
     """The request that the unfinished work answers; None where that can't be read."""
     try:
         request = json.loads((work / "request.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return request if isinstance(request, dict) else None
 
 
-def _covers(held: Result, job: Job) -> bool:
-    return len(held.ids) >= job.examples and len(held.draws) >= job.draws
+def _covers(held: Result, examples: int, draws: int) -> bool:
+    return len(held.ids) >= examples and len(held.draws) >= draws
 
 
-def _work_folder(job: Job, out: Path) -> Path:
-    return out / ".work" / job.path(out).relative_to(out).with_suffix("")
+def _work_folder(path: Path, out: Path) -> Path:
+    return out / ".work" / path.relative_to(out).with_suffix("")
+
+
+# ------------------------------------------------------------------------------ pieces of work
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """The work of a job, by group of images: what is done and what is missing."""
+
+    folder: Path
+    groups: list[list[int]]
+    examples: int
+    attacks: int
+    draws: int
+    states: list[_State]
+
+    @classmethod
+    def read(cls, job: Job, folder: Path) -> "_Pieces":
+        """Those of `job` in its `folder` of unfinished work."""
+        groups = job.groups
+        states = [_State.read(_group_path(folder, index)) for index in range(len(groups))]
+        return cls(folder, groups, job.examples, job.attacks, job.draws, states)
+
+    @property
+    def attacks_missing(self) -> int:
+        """How many attacks on one image are still to be made."""
+        return sum(
+            len(ids)
+            for ids, state in zip(self.groups, self.states, strict=True)
+            for attack in range(self.attacks)
+            if attack not in state.images
+        )
+
+    def missing(self, state: _State) -> Iterator[tuple[str, int]]:
+        """What is missing of a group, in order: attacks, and evaluations at victim draws."""
+        for draw in range(self.draws):
+            if draw < self.attacks and draw not in state.images:
+                yield "attack", draw
+            if draw not in state.adversarial:
+                yield "evaluate", draw
+
+    def columns(self, kind: str) -> list[Any]:
+        """One row per image of the job, one column per draw or attack."""
+        numbers = range(self.attacks if kind in _BY_ATTACK else self.draws)
+        groups = [torch.stack([getattr(s, kind)[n] for n in numbers], dim=1) for s in self.states]
+        rows: list[Any] = torch.cat(groups)[: self.examples].tolist()
+        return rows
+
+    def totals(self, kind: str) -> Tensor:
+        """A number for each image of the job, over all attacks."""
+        numbers = range(self.attacks)
+        groups = [torch.stack([getattr(s, kind)[n] for n in numbers]).sum(0) for s in self.states]
+        return torch.cat(groups)[: self.examples]
+
+    def images(self) -> Tensor:
+        """All adversarial images ``(attacks, n, c, h, w)``."""
+        numbers = range(self.attacks)
+        return torch.cat([torch.stack([s.images[n] for n in numbers]) for s in self.states], dim=1)
 
 
 def _group_path(work: Path, index: int) -> Path:
     return work / f"group-{index:05d}.safetensors"
 
 
-def _work(job: Job, data: DataSet, work: Path, policy: Policy, progress: Progress) -> list[_State]:
-    device = torch.device(job.device)
-    states = [_State.read(_group_path(work, index)) for index in range(len(job.groups))]
-    progress.start(_missing(job, states))
-    target: _Target | None = None
-    for index, (ids, state) in enumerate(zip(job.groups, states, strict=True)):
-        todo = list(_pieces(job, state))
+def _complete(pieces: _Pieces, job: Job, data: DataSet, policy: Policy, progress: Progress) -> None:
+    """Do what is missing, and store each piece as soon as it is done."""
+    progress.start(pieces.attacks_missing * job.evaluations.gradient)
+    run: _Run | None = None
+    for index, (ids, state) in enumerate(zip(pieces.groups, pieces.states, strict=True)):
+        todo = list(pieces.missing(state))
         if not todo:
             continue
-        target = target or _Target.build(job, policy)
+        run = run or _Run.of(job, policy, progress.tick)
         images, labels = data.select(ids)
-        group = Group(images.to(device), labels.to(device), ids)
+        group = Group(images.to(run.device), labels.to(run.device), ids)
         for kind, number in todo:
             if kind == "attack":
-                _attack(number, job, target, group, state, progress)
+                run.attack(number, group, state)
             else:
-                _evaluate(number, job, target, group, state)
-            state.write(_group_path(work, index))
-    return states
-
-
-def _pieces(job: Job, state: _State) -> Iterator[tuple[str, int]]:
-    """What has still to be done for a group, in order: attacks, and evaluations at victim draws."""
-    for draw in range(job.draws):
-        if draw < job.attacks and draw not in state.images:
-            yield "attack", draw
-        if draw not in state.adversarial:
-            yield "evaluate", draw
+                run.evaluate(number, group, state)
+            state.write(_group_path(pieces.folder, index))
 
 
 @dataclass(frozen=True, slots=True)
-class _Target:
-    """The defense that is evaluated, and what the attack differentiates in its place."""
+class _Run:
+    """The defense that is evaluated, the attack on it, and what the attack differentiates."""
 
     defense: Defense
     searched: Defense
+    """The same object where the gradient is exact."""
     sources: dict[str, Defense]
     """Other defenses in which the attack searches."""
+    method: Attack
+    budget: Budget
+    knows: frozenset[Site]
+    seed: int
+    max_batch: int
+    device: torch.device
+    tick: Tick
 
     @classmethod
-    def build(cls, job: Job, policy: Policy) -> "_Target":
-        """All on the job's device; the same object where the gradient is exact."""
+    def of(cls, job: Job, policy: Policy, tick: Tick) -> "_Run":
+        """Everything that `job` names, on its device."""
         # float32 means float32: no shortened products in convolutions.
         torch.backends.cudnn.allow_tf32 = False
         defense = job.defense(policy=policy)
-        return cls(defense, job.searched(defense, policy=policy), job.other_defenses(policy=policy))
+        return cls(
+            defense,
+            job.searched(defense, policy=policy),
+            job.other_defenses(policy=policy),
+            job.attack(),
+            job.budget(),
+            frozenset(Site(site) for site in job.knows),
+            job.seed,
+            job.max_batch,
+            torch.device(job.device),
+            tick,
+        )
 
     @property
     def calls(self) -> int:
@@ -293,110 +352,87 @@ class _Target:
         own = 0 if self.searched is self.defense else self.searched.counter.images
         return self.defense.counter.images + own
 
+    def attack(self, number: int, group: Group, state: _State) -> None:
+        """Attack the images of `group`, at victim draw `number` where draws are known."""
+        before = self.calls
+        found = evaluate.attack(
+            self.searched,
+            self.method,
+            group,
+            self.budget,
+            self.knows,
+            seed=self.seed,
+            victim_draw=number,
+            max_batch=self.max_batch,
+            tick=self.tick,
+            sources=self.sources,
+        )
+        evaluations = int((found.gradient + found.forward).sum())
+        state.searched_nfe = (self.calls - before) // max(1, evaluations)
+        state.images[number] = found.images.cpu()
+        state.nonzero[number] = found.nonzero
+        if found.verdict is not None:
+            state.package[number] = found.verdict
+        state.gradient[number], state.forward[number] = found.gradient, found.forward
 
-def _attack(
-    number: int, job: Job, target: _Target, group: Group, state: _State, progress: Progress
-) -> None:
-    before = target.calls
-    found = evaluate.attack(
-        target.searched,
-        job.attack(),
-        group,
-        job.budget(),
-        frozenset(Site(site) for site in job.knows),
-        seed=job.seed,
-        victim_draw=number,
-        max_batch=job.max_batch,
-        tick=progress.tick,
-        sources=target.sources,
-    )
-    evaluations = int((found.gradient + found.forward).sum())
-    state.searched_nfe = (target.calls - before) // max(1, evaluations)
-    state.images[number] = found.images.cpu()
-    state.nonzero[number] = found.nonzero
-    if found.verdict is not None:
-        state.package[number] = found.verdict
-    state.gradient[number], state.forward[number] = found.gradient, found.forward
-
-
-def _evaluate(number: int, job: Job, target: _Target, group: Group, state: _State) -> None:
-    before = target.defense.counter.images
-    adversarial = state.images[number if job.knows else 0].to(group.images)
-    evaluations = [(group.images, number), (adversarial, number)]
-    if job.knows:
-        evaluations += [(adversarial, FRESH + i) for i in range(FRESH_DRAWS)]
-    classes = [
-        evaluate.predict(target.defense, images, group.ids, seed=job.seed, draw=draw).cpu()
-        for images, draw in evaluations
-    ]
-    state.clean[number], state.adversarial[number] = classes[:2]
-    if job.knows:
-        state.fresh[number] = torch.stack(classes[2:], dim=1)
-    calls = target.defense.counter.images - before
-    state.nfe = calls // (len(evaluations) * len(group.ids))
+    def evaluate(self, number: int, group: Group, state: _State) -> None:
+        """Predict the classes of clean and adversarial images at victim draw `number`."""
+        before = self.calls
+        adversarial = state.images[number if self.knows else 0].to(group.images)
+        evaluations = [(group.images, number), (adversarial, number)]
+        if self.knows:
+            evaluations += [(adversarial, FRESH + i) for i in range(FRESH_DRAWS)]
+        classes = [
+            evaluate.predict(self.defense, images, group.ids, seed=self.seed, draw=draw).cpu()
+            for images, draw in evaluations
+        ]
+        state.clean[number], state.adversarial[number] = classes[:2]
+        if self.knows:
+            state.fresh[number] = torch.stack(classes[2:], dim=1)
+        state.nfe = (self.calls - before) // (len(evaluations) * len(group.ids))
 
 
 def _assemble(
-    job: Job, data: DataSet, digest: str, states: list[_State], checked: Conformance
+    job: Job, identity: dict[str, Any], pieces: _Pieces, data: DataSet, digest: str
 ) -> Result:
-    draws, attacked = range(job.draws), range(job.attacks)
-
-    def columns(kind: str) -> list[Any]:
-        """One row per image of the job, one column per draw or attack."""
-        numbers = attacked if kind in _BY_ATTACK else draws
-        groups = [torch.stack([getattr(s, kind)[d] for d in numbers], dim=1) for s in states]
-        rows: list[Any] = torch.cat(groups)[: job.examples].tolist()
-        return rows
-
-    def totals(kind: str) -> Tensor:
-        """A number for each image of the job, over all attacks."""
-        groups = [torch.stack([getattr(s, kind)[a] for a in attacked]).sum(0) for s in states]
-        return torch.cat(groups)[: job.examples]
-
-    ids = job.track_ids[: job.examples]
-    labels = data.labels_of(ids)
+    """The result of a job whose `pieces` are all there; `digest` is that of its images."""
+    ids = job.track_ids[: pieces.examples]
+    labels, draws = data.labels_of(ids), list(range(pieces.draws))
     predicted = Predicted(
-        clean=columns("clean"),
-        adversarial=columns("adversarial"),
-        fresh=columns("fresh") if job.knows else None,
+        clean=pieces.columns("clean"),
+        adversarial=pieces.columns("adversarial"),
+        fresh=pieces.columns("fresh") if identity["knows"] else None,
     )
-    follows = job.search.gradient is not None
-    identity = job.identity()
+    follows = identity["gradient"] is not None
     return Result(
         schema=2,
         **{key: identity[key] for key in ("track", "defense", "threat", "attack", "setting")},
         **{key: identity[key] for key in ("seed", "norm", "eps", "sites", "knows")},
         **{key: identity[key] for key in ("effort", "gradient", "options")},
-        surrogate=job.surrogate,
+        surrogate=identity.get("surrogate"),
         overrides=job.overrides,
         ids=ids,
         labels=labels,
-        draws=list(draws),
+        draws=draws,
         predicted=predicted,
-        zero_gradient=(totals("nonzero") == 0).tolist() if follows else None,
-        package_robust=columns("package") if states[0].package else None,
+        zero_gradient=(pieces.totals("nonzero") == 0).tolist() if follows else None,
+        package_robust=pieces.columns("package") if pieces.states[0].package else None,
         evaluations=EvaluationCounts(
-            gradient=totals("gradient").tolist(),
-            forward=totals("forward").tolist(),
-            nfe=max(state.nfe for state in states),
-            searched_nfe=max(state.searched_nfe for state in states),
+            gradient=pieces.totals("gradient").tolist(),
+            forward=pieces.totals("forward").tolist(),
+            nfe=max(state.nfe for state in pieces.states),
+            searched_nfe=max(state.searched_nfe for state in pieces.states),
         ),
-        conformance=checked,
+        conformance=record(job),
         arithmetic=Arithmetic(
-            device=torch.device(job.device).type,  # type: ignore[arg-type]
+            device=torch.device(identity["device"]).type,  # type: ignore[arg-type]
             dtype="float32",
-            batch_size=job.batch_size,
-            max_batch=job.max_batch,
+            batch_size=identity["batch_size"],
+            max_batch=identity["max_batch"],
         ),
         provenance=provenance(job, digest),
-        digest=outcome_digest(ids, labels, list(draws), predicted),
+        digest=outcome_digest(ids, labels, draws, predicted),
     )
-
-
-def _adversarial(job: Job, states: list[_State]) -> Tensor:
-    """``(attacks, n, c, h, w)``."""
-    attacked = range(job.attacks)
-    return torch.cat([torch.stack([s.images[a] for a in attacked]) for s in states], dim=1)
 
 
 @contextmanager
