@@ -53,7 +53,7 @@ def main() -> None:
 
 def _invoke() -> None:
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="dbp-bench", standalone_mode=False)
     except _UsageError as error:
         _fail(_misused(error), 2)
     if code == 130:  # typer's way to say that it was interrupted
@@ -76,7 +76,8 @@ def _misused(error: Any) -> str:
     if not message:  # it was called without arguments: the help has been shown
         sys.exit(2)
     where = f"{' '.join(names)}: " if names else ""
-    return f"{where}{message[0].lower()}{message[1:].rstrip('.?')}. `{shown}` tells more."
+    end = "" if message.endswith((".", "?")) else "."
+    return f"{where}{message[0].lower()}{message[1:]}{end} `{shown}` tells more."
 
 
 def _interrupt(*_: object) -> None:

@@ -74,7 +74,7 @@ def _show(
     found = [read(name) for names, read in readers.values() if name in names]
     if not found:
         known = [*readers, *(each for names, _ in readers.values() for each in names)]
-        raise UnknownName(f"no entry {name!r}.{did_you_mean(name, known)}")
+        raise UnknownName(f"no entry {name!r}.{did_you_mean(name, known, 'dbp-bench list')}")
     for entry in found:
         print(f"# {entry.path}  (sha256 {entry.sha256[:16]}...)")
         print(entry.path.read_text(encoding="utf-8").rstrip())
