@@ -93,11 +93,6 @@ class Bootstrap:
         accuracy: Replicates = self._weights @ counts / (self.images * trials)
         return accuracy
 
-    def mean_of(self, values: Sequence[float]) -> Replicates:
-        """The mean over images of any `values`, to a billionth: counted in billionths, as above."""
-        unit = 10**9
-        return self.mean([round(unit * value) for value in values], unit)
-
     def histogram(self, category: Counts, categories: int) -> Counts:
         """How many images are of each category ``(1 + resamples, categories)``.
 
