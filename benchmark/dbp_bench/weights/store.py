@@ -11,7 +11,6 @@ from pydantic import ValidationError
 
 from dbp_bench.declaration import Strict, explain
 from dbp_bench.errors import BadWeights
-from dbp_bench.result import write_atomically
 from dbp_bench.weights import catalog, files
 
 if TYPE_CHECKING:
@@ -136,6 +135,8 @@ def put(name: str, tensors: "Mapping[str, Tensor]") -> str:
 
 def write(record: Record) -> None:
     """Write a record, by which its checkpoint becomes usable."""
+    from dbp_bench.result import write_atomically  # not above: results need numpy, `list` doesn't
+
     content = json.dumps(record.model_dump(), indent=1) + "\n"
     write_atomically(record_file(record.name), content)
 
