@@ -63,7 +63,11 @@ def test_the_whole_matrix_is_there_and_belongs_to_the_entries(
         if result is None:
             missing.append(job.label)
             continue
-        assert identity_of(result) == job.identity(), job.label
+        held, asked = identity_of(result), job.identity()
+        if not result.classes_recorded:
+            # Of schema 1: an option that came since has the value that was fixed before.
+            asked["options"] = {k: v for k, v in asked["options"].items() if k in held["options"]}
+        assert held == asked, job.label
         assert result.ids == job.track_ids
         assert not result.provenance.dirty
     assert not missing
