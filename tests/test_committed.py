@@ -63,7 +63,13 @@ def test_the_whole_matrix_is_there_and_belongs_to_the_entries(
         if result is None:
             missing.append(job.label)
             continue
-        assert identity_of(result) == job.identity(), job.label
+        held, asked = identity_of(result), job.identity()
+        if not result.classes_recorded:
+            # Of schema 1: options that came or went since say what was fixed before.
+            shared = held["options"].keys() & asked["options"].keys()
+            for each in (held, asked):
+                each["options"] = {key: each["options"][key] for key in shared}
+        assert held == asked, job.label
         assert result.ids == job.track_ids
         assert not result.provenance.dirty
     assert not missing

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 
@@ -61,6 +63,26 @@ def test_ratio_is_blank_where_the_whole_may_be_nothing() -> None:
     # One image of a hundred is missing from more than a third of the resamples.
     assert ratio(part, bootstrap.mean([1] + [0] * 99, 1)) is None
     assert ratio(part, -sure) is None
+
+
+def test_real_values_are_averaged_to_a_billionth() -> None:
+    bootstrap = Bootstrap(3)
+    found = bootstrap.average([0.25, -1.5, 1 / 3])
+    assert found[0] == pytest.approx((0.25 - 1.5 + 1 / 3) / 3, abs=1e-9)
+    # On every machine the same: what is summed are integers.
+    assert found * 3e9 == pytest.approx(np.round(found * 3e9), abs=1e-4)
+
+
+def test_counts_too_large_for_a_float_are_rounded() -> None:
+    bootstrap, trials = Bootstrap(4), math.comb(2000, 999)
+    right = [trials, trials // 2, 0, trials // 4]
+    found = bootstrap.mean(right, trials)
+    assert found == pytest.approx(bootstrap.mean([4, 2, 0, 1], 4), abs=1e-9)
+
+
+def test_all_reports_on_as_many_images_share_their_resamples() -> None:
+    assert Bootstrap.of(7) is Bootstrap.of(7)
+    assert (Bootstrap.of(7).mean([1] * 6 + [0], 1) == Bootstrap(7).mean([1] * 6 + [0], 1)).all()
 
 
 def test_refuses_counts_of_other_images() -> None:

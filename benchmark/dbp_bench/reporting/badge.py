@@ -44,7 +44,7 @@ class Verification(Strict):
     track: str
     defense: str
     checks: list[str]
-    """What was looked at, in words."""
+    """What was verified, in words."""
     replay: Compared | None
     attack: Compared | None
     share: float | None

@@ -18,7 +18,7 @@ from dbp_bench.reporting.statistics import Score
 
 ALPHA: Final = 0.05
 SEED: Final = 2
-"""Of the resamples, which are others than those of the intervals."""
+"""Seed of the resamples, which are others than those of the intervals."""
 _LEAST: Final = 10_000
 _PER_PAIR: Final = 200
 """Resamples for each pair, so that Holm's strictest level is well above the smallest p-value."""

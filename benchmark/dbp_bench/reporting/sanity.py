@@ -1,6 +1,6 @@
 """Signs that a number can't be trusted: attacks that are too weak, gradients that are masked.
 
-Each check says what it looked at, so that no flag isn't mistaken for not tested (Athalye et al.
+Each check says what it tested, so that no flag isn't mistaken for not tested (Athalye et al.
 2018, section 3.1, lists the signs).
 """
 
