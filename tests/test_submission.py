@@ -250,7 +250,7 @@ def test_a_bundle_holds_all_that_the_results_come_from(made: Made) -> None:
         ]
         # With one site, forward known is everything known, and reverse known is nothing known.
         results = [n for n in held.files if Path(n).name == "seed-0.json"]
-        assert [Path(n).parent.name for n in results] == ["dwbox", "eot", "null", "whitebox"]
+        assert [Path(n).parents[1].name for n in results] == ["dwbox", "eot", "null", "whitebox"]
         for name in results:
             assert f"{Path(name).parent}/adversarial-seed-0.safetensors" in held.files
         right = read_record(held.folder / EOT).result.right("adversarial")
@@ -282,7 +282,8 @@ def test_from_bundle_to_badge(made: Made, tmp_path: Path, command: "Command") ->
     # dwbox at 3, and at 3 fresh ones.
     assert record.attack.outcomes == 4 * (3 * 18 + 6 + 9)
     assert (record.attack.differing, record.attack.allowed) == (0, 0)
-    assert set(record.files) == {f"{t}/seed-0.json" for t in ("dwbox", "eot", "null", "whitebox")}
+    threats = ("dwbox", "eot", "null", "whitebox")
+    assert set(record.files) == {f"{threat}/pgd/seed-0.json" for threat in threats}
     assert {p.name for p in own.rglob("*") if p.is_file()} == {FILE, "seed-0.json"}
 
 
@@ -574,7 +575,7 @@ FORGERIES: dict[str, tuple[Edit, str]] = {
         "not as the protocol says: effort",
     ),
     "knows less": (
-        rewrite(DWBOX, lambda t: t.update(knows=[], fresh=None)),
+        rewrite(DWBOX, lambda t: (t.update(knows=[]), t["predicted"].update(fresh=None))),
         "not as the protocol says: knows",
     ),
     "smaller ball": (rewrite(EOT, lambda t: t.update(eps=0.1)), "not as the protocol says: eps"),
@@ -756,10 +757,10 @@ def test_one_flipped_outcome_is_found_by_replaying(made: Made, tmp_path: Path) -
     """With the manifest made anew, nothing else contradicts it: `checked` doesn't see it."""
     path = forged(made, tmp_path, rewrite(EOT, flip("adversarial", 5, 3)))
     reason = (
-        "eot/pgd/seed-0.json: computed again, 1 of 144 outcomes are others than it says (0 may be"
+        "eot/pgd/seed-0.json: computed again, 1 of 72 adversarial outcomes stated as right are "
+        "wrong (0 may be, on this machine)"
     )
     assert reason in refused(path, replayed)
-    reason = "eot/pgd/seed-0.json: computed again, 1 of 144 outcomes"
     assert reason in refused(path, attacked)
 
 
@@ -769,9 +770,8 @@ def test_one_flipped_fresh_outcome_is_found_by_replaying(made: Made, tmp_path: P
         row[0] = (label + 1) % 10 if row[0] == label else label
 
     path = forged(made, tmp_path, rewrite(DWBOX, edit))
-    assert "dwbox/pgd/seed-0.json: computed again, 1 of 120 outcomes" in refused(
-        path, replayed, "dwbox"
-    )
+    reason = "dwbox/pgd/seed-0.json: computed again, 1 of 72 fresh outcomes stated as right"
+    assert reason in refused(path, replayed, "dwbox")
 
 
 def test_a_weak_attack_is_found_only_by_attacking(made: Made, tmp_path: Path) -> None:
@@ -808,8 +808,9 @@ def test_on_another_machine_rounding_is_allowed_for(
             flip("adversarial", 5, draw)(table)
 
     four = forged(made, tmp_path / "four", rewrite(EOT, edit))
-    # 2 % of 144, rounded up.
-    assert "4 of 144 outcomes are others than it says (3 may be" in refused(four, replayed)
+    # 2 % of 72, rounded up, and of one kind and direction.
+    reason = "4 of 72 adversarial outcomes stated as right are wrong (2 may be, on this machine)"
+    assert reason in refused(four, replayed)
 
 
 def _all_right(table: dict[str, Any]) -> None:
