@@ -18,7 +18,7 @@ from dbp_bench.cli.app import app
 from dbp_bench.errors import AttackFailed, DbpError, did_you_mean
 
 for _module in (
-    *("list", "run", "weights", "training"),
+    *("list", "run", "weights", "train"),
     *("report", "check", "sweep", "analyze"),
     *("new", "submit", "verify"),
 ):

@@ -14,7 +14,7 @@ COMMANDS: Mapping[str, str] = {
     "judge": "`judge` is now `verify`, which takes a file of adversarial images.",
     "samples": "`samples` is now `verify --pictures`, which takes a result.",
     "schema": "`schema` is gone: the schema is results/schema.json, in the repository.",
-    "bench": "`bench` is gone: the speed measurements are in benchmark/speed/ of a checkout.",
+    "bench": "`bench` is gone: measure with `python -m speed` in a checkout.",
     "push": "`push` is gone: `submit --upload owner/name` proposes a bundle to a data set.",
     "pull": "`pull` is gone: `report --results hf://datasets/owner/name` reads results from there.",
 }
