@@ -54,14 +54,12 @@ def failed(purifier: Purifier) -> Mapping[str, str]:
 
 def good(x: Tensor, noise: Noise) -> Tensor:
     """Nonlinear in its input, with noise added, multiplied, and drawn inside a step."""
-    z = x + 0.1 * noise.normal(FORWARD, 0, x)
-    for i in range(3):
 
-        def reverse(z: Tensor, i: int = i) -> Tensor:
-            return 0.9 * z * (1 + 0.1 * noise.normal(REVERSE, i, z)) + 0.05 * z.sin()
+    def reverse(i: int, t: int, s: int, z: Tensor) -> Tensor:
+        return 0.9 * z * (1 + 0.1 * noise.normal(REVERSE, i, z)) + 0.05 * z.sin()
 
-        z = memory.step(reverse, z)
-    return z.clamp(0, 1)
+    start = x + 0.1 * noise.normal(FORWARD, 0, x)
+    return memory.descend(reverse, start, [(3, 2), (2, 1), (1, 0)]).clamp(0, 1)
 
 
 def test_good_defense_passes() -> None:
