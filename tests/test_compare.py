@@ -228,15 +228,16 @@ def test_nothing_in_common(tmp_path: Path) -> None:
 
 
 def test_the_command(results: Path, command: "Command") -> None:
-    said = command("compare", "both/eot", "both/dwbox", "--results", results)
+    where = ("--results", results, "--track", TRACK)
+    said = command("compare", "both/eot", "both/dwbox", *where)
     assert said.code == 0
     assert "A - B: +40.0" in said.out
     assert "16 images only A, 0 only B" in said.out
     assert "and 4 more" in said.out
-    table = json.loads(command("compare", "both", "ddim-like", "--results", results, "--json").out)
+    table = json.loads(command("compare", "both", "ddim-like", *where, "--json").out)
     assert [each["a"]["threat"] for each in table["comparisons"]] == ["dwbox", "eot"]
     assert table["comparisons"][1]["only_a_right"] == list(range(22, 26))
-    refused = command("compare", "both", "nobody", "--results", results)
+    refused = command("compare", "both", "nobody", *where)
     assert (refused.code, refused.err.count("\n")) == (2, 1)
 
 
