@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dbp_bench.attacks import apgd, make
 from dbp_bench.attacks.apgd import APGD, Draws, climb
 from dbp_bench.attacks.common.objectives import OBJECTIVES, TARGETED, Towards, margin
+from dbp_bench.attacks.common.options import AnyLoss
 from dbp_bench.attacks.pgd import SELECTION
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
@@ -61,7 +62,7 @@ def linear_optimum(images: Tensor, sign: Tensor, ball: Budget) -> Tensor:
 @pytest.mark.parametrize("ball", [Linf(0.1), Linf(0.5), L2(0.3), L1(0.4), L1(1.5)])
 @pytest.mark.parametrize("loss", ["ce", "margin"])
 def test_optimum_of_a_linear_classifier(
-    monkeypatch: pytest.MonkeyPatch, ball: Budget, loss: str
+    monkeypatch: pytest.MonkeyPatch, ball: Budget, loss: AnyLoss
 ) -> None:
     monkeypatch.setattr(APGD, "retire", False)
     images = uniform(40, 1, 4, 4)
@@ -193,7 +194,7 @@ def constant() -> Defense:
 @pytest.mark.parametrize("ball", BALLS)
 @pytest.mark.parametrize("random_start", [False, True])
 @pytest.mark.parametrize("loss", ["ce", "dlr", "margin-targeted"])
-def test_no_progress_on_a_constant_model(ball: Budget, random_start: bool, loss: str) -> None:
+def test_no_progress_on_a_constant_model(ball: Budget, random_start: bool, loss: AnyLoss) -> None:
     """No iterate and no restart is better than the start, which is what must come out."""
     images, labels = uniform(20, 1, 4, 4), torch.arange(20) % 4
     view = view_of(constant(), 20, NOTHING)

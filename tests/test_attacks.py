@@ -79,6 +79,7 @@ def run_as_planned(job: Job, out: Path) -> Result:
     assert path == job.path(out)
     result = Result.read(path)
     planned, taken = job.evaluations, result.evaluations
+    assert taken.searched_nfe is not None
     assert planned.exact
     assert not cost.at_most
     assert taken.gradient == [job.attacks * planned.gradient] * len(result.ids)
@@ -247,7 +248,7 @@ def test_a_surrogate_needs_steps_to_shorten(command: "Command", tmp_path: Path) 
 def test_a_norm_that_an_attack_does_not_search_is_refused(
     attack: str, in_l1: Path, command: "Command", tmp_path: Path
 ) -> None:
-    asked = ["--entries", in_l1, "--track", "own", "--attack", attack]
+    asked: list[str | Path] = ["--entries", in_l1, "--track", "own", "--attack", attack]
     said = refused(command, tmp_path / "out", *asked, defense="own")
     assert "square searches in linf and l2, not in l1: take pgd, apgd or autoattack." in said
 
@@ -289,7 +290,7 @@ def test_an_object_that_is_no_attack_is_refused(
     (own / "mine.py").write_text(f"class Attack:\n    __call__ = print\n    {body}\n")
     monkeypatch.setattr(sys, "path", [*sys.path])
     try:
-        asked = ["--entries", own, "--trust-code", "--attack", "mine:Attack"]
+        asked: list[str | Path] = ["--entries", own, "--trust-code", "--attack", "mine:Attack"]
         assert says in refused(command, tmp_path / "out", *asked)
     finally:
         sys.modules.pop("mine", None)

@@ -14,7 +14,8 @@ import yaml
 from rich.text import Text
 
 from dbp_bench import __version__, attacks
-from dbp_bench.cli import app, moved
+from dbp_bench.cli import moved
+from dbp_bench.cli.app import app
 from dbp_bench.entries.registry import Registry
 from dbp_bench.result import Result
 from own_entries import folder, toy_defense

@@ -72,6 +72,9 @@ def check_plan(job: Job, out: Path, monkeypatch: pytest.MonkeyPatch, *, reached:
     cost = estimate(job, out, "none")
     result = Result.read(execute(job, out, policy="none"))
     planned, taken = job.evaluations, result.evaluations
+    assert isinstance(taken.gradient, list)
+    assert isinstance(taken.forward, list)
+    assert taken.searched_nfe is not None
     assert cost.at_most != planned.exact
     images = len(result.ids)
     if job.sources:  # whose evaluations are not the victim's

@@ -211,7 +211,7 @@ def test_its_declaration() -> None:
 
 @pytest.mark.parametrize("band", [0, 1.5, -0.1])
 def test_a_bad_band_is_refused(band: float) -> None:
-    with pytest.raises(ValueError, match="^band: input should be"):
+    with pytest.raises(ValueError, match=r"^band: input should be"):
         make("low-frequency", {"band": band})
 
 

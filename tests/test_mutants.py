@@ -259,7 +259,7 @@ def test_success_in_the_loop_is_caught_by_the_null_attack_in_every_metric() -> N
     in_the_loop = torch.where(fell[:, None], 1 - batch.labels[:, None], adversarial)
 
     def tally(classes: Tensor) -> Tally:
-        return Tally([classes.tolist()], batch.labels.tolist(), noisy=True)
+        return Tally([classes.numpy()], batch.labels.tolist(), noisy=True)
 
     ours, mutant = (
         gaps(tally(clean), tally(table), Bootstrap(n)) for table in (adversarial, in_the_loop)

@@ -81,6 +81,7 @@ def sweeps() -> list[Findings]:
             track=TRACK,
             defense="both",
             threat="eot",
+            attack="pgd",
             seed=0,
             axis=axis,
             standard=0.15,

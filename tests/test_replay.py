@@ -139,7 +139,7 @@ def test_what_is_the_same_machine(stated: Result) -> None:
     made = stated.provenance
     here = made.model_copy(
         update={
-            "device_name": replay.device_name("cpu"),
+            "device_name": device_name("cpu"),
             "packages": {"torch": torch.__version__},
             "threads": torch.get_num_threads(),
         }

@@ -262,7 +262,14 @@ def swept(**changes: Any) -> Findings:
     ]
     table: dict[str, Any] = {
         **{"schema": 1, "track": TRACK, "defense": "both", "threat": "eot", "seed": 0},
-        **{"axis": "steps", "standard": 20, "images": 16, "draws": 3, "chance": 0.1},
+        **{
+            "attack": "pgd",
+            "axis": "steps",
+            "standard": 20,
+            "images": 16,
+            "draws": 3,
+            "chance": 0.1,
+        },
         **{"values": values, "notes": ["the ball may be too small"]},
         "flags": [Flag(name="not-converged", message="accuracy falls from 50.0 to 30.0 %")],
     }
@@ -271,7 +278,7 @@ def swept(**changes: Any) -> Findings:
 
 def place(folder: Path, found: Findings) -> Path:
     names = (found.track, found.defense, found.threat)
-    path = findings_path(folder, *names, found.seed, found.axis, found.attack)
+    path = findings_path(folder, *names, found.attack, found.seed, found.axis)
     found.write(path)
     return path
 
@@ -279,7 +286,7 @@ def place(folder: Path, found: Findings) -> Path:
 def test_sweeps_are_found_shown_and_flagged(tmp_path: Path) -> None:
     results = save(tmp_path / "results", *matrix())
     place(results, swept())
-    place(results, swept(defense="ddim-like", attack="pgd", axis="eot", flags=[], notes=[]))
+    place(results, swept(defense="ddim-like", axis="eot", flags=[], notes=[]))
     place(results, swept(track="another"))
     place(results, swept(track="other")).write_text("not read")
     paths = write_leaderboards(results, tmp_path / "out")

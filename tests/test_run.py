@@ -71,7 +71,7 @@ def records() -> dict[str, Conformance]:
 @pytest.fixture(autouse=True)
 def _one_record_each(monkeypatch: pytest.MonkeyPatch, records: dict[str, Conformance]) -> None:
     """The conformance record is a function of the request: it is made once for each."""
-    make = runner.record
+    from dbp_bench.checks.record import record as make
 
     def record(asked: Job) -> Conformance:
         key = json.dumps(asked.identity())

@@ -290,7 +290,10 @@ def test_a_masked_gradient_is_found(
     if kind == "honest":
         assert last.accuracy is not None
         assert last.accuracy.value == 0
-    assert Findings.read(findings_path(tmp_path, "digits-linf", "toy", "dwbox", 0, "eps")) == found
+    assert (
+        Findings.read(findings_path(tmp_path, "digits-linf", "toy", "dwbox", "pgd", 0, "eps"))
+        == found
+    )
     for value in found.values:
         assert (value.file is None) == (kind == "flat")
         if value.file is not None:
@@ -306,7 +309,7 @@ def test_command(command: "Command", tmp_path: Path) -> None:
     said = command(*ask, "--json")
     assert (said.code, said.err) == (0, "")
     (table,) = json.loads(said.out)
-    path = findings_path(tmp_path, "digits-linf", "oneshot", "whitebox", 0, "steps")
+    path = findings_path(tmp_path, "digits-linf", "oneshot", "whitebox", "pgd", 0, "steps")
     assert table == json.loads(path.read_text())
     results = sorted(tmp_path.glob("sweeps/*/digits-linf/oneshot/whitebox/pgd/seed-0.json"))
     assert [p.parts[-6] for p in results] == ["standard", "steps-21"]

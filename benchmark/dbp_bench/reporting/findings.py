@@ -43,8 +43,8 @@ class Findings(Strict):
     track: str
     defense: str
     threat: str
-    attack: str | None = None
-    """The attack's label; null in files that are older than this key."""
+    attack: str
+    """The attack's label."""
     seed: int
     axis: Literal["steps", "eot", "eps", "black-box"]
     standard: float | str
@@ -60,8 +60,8 @@ class Findings(Strict):
 
     @property
     def setting(self) -> str:
-        """How texts name what was swept: threat model and, where it is recorded, attack."""
-        return f"{self.threat}/{self.attack}" if self.attack else self.threat
+        """How texts name what was swept: threat model and attack."""
+        return f"{self.threat}/{self.attack}"
 
     def write(self, path: Path) -> None:
         """Write the file, all of it or nothing."""
@@ -78,16 +78,10 @@ class Findings(Strict):
 
 
 def findings_path(
-    out: Path,
-    track: str,
-    defense: str,
-    threat: str,
-    seed: int,
-    axis: str,
-    attack: str | None = None,
+    out: Path, track: str, defense: str, threat: str, attack: str, seed: int, axis: str
 ) -> Path:
     """Where the findings over an `axis` lie, below the folder of results `out`."""
-    setting = Path(track, defense, threat, *([attack] if attack else []))
+    setting = Path(track, defense, threat, attack)
     return out / "sweeps" / "findings" / setting / f"seed-{seed}-{axis}.json"
 
 
@@ -102,13 +96,12 @@ def load_findings(out: Path, tracks: Sequence[str]) -> list[Findings]:
         if path.relative_to(out).parts[2] not in tracks:
             continue
         each = Findings.read(path)
-        names = (each.track, each.defense, each.threat)
-        belongs = findings_path(out, *names, each.seed, each.axis, each.attack)
+        names = (each.track, each.defense, each.threat, each.attack)
+        belongs = findings_path(out, *names, each.seed, each.axis)
         if belongs != path:
             raise BadResult(
                 f"{path}: not where it belongs: by its track, defense, threat, attack, seed and "
-                f"axis it is "
-                f"{belongs.relative_to(out).as_posix()}. Move it back."
+                f"axis it is {belongs.relative_to(out).as_posix()}. Move it back."
             )
         found.append(each)
     return found

@@ -190,7 +190,7 @@ def run(sweep: Sweep, out: Path, execute: Execute) -> Findings:
     own = sweep.standard.job
     found.write(
         findings_path(
-            out, own.subject.track.name, own.subject.name, own.threat.name, own.seed, sweep.axis
+            out, found.track, found.defense, found.threat, found.attack, found.seed, found.axis
         )
     )
     return found
@@ -234,6 +234,7 @@ def assess(sweep: Sweep, results: Sequence[Result | None], files: Sequence[str |
         track=own.subject.track.name,
         defense=own.subject.name,
         threat=own.threat.name,
+        attack=own.search.label,
         seed=own.seed,
         axis=sweep.axis,  # type: ignore[arg-type]
         standard=sweep.standard.value,
