@@ -1,7 +1,7 @@
 """The deviation's gradient is the known one, and without its weight the attack is PGD."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dbp_bench import memory
-from dbp_bench.attacks import make
+from dbp_bench.attacks import described, make
 from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.attacks.diffattack import Deviation, DiffAttack, spread
 from dbp_bench.attacks.pgd import PGD
@@ -315,7 +315,7 @@ def test_a_gradient_that_does_not_go_through_the_purifier_is_unfit() -> None:
 
 
 def test_it_asks_for_as_much_as_pgd() -> None:
-    own, pgd = (asdict(make(name, {})) for name in ("diffattack", "pgd"))
+    own, pgd = (described(name, make(name, {})) for name in ("diffattack", "pgd"))
     assert own == {**pgd, "weight": 1.0, "levels": None}
 
 

@@ -187,7 +187,6 @@ def run(sweep: Sweep, out: Path, execute: Execute) -> Findings:
         results.append(Result.read(path))
         files.append(path.relative_to(out).as_posix())
     found = assess(sweep, results, files)
-    own = sweep.standard.job
     found.write(
         findings_path(
             out, found.track, found.defense, found.threat, found.attack, found.seed, found.axis
