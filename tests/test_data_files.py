@@ -493,7 +493,7 @@ def own(small: Facts, tmp_path: Path) -> Path:
         "norm": "linf",
         "eps": "8/255",
         "batch_size": 4,
-        "rows": 8,
+        "max_batch": 8,
         "demonstration": True,
         "note": "A toy.",
     }

@@ -575,7 +575,7 @@ def test_a_plan_without_weights_says_so(
     assert cost.random_weights == ("cifar10-ddpm-ema", "cifar10-wrn-28-10")
     assert cost.calls == 3 * 4 * (2 + 2)
     assert cost.seconds > 0
-    with pytest.raises(BadWeights, match="Run: dbp-bench weights fetch cifar10-ddpm-ema"):
+    with pytest.raises(BadWeights, match="Run: dbp-bench weights fetch cifar10-wrn-28-10"):
         execute(job, tmp_path / "out")
     said = command(
         *("run", "--dry-run", "--track", "cifar10-linf", "--defense", "none,at-wang2023"),
