@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dbp_bench.attacks import make
 from dbp_bench.attacks.common.objectives import OBJECTIVES, Towards, cross_entropy
+from dbp_bench.attacks.common.options import AnyLoss
 from dbp_bench.attacks.pgd import PGD, SELECTION
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
@@ -290,7 +291,8 @@ def test_restarts_are_compared_by_the_untargeted_loss_of_the_family(family: str)
 
     notes = Moving([clean, *found])
     images = torch.zeros(1, 1, 2, 2)
-    method = PGD(1, 0.1, 2, f"{family}-targeted", random_start=True, restarts=3)
+    loss = cast(AnyLoss, f"{family}-targeted")
+    method = PGD(1, 0.1, 2, loss, random_start=True, restarts=3)
     got = method(cast(AttackerView, notes), images, labels, Linf(0.1))
     torch.testing.assert_close(got, images + 0.01 * (int(values.argmax()) + 1))
 
