@@ -92,7 +92,7 @@ def strongest(
     labels: Tensor,
     budget: Budget,
 ) -> Tensor:
-    """Of each image the candidate of `members` that hurts most; see :class:`Ensemble`."""
+    """For each image the candidate of `members` that hurts most; see :class:`Ensemble`."""
     found = images.clone()
     accuracy, best = _value(view, images, labels, compare)
     left = torch.arange(len(images), device=images.device)

@@ -49,7 +49,7 @@ EFFORT = {
 }
 
 TOLERANCES = {"cpu": 1e-3, "cuda": 0.1}
-"""Of the logits, which are about 10 in size. Rounding moves them by 5e-6 from one processor to
+"""Largest errors of the logits, which are about 10 in size. Rounding moves them by 5e-6 from one processor to
 another; the convolutions of a GPU may round to ten bits (TF32)."""
 
 Part = tuple[str, str | None, str]

@@ -72,7 +72,7 @@ class Source:
 
     @property
     def sha256(self) -> str:
-        """Of all files and their names."""
+        """The sha256 of all files and their names."""
         total = sha256()
         for name, path in sorted(self.files.items()):
             total.update(f"{name}\n{sha256(path.read_bytes()).hexdigest()}\n".encode())
