@@ -49,8 +49,8 @@ EFFORT = {
 }
 
 TOLERANCES = {"cpu": 1e-3, "cuda": 0.1}
-"""Largest errors of the logits, which are about 10 in size. Rounding moves them by 5e-6 from one processor to
-another; the convolutions of a GPU may round to ten bits (TF32)."""
+"""Largest errors of the logits, which are about 10 in size. Rounding moves them by 5e-6 from one
+processor to another; the convolutions of a GPU may round to ten bits (TF32)."""
 
 Part = tuple[str, str | None, str]
 """Name of a part of the golden case, its fault (None if it passes), and what else to know."""

@@ -60,7 +60,7 @@ class Findings:
     noise_floor: list[Agreement]
     """Two means of the exact gradient with each other, over as many draws each, none in common."""
     difference_errors: list[float | None]
-    """The error of each image's exact gradient, relative to central differences; None where zero."""
+    """The error of each exact gradient, relative to central differences; None where it is zero."""
 
     @property
     def exact(self) -> bool:
