@@ -278,9 +278,7 @@ def test_no_connection(path: Path) -> None:
 
 def test_offline(server: Server, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    message = refused(server, path)
-    assert message.startswith("no connection to 127.0.0.1 (")
-    assert "offline mode is enabled" in message
+    assert refused(server, path) == "no connection to 127.0.0.1 (HF_HUB_OFFLINE is set)"
     assert server.asked == []
 
 
@@ -558,7 +556,7 @@ def test_the_hub_s_offline_cache_is_honoured(hub: Path, monkeypatch: pytest.Monk
     (hub / "refs").mkdir()
     (hub / "refs" / "main").write_text(REVISION)
     (snapshot / "config.json").write_text("{}")
-    assert "can't be had from the Hugging Face Hub (Cannot reach " in refused_by_hub()
+    assert "can't be had from the Hugging Face Hub (HF_HUB_OFFLINE is set)" in refused_by_hub()
     (snapshot / "diffusion_pytorch_model.bin").write_bytes(b"x")
     assert from_hub() == snapshot / "diffusion_pytorch_model.bin"
     (snapshot / "diffusion_pytorch_model.safetensors").write_bytes(b"x")

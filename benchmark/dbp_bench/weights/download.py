@@ -173,6 +173,10 @@ def _check_disk(error: Exception, variable: str) -> None:
 
 def _cause(error: BaseException) -> str:
     """The first line of what went wrong."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
     return str(error).strip().partition("\n")[0].rstrip(".")[:200] or type(error).__name__
 
 
