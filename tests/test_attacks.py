@@ -1,12 +1,14 @@
 """An attack is one file or one dotted path; what cannot go together is refused in one line."""
 
+import csv
 import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import yaml
@@ -17,9 +19,10 @@ from dbp_bench.entries.build import Subject
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest
 from dbp_bench.result import Result
-from dbp_bench.runs.estimate import estimate
+from dbp_bench.runs.estimate import Cost, estimate
 from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Job, Overrides, resolve
+from dbp_bench.threat import Evaluations
 from own_entries import folder
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ TOY = Path(__file__).parent / "data" / "toy_momentum.py"
 
 INSIDE, OUTSIDE = "toy-momentum", "toy_momentum:Momentum"
 PROTOCOL = Registry().protocol
-SMALL = Overrides({"steps": 3, "eot": 2}, examples=3, batch_size=3, draws=3)
+SMALL = Overrides({"steps": 3, "eot": 2}, examples=2, batch_size=2, draws=3)
 
 
 def job_of(
@@ -44,24 +47,25 @@ def job_of(
 # ------------------------------------------------------------ one file of ours, one dotted path
 
 
-@pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with the toy attack alone, which is also a module of the package."""
-    path = tmp_path / "mine"
-    path.mkdir()
-    shutil.copy(TOY, path)
-    monkeypatch.setattr(attacks, "__path__", [*attacks.__path__, str(path)])
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield path
+@contextmanager
+def in_two_places(top: Path) -> Iterator[Path]:
+    """A folder below `top` with the toy attack alone, which is a module of the package as well."""
+    own = top / "mine"
+    own.mkdir()
+    shutil.copy(TOY, own)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attacks, "__path__", [*attacks.__path__, str(own)])
+        patch.setattr(sys, "path", [*sys.path])
+        yield own
     for name in ("toy_momentum", "dbp_bench.attacks.toy_momentum"):
         sys.modules.pop(name, None)
     vars(attacks).pop("toy_momentum", None)
 
 
 @pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No conformance record, which takes as long as a small run."""
-    monkeypatch.setattr("dbp_bench.runs.execute.record", lambda _: None)
+def toy(tmp_path: Path) -> Iterator[Path]:
+    with in_two_places(tmp_path) as own:
+        yield own
 
 
 @pytest.mark.usefixtures("toy")
@@ -72,96 +76,114 @@ def test_a_file_is_found_by_its_name(command: "Command") -> None:
     assert not [name for name in sys.modules if "toy_momentum" in name], "it is not imported"
 
 
-def run_as_planned(job: Job, out: Path) -> Result:
-    """The result of `job`, which took exactly the evaluations that were planned."""
-    cost = estimate(job, out, "none")
-    path = execute(job, out, policy="none")
-    assert path == job.path(out)
-    result = Result.read(path)
+class Ran(NamedTuple):
+    """A run of an attack on DDPM, and what was planned of it."""
+
+    job: Job
+    cost: Cost
+    result: Result
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str], Ran]:
+    """By threat model and label: PGD, and the toy attack in the package and outside."""
+    top = tmp_path_factory.mktemp("toy")
+    with in_two_places(top) as own, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dbp_bench.runs.estimate.MOMENT", 0.0)
+        # The conformance record of the defense takes as long as these runs.
+        patch.setattr("dbp_bench.runs.execute.record", lambda _: None)
+        registry = Registry([own], trust_code=True)
+        found = {}
+        for threat in PROTOCOL:
+            for attack in (None, INSIDE, OUTSIDE):
+                job = job_of(registry, threat, attack)
+                cost = estimate(job, top / "results", "none")
+                path = execute(job, top / "results", policy="none")
+                assert path == job.path(top / "results")
+                found[threat, job.search.label] = Ran(job, cost, Result.read(path))
+    return found
+
+
+@pytest.mark.parametrize("label", [INSIDE, "toy_momentum-Momentum"])
+@pytest.mark.parametrize("threat", PROTOCOL)
+def test_the_toy_attack_runs_as_planned_at_every_threat_model(
+    runs: Mapping[tuple[str, str], Ran], threat: str, label: str
+) -> None:
+    job, cost, result = runs[threat, label]
     planned, taken = job.evaluations, result.evaluations
-    assert taken.searched_nfe is not None
-    assert planned.exact
+    assert planned == Evaluations(3 * (1 if threat == "dwbox" else 2), 0, exact=True)
     assert not cost.at_most
     assert taken.gradient == [job.attacks * planned.gradient] * len(result.ids)
-    assert taken.forward == [job.attacks * planned.forward] * len(result.ids)
+    assert taken.forward == [0] * len(result.ids)
     evaluated = len(result.ids) * len(result.draws) * (5 if result.knows else 2)
-    searched = sum(taken.gradient) + sum(taken.forward)
-    assert cost.calls == searched * taken.searched_nfe + evaluated * taken.nfe
-    return result
+    assert cost.calls == sum(taken.gradient) * taken.searched_nfe + evaluated * taken.nfe
+    assert (result.label, result.setting, result.gradient) == (label, None, "exact")
+    assert result.effort == {"steps": 3, "step_size": 0.25, "eot": 2, "decay": 1.0}
 
 
 @pytest.mark.parametrize("threat", PROTOCOL)
-def test_the_toy_attack_runs_as_planned_at_every_threat_model(
-    toy: Path, unchecked: None, threat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_same_file_inside_and_outside_finds_the_same(
+    runs: Mapping[tuple[str, str], Ran], threat: str
 ) -> None:
-    """As a file of the package, and the same file outside: they find the same."""
-    monkeypatch.setattr("dbp_bench.runs.estimate.MOMENT", 0.0)
-    inside = run_as_planned(job_of(Registry(), threat, INSIDE), tmp_path / "out")
-    mine = Registry([toy], trust_code=True)
-    outside = run_as_planned(job_of(mine, threat, OUTSIDE), tmp_path / "out")
-    for result, name, label in (
-        (inside, INSIDE, INSIDE),
-        (outside, OUTSIDE, "toy_momentum-Momentum"),
-    ):
-        assert (result.attack, result.label) == (name, label)
-        assert (result.setting, result.gradient) == (None, "exact")
-        assert result.effort == {"steps": 3, "step_size": 0.25, "eot": 2, "decay": 1.0}
-        eot = 1 if threat == "dwbox" else 2
-        assert job_of(mine, threat, name).evaluations.gradient == 3 * eot
+    inside, outside = runs[threat, INSIDE].result, runs[threat, "toy_momentum-Momentum"].result
+    assert (inside.attack, outside.attack) == (INSIDE, OUTSIDE)
     assert inside.digest == outside.digest
     assert inside.predicted == outside.predicted
     assert inside.provenance.code is None
-    assert list(outside.provenance.code or {}) == ["toy_momentum"]
+    assert list(outside.provenance.code or {}) == ["toy_momentum"], "its hash"
 
 
-@pytest.mark.usefixtures("unchecked")
+def test_the_toy_attack_appears_in_the_report(
+    runs: Mapping[tuple[str, str], Ran], tmp_path: Path, command: "Command"
+) -> None:
+    """Beside the attack that each threat model takes by itself, whatever code it is of."""
+    for job, _, result in runs.values():
+        result.write(job.path(tmp_path / "results"))
+    said = command("report", "--results", tmp_path / "results", "--out", tmp_path / "tables")
+    assert said.code == 0, said.err
+    with (tmp_path / "tables/digits-linf-attacks.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {(row["threat"], row["attack"]) for row in rows}
+    toys = {(threat, label) for threat, label in runs if label != "pgd" and threat != "null"}
+    assert found >= toys
+    assert "| toy-momentum" in (tmp_path / "tables/digits-linf-attacks.md").read_text()
+
+
 def test_a_changed_file_outside_is_another_attack(toy: Path, tmp_path: Path) -> None:
     registry = Registry([toy], trust_code=True)
-    asked = Overrides({"steps": 1}, examples=1, batch_size=1, draws=1)
-    execute(job_of(registry, "eot", OUTSIDE, asked), tmp_path / "out")
+    names = (registry, "digits-linf", "oneshot", "eot")
+    small = Overrides({"steps": 1}, examples=1, batch_size=1, draws=1)
+
+    def job() -> Job:
+        return resolve(*names, attack=OUTSIDE, seed=0, device="cpu", overrides=small)
+
+    execute(job(), tmp_path / "out")
     with (toy / "toy_momentum.py").open("a") as file:
         file.write("# changed\n")
     with pytest.raises(BadRequest, match="holds another request: code is "):
-        execute(job_of(registry, "eot", OUTSIDE, asked), tmp_path / "out")
+        execute(job(), tmp_path / "out")
+
+
+def test_the_command_runs_the_toy_attack(toy: Path, command: "Command", tmp_path: Path) -> None:
+    small = ["--examples", "1", "--batch-size", "1", "--draws", "3", "--set", "steps=2"]
+    small += ["--defense", "oneshot", "--threat", "eot", "--out", str(tmp_path / "out"), "--json"]
+    for attack in (INSIDE, OUTSIDE):
+        own = ["--entries", toy, "--trust-code"] if attack == OUTSIDE else []
+        said = command("run", *own, "--attack", attack, *small)
+        assert (said.code, said.err) == (0, "")
+        (row,) = json.loads(said.out)
+        assert row["attack"] == attack.replace(":", "-")
+        assert Result.read(Path(row["file"])).attack == attack
 
 
 def test_every_threat_model_takes_the_toy_attack(toy: Path, command: "Command") -> None:
-    """By the command line, whose plan names it."""
     small = ["--examples", "1", "--batch-size", "1", "--set", "steps=3", "--json", "--dry-run"]
-    for attack in (INSIDE, OUTSIDE):
-        own = ["--entries", toy, "--trust-code"] if attack == OUTSIDE else []
-        said = command(
-            "run", *own, "--defense", "ddpm", "--threat", "all", "--attack", attack, *small
-        )
-        assert (said.code, said.err) == (0, "")
-        jobs = json.loads(said.out)["jobs"]
-        assert [job["attack"] for job in jobs] == [attack] * len(PROTOCOL)
-        assert sorted(job["threat"] for job in jobs) == PROTOCOL
-        assert all(("toy_momentum" in job.get("code", {})) == bool(own) for job in jobs)
-
-
-def rows_of_attack(tables: Path, label: str) -> list[str]:
-    """The lines of the reported CSV tables that name an attack by its label."""
-    lines = [line for csv in sorted(tables.glob("*.csv")) for line in csv.read_text().splitlines()]
-    return [line for line in lines if label in line.split(",")]
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_the_toy_attack_appears_in_the_report(
-    toy: Path, tmp_path: Path, command: "Command"
-) -> None:
-    """Beside PGD, at the threat models that it ran at."""
-    asked = Overrides({"steps": 1}, examples=3, batch_size=3, draws=3)
-    registry = Registry([toy], trust_code=True)
-    for attack in (None, INSIDE, OUTSIDE):
-        for threat in ("eot", "dwbox"):
-            execute(job_of(registry, threat, attack, asked), tmp_path / "results")
-    said = command(
-        "report", "--results", tmp_path / "results", "--out", tmp_path / "tables", "--entries", toy
-    )
-    assert said.code == 0, said.err
-    for label in (INSIDE, "toy_momentum-Momentum"):
-        assert len(rows_of_attack(tmp_path / "tables", label)) >= 2
+    asked = ["--defense", "oneshot", "--threat", "all", "--attack", OUTSIDE, *small]
+    said = command("run", "--entries", toy, "--trust-code", *asked)
+    assert (said.code, said.err) == (0, "")
+    jobs = json.loads(said.out)["jobs"]
+    assert sorted(job["threat"] for job in jobs) == PROTOCOL
+    assert all(job["attack"] == OUTSIDE and "toy_momentum" in job["code"] for job in jobs)
 
 
 # ------------------------------------------------------------- what is refused before it begins

@@ -294,9 +294,9 @@ def test_sweeps_are_found_shown_and_flagged(tmp_path: Path) -> None:
     assert names[-2:] == [f"{TRACK}-sweeps.csv", f"{TRACK}-attacks.md"]
     rows = table(tmp_path / "out" / f"{TRACK}.csv", "defense")
     assert rows.loc["both", "flags"] == (
-        "sweep of eot over steps: accuracy falls from 50.0 to 30.0 %"
+        "sweep of eot/pgd over steps: accuracy falls from 50.0 to 30.0 %"
     )
-    assert rows.loc["both", "tests"].endswith("sweeps: flagged (eot steps)")
+    assert rows.loc["both", "tests"].endswith("sweeps: flagged (eot/pgd steps)")
     assert rows.loc["ddim-like", "tests"].endswith("sweeps: no finding (eot/pgd eot)")
     text = (tmp_path / "out" / f"{TRACK}-attacks.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| both | eot"))
@@ -316,7 +316,7 @@ def test_sweeps_are_found_shown_and_flagged(tmp_path: Path) -> None:
         ({"chance": "NaN"}, "chance"),
         ({"schema": 2}, "schema"),
         ({"more": 1}, "more: is unknown"),
-        ({"threat": "dwbox"}, r"not where it belongs.*both/dwbox/seed-0-steps\.json"),
+        ({"threat": "dwbox"}, r"not where it belongs.*both/dwbox/pgd/seed-0-steps\.json"),
     ],
 )
 def test_findings_that_cannot_be_right(tmp_path: Path, damage: dict[str, Any], says: str) -> None:

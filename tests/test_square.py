@@ -54,10 +54,10 @@ def test_optimum_of_a_linear_classifier(
 
     Not so in the l2 ball: there its bumps are 3 pixels wide at least, which is most of this image.
     """
-    bare, group = linear(20)
+    bare, group = linear(8)
     defense = Defense(Noisy(noise, noise), bare.classifier)
     monkeypatch.setattr(Square, "retire", False)
-    found = Square(600, 0.8, 2)(view_of(defense, 20, NOTHING), group.images, group.labels, ball)
+    found = Square(300, 0.8, 2)(view_of(defense, 8, NOTHING), group.images, group.labels, ball)
     dual = WEIGHT.abs().sum() if isinstance(ball, Linf) else WEIGHT.norm()
     clean, new = (margin(bare.classifier(x), group.labels) for x in (group.images, found))
     gained = (new - clean) / (ball.eps * dual)

@@ -9,7 +9,6 @@ import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
@@ -79,10 +78,10 @@ def attack_step(device: str, rounds: int) -> list[Row]:
     return rows
 
 
-class _Patient(APGD):
-    """APGD that takes every image to the last step."""
-
-    retire: ClassVar[bool] = False
+def _patient(method: APGD) -> APGD:
+    """The same attack, which takes every image to the last step."""
+    kind = type("Patient", (type(method),), {"retire": False})
+    return kind(**attacks.described("apgd", method))  # type: ignore[no-any-return]
 
 
 def retirement(device: str, rounds: int, count: int = IMAGES) -> Row:
@@ -98,7 +97,7 @@ def retirement(device: str, rounds: int, count: int = IMAGES) -> Row:
         ball, known = Linf(EPS), target.sites
         return attack(target, method, group, ball, known, seed=0, victim_draw=0, max_batch=count)
 
-    patient = _Patient(**attacks.described("apgd", _ATTACK))
+    patient = _patient(_ATTACK)
     own, whole = search(_ATTACK), search(patient)
     right, same = (right_at(target, each.images, group) for each in (own, whole))
     if not torch.equal(right, same):

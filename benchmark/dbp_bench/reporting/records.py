@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from dbp_bench.entries.defense import OWN_CLASSIFIER
 from dbp_bench.errors import BadResult, NotComparable, did_you_mean
 from dbp_bench.reporting.protocol import Protocol, knowledge, shipped
 from dbp_bench.result import Result, without_draws
@@ -168,6 +169,10 @@ def _check_alike(
         if any(_nothing_hidden(result) for result in pair):
             efforts = [without_draws(effort) for effort in efforts]
         theirs, mine = (facts(*each) for each in zip(pair, efforts, strict=True))
+        for key in {key for result in pair for key in _only_of_the_attack(result)}:
+            if key not in theirs or key not in mine:
+                theirs.pop(key, None)
+                mine.pop(key, None)
         if differing := differences(theirs, mine):
             raise NotComparable(
                 f"{other.path} and {record.path} cannot stand in one leaderboard: "
@@ -223,6 +228,16 @@ def _defense_facts(result: Result, _: object = None) -> _Facts:
         },
         "evaluations.nfe": result.evaluations.nfe,
     }
+
+
+def _only_of_the_attack(result: Result) -> set[str]:
+    """Facts of what the attack brings along: its code, and the weights of what it searches in.
+
+    Where the defense has them too, they count.
+    """
+    module = result.attack.partition(":")[0].split(".")[0]
+    roles = [role for role in result.provenance.weights if "." in role and role != OWN_CLASSIFIER]
+    return {f"provenance.code.{module}", *(f"provenance.weights.{role}" for role in roles)}
 
 
 def _search_facts(result: Result, effort: Mapping[str, object]) -> _Facts:
