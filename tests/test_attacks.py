@@ -113,6 +113,7 @@ def test_the_toy_attack_runs_as_planned_at_every_threat_model(
     planned, taken = job.evaluations, result.evaluations
     assert planned == Evaluations(3 * (1 if threat == "dwbox" else 2), 0, exact=True)
     assert not cost.at_most
+    assert taken.searched_nfe is not None
     assert taken.gradient == [job.attacks * planned.gradient] * len(result.ids)
     assert taken.forward == [0] * len(result.ids)
     evaluated = len(result.ids) * len(result.draws) * (5 if result.knows else 2)

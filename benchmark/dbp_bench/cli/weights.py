@@ -64,7 +64,8 @@ def _show(
     from dbp_bench.weights import store
 
     table = Table(box=None, pad_edge=False)
-    for column in ("name", "cached", "what", "licence"):
+    table.add_column("name", no_wrap=True)  # to be copied whole
+    for column in ("cached", "what", "licence"):
         table.add_column(column, overflow="fold")
     for name, entry in entries.items():
         file = store.file(name)
