@@ -15,8 +15,8 @@ import yaml
 
 from dbp_bench import attacks
 from dbp_bench.attacks.pgd import PGD
-from dbp_bench.entries.build import Subject
 from dbp_bench.entries.registry import Registry
+from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import BadRequest
 from dbp_bench.result import Result
 from dbp_bench.runs.estimate import Cost, estimate

@@ -306,6 +306,12 @@ def test_name_that_is_taken(tmp_path: Path) -> None:
         Registry([tmp_path]).defense("ddim")
 
 
+def test_a_setting_is_not_called_like_an_attack(tmp_path: Path) -> None:
+    folder(tmp_path, settings={"pgd": table("setting")})
+    with pytest.raises(BadEntry, match=r"pgd\.yaml: the name is taken by the attack pgd\."):
+        Registry([tmp_path]).settings  # noqa: B018
+
+
 @pytest.mark.parametrize("name", ["all", "Mine", "two words", "a,b"])
 def test_name_that_no_command_line_can_say(tmp_path: Path, name: str) -> None:
     folder(tmp_path, defenses={name: table("defense")})

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dbp_bench.attacks import autoattack, described, make, torchattacks
 from dbp_bench.attacks.torchattacks import NORMS, Torchattacks
 from dbp_bench.defense import Defense, Identity
-from dbp_bench.entries.build import Subject
 from dbp_bench.entries.registry import Registry
+from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Attacked, Group, attack
 from dbp_bench.extras import BadExtra

@@ -3,10 +3,10 @@
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dbp_bench.errors import BadEntry, BadResult, did_you_mean
 
@@ -36,6 +36,10 @@ def number_of(value: object) -> object:
         except ValueError:
             return value
     return value
+
+
+Number = Annotated[float, BeforeValidator(number_of), Field(allow_inf_nan=False)]
+"""A finite number; text such as 8/255 is one, too."""
 
 
 class Strict(BaseModel):

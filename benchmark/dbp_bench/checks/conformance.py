@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dbp_bench.defense import Defense
-from dbp_bench.entries.build import Subject
+from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import DbpError, NotConforming
 from dbp_bench.memory import Policy
 from dbp_bench.noise import Noise, Site, Tape, seeded

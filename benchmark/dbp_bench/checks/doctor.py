@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from dbp_bench import __version__, attacks, evaluate, extras
-from dbp_bench.entries.build import Subject
 from dbp_bench.entries.fields import NetworkRef
 from dbp_bench.entries.registry import Registry
+from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import DbpError
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import FORWARD, VICTIM, Tape, philox

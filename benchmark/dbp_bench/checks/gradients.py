@@ -14,7 +14,7 @@ from torch import Tensor
 from dbp_bench.attacks.common.objectives import OBJECTIVES
 from dbp_bench.checks.conformance import DIRECTIONS, TOLERANCE, difference_errors
 from dbp_bench.defense import Defense
-from dbp_bench.entries.build import Subject
+from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import BadRequest
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import Tape

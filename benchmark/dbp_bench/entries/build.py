@@ -1,4 +1,4 @@
-"""From an entry to the objects it declares: networks, purifiers, defenses, attacks.
+"""From a name in an entry to the object that it means: networks, purifiers, attacks.
 
 Only what is registered may be named: classes in ``dbp_bench.purifiers``, ``dbp_bench.networks`` and
 ``dbp_bench.attacks``, and code from outside this package where the user trusts it.
@@ -6,7 +6,7 @@ Only what is registered may be named: classes in ``dbp_bench.purifiers``, ``dbp_
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -14,23 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from dbp_bench import attacks, data
+from dbp_bench import attacks
 from dbp_bench.declaration import explain, number_of
-from dbp_bench.entries.defense import DefenseEntry, Setting, Surrogate
-from dbp_bench.entries.fields import AnyRef, CheckpointRef, Entry, NetworkRef, sha256_if_there
+from dbp_bench.entries.fields import AnyRef, CheckpointRef
 from dbp_bench.entries.threat import is_outside
-from dbp_bench.entries.track import Track
-from dbp_bench.errors import BadEntry, BadRequest
+from dbp_bench.errors import BadEntry
 from dbp_bench.weights import files, store
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
-    from dbp_bench.data import DataSet
-    from dbp_bench.defense import Defense
-    from dbp_bench.memory import Policy
-    from dbp_bench.threat import Attack, Budget
+    from dbp_bench.threat import Attack
 
 Kind = Literal["purifiers", "networks", "attacks"]
 """What an entry may name: classes of the sub-package of this name."""
@@ -44,14 +38,13 @@ class Builder:
         folders: The user's folders of entries, beside which modules may lie.
         trust_code: Whether code outside this package may run.
         data: Where the user says that data sets are.
-        random_weights: Names of checkpoints that aren't in the cache and were given random weights;
-            None where that is not allowed.
+        random_weights: Whether checkpoints that aren't in the cache get random weights.
     """
 
     folders: tuple[Path, ...] = ()
     trust_code: bool = False
     data: Path | None = None
-    random_weights: list[str] | None = None
+    random_weights: bool = False
 
     def network(self, ref: AnyRef, path: Path) -> "nn.Module":
         """The network that `ref`, in the entry at `path`, declares, with its weights verified.
@@ -63,10 +56,8 @@ class Builder:
         if isinstance(ref, CheckpointRef):
             from dbp_bench.weights.build import blank, build
 
-            if self.random_weights is not None and not store.has(ref.checkpoint):
-                self.random_weights.append(ref.checkpoint)
-                return blank(ref.checkpoint)
-            return build(ref.checkpoint)
+            missing = self.random_weights and not store.has(ref.checkpoint)
+            return blank(ref.checkpoint) if missing else build(ref.checkpoint)
         file = files.find(ref.file, [path.parent, path.parent.parent])
         files.verify(file, ref.sha256)
         network: nn.Module = self.call(ref.network, path, "networks", {})
@@ -184,165 +175,3 @@ def _make_importable(folders: tuple[Path, ...]) -> None:
     for folder in folders:
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A defense on a track: all that is needed to build it and to read its images."""
-
-    track: Entry[Track]
-    entry: Entry[DefenseEntry]
-    setting: Setting
-    builder: Builder = field(repr=False)
-
-    @property
-    def name(self) -> str:
-        """The defense's name."""
-        return self.entry.name
-
-    @property
-    def sites(self) -> list[str]:
-        """Where the defense draws noise, sorted."""
-        return sorted(self.entry.entry.sites)
-
-    @property
-    def surrogate(self) -> Surrogate:
-        """What ``gradient: declared-surrogate`` differentiates in place of the defense.
-
-        Raises:
-            BadRequest: The entry declares nothing.
-        """
-        if self.setting.surrogate is None:
-            raise BadRequest(
-                f"gradient: declared-surrogate, but {self.entry.path} declares none for "
-                f"{self.track.name!r}. Take exact, or add `surrogate: {{options: ...}}` to its "
-                "setting."
-            )
-        return self.setting.surrogate
-
-    def ids(self) -> list[int]:
-        """The ids of all images of the track, in order.
-
-        Raises:
-            BadEntry: The track's data set or split isn't there.
-        """
-        try:
-            return data.split_ids(self.track.entry.data, self.track.entry.split)
-        except BadEntry as error:
-            raise BadEntry(f"{self.track.path}: {error}") from None
-
-    def data(self, *, verified: bool = False) -> "DataSet":
-        """The track's images and labels; `verified` checks that the split is there, in order."""
-        track = self.track.entry
-        return data.load_data(track.data, self.builder.data, track.split if verified else None)
-
-    def budget(self, eps: float | None = None) -> "Budget":
-        """The ball around each image, of the track's radius or another."""
-        from dbp_bench.threat import budget
-
-        return budget(self.track.entry.norm, self.track.entry.eps if eps is None else eps)
-
-    def weights(self, *, planned: bool = False) -> dict[str, str | None]:
-        """The sha256 of each network's weights, by role.
-
-        Where a run is only `planned`, that of a checkpoint that isn't in the cache is None.
-
-        Raises:
-            BadWeights: A checkpoint isn't in the cache, and it isn't only planned.
-        """
-        refs = {
-            "classifier": self.track.entry.classifier,
-            **dict(sorted(self.setting.refs.items())),
-        }
-        return {role: sha256_if_there(r) if planned else r.sha256 for role, r in refs.items()}
-
-    def code(self) -> list[str]:
-        """The dotted paths that the entries name for this track."""
-        networks = [self.track.entry.classifier, *self.setting.refs.values()]
-        paths = [ref.network for ref in networks if isinstance(ref, NetworkRef)]
-        return [self.entry.entry.factory, *paths]
-
-    def with_random_weights(self) -> "Subject":
-        """The same, where checkpoints that aren't in the cache get random weights."""
-        return replace(self, builder=replace(self.builder, random_weights=[]))
-
-    def defense(
-        self,
-        *,
-        device: "torch.device | str" = "cpu",
-        dtype: "torch.dtype | None" = None,
-        policy: "Policy" = "auto",
-        options: Mapping[str, Any] | None = None,
-        votes: int | None = None,
-    ) -> "Defense":
-        """The defense with its weights verified, on `device`.
-
-        Some of the entry's `options`, and its `votes`, can be replaced by others.
-
-        Raises:
-            BadEntry: The factory doesn't take an option or a network of the entry, or needs
-                another; or code of another package is named and isn't trusted.
-            BadWeights: A file is missing or isn't the one that the entry means.
-        """
-        import torch
-
-        from dbp_bench.defense import Defense
-        from dbp_bench.purifiers.resize import Resized
-
-        dtype, setting, path = dtype or torch.float32, self.setting, self.entry.path
-        networks = {
-            key: self.builder.network(ref, path).to(device, dtype)
-            for key, ref in setting.networks.items()
-        }
-        arguments = {**networks, **setting.options, **(options or {})}
-        purifier = self.builder.call(self.entry.entry.factory, path, "purifiers", arguments)
-        sites = getattr(purifier, "sites", None)
-        if sites != frozenset(self.entry.entry.sites):
-            raise BadEntry(
-                f"{path}: sites: {self.sites}, but the purifier declares "
-                f"{sorted(sites) if isinstance(sites, frozenset) else sites}."
-            )
-        ref, where = self.track.entry.classifier, self.track.path
-        if setting.classifier is not None:
-            ref, where = setting.classifier, path
-        classifier = self.builder.network(ref, where).to(device, dtype)
-        if setting.resize is not None:
-            purifier = Resized(purifier, setting.resize)
-        return Defense(purifier, classifier, networks.values(), policy, votes or setting.votes)
-
-    def searched(
-        self,
-        evaluated: "Defense",
-        gradient: str,
-        *,
-        device: "torch.device | str" = "cpu",
-        dtype: "torch.dtype | None" = None,
-        policy: "Policy" = "auto",
-    ) -> "Defense":
-        """What an attack with this `gradient` differentiates in place of the `evaluated` defense.
-
-        The same object where the gradient is exact; the purifier with the identity's gradient for
-        BPDA (Athalye et al. 2018); the purifier with fewer steps for a surrogate, or as its entry
-        declares.
-
-        Raises:
-            BadRequest: The entry declares no surrogate.
-        """
-        from dbp_bench.defense import Defense, StraightThrough
-
-        if gradient == "bpda":
-            purifier = StraightThrough(evaluated.purifier)
-            return Defense(purifier, evaluated.classifier, (), policy, evaluated.votes)
-        if gradient.startswith("surrogate:"):
-            shorter = {"steps": int(gradient.partition(":")[2])}
-            return self.defense(device=device, dtype=dtype, policy=policy, options=shorter)
-        if gradient == "declared-surrogate":
-            declared = self.surrogate
-            return self.defense(
-                device=device,
-                dtype=dtype,
-                policy=policy,
-                options=declared.options,
-                votes=declared.votes,
-            )
-        return evaluated

@@ -7,14 +7,13 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Discriminator,
     Field,
     Tag,
     field_validator,
 )
 
-from dbp_bench.declaration import Strict, number_of
+from dbp_bench.declaration import Number, Strict
 from dbp_bench.errors import UnknownName
 from dbp_bench.weights import catalog, files, store
 
@@ -40,7 +39,6 @@ def _distinct(names: list[str]) -> list[str]:
     return names
 
 
-Number = Annotated[float, BeforeValidator(number_of), Field(allow_inf_nan=False)]
 Eps = Annotated[Number, Field(ge=0, le=1e3)]
 Name = Annotated[str, Field(pattern=NAME)]
 Names = Annotated[list[Name], AfterValidator(_distinct)]

@@ -11,11 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+from dbp_bench import attacks
 from dbp_bench.declaration import Strict, read_yaml
 from dbp_bench.entries import outside
-from dbp_bench.entries.build import Builder, Subject
+from dbp_bench.entries.build import Builder
 from dbp_bench.entries.defense import DefenseEntry
 from dbp_bench.entries.fields import NAME, Entry
+from dbp_bench.entries.subject import Subject
 from dbp_bench.entries.threat import AttackSetting, Threat
 from dbp_bench.entries.track import Track
 from dbp_bench.errors import BadEntry, UnknownName, did_you_mean
@@ -77,7 +79,10 @@ class Registry:
     @cached_property
     def settings(self) -> dict[str, Path]:
         """Name and file of every named setting of an attack."""
-        return self._files("attacks/settings")
+        found = self._files("attacks/settings")
+        for name in found.keys() & set(attacks.names()):
+            raise BadEntry(f"{found[name]}: the name is taken by the attack {name}.")
+        return found
 
     @cached_property
     def tracks(self) -> dict[str, Path]:

@@ -141,7 +141,7 @@ def _probe(job: Job, policy: Policy) -> _Probe:
     else:
         own = _pass(defended, defended.networks, image, max_batch, job.batch_size, policy, free)
     subjects = (job.subject, *job.sources.values())
-    random = [name for subject in subjects for name in subject.builder.random_weights or ()]
+    random = [name for subject in subjects for name in subject.uncached()]
     _PROBES[key] = _Probe(found, own, tuple(dict.fromkeys(random)), free)
     return _PROBES[key]
 

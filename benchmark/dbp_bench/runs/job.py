@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from dbp_bench import __version__, attacks, data
 from dbp_bench.entries import outside
-from dbp_bench.entries.build import Subject
 from dbp_bench.entries.fields import Entry, check_eps
 from dbp_bench.entries.registry import Registry
+from dbp_bench.entries.subject import Subject
 from dbp_bench.entries.threat import GRADIENT, KNOWN_DRAWS, AttackSetting, Threat, is_outside
 from dbp_bench.errors import BadEntry, BadRequest, UnknownName, did_you_mean
 from dbp_bench.result import Result, attack_label, result_path, searched_effort

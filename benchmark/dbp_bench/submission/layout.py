@@ -13,9 +13,9 @@ from typing import Final
 import yaml
 
 from dbp_bench.entries import outside
-from dbp_bench.entries.build import Subject
 from dbp_bench.entries.fields import NetworkRef
 from dbp_bench.entries.outside import Source
+from dbp_bench.entries.subject import Subject
 from dbp_bench.reporting.records import Record, read_record
 from dbp_bench.runs.saved import adversarial_path
 from dbp_bench.submission.archive import Bundle, Refused

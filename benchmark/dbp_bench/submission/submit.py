@@ -10,8 +10,8 @@ from typing import Final
 
 from dbp_bench import __version__
 from dbp_bench.entries import outside
-from dbp_bench.entries.build import Subject
 from dbp_bench.entries.registry import Registry
+from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import BadRequest
 from dbp_bench.reporting.records import read_record
 from dbp_bench.result import Result

@@ -3,15 +3,13 @@
 from dataclasses import field
 from typing import Annotated, Literal, TypeVar, dataclass_transform
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from dbp_bench.declaration import number_of
+from dbp_bench.declaration import Number as Number
 
 T = TypeVar("T")
 
-Number = Annotated[float, BeforeValidator(number_of), Field(allow_inf_nan=False)]
-"""A finite number; text such as 8/255 is one, too."""
 Count = Annotated[int, Field(ge=1)]
 StepSize = Annotated[Number, Field(gt=0, le=10)]
 """The length of a step, relative to eps."""

@@ -1,0 +1,194 @@
+"""A defense on a track, resolved: everything that is needed to build it and to read its images."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dbp_bench import data
+from dbp_bench.entries.build import Builder
+from dbp_bench.entries.defense import DefenseEntry, Setting, Surrogate
+from dbp_bench.entries.fields import AnyRef, CheckpointRef, Entry, NetworkRef, sha256_if_there
+from dbp_bench.entries.track import Track
+from dbp_bench.errors import BadEntry, BadRequest
+from dbp_bench.weights import store
+
+if TYPE_CHECKING:
+    import torch
+
+    from dbp_bench.data import DataSet
+    from dbp_bench.defense import Defense
+    from dbp_bench.memory import Policy
+    from dbp_bench.threat import Budget
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A defense on a track; nothing is looked up by name any more."""
+
+    track: Entry[Track]
+    entry: Entry[DefenseEntry]
+    setting: Setting
+    builder: Builder = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The defense's name."""
+        return self.entry.name
+
+    @property
+    def sites(self) -> list[str]:
+        """Where the defense draws noise, sorted."""
+        return sorted(self.entry.entry.sites)
+
+    @property
+    def surrogate(self) -> Surrogate:
+        """What ``gradient: declared-surrogate`` differentiates in place of the defense.
+
+        Raises:
+            BadRequest: The entry declares nothing.
+        """
+        if self.setting.surrogate is None:
+            raise BadRequest(
+                f"gradient: declared-surrogate, but {self.entry.path} declares none for "
+                f"{self.track.name!r}. Take exact, or add `surrogate: {{options: ...}}` to its "
+                "setting."
+            )
+        return self.setting.surrogate
+
+    def ids(self) -> list[int]:
+        """The ids of all images of the track, in order.
+
+        Raises:
+            BadEntry: The track's data set or split isn't there.
+        """
+        try:
+            return data.split_ids(self.track.entry.data, self.track.entry.split)
+        except BadEntry as error:
+            raise BadEntry(f"{self.track.path}: {error}") from None
+
+    def data(self, *, verified: bool = False) -> "DataSet":
+        """The track's images and labels; `verified` checks that the split is there, in order."""
+        track = self.track.entry
+        return data.load_data(track.data, self.builder.data, track.split if verified else None)
+
+    def budget(self, eps: float | None = None) -> "Budget":
+        """The ball around each image, of the track's radius or another."""
+        from dbp_bench.threat import budget
+
+        return budget(self.track.entry.norm, self.track.entry.eps if eps is None else eps)
+
+    def weights(self, *, planned: bool = False) -> dict[str, str | None]:
+        """The sha256 of each network's weights, by role.
+
+        Where a run is only `planned`, that of a checkpoint that isn't in the cache is None.
+
+        Raises:
+            BadWeights: A checkpoint isn't in the cache, and it isn't only planned.
+        """
+        refs = {
+            "classifier": self.track.entry.classifier,
+            **dict(sorted(self.setting.refs.items())),
+        }
+        return {role: sha256_if_there(r) if planned else r.sha256 for role, r in refs.items()}
+
+    def code(self) -> list[str]:
+        """The dotted paths that the entries name for this track."""
+        networks = [self.track.entry.classifier, *self.setting.refs.values()]
+        paths = [ref.network for ref in networks if isinstance(ref, NetworkRef)]
+        return [self.entry.entry.factory, *paths]
+
+    def uncached(self) -> list[str]:
+        """The checkpoints that it is built from and that aren't in the cache."""
+        refs = [*self.setting.networks.values(), self._classifier[0]]
+        names = [ref.checkpoint for ref in refs if isinstance(ref, CheckpointRef)]
+        return [name for name in names if not store.has(name)]
+
+    def with_random_weights(self) -> "Subject":
+        """The same, where checkpoints that aren't in the cache get random weights."""
+        return replace(self, builder=replace(self.builder, random_weights=True))
+
+    @property
+    def _classifier(self) -> tuple[AnyRef, Path]:
+        """The classifier behind the purifier, and the entry that names it."""
+        if self.setting.classifier is not None:
+            return self.setting.classifier, self.entry.path
+        return self.track.entry.classifier, self.track.path
+
+    def defense(
+        self,
+        *,
+        device: "torch.device | str" = "cpu",
+        dtype: "torch.dtype | None" = None,
+        policy: "Policy" = "auto",
+        options: Mapping[str, Any] | None = None,
+        votes: int | None = None,
+    ) -> "Defense":
+        """The defense with its weights verified, on `device`.
+
+        Some of the entry's `options`, and its `votes`, can be replaced by others.
+
+        Raises:
+            BadEntry: The factory doesn't take an option or a network of the entry, or needs
+                another; or code of another package is named and isn't trusted.
+            BadWeights: A file is missing or isn't the one that the entry means.
+        """
+        import torch
+
+        from dbp_bench.defense import Defense
+        from dbp_bench.purifiers.resize import Resized
+
+        dtype, setting, path = dtype or torch.float32, self.setting, self.entry.path
+        networks = {
+            key: self.builder.network(ref, path).to(device, dtype)
+            for key, ref in setting.networks.items()
+        }
+        arguments = {**networks, **setting.options, **(options or {})}
+        purifier = self.builder.call(self.entry.entry.factory, path, "purifiers", arguments)
+        sites = getattr(purifier, "sites", None)
+        if sites != frozenset(self.entry.entry.sites):
+            raise BadEntry(
+                f"{path}: sites: {self.sites}, but the purifier declares "
+                f"{sorted(sites) if isinstance(sites, frozenset) else sites}."
+            )
+        classifier = self.builder.network(*self._classifier).to(device, dtype)
+        if setting.resize is not None:
+            purifier = Resized(purifier, setting.resize)
+        return Defense(purifier, classifier, networks.values(), policy, votes or setting.votes)
+
+    def searched(
+        self,
+        evaluated: "Defense",
+        gradient: str,
+        *,
+        device: "torch.device | str" = "cpu",
+        dtype: "torch.dtype | None" = None,
+        policy: "Policy" = "auto",
+    ) -> "Defense":
+        """What an attack with this `gradient` differentiates in place of the `evaluated` defense.
+
+        The same object where the gradient is exact; the purifier with the identity's gradient for
+        BPDA (Athalye et al. 2018); the purifier with fewer steps for a surrogate, or as its entry
+        declares.
+
+        Raises:
+            BadRequest: The entry declares no surrogate.
+        """
+        from dbp_bench.defense import Defense, StraightThrough
+
+        if gradient == "bpda":
+            purifier = StraightThrough(evaluated.purifier)
+            return Defense(purifier, evaluated.classifier, (), policy, evaluated.votes)
+        if gradient.startswith("surrogate:"):
+            shorter = {"steps": int(gradient.partition(":")[2])}
+            return self.defense(device=device, dtype=dtype, policy=policy, options=shorter)
+        if gradient == "declared-surrogate":
+            declared = self.surrogate
+            return self.defense(
+                device=device,
+                dtype=dtype,
+                policy=policy,
+                options=declared.options,
+                votes=declared.votes,
+            )
+        return evaluated
