@@ -28,6 +28,7 @@ def command(
     from dbp_bench.cli import main
 
     handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.delenv("COLUMNS", raising=False)  # processes of pytest-xdist have 80
 
     def run(*arguments: str | Path) -> Said:
         monkeypatch.setattr("sys.argv", ["dbp-bench", *map(str, arguments)])
