@@ -57,7 +57,7 @@ def test_optimum_of_a_linear_classifier(
     bare, group = linear(8)
     defense = Defense(Noisy(noise, noise), bare.classifier)
     monkeypatch.setattr(Square, "retire", False)
-    found = Square(300, 0.8, 2)(view_of(defense, 8, NOTHING), group.images, group.labels, ball)
+    found = Square(200, 0.8, 1)(view_of(defense, 8, NOTHING), group.images, group.labels, ball)
     dual = WEIGHT.abs().sum() if isinstance(ball, Linf) else WEIGHT.norm()
     clean, new = (margin(bare.classifier(x), group.labels) for x in (group.images, found))
     gained = (new - clean) / (ball.eps * dual)
