@@ -296,6 +296,7 @@ def write_and_stop(path, content):
         os.kill(os.getpid(), number)
 
 execute.write_atomically = write_and_stop
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A job in the background ignores it.
 main()
 """
 """A run that gets a signal as soon as its first piece of work is stored."""
