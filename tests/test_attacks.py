@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +18,8 @@ from dbp_bench import attacks
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
-from dbp_bench.errors import BadRequest
+from dbp_bench.errors import BadRequest, NotComparable
+from dbp_bench.reporting.records import check_comparable, load
 from dbp_bench.result import Result
 from dbp_bench.runs.estimate import Cost, estimate
 from dbp_bench.runs.execute import execute
@@ -148,6 +150,28 @@ def test_the_toy_attack_appears_in_the_report(
     toys = {(threat, label) for threat, label in runs if label != "pgd" and threat != "null"}
     assert found >= toys
     assert "| toy-momentum" in (tmp_path / "tables/digits-linf-attacks.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "compares"), [("ddim.denoiser", True), ("denoiser", False), ("classifier", False)]
+)
+def test_weights_of_a_source_are_not_the_defenses(
+    runs: Mapping[tuple[str, str], Ran], tmp_path: Path, changed: str, compares: bool
+) -> None:
+    """As a transfer records them beside those of the defense."""
+    job, _, toy = runs["eot", INSIDE]
+    weights = {**toy.provenance.weights, changed: "0" * 64}
+    provenance = toy.provenance.model_copy(update={"weights": weights})
+    toy.model_copy(update={"provenance": provenance}).write(job.path(tmp_path))
+    pgd = runs["eot", "pgd"]
+    pgd.result.write(pgd.job.path(tmp_path))
+    records = load(tmp_path)
+    assert len(records) == 2
+    if compares:
+        check_comparable(records)
+        return
+    with pytest.raises(NotComparable, match=f"provenance.weights.{changed} "):
+        check_comparable(records)
 
 
 def test_a_changed_file_outside_is_another_attack(toy: Path, tmp_path: Path) -> None:
@@ -411,6 +435,32 @@ def test_a_wrong_option_is_one_line_that_names_it(
     with pytest.raises(ValueError, match=f"^{re.escape(says)}") as caught:
         attacks.make(name, options)
     assert "\n" not in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Options as of an attack that checks nothing itself."""
+
+    steps: int
+    share: float = 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"stepz": 1}, "stepz: is unknown. Did you mean 'steps'? Known: share, steps"),
+        ({"steps": "x"}, "steps: input should be a valid integer, not 'x'"),
+        ({"steps": 1, "share": "x"}, "share: input should be a valid number, not 'x'"),
+        ({}, "missing 1 required positional argument: 'steps'"),
+    ],
+)
+def test_a_dataclass_need_not_check_its_options_itself(
+    options: dict[str, object], says: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        attacks.construct(Plain, options)
+    assert "\n" not in str(caught.value)
+    assert attacks.construct(Plain, {"steps": 2, "share": "1/4"}) == Plain(2, 0.25)
 
 
 def test_the_defaults_of_an_attack_are_right() -> None:

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import is_pydantic_dataclass
 
-from dbp_bench.declaration import explain
+from dbp_bench.declaration import explain, number_of
 from dbp_bench.errors import UnknownName, did_you_mean
 
 if TYPE_CHECKING:
@@ -78,12 +79,33 @@ def construct(kind: type[Any], options: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: An option is unknown, missing, of another type, or out of range.
     """
+    given = dict(options) if is_pydantic_dataclass(kind) else _typed(kind, options)
     try:
-        return kind(**options)
+        return kind(**given)
     except ValidationError as error:
         raise ValueError(explain(error, kind).rstrip(".")) from None
-    except TypeError as error:  # of a dataclass that checks nothing itself
+    except TypeError as error:  # one is missing
         raise ValueError(str(error)) from None
+
+
+def _typed(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The `options` of a plain dataclass, which checks nothing itself, of the types that it says.
+
+    Raises:
+        ValueError: One is unknown or of another type.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    given = {}
+    for name, value in options.items():
+        if name not in hints:
+            raise ValueError(f"{name}: is unknown.{did_you_mean(name, hints)}".rstrip("."))
+        given[name] = number_of(value) if hints[name] is float else value
+        try:
+            TypeAdapter(hints[name]).validate_python(given[name], strict=True)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"]
+            raise ValueError(f"{name}: {message[0].lower()}{message[1:]}, not {value!r}") from None
+    return given
 
 
 def described(name: str, attack: "Attack") -> dict[str, Any]:
