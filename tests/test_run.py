@@ -698,11 +698,28 @@ class Broken:
             return images.detach()
         if self.kind == "zero":
             return images.round()
+        if self.kind == "surrogate":
+            return images if images.requires_grad else 0.9 * images
         return images
 
 def make(*, kind):
     return Broken(kind)
 """
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
+    """A folder of entries with the defense `broken`, of some kind."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    mine = tmp_path / "mine"
+
+    def of(kind: str) -> Path:
+        folder(mine, defenses={"broken": toy_defense("broken_toy:make", ["forward"], kind=kind)})
+        (mine / "broken_toy.py").write_text(BROKEN)
+        return mine
+
+    yield of
+    sys.modules.pop("broken_toy", None)
 
 
 @pytest.mark.parametrize(
@@ -715,40 +732,37 @@ def make(*, kind):
     ],
 )
 def test_broken_defense_leaves_no_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any, kind: str, says: str
+    tmp_path: Path, broken: Callable[[str], Path], command: Any, kind: str, says: str
 ) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    mine, out = tmp_path / "mine", tmp_path / "out"
-    folder(mine, defenses={"broken": toy_defense("broken_toy:make", ["forward"], kind=kind)})
-    (mine / "broken_toy.py").write_text(BROKEN)
-    options: list[str | Path] = [
-        "run",
-        "--defense",
-        "broken",
-        "--threat",
-        "dwbox",
-        "--entries",
-        mine,
-        "--out",
-        out,
-    ]
+    mine, out = broken(kind), tmp_path / "out"
+    options = ["run", "--defense", "broken", "--threat", "dwbox", "--entries", mine, "--out", out]
     options += ["--examples", "2", "--batch-size", "2", "--set", "steps=1"]
-    try:
-        said = command(*options)
-        assert said.code == 2
-        assert "Add --trust-code" in said.err
-        said = command(*options, "--trust-code")
-        assert said.code == 3
-        assert said.err.startswith("dbp-bench: broken / dwbox: ")
-        assert says in said.err
-        assert len(said.err.splitlines()) == 1
-        assert not list(out.glob("digits-linf/**/*.json"))
-        registry = Registry([mine], trust_code=True)
-        asked = job("broken", "eot", registry=registry, examples=2, batch_size=2)
-        with pytest.raises(AttackFailed, match=says):
-            execute(asked, out)
-    finally:
-        sys.modules.pop("broken_toy", None)
+    said = command(*options)
+    assert said.code == 2
+    assert "Add --trust-code" in said.err
+    said = command(*options, "--trust-code")
+    assert said.code == 3
+    assert said.err.startswith("dbp-bench: broken / dwbox: ")
+    assert says in said.err
+    assert len(said.err.splitlines()) == 1
+    assert not list(out.glob("digits-linf/**/*.json"))
+    registry = Registry([mine], trust_code=True)
+    asked = job("broken", "eot", registry=registry, examples=2, batch_size=2)
+    with pytest.raises(AttackFailed, match=says):
+        execute(asked, out)
+
+
+def test_a_cheating_defense_has_it_in_its_result(
+    tmp_path: Path, broken: Callable[[str], Path]
+) -> None:
+    registry = Registry([broken("surrogate")], trust_code=True)
+    asked = job("broken", "dwbox", registry=registry, examples=2, batch_size=2)
+    found = Result.read(execute(asked, tmp_path / "out")).conformance
+    assert found is not None
+    faults = {name: reason for name, reason in found.checks.items() if reason != "pass"}
+    (name,) = faults
+    assert name == "is the same program with and without a gradient"
+    assert faults[name].startswith("logits move by ")
 
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any) -> None:

@@ -65,7 +65,8 @@ def _misused(error: Any) -> str:
     """What is wrong with the command line, on one line, and which help tells more."""
     names = error.ctx.command_path.split()[1:] if error.ctx else []
     shown = " ".join(["dbp-bench", *names, "--help"])
-    if hasattr(error, "possibilities"):  # an option that there is not
+    if hasattr(error, "possibilities") and hasattr(error, "option_name"):
+        # An option that there is not.
         name = str(error.option_name)
         if names == ["run"] and name in moved.OPTIONS:
             return moved.OPTIONS[name]
