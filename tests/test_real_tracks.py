@@ -413,6 +413,9 @@ def forget_stubs() -> None:
             del sys.modules[name]
 
 
+IMAGES = 2
+
+
 def job_of(
     registry: Registry,
     name: str,
@@ -422,9 +425,9 @@ def job_of(
     gradient: str | None = None,
     **effort: Any,
 ) -> Job:
-    """A job of four images and one gradient evaluation, where nothing is known."""
+    """A job of one gradient evaluation of each image, where nothing is known."""
     options = {"steps": 1, "eot": 1, **effort}
-    overrides = Overrides(options, gradient, examples=4, batch_size=4, draws=1)
+    overrides = Overrides(options, gradient, examples=IMAGES, batch_size=IMAGES, draws=1)
     return resolve(
         registry, track, name, "eot", attack=attack, seed=0, device="cpu", overrides=overrides
     )
@@ -482,11 +485,11 @@ def test_from_the_published_file_to_a_result(
     assert (OWN_CLASSIFIER in want) == name.startswith("at-")
     assert result.options == setting.recorded
     assert result.sites == sorted(SHIPPED.defense(name).entry.sites)
-    assert result.classes("adversarial").shape == (4, 1)
+    assert result.classes("adversarial").shape == (IMAGES, 1)
     if gradient or attack == "gradual-published":
         assert result.gradient == "declared-surrogate"
         assert result.surrogate is not None
-        assert result.evaluations.gradient == [1] * 4
+        assert result.evaluations.gradient == [1] * IMAGES
         assert result.evaluations.searched_nfe == 2 + 1 + 1
 
 
@@ -532,10 +535,10 @@ def test_a_plan_counts_the_calls_of_the_run(
     cost = estimate(job, tmp_path, "auto")
     assert cost.random_weights == ()
     counts = Result.read(execute(job, tmp_path)).evaluations
-    assert counts.gradient == [2] * 4
+    assert counts.gradient == [2] * IMAGES
     assert counts.searched_nfe is not None
-    # Clean and adversarial images are evaluated, four of each, at one draw.
-    assert cost.calls == 4 * 2 * counts.searched_nfe + 4 * 2 * counts.nfe
+    # Two steps, and clean and adversarial images evaluated at one draw.
+    assert cost.calls == 2 * IMAGES * (counts.searched_nfe + counts.nfe)
 
 
 @pytest.mark.parametrize(
@@ -554,11 +557,11 @@ def test_a_plan_tells_the_memory_of_a_pass(
     cost = estimate(job, tmp_path, policy)
     assert cost.by_step == (policy == "step")
     built = job.defense(policy=policy)
-    x = uniform(4, 3, 32, 32, seed=2).float().requires_grad_()
-    tape = Tape.make(0, "test", range(4))
+    x = uniform(IMAGES, 3, 32, 32, seed=2).float().requires_grad_()
+    tape = Tape.make(0, "test", range(IMAGES))
     kept = memory.activation_bytes(lambda: built.logits(x, tape))
     if policy == "step":
-        z, t = torch.zeros(4, 3, 32, 32, requires_grad=True), torch.ones(4)
+        z, t = torch.zeros(IMAGES, 3, 32, 32, requires_grad=True), torch.ones(IMAGES)
         kept += memory.activation_bytes(lambda: built.networks[0](z, t))
     assert 0.8 < cost.bytes / kept < 1.25
 
@@ -573,7 +576,7 @@ def test_a_plan_without_weights_says_so(
     job = job_of(registry, "ddim", "cifar10-linf", steps=2)
     cost = estimate(job, tmp_path, "none")
     assert cost.random_weights == ("cifar10-ddpm-ema", "cifar10-wrn-28-10")
-    assert cost.calls == 3 * 4 * (2 + 2)
+    assert cost.calls == 3 * IMAGES * (2 + 2)
     assert cost.seconds > 0
     with pytest.raises(BadWeights, match="Run: dbp-bench weights fetch cifar10-wrn-28-10"):
         execute(job, tmp_path / "out")
