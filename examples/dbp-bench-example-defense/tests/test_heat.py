@@ -7,7 +7,7 @@ import pytest
 import torch
 from dbp_bench_example.heat import Heat, laplacian
 
-from dbp_bench.checks.conformance import check_entry
+from dbp_bench.checks.conformance import check_subject
 from dbp_bench.entries.registry import Registry
 from dbp_bench.noise import VICTIM, Tape
 
@@ -40,7 +40,7 @@ def test_options_that_cannot_be_right(wrong: dict[str, Any]) -> None:
 def test_dbp_bench_finds_the_entry_and_all_checks_pass() -> None:
     registry = Registry(trust_code=True)
     assert "example-heat" in registry.defenses
-    faults = dict(check_entry(registry, "example-heat", "digits-linf"))
+    faults = dict(check_subject(registry.subject("example-heat", "digits-linf")))
     assert set(faults.values()) == {None}
 
 
