@@ -262,7 +262,7 @@ def leaderboard_markdown(board: Leaderboard) -> str:
     text += ["## Tested: weak attacks and masked gradients", ""]
     text += [*to_markdown(_tested(board)), tested, ""]
     text += ["## Verified by others", "", *(f"- {line}" for line in _badges(board)), ""]
-    text += ["## What it means", "", f"{note('bounds')} {md(_protocol(board))}", ""]
+    text += ["## What it means", "", f"{note('bounds')} {md(_measured(board))}", ""]
     text += [
         *(f"- {line}" for line in _meanings(board)),
         "",
@@ -325,7 +325,7 @@ def leaderboard_latex(board: Leaderboard) -> str:
         frame.loc[repeats, ["", "Defense"]] = ""
         text += to_latex(frame, rules=[i for i, begin in enumerate(begins) if begin and i])
         text += [r"\par\medskip"]
-    notes = [note("bounds"), _protocol(board), *_meanings(board), note("bootstrap"), note("blank")]
+    notes = [note("bounds"), _measured(board), *_meanings(board), note("bootstrap"), note("blank")]
     if any(row.served_by for row in board.rows):
         notes.append(note("same"))
     notes += [f"{row.defense}: {flag}." for row in board.rows for flag in row.flags]
@@ -350,7 +350,7 @@ def protocol(board: Leaderboard) -> str:
     return "; ".join([*search, budget, f"{board.images} images"])
 
 
-def _protocol(board: Leaderboard) -> str:
+def _measured(board: Leaderboard) -> str:
     """How everything was measured, in a sentence or two."""
     noisy = [row for row in board.rows if any(pool.sites for pool in row.pools)]
     hidden = listed(row.hidden_draws for row in noisy)
