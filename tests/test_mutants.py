@@ -6,6 +6,7 @@ that it could make, are in the tests of its module.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,10 @@ from toys import BOTH, Linear, Made, Noisy, SmallDenoiser, is_right, normal, sam
 SOME = frozenset({FORWARD})
 KNOWLEDGE = {"none known": frozenset[Site](), "forward known": SOME, "all known": BOTH}
 
-_STEPS = {"steps": 4, "step_size": 0.5, "eot": 2, "loss": "ce"}
+_STEPS = {"steps": 3, "step_size": 0.5, "eot": 2, "loss": "ce"}
 _STARTS = {"random_start": True, "restarts": 2}
-_SQUARE = {"n_queries": 12, "p_init": 0.8, "eot": 2}
-_APGD = {"steps": 8, "loss": "ce", **_STARTS}
+_SQUARE = {"n_queries": 8, "p_init": 0.8, "eot": 2}
+_APGD = {"steps": 5, "loss": "ce", **_STARTS}
 
 EFFORT: Mapping[str, Mapping[str, Any]] = {
     "pgd": {**_STEPS, **_STARTS},
@@ -89,7 +90,8 @@ def tiny() -> Defense:
     return Defense(sampler("ddpm", denoiser, steps=2, t_star=30), Scores(), [denoiser], "none")
 
 
-def group(n: int = 12) -> Group:
+@cache
+def group(n: int = 8) -> Group:
     """Images with pixels at the edges of the box, all right at draw 0."""
     images = (1.2 * uniform(n, 1, 8, 8) - 0.1).clamp(0, 1)
     labels = tiny().logits(images, Tape.make(0, VICTIM, range(n), 0)).argmax(1)
@@ -179,7 +181,7 @@ def test_every_attack_runs_at_every_knowledge_and_stays_in_the_ball(
         assert float(ball.size(images - batch.images).max()) <= ball.eps + slack
         assert float(images.min()) >= -slack
         assert float(images.max()) <= 1 + slack
-    assert bool((out != batch.images).flatten(1).any(1).sum() >= 6), "most images moved"
+    assert bool((out != batch.images).flatten(1).any(1).sum() >= 4), "most images moved"
     if knows == BOTH:
         assert not bool(is_right(tiny(), out, batch).all()), "every image was right before"
 
