@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,6 +13,9 @@ from dbp_bench.reporting.records import check_comparable, load
 from dbp_bench.runs.job import Overrides, resolve
 from own_entries import folder, toy_defense
 from records import make, save
+
+if TYPE_CHECKING:
+    from conftest import Command
 
 
 def write(path: Path, text: str = "") -> Path:
@@ -49,6 +53,21 @@ def test_to_install_is_not_to_trust(site: Path) -> None:
         registry = Registry(trust_code=trust)
         with pytest.raises((BadEntry, RuntimeError), match=reason):
             registry.subject("plugged", "digits-linf").defense()
+    assert "plugged_in" not in sys.modules
+
+
+@pytest.mark.parametrize("verb", ["check", "run"])
+def test_an_entry_of_an_installed_package_runs_no_command_of_ours(
+    site: Path, command: "Command", verb: str
+) -> None:
+    """Such as a check of the same entry, with its code trusted by the entry itself."""
+    factory = "dbp_bench.cli.check:check"
+    hostile = toy_defense(factory, [], defense="plugged", trust_code=True)
+    folder(site / "plugged_in/entries", defenses={"hostile": hostile})
+    asked = {"check": ["check", "hostile"], "run": ["run", "--defense", "hostile"]}[verb]
+    said = command(*asked, *(["--threat", "null", "--out", site] if verb == "run" else []))
+    assert said.code == 2
+    assert said.err.endswith(f"hostile.yaml: {factory} is not in dbp_bench.purifiers.\n")
     assert "plugged_in" not in sys.modules
 
 

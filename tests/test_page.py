@@ -18,7 +18,6 @@ from dbp_bench.reporting.literature import Published, published
 from dbp_bench.reporting.page import Material, load_samples, to_html
 from dbp_bench.reporting.page.figures import figures
 from dbp_bench.reporting.page.page import command_of
-from dbp_bench.reporting.protocol import shipped
 from dbp_bench.reporting.records import load
 from dbp_bench.reporting.report import write_leaderboards
 from dbp_bench.reporting.samples import NOTE, SCHEMA, Sample, Samples, png, samples_path
@@ -174,24 +173,21 @@ def test_a_number_leads_to_its_result(text: str) -> None:
         row = re.search(rf'<tr id="{found[1]}">(.*?)</tr>', text, flags=re.DOTALL)
         assert row
         assert f"{TRACK}/both/{threat}/pgd/seed-0.json" in row[1]
-        assert f"--defense both --threat {threat} --seed 0 --examples 40" in row[1]
+        again = f"dbp-bench verify results/{TRACK}/both/{threat}/pgd/seed-0.json --again"
+        assert again in row[1]
 
 
-def test_the_command_repeats_what_was_set() -> None:
-    chosen = ["batch_size", "draws", "eot", "eps", "gradient", "random_start", "step_size"]
-    effort = {"eot": 3, "step_size": 0.1, "random_start": False}
-    result = make(
-        *("a b", "eot", 0.5), effort=effort, eps=8 / 255, overrides=chosen, gradient="surrogate:5"
-    )
-    assert command_of(result, shipped()) == (
-        "dbp-bench run --track toy-linf --defense 'a b' --threat eot --seed 0 --examples 40 "
-        "--batch-size 20 --draws 4 --set eot=3 --eps 8/255 --gradient surrogate:5 "
-        "--set random_start=false --set step_size=0.1 --device cpu"
-    )
-    other = attacked("a", "torchattacks-PGD", 0.5, attack="torchattacks:PGD")
-    assert "--threat eot --attack torchattacks:PGD --seed 0" in command_of(other, shipped())
-    named = attacked("a", "apgd-50", 0.5)
-    assert "--threat eot --attack apgd-50 --seed 0" in command_of(named, shipped())
+def test_the_command_that_makes_a_result_again(tmp_path: Path) -> None:
+    """It repeats nothing: the result says what was set. An outside defense needs its entries."""
+    own = make("ddpm", "eot", 0.5, track="digits-linf")
+    coded = own.provenance.model_copy(update={"code": {"mine": "a" * 64}})
+    foreign = make("a b", "eot", 0.5).model_copy(update={"provenance": coded})
+    commands = [command_of(record, Registry()) for record in load(save(tmp_path, own, foreign))]
+    outside = "'results/toy-linf/a b/eot/pgd/seed-0.json' --again --entries FOLDER --trust-code"
+    assert commands == [
+        "dbp-bench verify results/digits-linf/ddpm/eot/pgd/seed-0.json --again",
+        f"dbp-bench verify {outside}",
+    ]
 
 
 def test_numbers_of_other_efforts_stand_apart_and_say_so(text: str) -> None:

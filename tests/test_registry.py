@@ -296,27 +296,36 @@ def test_attacks_lie_in_two_folders(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "attacks/mine.yaml"
     path.parent.mkdir()
     path.write_text("title: mine")
+    registry = Registry([tmp_path])
+    read = {"threats": registry.threat, "settings": registry.setting}[kind]
     with pytest.raises(BadEntry, match=r"mine\.yaml: move it to attacks/threats/ if .*settings/"):
-        getattr(Registry([tmp_path]), kind)
+        read("mine")
 
 
 def test_name_that_is_taken(tmp_path: Path) -> None:
     folder(tmp_path, defenses={"ddpm": table("defense")})
+    registry = Registry([tmp_path])
+    assert registry.defense("ddim").name == "ddim"
     with pytest.raises(BadEntry, match=r"ddpm\.yaml: the name is taken by .*ddpm\.yaml"):
-        Registry([tmp_path]).defense("ddim")
+        registry.defense("ddpm")
 
 
 def test_a_setting_is_not_called_like_an_attack(tmp_path: Path) -> None:
     folder(tmp_path, settings={"pgd": table("setting")})
     with pytest.raises(BadEntry, match=r"pgd\.yaml: the name is taken by the attack pgd\."):
-        Registry([tmp_path]).settings  # noqa: B018
+        Registry([tmp_path]).setting("pgd")
 
 
 @pytest.mark.parametrize("name", ["all", "Mine", "two words", "a,b"])
 def test_name_that_no_command_line_can_say(tmp_path: Path, name: str) -> None:
     folder(tmp_path, defenses={name: table("defense")})
+    registry = Registry([tmp_path])
+    assert registry.defense("ddim").name == "ddim"
+    assert name not in registry.defenses
     with pytest.raises(BadEntry, match="the file name is the entry's name"):
-        Registry([tmp_path]).defense("ddim")
+        registry.defense(name)
+    with pytest.raises(UnknownName, match=r"no defense 'mine': .*Mine\.yaml: the file name"):
+        Registry([folder(tmp_path, defenses={"Mine": table("defense")})]).defense("mine")
 
 
 def test_other_suffix(tmp_path: Path) -> None:
@@ -384,10 +393,13 @@ def test_code_from_outside_runs_only_when_trusted(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"options": {"t_star": 100}}, "missing a required argument: 'clamp_output'"),
+        (
+            {"options": {"t_star": 100}},
+            "'clamp_output' is missing. It takes: t_star,",
+        ),
         (
             {"options": {"t_star": 100, "clamp_output": True, "stepz": 1}},
-            "unexpected keyword argument 'stepz'. It takes: t_star, clamp_output",
+            "'stepz' is unknown. It takes: t_star, clamp_output",
         ),
         (
             {"options": {"t_star": 1.5, "clamp_output": True}},
@@ -446,6 +458,26 @@ def test_a_factory_is_a_purifier_of_ours_or_foreign_code(
         build(tmp_path, trust=trust, factory=factory)
     message = str(caught.value)
     assert message == f"{tmp_path}/defenses/toy.yaml: {factory} is not in dbp_bench.purifiers."
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("purifiers", "dbp_bench.purifiers.guided:mse_gradient"),
+        ("purifiers", "dbp_bench.purifiers.schedule:Schedule"),
+        ("purifiers", "dbp_bench.purifiers.ddpm:denoise"),
+        ("purifiers", "dbp_bench.purifiers.ddpm:_grid"),
+        ("networks", "dbp_bench.networks.wrn:from_robustbench"),
+        ("networks", "dbp_bench.networks.wrn:_Block"),
+        ("networks", "dbp_bench.networks.parts:attend"),
+        ("attacks", "dbp_bench.attacks.common.third_party:Model"),
+        ("attacks", "dbp_bench.attacks.apgd:climb"),
+        ("attacks", "dbp_bench.attacks.square:_signs"),
+    ],
+)
+def test_a_helper_of_ours_is_none_of_its_kind(kind: Any, named: str) -> None:
+    with pytest.raises(BadEntry, match=f"{named} is none of the {kind} of dbp-bench"):
+        Builder().call(named, Path("mine.yaml"), kind, {})
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from dbp_bench.submission import archive, claims, scaffold, verify
 from dbp_bench.submission.again import chosen_groups
 from dbp_bench.submission.archive import Manifest, Refused
 from dbp_bench.submission.submit import submit
+from dbp_bench.weights.files import digest
 
 if TYPE_CHECKING:
     from conftest import Command
@@ -695,6 +696,58 @@ def test_a_forged_bundle_is_refused(forgery: str, made: Made, tmp_path: Path) ->
     assert "\n" not in found
     assert str(tmp_path.parent) not in found
     assert "dbp-bundle-" not in found
+
+
+@pytest.mark.parametrize(
+    ("factory", "options"),
+    [
+        ("dbp_bench.cli.submit:submit", {"defense": NAME, "out": "stolen.zip"}),
+        ("dbp_bench.result:write_atomically", {"path": "stolen.zip", "content": "x"}),
+        ("dbp_bench.weights.files:load", {"path": "stolen.zip"}),
+        ("dbp_bench.purifiers.guided:published_scale", {"guide_scale": 1.0, "ptb": 2.0}),
+    ],
+)
+@pytest.mark.parametrize("how", [["--replay"], ["--attack", "0.5"]])
+def test_a_replayed_bundle_runs_no_function_of_ours(
+    made: Made,
+    tmp_path: Path,
+    command: "Command",
+    monkeypatch: pytest.MonkeyPatch,
+    factory: str,
+    options: dict[str, Any],
+    how: list[str],
+) -> None:
+    """Without --trust-code, and though every digest in it is made anew."""
+
+    def name_it(table: dict[str, Any]) -> None:
+        table["factory"] = factory
+        table["settings"][0]["options"] = options
+
+    def follow(folder: Path) -> None:
+        entry = digest(folder / f"entries/defenses/{NAME}.yaml")
+        every(
+            lambda t: (
+                t["provenance"]["entries"].update(defense=entry),
+                t["provenance"].pop("code", None),
+                t.update(options=options),
+            )
+        )(folder)
+        for path in (folder / OWN).rglob("adversarial-*.safetensors"):
+            with safe_open(path, "pt") as held:
+                request = json.loads(held.metadata()["request"])
+            request.pop("code", None)
+            request["options"] = options
+            save_file(load_file(path), path, {"request": json.dumps(request)})
+
+    path = forged(made, tmp_path, _then(_entry(name_it), _drop("entries/my_defense.py"), follow))
+    monkeypatch.chdir(tmp_path)
+    assert command("verify", path).code == 0, "without running code nothing is wrong"
+    before = sorted(tmp_path.rglob("*"))
+    said = command("verify", path, *how)
+    assert said.code == 1
+    assert f"{factory} is n" in said.out, "not in, or none of, our purifiers"
+    assert "of dbp-bench" in said.out or "in dbp_bench.purifiers" in said.out
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_bundle_that_is_only_packed_anew_passes(made: Made, tmp_path: Path) -> None:

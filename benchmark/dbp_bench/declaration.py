@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from dbp_bench.errors import BadEntry, BadResult, did_you_mean
+from dbp_bench.errors import MANY, BadEntry, BadResult, did_you_mean
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -113,9 +113,12 @@ def read_json(path: Path, model: type[M], what: str) -> M:
 
 
 def explain(error: ValidationError, model: type[Any]) -> str:
-    """The first faults of a validation, each with its key and what would do, on one line."""
+    """The faults of a validation, each with its key and what would do, on one line.
+
+    Those are all, unless they are more than :data:`dbp_bench.errors.MANY`.
+    """
     faults = []
-    for fault in error.errors()[:3]:
+    for fault in error.errors()[:MANY]:
         # Where a value has several forms, pydantic adds the name of the form (see Knows).
         parts = [str(part) for part in fault["loc"]]
         key = ".".join(part for part in parts if not part.startswith("<"))
@@ -130,5 +133,5 @@ def explain(error: ValidationError, model: type[Any]) -> str:
         elif fault["type"] != "value_error":
             message = f"{message[0].lower()}{message[1:]}, not {fault['input']!r}"
         faults.append(f"{key}: {message}" if key else message)
-    more = error.error_count() - 3
+    more = error.error_count() - MANY
     return "; ".join(faults) + (f"; and {more} more." if more > 0 else ".")

@@ -65,3 +65,40 @@ def did_you_mean(name: str, known: Iterable[str], listed_by: str = "") -> str:
     if listed_by:
         return f"{hint} `{listed_by}` lists them."
     return hint or f" Known: {', '.join(names[:MANY])} and {len(names) - MANY} more."
+
+
+# ---------------------------------------------------------------------- in somebody's own code
+
+_LIBRARIES = frozenset(
+    "IPython PIL _pytest autoattack click huggingface_hub httpx jinja2 joblib markupsafe "  # noqa: SIM905
+    "matplotlib numpy pandas pkg_resources pluggy pyarrow pyautoattack pydantic pydantic_core "
+    "pytest requests rich robustbench safetensors scipy setuptools shellingham skimage sklearn "
+    "sympy timm torch torchattacks torchvision tqdm typer urllib3 xdist yaml".split()
+)
+"""Top-level packages that dbp-bench, or an extra of it, brings along."""
+
+
+def place_of(error: BaseException) -> str | None:
+    """File and line of the last call in somebody's own code that led to `error`; None if none did.
+
+    Their own is what belongs neither to this package, nor to Python, nor to a library.
+    """
+    from pathlib import Path
+    from sysconfig import get_path
+    from traceback import walk_tb
+
+    ours, python = Path(__file__).parent, Path(get_path("stdlib"))
+    place = None
+    for frame, line in walk_tb(error.__traceback__):
+        path = Path(frame.f_code.co_filename)
+        parts = path.parts
+        packages = next((i for i, p in enumerate(parts) if p.endswith("-packages")), None)
+        if not path.is_file() or path.is_relative_to(ours):
+            continue
+        if packages is not None:
+            if Path(parts[packages + 1]).stem in _LIBRARIES:
+                continue
+        elif path.is_relative_to(python):
+            continue
+        place = f"{path}:{line}"
+    return place

@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 from dbp_bench.errors import DbpError, did_you_mean
 
-State = Literal["ready", "missing", "shadowed"]
+State = Literal["ready", "missing", "shadowed", "broken"]
 
 
 class BadExtra(DbpError):
@@ -120,9 +120,20 @@ EXTRAS = tuple(_EXTRAS)
 """The names of the extras."""
 
 
-def status() -> list[Status]:
-    """The state of every extra. Nothing is imported."""
-    return [_look(name)[0] for name in EXTRAS]
+def status(*, imported: bool = False) -> list[Status]:
+    """The state of every extra. Nothing is imported, unless that is to be tried (`imported`)."""
+    found = [_look(name)[0] for name in EXTRAS]
+    return [_tried(each) if imported and each.state == "ready" else each for each in found]
+
+
+def _tried(found: Status) -> Status:
+    """`found`, or what keeps the extra from being imported."""
+    try:
+        load_extra(found.name)
+    except BadExtra as error:
+        hint = str(error).removeprefix(f"{found.name} {found.version or ''} ").rstrip(".")
+        return found._replace(state="broken", hint=hint)
+    return found
 
 
 def load_extra(name: str) -> Mapping[str, ModuleType]:
@@ -144,12 +155,14 @@ def load_extra(name: str) -> Mapping[str, ModuleType]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with _stubs() if name == "robustbench" else nullcontext():
+            with _stubs(name):
                 return {
                     module or name: importlib.import_module(f"{package.module}.{module}".strip("."))
                     for module in _EXTRAS[name].modules
                 }
-    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+    except BadExtra:
+        raise
+    except Exception as error:  # whatever its modules raise while they are imported
         cause = str(error).strip().partition("\n")[0]
         raise BadExtra(
             f"{name} {found.version or ''} is installed but does not import ({cause}). "
@@ -214,20 +227,26 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-# ------------------------------------------------- what robustbench needs in order to be imported
+# ------------------------------------------------- what the extras need in order to be imported
+
+_WITH_TORCHVISION = frozenset({"robustbench", "timm", "torchattacks"})
+"""The extras that import torchvision."""
 
 
 @contextmanager
-def _stubs() -> Iterator[None]:
-    """While it lasts, what robustbench imports and may be missing can be imported."""
+def _stubs(extra: str) -> Iterator[None]:
+    """While it lasts, what an extra imports and may be missing or broken can be imported."""
     makers = {"pkg_resources": _pkg_resources, "autoattack": _autoattack}
+    if extra != "robustbench":
+        makers = {}
     stubs: dict[str, ModuleType] = {}
     for name, make in makers.items():
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             stubs |= make()
     sys.modules.update(stubs)
     try:
-        _import_torchvision()
+        if extra in _WITH_TORCHVISION and importlib.util.find_spec("torchvision") is not None:
+            _import_torchvision()
         yield
     finally:
         for name, stub in stubs.items():

@@ -7,6 +7,7 @@ defense, a guide that is detached, noise that is locked by accident, images that
 """
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from dbp_bench.defense import Defense
 from dbp_bench.entries.subject import Subject
-from dbp_bench.errors import DbpError, NotConforming
+from dbp_bench.errors import DbpError, NotConforming, place_of
 from dbp_bench.memory import Policy
 from dbp_bench.noise import Noise, Site, Tape, seeded
 from dbp_bench.threat import Revealed
@@ -233,6 +234,8 @@ def _error(by_chain: Tensor, by_difference: Tensor) -> tuple[float, float]:
 def _check_gradient_of_one(defense: Defense, x: Tensor, tape: Tape) -> None:
     evaluated = _logits(defense, x, tape)
     weights = _weights(evaluated)
+    if not bool(evaluated.isfinite().all()):
+        raise NotConforming("the logits are not finite (NaN or infinite) in float64.")
     value = float((weights * evaluated).sum().abs())
     attacked, gradient = _gradient(defense, x, tape, weights)
     if not torch.allclose(attacked, evaluated, rtol=1e-9, atol=1e-9 * float(evaluated.abs().max())):
@@ -342,6 +345,19 @@ CHECKS: Mapping[str, Check] = {**AS_RUN, **IN_FLOAT64}
 """Every check, by title."""
 
 
+FOLLOWING: Mapping[Check, tuple[Check, ...]] = {
+    check_replay: (check_checkpointing, check_batch, check_gradient),
+}
+"""By check, those that compare two answers of what it fails, and would fail for the same cause."""
+
+NOT_TESTED = "not tested"
+STOPPED = "it stopped with"
+NO_FLOAT64 = "it doesn't run in float64"
+
+_DTYPES = re.compile(r"dtype|scalar type|bias type|Half|BFloat16|Float but found", re.IGNORECASE)
+"""How torch says that two types don't go together."""
+
+
 def check_subject(subject: Subject) -> Iterator[tuple[str, str | None]]:
     """Title and fault (None if it passes) of every check of a defense on its track.
 
@@ -349,10 +365,20 @@ def check_subject(subject: Subject) -> Iterator[tuple[str, str | None]]:
         DbpError: The entry can't be read or built.
     """
     images, _ = subject.data().select(subject.ids()[:IMAGES])
+    follow: dict[Check, str] = {}
     for checks, dtype in ((AS_RUN, torch.float32), (IN_FLOAT64, torch.float64)):
         defense = subject.defense(dtype=dtype)
         for title, check in checks.items():
-            yield title, fault(check, defense, images.to(dtype))
+            if check in follow:
+                yield title, f"{NOT_TESTED}, since it fails: {follow[check]}"
+                continue
+            found = fault(check, defense, images.to(dtype))
+            yield title, found
+            if found is None:
+                continue
+            unusable = found.startswith((STOPPED, NO_FLOAT64)) or "not finite" in found
+            for other in CHECKS.values() if unusable else FOLLOWING.get(check, ()):
+                follow.setdefault(other, title)
 
 
 def fault(check: Check, defense: Defense, images: Tensor) -> str | None:
@@ -363,7 +389,13 @@ def fault(check: Check, defense: Defense, images: Tensor) -> str | None:
         return str(error)
     except Exception as error:  # Whatever an author's code raises is a finding, not a crash.
         first = next(iter(str(error).splitlines()), "")
-        return f"it stopped with {type(error).__name__}: {first}"
+        at = f" ({place})" if (place := place_of(error)) else ""
+        if images.dtype == torch.float64 and _DTYPES.search(str(error)):
+            return (
+                f"{NO_FLOAT64}{at}, in which gradients are compared: {first}. Take "
+                "the type of the images (images.dtype) in place of a fixed one."
+            )
+        return f"{STOPPED} {type(error).__name__}: {first}{at}"
     return None
 
 

@@ -80,7 +80,7 @@ def examine() -> dict[str, Any]:
         "devices": [f"{name}: {device_name(name)}" for name in names],
         "device_warnings": [" ".join(str(warning.message).split()) for warning in caught],
         "threads": {"torch": torch.get_num_threads(), "cores": _cores()},
-        "extras": [found._asdict() for found in extras.status()],
+        "extras": [found._asdict() for found in extras.status(imported=True)],
         "golden": golden,
     }
 

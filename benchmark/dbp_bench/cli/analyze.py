@@ -1,6 +1,5 @@
 """The command for analyses: where the robustness of a defense comes from."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +19,7 @@ from dbp_bench.cli.app import (
     Trust,
     app,
 )
-from dbp_bench.cli.shared import console, device_of, registry_of, split
+from dbp_bench.cli.shared import console, device_of, registry_of, show_json, split
 from dbp_bench.errors import BadRequest, UnknownName, did_you_mean
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ def analyze(
         written += draw(path)
     record = Record.read(path)
     if as_json:
-        print(json.dumps(record.model_dump(mode="json", by_alias=True), indent=1))
+        show_json(record.model_dump(mode="json", by_alias=True))
         return
     _show(say, record)
     for each in written:

@@ -1,9 +1,12 @@
 """The application that every command is added to, and the options that commands share."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from dbp_bench import __version__
 
 app = typer.Typer(
     name="dbp-bench",
@@ -13,6 +16,34 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def application() -> typer.Typer:
+    """The application with every command."""
+    for module in (
+        *("list", "run", "weights", "train"),
+        *("report", "check", "sweep", "analyze"),
+        *("new", "submit", "verify", "moved"),
+    ):
+        # Each adds its commands to the app, whose help shows them in this order.
+        import_module(f"dbp_bench.cli.{module}")
+    return app
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"dbp-bench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it and exit.")
+    ] = False,
+) -> None:
+    pass
+
 
 EVALUATE, REPORT, DIAGNOSE, SHARE = "Evaluate", "Report", "Diagnose", "Share"
 """The groups that commands are shown in."""
@@ -150,6 +181,18 @@ Trust = Annotated[
 
 # ------------------------------------------------------------------------------ what is printed
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts, and nothing else.")]
+
+def _json_alone(context: typer.Context, asked: bool) -> bool:
+    from dbp_bench.cli.shared import json_alone
+
+    if asked and not context.resilient_parsing:
+        context.with_resource(json_alone())
+    return asked
+
+
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print JSON for scripts, and nothing else.", callback=_json_alone),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]

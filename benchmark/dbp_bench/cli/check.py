@@ -1,6 +1,5 @@
 """The command ``check``: of a defense, of its gradient, and of this installation."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +16,7 @@ from dbp_bench.cli.app import (
     Trust,
     app,
 )
-from dbp_bench.cli.shared import console, device_of, registry_of
+from dbp_bench.cli.shared import console, device_of, registry_of, show_json
 from dbp_bench.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -91,17 +90,21 @@ def check(
         return
     names = [defense]
     if defense == "all":
-        names = [n for n in registry.defenses if track in registry.defense(n).entry.tracks]
-    from dbp_bench.checks.conformance import check_subject
+        known = registry.defenses
+        registry.check_names("defenses")
+        names = [n for n in known if track in registry.defense(n).entry.tracks]
+    from dbp_bench.checks.conformance import NOT_TESTED, check_subject
 
     found = {name: dict(check_subject(registry.subject(name, track))) for name in names}
     if as_json:
-        print(json.dumps(found, indent=1))
+        show_json(found)
     else:
         for name, tests in found.items():
             for title, fault in tests.items():
-                verdict = f"FAIL  {name}: {title}: {fault}" if fault else f"pass  {name}: {title}"
-                print(verdict)
+                verdict = "FAIL" if fault else "pass"
+                if fault and fault.startswith(NOT_TESTED):
+                    verdict = "----"
+                print(f"{verdict}  {name}: {title}{f': {fault}' if fault else ''}")
     if any(fault for tests in found.values() for fault in tests.values()):
         raise typer.Exit(1)
 
@@ -110,7 +113,10 @@ def _environment(as_json: bool) -> None:
     from dbp_bench.checks.doctor import examine, render
 
     findings = examine()
-    print(json.dumps(findings, indent=1) if as_json else render(findings))
+    if as_json:
+        show_json(findings)
+    else:
+        print(render(findings))
     if not findings["ok"]:
         raise typer.Exit(1)
 
@@ -132,7 +138,7 @@ def _gradients(asked: "Request", device: str, as_json: bool) -> None:
             "surrogate_steps": short,
             "exact": found.exact,
         }
-        print(json.dumps({**head, **asdict(found)}, indent=1))
+        show_json({**head, **asdict(found)})
     else:
         say = console(False)
         names = {"surrogate": f"surrogate, {short} of {asked.steps} steps"}

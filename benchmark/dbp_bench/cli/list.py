@@ -1,6 +1,6 @@
 """The command ``list``: what there is, and what an entry says."""
 
-import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dbp_bench.cli.app import EVALUATE, AsJson, Entries, app
-from dbp_bench.cli.shared import registry_of
-from dbp_bench.errors import UnknownName, did_you_mean
+from dbp_bench.cli.shared import registry_of, show_json
+from dbp_bench.errors import BadEntry, UnknownName, did_you_mean
 
 if TYPE_CHECKING:
     from dbp_bench.entries.fields import Entry
+    from dbp_bench.entries.registry import Registry
 
 
 @app.command("list", rich_help_panel=EVALUATE)
@@ -37,23 +38,33 @@ def list_entries(
         "tracks": (registry.tracks, registry.track),
     }
     if name is not None and name not in readers:
-        _show(name, readers)
+        _show(name, registry, readers)
         return
     titles = {
-        what: {each: read(each).entry.title for each in names}
+        what: {each: _title_of(read, each) for each in names}
         for what, (names, read) in readers.items()
         if name in (None, what)
     }
     if "attacks" in titles:
         titles["attacks"] |= {own: _title(own) for own in attacks.names()}
+    for fault in (fault for faults in registry.faults.values() for fault in faults.values()):
+        print(f"dbp-bench: left out: {fault}", file=sys.stderr)
     if as_json:
-        print(json.dumps(titles, indent=1))
+        show_json(titles)
         return
     for what, found in titles.items():
         print(what)
         width = max(map(len, found), default=0)
         for each, title in sorted(found.items()):
             print(f"  {each:<{width}}  {title}")
+
+
+def _title_of(read: Callable[[str], "Entry[Any]"], name: str) -> str:
+    """The title of an entry; what is wrong with one that can't be read."""
+    try:
+        return str(read(name).entry.title)
+    except BadEntry as error:
+        return f"can't be read: {error}"
 
 
 def _title(attack: str) -> str:
@@ -68,9 +79,13 @@ def _title(attack: str) -> str:
 
 
 def _show(
-    name: str, readers: "dict[str, tuple[dict[str, Path], Callable[[str], Entry[Any]]]]"
+    name: str,
+    registry: "Registry",
+    readers: "dict[str, tuple[dict[str, Path], Callable[[str], Entry[Any]]]]",
 ) -> None:
     """Print the entries called `name`, with the files they are in."""
+    for kind in registry.faults:
+        registry.check_name(kind, name)
     found = [read(name) for names, read in readers.values() if name in names]
     if not found:
         known = [*readers, *(each for names, _ in readers.values() for each in names)]

@@ -1,13 +1,12 @@
 """The commands ``report`` and ``compare``: from result files to tables and tests."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dbp_bench.cli.app import REPORT, AsJson, Entries, Quiet, Results, TrackName, app
-from dbp_bench.cli.shared import console, registry_of
+from dbp_bench.cli.shared import console, registry_of, show_json
 from dbp_bench.errors import BadRequest
 
 
@@ -69,6 +68,6 @@ def compare(
 
     found = comparing.compare(comparing.side(a, results, track), comparing.side(b, results, track))
     if as_json:
-        print(json.dumps(comparing.to_table(found), indent=1))
+        show_json(comparing.to_table(found))
         return
     print("\n".join(comparing.in_words(found)))

@@ -1,6 +1,7 @@
 """The command ``run``, and the plan of a run."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,15 +41,17 @@ from dbp_bench.cli.shared import (
     options_of,
     progress_bar,
     registry_of,
+    show_json,
     split,
 )
-from dbp_bench.errors import AttackFailed, BadRequest
+from dbp_bench.errors import AttackFailed, BadRequest, BadResult
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from dbp_bench.entries.fields import Entry
+    from dbp_bench.entries.registry import Registry
     from dbp_bench.entries.track import Track
     from dbp_bench.result import Result
     from dbp_bench.runs.estimate import Cost
@@ -123,6 +126,7 @@ def run(
     _run_all(
         say,
         planned,
+        registry,
         out,
         checkpointing,
         resume=not no_resume,
@@ -141,6 +145,7 @@ def _show_head(say: "Console", track: "Entry[Track]", default: bool) -> None:
 def _run_all(
     say: "Console",
     planned: "Sequence[Planned]",
+    registry: "Registry",
     out: Path,
     checkpointing: Any,
     *,
@@ -148,12 +153,14 @@ def _run_all(
     save_adversarial: bool,
     as_json: bool,
 ) -> None:
-    from dbp_bench.result import Result
     from dbp_bench.runs.execute import execute, is_complete
+    from dbp_bench.runs.job import why_same
     from dbp_bench.runs.saved import adversarial_path
 
     for item in planned:
         item.job.identity()  # weights that must be fetched are missed before anything has begun
+        if not resume and item.instead is None:
+            _keep_larger(item.job, out)
     done: list[tuple[Path, Result]] = []
     for item in planned:
         job = item.job
@@ -163,21 +170,22 @@ def _run_all(
             if elsewhere and save_adversarial and not adversarial_path(elsewhere).is_file():
                 elsewhere = None
         if elsewhere is not None:
-            noise = f"noise at {', '.join(job.sites)} alone" if job.sites else "no noise"
+            name = elsewhere.parents[1].name
+            threat = registry.threat(name).entry if name in registry.threats else None
             say.print(
-                f"{job.label}: the same setting as {elsewhere.parents[1].name}, since "
-                f"{job.subject.name} draws {noise}. Not run twice; see {elsewhere}",
+                f"{job.label}: the same setting as {name}, since {why_same(job, threat)}. Not run "
+                f"twice; see {elsewhere}",
                 soft_wrap=True,
             )
             if item.instead is None:
-                done.append((elsewhere, Result.read(elsewhere)))
+                done.append((elsewhere, _held(say, job, elsewhere)))
             continue
         if resume and not save_adversarial and is_complete(job, out):
             say.print(
                 f"{job.label}: all there already, nothing to run (--no-resume runs it again)",
                 soft_wrap=True,
             )
-            done.append((job.path(out), Result.read(job.path(out))))
+            done.append((job.path(out), _held(say, job, job.path(out))))
             continue
         with progress_bar(say, job.label) as progress:
             try:
@@ -191,8 +199,49 @@ def _run_all(
                 )
             except AttackFailed as error:
                 raise type(error)(f"{job.label}: {error}") from error
-        done.append((path, Result.read(path)))
+        done.append((path, _held(say, job, path)))
     _show_results(say, done, as_json)
+
+
+def _held(say: "Console", job: "Job", path: Path) -> "Result":
+    """The result at `path`; where it is of more than `job` asks for, that is said."""
+    from dbp_bench.result import Result
+
+    held = Result.read(path)
+    if len(held.ids) > job.examples or len(held.draws) > job.draws:
+        say.print(
+            f"{job.label}: {_size(job.examples, job.draws)} asked; the row below is of all that is "
+            f"there, {_size(len(held.ids), len(held.draws))}. For fewer, choose another --out.",
+            soft_wrap=True,
+        )
+    return held
+
+
+def _size(images: int, draws: int) -> str:
+    return f"{images} images x {draws} draws"
+
+
+def _keep_larger(job: "Job", out: Path) -> None:
+    """Ask before a larger result is replaced, and refuse where nobody can be asked.
+
+    Raises:
+        BadRequest: It stays.
+    """
+    from dbp_bench.result import Result
+
+    path = job.path(out)
+    try:
+        held = Result.read(path) if path.is_file() else None
+    except BadResult:
+        return  # a damaged one is what --no-resume is for
+    if held is None or (len(held.ids) <= job.examples and len(held.draws) <= job.draws):
+        return
+    said = (
+        f"--no-resume would replace {path}, of {_size(len(held.ids), len(held.draws))}, by "
+        f"{_size(job.examples, job.draws)}"
+    )
+    if not (sys.stdin.isatty() and typer.confirm(f"{said}. Replace it?", err=True)):
+        raise BadRequest(f"{said}. Choose another --out, or delete the file.")
 
 
 def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json: bool) -> None:
@@ -214,7 +263,7 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
             }
             for path, result, estimates in rows
         ]
-        print(json.dumps(listed, indent=1))
+        show_json(listed)
         return
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
     for name in ("defense", "threat", "attack"):
@@ -269,7 +318,7 @@ def _plan(
             }
             for job, twin, cost in costs
         ]
-        print(json.dumps({"jobs": rows, "seconds": total}, indent=1))
+        show_json({"jobs": rows, "seconds": total})
         return
     table = Table(box=None, pad_edge=False)
     for name in ("defense", "threat", "knows"):

@@ -1,11 +1,13 @@
 """What several commands do: read options, show progress, and say numbers on the terminal."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from dbp_bench.errors import BadRequest
 
@@ -31,6 +33,39 @@ def console(quiet: bool) -> "Console":
     # A log has no width of its own: its tables aren't folded at 80, unless COLUMNS says so.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
     return Console(quiet=quiet, width=width, markup=False, emoji=False, highlight=False)
+
+
+_kept: list["TextIO"] = []
+"""Standard output, while it is kept for JSON."""
+
+
+@contextmanager
+def json_alone() -> Iterator[None]:
+    """Keep standard output for :func:`show_json`: what else is printed goes to standard error.
+
+    That holds for what a defense prints, and for what the processes print that it starts.
+    """
+    sys.stdout.flush()
+    # A test has put something else in its place.
+    own = isinstance(sys.__stdout__, TextIOWrapper) and sys.stdout is sys.__stdout__
+    out = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding) if own else sys.stdout
+    if own:
+        os.dup2(2, 1)
+    _kept.append(out)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _kept.remove(out)
+        out.flush()
+        if own:
+            os.dup2(out.fileno(), 1)
+            out.close()
+
+
+def show_json(table: Any) -> None:
+    """Print `table` for scripts."""
+    print(json.dumps(table, indent=1), file=_kept[-1], flush=True)
 
 
 def split(names: str) -> list[str]:

@@ -1,6 +1,5 @@
 """The command ``sweep``: one attack at several efforts or budgets."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +32,7 @@ from dbp_bench.cli.shared import (
     options_of,
     progress_bar,
     registry_of,
+    show_json,
 )
 from dbp_bench.errors import BadRequest
 
@@ -106,7 +106,7 @@ def sweep(
 
     found = [sweeps.run(item, out, run_one) for item in planned]
     if as_json:
-        print(json.dumps([item.model_dump(mode="json", by_alias=True) for item in found], indent=1))
+        show_json([item.model_dump(mode="json", by_alias=True) for item in found])
         return
     _show_sweeps(say, found)
 

@@ -1,6 +1,5 @@
 """The command ``verify``: a bundle, a result, or saved adversarial images, computed again."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dbp_bench.cli.app import SHARE, AsJson, Data, Device, Entries, Force, Trust, app
-from dbp_bench.cli.shared import device_of, registry_of
+from dbp_bench.cli.shared import device_of, registry_of, show_json
 from dbp_bench.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -29,6 +28,14 @@ def verify(
         bool,
         typer.Option("--replay", help="Of a bundle: evaluate its images again, and on new draws."),
     ] = False,
+    again: Annotated[
+        bool,
+        typer.Option("--again", help="Of a result: make all of it again, or a part (--examples)."),
+    ] = False,
+    examples: Annotated[
+        int | None,
+        typer.Option(help="With --again: the first N images, in whole groups of the run."),
+    ] = None,
     attack: Annotated[
         float | None,
         typer.Option(help="Of a bundle: attack this share of the images again."),
@@ -58,7 +65,8 @@ def verify(
 
     The code of a bundle runs only if it is replayed or attacked.
 
-    A result's first group of images is attacked again with its own seeds.
+    A result's first group of images is attacked again with its own seeds; with --again all are,
+    and the digest of all outcomes is compared.
 
     Saved images are evaluated on fresh draws.
 
@@ -69,7 +77,8 @@ def verify(
     if file.endswith((".safetensors", ".json")):
         path, registry = local(file), registry_of(entries, trust_code, data)
         if file.endswith(".json"):
-            _result(path, registry, device_of(device), pictures, as_json)
+            part = examples if again or examples is not None else 1  # of one group at least
+            _result(path, registry, device_of(device), part, pictures, as_json)
         else:
             _images(path, registry, device_of(device), draws, eight_bit, as_json)
         return
@@ -117,12 +126,12 @@ def _bundle(
             placed = verifying.place(held, record, into, force=force) if into else None
     except archive.Refused as refused:
         if as_json:
-            print(json.dumps({"bundle": file, "refused": str(refused)}))
+            show_json({"bundle": file, "refused": str(refused)})
         else:
             print(f"{file}: refused: {refused}")
         raise typer.Exit(1) from None
     if as_json:
-        print(json.dumps(record.model_dump(mode="json", by_alias=True), indent=1))
+        show_json(record.model_dump(mode="json", by_alias=True))
         return
     for line in record.checks:
         print(f"pass  {line}")
@@ -137,8 +146,15 @@ def _bundle(
         print(placed)
 
 
-def _result(path: Path, registry: "Registry", device: str, pictures: bool, as_json: bool) -> None:
-    """Attack the first group of images of a result again, and compare every outcome."""
+def _result(
+    path: Path,
+    registry: "Registry",
+    device: str,
+    examples: int | None,
+    pictures: bool,
+    as_json: bool,
+) -> None:
+    """Attack a result's first `examples` images again, or all, and compare every outcome."""
     from tempfile import TemporaryDirectory
 
     from dbp_bench.result import Result
@@ -148,18 +164,24 @@ def _result(path: Path, registry: "Registry", device: str, pictures: bool, as_js
     result = Result.read(path)
     job = replay.job_of(result, path, registry, device)
     with TemporaryDirectory() as scratch:
-        again = replay.attack_again(result, job, Path(scratch))
-    found = again.comparison
+        groups = replay.groups_of(job, result, examples)
+        again = replay.attack_again(result, job, Path(scratch), groups)
+    found, images = again.comparison, len(again.result.ids)
+    digest = again.result.digest if images == len(result.ids) else None
     written = write_pictures(path, result, job, again) if pictures and not found.fault else None
     if as_json:
         kinds = {kind: asdict(each) for kind, each in found.kinds.items()}
-        print(json.dumps({"file": str(path), "fault": found.fault, "kinds": kinds}))
+        table = {"file": str(path), "fault": found.fault, "kinds": kinds, "images": images}
+        show_json({**table, "digest": digest, "stated_digest": result.digest})
     else:
-        images = len(again.result.ids)
+        of = f"all {images}" if digest else f"the first {images}"
         print(
-            f"{path}: {found.outcomes - found.differing} of {found.outcomes} outcomes of the first "
-            f"{images} images are as stated."
+            f"{path}: {found.outcomes - found.differing} of {found.outcomes} outcomes of {of} "
+            "images are as stated."
         )
+        if digest and result.classes_recorded:
+            how = "equal" if digest == result.digest else f"{digest[:16]}... here"
+            print(f"digest of the outcomes {result.digest[:16]}...: {how}")
         if written is not None:
             print(written)
     if found.fault is not None:
@@ -204,7 +226,7 @@ def _images(
     if as_json:
         table = {"file": str(path), **asdict(estimate), "draws": draws, "ids": saved.ids}
         table |= {"right": right.tolist()}
-        print(json.dumps({**table, "left_the_ball": outside} if eight_bit else table))
+        show_json({**table, "left_the_ball": outside} if eight_bit else table)
         return
     print(
         f"{path}: {len(right)} x {len(saved.ids)} images inside {result.norm} {result.eps:g} and "

@@ -1,6 +1,5 @@
 """Commands for published weights: list, fetch, convert, verify."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dbp_bench.cli.app import EVALUATE, AsJson, Quiet, app
-from dbp_bench.cli.shared import console
+from dbp_bench.cli.shared import console, show_json
 from dbp_bench.errors import BadRequest, BadWeights
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def list_weights(as_json: AsJson = False) -> None:
             }
             for name, entry in entries.items()
         }
-        print(json.dumps(rows, indent=1))
+        show_json(rows)
         return
     _show(console(quiet=False), entries, there)
     print(f"cache: {store.folder()}")
@@ -181,7 +180,7 @@ def verify(as_json: AsJson = False) -> None:
     found = {name: _problem(name) for name in store.names()}
     strangers = [str(path) for path in store.strangers()]
     if as_json:
-        print(json.dumps({"checkpoints": found, "strangers": strangers}, indent=1))
+        show_json({"checkpoints": found, "strangers": strangers})
     else:
         for name, problem in found.items():
             print(problem or f"{name}: sound")

@@ -43,9 +43,10 @@ def open_part(facts: Facts, part: str, place: Path | None) -> Source:
     if place is None and (set_to := os.environ.get(VARIABLE)):
         place, said = Path(set_to), VARIABLE
     if place is not None:
+        place = Path(os.path.expanduser(place))  # noqa: PTH111 - that of pathlib can raise
         if not place.exists():
             raise BadData(f"{said} {place}: no such file or folder.")
-        return _open(_own(place.expanduser(), facts), facts, part, said)
+        return _open(_own(place, facts), facts, part, said)
     if facts.hub is None:
         raise BadData(
             f"data set {facts.name!r} is not on this machine. Give --data PATH (or {VARIABLE}): "

@@ -18,7 +18,7 @@ from dbp_bench import attacks
 from dbp_bench.declaration import explain, number_of
 from dbp_bench.entries.fields import AnyRef, CheckpointRef
 from dbp_bench.entries.threat import is_outside
-from dbp_bench.errors import BadEntry
+from dbp_bench.errors import BadEntry, place_of
 from dbp_bench.weights import files, store
 
 if TYPE_CHECKING:
@@ -95,19 +95,18 @@ class Builder:
             BadEntry: It cannot be imported or isn't trusted, or an argument is unknown or wrong.
         """
         function = self._import(dotted, path, kind)
-        signature = inspect.signature(function)
-        try:
-            signature.bind(**arguments)
-        except TypeError as error:
-            takes = ", ".join(signature.parameters)
-            raise BadEntry(f"{path}: {dotted}: {error}. It takes: {takes}.") from None
-        given = _typed(function, arguments, path)
+        given, faults = _typed(function, arguments)
+        unfit = _unfit(inspect.signature(function), arguments)
+        if unfit or faults:
+            said = [f"{dotted}: {unfit}"] if unfit else []
+            raise BadEntry(f"{path}: {'; '.join([*said, *faults]).rstrip('.')}.")
         try:
             return function(**given)
         except ValidationError as error:
             raise BadEntry(f"{path}: {dotted}: {explain(error, function)}") from None  # type: ignore[arg-type]
         except (BadEntry, TypeError, ValueError, KeyError) as error:
-            raise BadEntry(f"{path}: {dotted}: {' '.join(str(error).split())}") from None
+            at = f" ({place})" if (place := place_of(error)) else ""
+            raise BadEntry(f"{path}: {dotted}: {' '.join(str(error).split())}{at}") from None
 
     def _import(self, dotted: str, path: Path, kind: Kind) -> Callable[..., Any]:
         module, _, attribute = dotted.partition(":")
@@ -127,32 +126,63 @@ class Builder:
         try:
             found: Callable[..., Any] = getattr(import_module(module), attribute)
         except (ImportError, AttributeError, SyntaxError) as error:
-            raise BadEntry(f"{path}: {dotted} cannot be imported: {error}.") from None
+            at = f" ({place})" if (place := place_of(error)) else ""
+            raise BadEntry(f"{path}: {dotted} cannot be imported: {error}{at}.") from None
         if not callable(found):
             raise BadEntry(f"{path}: {dotted} is not a function or a class.")
         home = getattr(found, "__module__", None) or ""
         if module.split(".")[0] == "dbp_bench" and home != module:
             # Something that a module here happens to import.
             raise BadEntry(f"{path}: {dotted} is not defined there, but in {home}.")
+        if module.split(".")[0] == "dbp_bench" and not _is_one(found, kind):
+            raise BadEntry(f"{path}: {dotted} is none of the {kind} of dbp-bench.")
         return found
 
 
-def _typed(
-    function: Callable[..., Any], arguments: Mapping[str, Any], path: Path
-) -> dict[str, Any]:
-    """The `arguments`, of the types that the function's annotations say.
+def _is_one(found: Callable[..., Any], kind: Kind) -> bool:
+    """Whether `found`, in this package, is of the `kind` of things that an entry may name.
 
-    Raises:
-        BadEntry: One is not; the message names it.
+    A purifier has sites and an attack says what it evaluates; a network is a class, or what a
+    function without arguments says that it returns. Other functions of these modules take tensors
+    or files.
     """
+    if found.__name__.startswith("_"):
+        return False
+    if kind == "networks":
+        from torch import nn
+
+        made = found if isinstance(found, type) else get_type_hints(found).get("return")
+        return isinstance(made, type) and issubclass(made, nn.Module)
+    needed = {"purifiers": ("sites",), "attacks": ("evaluations", "unfit")}[kind]
+    return isinstance(found, type) and all(hasattr(found, name) for name in needed)
+
+
+def _unfit(signature: inspect.Signature, arguments: Mapping[str, Any]) -> str | None:
+    """Which arguments are missing or unknown, all of them; None where they fit."""
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        takes = signature.parameters
+        named = [p for p in takes.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
+        unknown = [name for name in arguments if name not in takes]
+        faults = [*(f"{n!r} is missing" for n in missing), *(f"{n!r} is unknown" for n in unknown)]
+        return f"{', '.join(faults) or error}. It takes: {', '.join(takes)}"
+    return None
+
+
+def _typed(
+    function: Callable[..., Any], arguments: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """The `arguments`, of the types that the function's annotations say, and those that are not."""
     home: Any = function
     if isinstance(function, type):
         home = function.__init__  # type: ignore[misc]
     try:
         hints = get_type_hints(home, include_extras=True)
     except (NameError, TypeError):
-        return dict(arguments)
-    given = dict(arguments)
+        return dict(arguments), []
+    given, faults = dict(arguments), []
     for name, value in arguments.items():
         if name not in hints or not isinstance(value, str | int | float | list | dict | None):
             continue
@@ -161,11 +191,9 @@ def _typed(
             TypeAdapter(hints[name]).validate_python(text, strict=True)
         except ValidationError as error:
             message = error.errors()[0]["msg"]
-            raise BadEntry(
-                f"{path}: options.{name}: {message[0].lower()}{message[1:]}, not {value!r}."
-            ) from None
+            faults.append(f"options.{name}: {message[0].lower()}{message[1:]}, not {value!r}")
         given[name] = text
-    return given
+    return given, faults
 
 
 def _make_importable(folders: tuple[Path, ...]) -> None:

@@ -7,6 +7,7 @@ file name is the name. Reading an entry imports nothing that it names; only buil
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -66,6 +67,8 @@ class Registry:
                     "tracks/ in it, and no module."
                 )
 
+        self.faults: dict[str, dict[str, BadEntry]] = {}  # by kind and name
+
     @cached_property
     def defenses(self) -> dict[str, Path]:
         """Name and file of every defense."""
@@ -81,7 +84,9 @@ class Registry:
         """Name and file of every named setting of an attack."""
         found = self._files("attacks/settings")
         for name in found.keys() & set(attacks.names()):
-            raise BadEntry(f"{found[name]}: the name is taken by the attack {name}.")
+            self.faults["attacks/settings"][name] = BadEntry(
+                f"{found[name]}: the name is taken by the attack {name}."
+            )
         return found
 
     @cached_property
@@ -101,19 +106,19 @@ class Registry:
 
     def defense(self, name: str) -> Entry[DefenseEntry]:
         """The defense called `name`."""
-        return _read("defense", name, self.defenses, DefenseEntry)
+        return self._read("defense", "defenses", name, self.defenses, DefenseEntry)
 
     def threat(self, name: str) -> Entry[Threat]:
         """The threat model called `name`."""
-        return _read("threat", name, self.threats, Threat)
+        return self._read("threat", "attacks/threats", name, self.threats, Threat)
 
     def setting(self, name: str) -> Entry[AttackSetting]:
         """The named setting of an attack called `name`."""
-        return _read("attack setting", name, self.settings, AttackSetting)
+        return self._read("attack setting", "attacks/settings", name, self.settings, AttackSetting)
 
     def track(self, name: str) -> Entry[Track]:
         """The track called `name`."""
-        return _read("track", name, self.tracks, Track)
+        return self._read("track", "tracks", name, self.tracks, Track)
 
     def subject(self, defense: str, track: str) -> Subject:
         """The defense called `defense` on `track`, ready to be built.
@@ -130,37 +135,64 @@ class Registry:
             )
         return Subject(where, entry, setting, self.builder)
 
+    def check_name(self, kind: str, name: str) -> None:
+        """Refuse an entry whose file is misnamed or misplaced, or whose name is taken.
+
+        Raises:
+            BadEntry: It is; other entries of its folder can be read.
+        """
+        if name in self.faults.get(kind, {}):
+            raise self.faults[kind][name]
+
+    def check_names(self, kind: str) -> None:
+        """Refuse all of a `kind` where one can't be named, for it would be left out.
+
+        Raises:
+            BadEntry: One can't.
+        """
+        for fault in self.faults.get(kind, {}).values():
+            raise fault
+
+    def _read(
+        self, what: str, kind: str, name: str, files: Mapping[str, Path], model: type[E]
+    ) -> Entry[E]:
+        self.check_name(kind, name)
+        if name not in files:
+            listed = "attacks" if what == "attack setting" else f"{what}s"
+            close = get_close_matches(name, self.faults.get(kind, {}), n=1)
+            if close:
+                raise UnknownName(f"no {what} {name!r}: {self.faults[kind][close[0]]}")
+            hint = did_you_mean(name, files, f"dbp-bench list {listed}")
+            raise UnknownName(f"no {what} {name!r}.{hint}")
+        return Entry(name, files[name], read_yaml(files[name], model))
+
     def _files(self, kind: str) -> dict[str, Path]:
+        """Name and file of every entry of a `kind`; those that can't be named stand in `faults`."""
         found: dict[str, Path] = {}
+        faults = self.faults.setdefault(kind, {})
         folders = dict.fromkeys([*outside.entry_folders(), *self.folders])
         for folder in [_shipped(kind), *(folder / kind for folder in folders)]:
             for path in _entries(folder):
+                name = path.stem
                 if path.suffix != ".yaml":
-                    raise BadEntry(f"{path}: rename it to {path.stem}.yaml.")
-                if not re.match(NAME, path.stem) or path.stem == "all":
-                    raise BadEntry(
+                    faults[name] = BadEntry(f"{path}: rename it to {name}.yaml.")
+                elif not re.match(NAME, name) or name == "all":
+                    faults[name] = BadEntry(
                         f"{path}: the file name is the entry's name: lower-case letters, digits, "
                         "dots and dashes, and not 'all'."
                     )
-                if path.stem in found:
-                    raise BadEntry(f"{path}: the name is taken by {found[path.stem]}.")
-                found[path.stem] = path
+                elif name in found:
+                    faults[name] = BadEntry(f"{path}: the name is taken by {found[name]}.")
+                else:
+                    found[name] = path
         if kind.startswith("attacks"):
             for folder in folders:
                 for path in _entries(folder / "attacks"):
-                    raise BadEntry(
+                    faults[path.stem] = BadEntry(
                         f"{path}: move it to attacks/threats/ if it says what is known, or to "
                         "attacks/settings/ if it only sets an attack."
                     )
         return found
-
-
-def _read(kind: str, name: str, files: Mapping[str, Path], model: type[E]) -> Entry[E]:
-    if name not in files:
-        listed = "attacks" if kind == "attack setting" else f"{kind}s"
-        hint = did_you_mean(name, files, f"dbp-bench list {listed}")
-        raise UnknownName(f"no {kind} {name!r}.{hint}")
-    return Entry(name, files[name], read_yaml(files[name], model))
 
 
 def _shipped(kind: str) -> Path:

@@ -202,12 +202,13 @@ def _held(
                 f"{path} holds {len(held.ids)} images x {len(held.draws)} draws: ask for at least "
                 f"as many of both, not {examples} x {draws}, or choose another --out."
             )
-    request = _request(work)
-    if request is not None:
+    request, groups = _request(work), list(work.glob("group-*"))
+    if request is not None and groups:
         refuse_other_request(identity, request, work)
     else:
-        # Work whose request isn't known can't be continued.
-        for group in work.glob("group-*"):
+        # Work whose request isn't known can't be continued; a request alone is no work, such as
+        # that of an entry that could not be built and was mended since.
+        for group in groups:
             group.unlink()
     return held
 

@@ -3,8 +3,9 @@
 Names, entries, options and weights are resolved once; from then on the job builds what is needed.
 """
 
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -281,16 +282,60 @@ def refuse_other_request(asked: Mapping[str, Any], held: Mapping[str, Any], wher
     Raises:
         BadRequest: It was; the message names the fields that differ.
     """
-    fields = [
-        f"{key} is {held.get(key)!r} there, {value!r} asked"
-        for key, value in asked.items()
-        if held.get(key) != value
-    ]
+    fields = list(_differences(asked, held))
     if fields:
         raise BadRequest(
             f"{where} holds another request: {'; '.join(fields)}. Choose another --out, or replace "
             "it with --no-resume."
         )
+
+
+def _differences(
+    asked: Mapping[str, Any], held: Mapping[str, Any], within: str = ""
+) -> Iterator[str]:
+    """What is asked for and not held, field by field; of a table, the keys that differ."""
+    for key in dict.fromkeys([*asked, *(held if within else ())]):
+        mine, theirs = asked.get(key), held.get(key)
+        if mine == theirs:
+            continue
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            yield from _differences(mine, theirs, f"{within}{key}.")
+        else:
+            yield f"{within}{key} is {_shown(theirs)} there, {_shown(mine)} asked"
+
+
+def _shown(value: object) -> str:
+    """A value as people write it."""
+    if isinstance(value, str):
+        return value if len(value) < 64 else f"{value[:16]}..."
+    return "not given" if value is None else json.dumps(value, default=str)
+
+
+def _declared(threat: Threat) -> dict[str, Any]:
+    """What an entry says that can be set against it."""
+    return {**threat.effort, "eps": threat.eps, "gradient": threat.gradient}
+
+
+def why_same(job: Job, other: Threat | None) -> str:
+    """Why `job` measures what the threat model `other` does; None where its entry isn't there."""
+    noise = f"noise at {', '.join(job.sites)} alone" if job.sites else "no noise"
+    mine = job.threat.entry
+    if other is None or not job.sites or mine.knows != other.knows:
+        return f"{job.subject.name} draws {noise}"
+    if job.search.name != mine.attack or job.search.setting is not None:
+        return f"--attack {job.search.label} takes the place of both"
+    declared, its = _declared(mine), _declared(other)
+    values = {**job.search.effort, "eps": job.eps, "gradient": job.search.gradient}
+    causes = [
+        f"--{name} {_shown(values[name])}"
+        if name in ("eps", "gradient")
+        else f"--set {name}={_shown(values[name])}"
+        for name in job.overrides
+        if declared.get(name) != its.get(name)
+    ]
+    if not causes:
+        return "their entries say the same"
+    return f"{' and '.join(causes)} make{'' if len(causes) > 1 else 's'} them equal"
 
 
 # ------------------------------------------------------------------------------------- resolving
@@ -397,8 +442,11 @@ def _search(
     declared, where = threat.entry, str(threat.path)
     setting = None
     name, effort, gradient = declared.attack, declared.effort, declared.gradient
+    settings = registry.settings
+    if attack is not None:
+        registry.check_name("attacks/settings", attack)
     if attack is not None and attack != declared.attack:
-        if attack in registry.settings:
+        if attack in settings:
             setting = registry.setting(attack)
             where = str(setting.path)
             name, effort, gradient = (
@@ -407,7 +455,7 @@ def _search(
                 setting.entry.gradient,
             )
         else:
-            _check_attack(attack, registry.settings)
+            _check_attack(attack, settings)
             name, effort, gradient, where = attack, {}, "exact", "--attack"
     gradient = overrides.gradient or gradient
     if not re.match(GRADIENT, gradient):
@@ -502,12 +550,14 @@ def plan(
     registry.track(track)
     names = _names("--defense", defenses, registry.defenses)
     if "all" in names:
+        registry.check_names("defenses")
         entries = {name: registry.defense(name).entry for name in sorted(registry.defenses)}
         names = [name for name, entry in entries.items() if track in entry.tracks]
         if not names:
             raise BadRequest(f"--defense all: no defense has a setting for track {track!r}.")
     threat_names = _names("--threat", threats, registry.threats)
     if "all" in threat_names:
+        registry.check_names("attacks/threats")
         threat_names = registry.protocol
     planned: list[Planned] = []
     for defense in names:

@@ -19,6 +19,7 @@ from torch import Tensor
 from dbp_bench import evaluate
 from dbp_bench.defense import Defense
 from dbp_bench.entries.registry import Registry
+from dbp_bench.errors import BadRequest
 from dbp_bench.evaluate import FRESH
 from dbp_bench.result import Kind, Result
 from dbp_bench.runs.execute import execute
@@ -152,6 +153,18 @@ def attack_again(
     classes = {kind: torch.from_numpy(found.classes(kind)) for kind in kinds}
     adversarial = load_file(adversarial_path(file))["images"]
     return Again(found, adversarial, compare(result, classes, job.device, rows))
+
+
+def groups_of(job: Job, result: Result, examples: int | None) -> list[int]:
+    """Numbers of the groups that hold the first `examples` images of `result`; all if not given.
+
+    Raises:
+        BadRequest: It has fewer images.
+    """
+    held = len(result.ids)
+    if examples is not None and not 1 <= examples <= held:
+        raise BadRequest(f"--examples {examples}: this result has 1 to {held} images.")
+    return list(range(-(-(examples or held) // job.batch_size)))
 
 
 # ------------------------------------------------------------------------------------ comparing

@@ -17,9 +17,18 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def cache() -> Path:
-    """The folder of what was downloaded or converted: DBP_BENCH_CACHE, or ~/.cache/dbp-bench."""
-    named = os.environ.get("DBP_BENCH_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "dbp-bench"
+    """The folder of what was downloaded or converted: DBP_BENCH_CACHE, or ~/.cache/dbp-bench.
+
+    Raises:
+        BadRequest: There is no home folder.
+    """
+    try:
+        return Path(os.environ.get("DBP_BENCH_CACHE") or "~/.cache/dbp-bench").expanduser()
+    except RuntimeError:
+        raise BadRequest(
+            "weights are kept in the home folder, and there is none: set DBP_BENCH_CACHE to a "
+            "folder."
+        ) from None
 
 
 def find(name: str, folders: Sequence[Path]) -> Path:

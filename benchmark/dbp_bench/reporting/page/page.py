@@ -18,7 +18,7 @@ from dbp_bench.reporting.leaderboard import BASE, NULL, Leaderboard, Row
 from dbp_bench.reporting.literature import Paper, Published, published
 from dbp_bench.reporting.page.figures import figures
 from dbp_bench.reporting.pool import Pool, search_in_words
-from dbp_bench.reporting.protocol import KNOWN, Protocol
+from dbp_bench.reporting.protocol import KNOWN
 from dbp_bench.reporting.records import Record
 from dbp_bench.reporting.rendering import note, shown_eps
 from dbp_bench.reporting.samples import Samples, samples_path
@@ -151,27 +151,16 @@ def load_samples(records: Iterable[Record]) -> dict[str, Samples]:
     return found
 
 
-def command_of(result: Result, protocol: Protocol) -> str:
-    """What makes a result again."""
-    words = ["dbp-bench", "run", "--track", result.track, "--defense", result.defense]
-    words += ["--threat", result.threat]
-    if not protocol.holds(result):
-        words += ["--attack", result.setting or result.attack]
-    words += ["--seed", str(result.seed), "--examples", str(len(result.ids))]
-    single = {
-        "gradient": result.gradient,
-        "eps": shown_eps(result.eps),
-        "draws": len(result.draws),
-        "batch_size": result.arithmetic.batch_size,
-        "max_batch": result.arithmetic.max_batch,
-    }
-    for name in result.overrides:
-        if name in single:
-            words += [f"--{name.replace('_', '-')}", str(single[name])]
-        elif name in result.effort:
-            value = result.effort[name]
-            words += ["--set", f"{name}={str(value).lower() if value in (True, False) else value}"]
-    return " ".join(shlex.quote(word) for word in [*words, "--device", result.arithmetic.device])
+def command_of(record: Record, registry: Registry) -> str:
+    """What makes a result again, beside the folder of results, and compares its outcomes."""
+    words = ["dbp-bench", "verify", f"results/{record.name}", "--again"]
+    result = record.result
+    outside = result.defense not in registry.defenses or result.track not in registry.tracks
+    if outside or result.provenance.code:
+        words += ["--entries", "FOLDER"]
+    if result.provenance.code:
+        words += ["--trust-code"]
+    return shlex.join(words)
 
 
 class _Page:
@@ -251,7 +240,7 @@ class _Page:
                 if record.name in self.material.samples
             ],
             "samples_command": shlex.join(["dbp-bench", "verify", pictures, "--pictures"]),
-            "commands": [command_of(record.result, self.board.protocol) for record in records],
+            "commands": [command_of(record, self.registry) for record in records],
             "environments": sorted({_environment(record.result) for record in records}),
             "weights": sorted(
                 {pair for record in records for pair in record.result.provenance.weights.items()}
@@ -270,7 +259,7 @@ class _Page:
             "sha256": record.sha256,
             "protocol": f"knows {_knowledge(pool)}; {search_in_words(result)}; {result.norm}, eps "
             f"= {shown_eps(result.eps)}; {len(result.ids)} images, {draws}, seed {result.seed}",
-            "command": command_of(result, self.board.protocol),
+            "command": command_of(record, self.registry),
             "code": _code(result),
         }
 
