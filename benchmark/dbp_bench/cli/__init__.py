@@ -15,7 +15,7 @@ import typer
 from dbp_bench import __version__
 from dbp_bench.cli import moved
 from dbp_bench.cli.app import app
-from dbp_bench.errors import AttackFailed, DbpError, did_you_mean
+from dbp_bench.errors import AttackFailed, DbpError, did_you_mean, plain
 
 for _module in (
     *("list", "run", "weights", "train"),
@@ -86,7 +86,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"dbp-bench: {message}", file=sys.stderr)
+    print(plain(f"dbp-bench: {message}"), file=sys.stderr)
     sys.exit(code)
 
 

@@ -17,7 +17,7 @@ from dbp_bench.cli.app import (
     Trust,
     app,
 )
-from dbp_bench.cli.shared import console, device_of, registry_of
+from dbp_bench.cli.shared import console, device_of, registry_of, show
 from dbp_bench.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -96,12 +96,12 @@ def check(
 
     found = {name: dict(check_subject(registry.subject(name, track))) for name in names}
     if as_json:
-        print(json.dumps(found, indent=1))
+        show(json.dumps(found, indent=1))
     else:
         for name, tests in found.items():
             for title, fault in tests.items():
                 verdict = f"FAIL  {name}: {title}: {fault}" if fault else f"pass  {name}: {title}"
-                print(verdict)
+                show(verdict)
     if any(fault for tests in found.values() for fault in tests.values()):
         raise typer.Exit(1)
 
@@ -110,7 +110,7 @@ def _environment(as_json: bool) -> None:
     from dbp_bench.checks.doctor import examine, render
 
     findings = examine()
-    print(json.dumps(findings, indent=1) if as_json else render(findings))
+    show(json.dumps(findings, indent=1) if as_json else render(findings))
     if not findings["ok"]:
         raise typer.Exit(1)
 
@@ -132,7 +132,7 @@ def _gradients(asked: "Request", device: str, as_json: bool) -> None:
             "surrogate_steps": short,
             "exact": found.exact,
         }
-        print(json.dumps({**head, **asdict(found)}, indent=1))
+        show(json.dumps({**head, **asdict(found)}, indent=1))
     else:
         say = console(False)
         names = {"surrogate": f"surrogate, {short} of {asked.steps} steps"}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dbp_bench.cli.app import EVALUATE, AsJson, Entries, app
-from dbp_bench.cli.shared import registry_of
+from dbp_bench.cli.shared import registry_of, show
 from dbp_bench.errors import UnknownName, did_you_mean
 
 if TYPE_CHECKING:
@@ -47,13 +47,13 @@ def list_entries(
     if "attacks" in titles:
         titles["attacks"] |= {own: _title(own) for own in attacks.names()}
     if as_json:
-        print(json.dumps(titles, indent=1))
+        show(json.dumps(titles, indent=1))
         return
     for what, found in titles.items():
-        print(what)
+        show(what)
         width = max(map(len, found), default=0)
         for each, title in sorted(found.items()):
-            print(f"  {each:<{width}}  {title}")
+            show(f"  {each:<{width}}  {title}")
 
 
 def _title(attack: str) -> str:
@@ -76,5 +76,5 @@ def _show(
         known = [*readers, *(each for names, _ in readers.values() for each in names)]
         raise UnknownName(f"no entry {name!r}.{did_you_mean(name, known, 'dbp-bench list')}")
     for entry in found:
-        print(f"# {entry.path}  (sha256 {entry.sha256[:16]}...)")
-        print(entry.path.read_text(encoding="utf-8").rstrip())
+        show(f"# {entry.path}  (sha256 {entry.sha256[:16]}...)")
+        show(entry.path.read_text(encoding="utf-8").rstrip())

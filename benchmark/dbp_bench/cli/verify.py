@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dbp_bench.cli.app import SHARE, AsJson, Data, Device, Entries, Force, Trust, app
-from dbp_bench.cli.shared import device_of, registry_of
+from dbp_bench.cli.shared import device_of, registry_of, show
 from dbp_bench.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -117,24 +117,24 @@ def _bundle(
             placed = verifying.place(held, record, into, force=force) if into else None
     except archive.Refused as refused:
         if as_json:
-            print(json.dumps({"bundle": file, "refused": str(refused)}))
+            show(json.dumps({"bundle": file, "refused": str(refused)}))
         else:
-            print(f"{file}: refused: {refused}")
+            show(f"{file}: refused: {refused}")
         raise typer.Exit(1) from None
     if as_json:
-        print(json.dumps(record.model_dump(mode="json", by_alias=True), indent=1))
+        show(json.dumps(record.model_dump(mode="json", by_alias=True), indent=1))
         return
     for line in record.checks:
-        print(f"pass  {line}")
+        show(f"pass  {line}")
     for word, compared in (("replayed", replayed), ("attacked again", attacked)):
         if compared is not None:
-            print(
+            show(
                 f"pass  {word}: {compared.differing} of {compared.outcomes} outcomes are others "
                 f"than stated ({compared.allowed} may be, on this machine)"
             )
-    print(f"{file}: {record.level}  sha256 {record.bundle[:16]}...")
+    show(f"{file}: {record.level}  sha256 {record.bundle[:16]}...")
     if placed is not None:
-        print(placed)
+        show(placed)
 
 
 def _result(path: Path, registry: "Registry", device: str, pictures: bool, as_json: bool) -> None:
@@ -153,18 +153,18 @@ def _result(path: Path, registry: "Registry", device: str, pictures: bool, as_js
     written = write_pictures(path, result, job, again) if pictures and not found.fault else None
     if as_json:
         kinds = {kind: asdict(each) for kind, each in found.kinds.items()}
-        print(json.dumps({"file": str(path), "fault": found.fault, "kinds": kinds}))
+        show(json.dumps({"file": str(path), "fault": found.fault, "kinds": kinds}))
     else:
         images = len(again.result.ids)
-        print(
+        show(
             f"{path}: {found.outcomes - found.differing} of {found.outcomes} outcomes of the first "
             f"{images} images are as stated."
         )
         if written is not None:
-            print(written)
+            show(written)
     if found.fault is not None:
         if not as_json:
-            print(f"FAIL  {found.fault}.")
+            show(f"FAIL  {found.fault}.")
         raise typer.Exit(1)
 
 
@@ -204,14 +204,14 @@ def _images(
     if as_json:
         table = {"file": str(path), **asdict(estimate), "draws": draws, "ids": saved.ids}
         table |= {"right": right.tolist()}
-        print(json.dumps({**table, "left_the_ball": outside} if eight_bit else table))
+        show(json.dumps({**table, "left_the_ball": outside} if eight_bit else table))
         return
-    print(
+    show(
         f"{path}: {len(right)} x {len(saved.ids)} images inside {result.norm} {result.eps:g} and "
         f"[0, 1]; {estimate.percent()} % right over {draws} fresh draws."
     )
     if eight_bit:
-        print(
+        show(
             f"Evaluated as rounded to k/255: that took {outside} of {len(right) * len(saved.ids)} "
             "images out of the ball, by at most half a level a pixel; those were projected onto it."
         )

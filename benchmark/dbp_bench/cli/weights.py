@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dbp_bench.cli.app import EVALUATE, AsJson, Quiet, app
-from dbp_bench.cli.shared import console
+from dbp_bench.cli.shared import console, show
 from dbp_bench.errors import BadRequest, BadWeights
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ def list_weights(as_json: AsJson = False) -> None:
             }
             for name, entry in entries.items()
         }
-        print(json.dumps(rows, indent=1))
+        show(json.dumps(rows, indent=1))
         return
     _show(console(quiet=False), entries, there)
-    print(f"cache: {store.folder()}")
+    show(f"cache: {store.folder()}")
 
 
 def _record(name: str) -> "Record | None":
@@ -181,13 +181,13 @@ def verify(as_json: AsJson = False) -> None:
     found = {name: _problem(name) for name in store.names()}
     strangers = [str(path) for path in store.strangers()]
     if as_json:
-        print(json.dumps({"checkpoints": found, "strangers": strangers}, indent=1))
+        show(json.dumps({"checkpoints": found, "strangers": strangers}, indent=1))
     else:
         for name, problem in found.items():
-            print(problem or f"{name}: sound")
+            show(problem or f"{name}: sound")
         for path in strangers:
-            print(f"{path}: belongs to no checkpoint; delete it.")
-        print(f"{len(found)} in {store.folder()}")
+            show(f"{path}: belongs to no checkpoint; delete it.")
+        show(f"{len(found)} in {store.folder()}")
     if any(found.values()):
         raise typer.Exit(1)
 

@@ -1,6 +1,5 @@
 """Verifies a bundle: the order of the checks, the record of what was found, and where both go."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,7 +142,7 @@ def attack(verified: Verified, share: float, device: str) -> Compared:
 
 @contextmanager
 def _code_of(verified: Verified) -> Iterator[None]:
-    """Import modules from the bundle, not from wherever else they are installed.
+    """Turn what goes wrong inside into a refusal, once the bundle's code may run.
 
     Raises:
         Refused: What runs inside finds a fault of the bundle.
@@ -155,22 +154,9 @@ def _code_of(verified: Verified) -> Iterator[None]:
             f"{bundle.manifest.defense}: replaying runs the bundle's own code ({', '.join(tops)}). "
             "Read it; add --trust-code to run it."
         )
-    folder = str(bundle.folder / layout.ENTRIES)
-    aside = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in tops}
-    written = sys.dont_write_bytecode
-    for name in aside:
-        del sys.modules[name]
-    sys.path.insert(0, folder)
-    sys.dont_write_bytecode = True
-    try:
-        with _refusing(bundle):
-            yield
-    finally:
-        sys.path.remove(folder)
-        sys.dont_write_bytecode = written
-        for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
-            del sys.modules[name]
-        sys.modules.update(aside)
+    # The bundle's entry lies beside its modules, which come before all others.
+    with _refusing(bundle):
+        yield
 
 
 # ----------------------------------------------------------------------------------- the record
