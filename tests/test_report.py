@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import Command
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult, NotComparable
 from dbp_bench.reporting import rendering
