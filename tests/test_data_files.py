@@ -726,6 +726,19 @@ def test_a_turn_that_exif_asks_for_is_refused(form: str, turn: int) -> None:
         decode(buffer.getvalue(), "x", facts_of("cifar10"))
 
 
+def test_imagenet_is_taken_as_it_is_stored() -> None:
+    """As torchvision takes it: its published accuracies are of unturned images."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = pictures(1, 5, 256)[0]
+    found = []
+    for options in ({}, {"exif": exif}):
+        buffer = BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", **options)
+        found.append(decode(buffer.getvalue(), "x", facts_of("imagenet")))
+    assert np.array_equal(found[0], found[1])
+
+
 def test_a_place_for_the_digits_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadData, match=r"the images of data set 'digits' come with the package"):
         load_data("digits", tmp_path / "my.npz")

@@ -35,28 +35,30 @@ for name in ("fsync", "link"):
 writing._exchange = counted(writing._exchange)
 writing.shutil.rmtree = counted(writing.shutil.rmtree)
 Path.mkdir = counted(Path.mkdir)
-writing.write_together(Path(sys.argv[1]), {f"{i}": "new" for i in range(4)})
+new = {f"{i}": "new" for i in range(3)} | {"deep/3": "new"}
+writing.write_together(Path(sys.argv[1]), new, with_folders=True)
 """
 
 
 def _contents(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in sorted(folder.iterdir())}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 
 
 def test_a_folder_is_all_old_or_all_new_wherever_it_is_killed(tmp_path: Path) -> None:
-    old = {**{f"{i}": "old" for i in range(4)}, "README.md": "stays"}
+    old = {**{f"{i}": "old" for i in range(3)}, "deep/3": "old", "deep/README.md": "stays"}
     seen = set()
-    for at in range(1, 16):
+    for at in range(1, 22):
         folder = tmp_path / "out"
         for name, text in old.items():
             write_atomically(folder / name, text)
         done = subprocess.run([sys.executable, "-c", HALF, str(folder), str(at)], check=False)
         found = _contents(folder)
-        assert found.pop("README.md") == "stays"
+        assert found.pop("deep/README.md") == "stays"
         assert len(set(found.values())) == 1, at
         seen.add((done.returncode, found["0"]))
     assert seen == {(-9, "old"), (-9, "new"), (0, "new")}
-    write_together(folder, {"0": "last"})
+    write_together(folder, {"0": "last"}, with_folders=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "what was left is swept"
 
 

@@ -79,12 +79,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def write_together(folder: Path, files: Mapping[str, str]) -> None:
+def write_together(
+    folder: Path, files: Mapping[str, str | bytes], *, with_folders: bool = False
+) -> None:
     """Write `files`, by name, into `folder` so that a crash leaves all old files or all new ones.
 
     They are written into a new folder, with links to the files that stay, and the two folders are
-    swapped. Where that can't be done, as with the folder that the user is in or with one that holds
-    other folders, each file is replaced by itself once all are written.
+    swapped. Where that can't be done, as with the folder that the user is in, each file is replaced
+    by itself.
+
+    Args:
+        folder: The folder.
+        files: Contents by name, or by path in the folder.
+        with_folders: Whether the folders in it belong to it and are swapped, too. Otherwise one
+            that has any is not swapped.
     """
     folder = folder.resolve()
     with naming(folder):
@@ -93,7 +101,7 @@ def write_together(folder: Path, files: Mapping[str, str]) -> None:
         made = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         shutil.rmtree(made, ignore_errors=True)
         try:
-            if not _can_swap(folder):
+            if not _can_swap(folder, with_folders):
                 raise PermissionError
             made.mkdir()
         except PermissionError:
@@ -101,35 +109,48 @@ def write_together(folder: Path, files: Mapping[str, str]) -> None:
             return
         try:
             for name, content in files.items():
+                (made / name).parent.mkdir(parents=True, exist_ok=True)
                 with (made / name).open("wb") as file:
-                    file.write(content.encode())
+                    file.write(content.encode() if isinstance(content, str) else content)
                     file.flush()
                     os.fsync(file.fileno())
             if not folder.exists():
                 made.rename(folder)
                 return
-            for old in folder.iterdir():
-                if old.name not in files:
-                    os.link(old, made / old.name, follow_symlinks=False)
+            _link_missing(folder, made)
             shutil.copymode(folder, made)
-            if not _exchange(made, folder):
+            if _exchange(made, folder):
+                _link_missing(made, folder)  # what others wrote meanwhile
+            else:
                 _replace_each(folder, files)
         finally:
             shutil.rmtree(made, ignore_errors=True)
 
 
-def _can_swap(folder: Path) -> bool:
+def _link_missing(source: Path, target: Path) -> None:
+    """Link what is in `source`, and not in `target`, into that."""
+    for old in sorted(source.rglob("*")):
+        new = target / old.relative_to(source)
+        if old.is_dir() and not old.is_symlink():
+            new.mkdir(exist_ok=True)
+        elif not new.exists():
+            with suppress(FileNotFoundError):  # another command's, written and moved meanwhile
+                os.link(old, new, follow_symlinks=False)
+
+
+def _can_swap(folder: Path, with_folders: bool) -> bool:
     """Whether nothing is lost when another folder takes the place of this one."""
     if not folder.exists():
         return True
+    folders = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
     return (
         not Path.cwd().is_relative_to(folder)
         and not folder.is_mount()
-        and not any(path.is_dir() and not path.is_symlink() for path in folder.iterdir())
+        and (with_folders or not folders)
     )
 
 
-def _replace_each(folder: Path, files: Mapping[str, str]) -> None:
+def _replace_each(folder: Path, files: Mapping[str, str | bytes]) -> None:
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, content)

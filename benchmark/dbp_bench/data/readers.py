@@ -266,8 +266,8 @@ def _check_shown_as_stored(opened: Any, where: str, facts: Facts) -> None:
             raise BadData(
                 f"{where}: transparent pixels: what is behind them isn't said. Flatten the image."
             )
-    turn = opened.getexif().get(_ORIENTATION, 1)
-    if turn != 1 and facts.resize is None:
+    turn = 1 if facts.resize is not None else opened.getexif().get(_ORIENTATION, 1)
+    if turn != 1:
         raise BadData(
             f"{where}: its EXIF says to turn or mirror it (orientation {turn}): store the pixels "
             "as they are to be seen, without EXIF."

@@ -55,6 +55,8 @@ class _Beside:
                 raise ImportError("attempted relative import beyond top-level package")
             return builtins.__import__(name, globals, locals, fromlist or (), level)
         top = name.partition(".")[0]
+        if name == "importlib" or (top == "importlib" and not fromlist):
+            return self._importlib(builtins.__import__(name, globals, locals, (), 0))
         # A module that is called like one of Python's own means that one, not itself.
         itself = importer == f"{self.key}.{top}" and f"{top}.py" in self.files
         if top not in self.tops or (itself and top in sys.stdlib_module_names):
@@ -63,6 +65,18 @@ class _Beside:
             return builtins.__import__(f"{self.key}.{name}", globals, locals, fromlist, 0)
         import_module(f"{self.key}.{name}")
         return sys.modules[f"{self.key}.{top}"]
+
+    def _importlib(self, real: ModuleType) -> ModuleType:
+        """Python's importlib, whose ``import_module`` finds these modules, too."""
+        shown = ModuleType("importlib", real.__doc__)
+        shown.__dict__.update(vars(real))
+        shown.__dict__["import_module"] = self._by_name
+        return shown
+
+    def _by_name(self, name: str, package: str | None = None) -> ModuleType:
+        if name.partition(".")[0] in self.tops:
+            return import_module(f"{self.key}.{name}")
+        return import_module(name, package)
 
 
 _FOLDERS: dict[Path, _Beside] = {}

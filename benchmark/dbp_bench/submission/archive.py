@@ -24,7 +24,7 @@ from dbp_bench.declaration import Strict, explain, parse_json
 from dbp_bench.entries.fields import Name, Sha256
 from dbp_bench.errors import BadRequest, DbpError
 from dbp_bench.weights.files import digest
-from dbp_bench.writing import sweep
+from dbp_bench.writing import naming, sweep
 
 MANIFEST: Final = "manifest.json"
 LARGEST: Final = 8 << 30
@@ -135,7 +135,7 @@ def opened(path: Path) -> Iterator[Bundle]:
     with TemporaryDirectory(prefix=f".dbp-bundle.{os.getpid()}.", suffix=".tmp") as scratch:
         folder = Path(scratch).resolve()
         try:
-            with zipfile.ZipFile(path) as archive:
+            with naming(folder), zipfile.ZipFile(path) as archive:
                 infos = _safe(archive.infolist(), size)
                 for info in infos:
                     target = folder / info.filename

@@ -12,12 +12,12 @@ from dbp_bench.errors import BadData, BadRequest, DbpError
 from dbp_bench.extras import BadExtra
 from dbp_bench.reporting.badge import BADGES, FILE, Compared, Verification
 from dbp_bench.reporting.records import check_comparable
-from dbp_bench.result import write_atomically
 from dbp_bench.runs.provenance import device_name
 from dbp_bench.submission import again, claims, layout
 from dbp_bench.submission.archive import Bundle, Refused
 from dbp_bench.submission.claims import Claim
 from dbp_bench.weights.files import digest
+from dbp_bench.writing import write_together
 
 CHECKS: Final = (
     "no file differs from the manifest, and every result fits the schema",
@@ -217,10 +217,15 @@ def place(bundle: Bundle, record: Verification, results: Path, *, force: bool = 
         raise BadRequest(
             f"{other[0]}: holds another result. Choose another folder, or replace it with --force."
         )
-    for path, content in contents.items():
-        write_atomically(path, content)
+    files: dict[str, str | bytes] = {
+        path.relative_to(folder).as_posix(): content for path, content in contents.items()
+    }
+    says_more = False
     if (folder / FILE).is_file():
         held = Verification.read(folder / FILE)
-        if held.bundle == record.bundle and BADGES.index(held.level) > BADGES.index(record.level):
-            return folder / FILE
-    return record.write(folder)
+        ranks = BADGES.index(held.level), BADGES.index(record.level)
+        says_more = held.bundle == record.bundle and ranks[0] > ranks[1]
+    if not says_more:
+        files[FILE] = record.to_json()
+    write_together(folder, files, with_folders=True)
+    return folder / FILE
