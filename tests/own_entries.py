@@ -9,6 +9,18 @@ import yaml
 from dbp_bench.entries.registry import Registry
 
 
+class _Plain(yaml.SafeDumper):
+    """Writes out what stands in a table more than once: entries have no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def dump(table: Mapping[str, Any]) -> str:
+    """`table` in YAML, as an entry may have it."""
+    return yaml.dump(table, Dumper=_Plain)
+
+
 def folder(
     path: Path,
     *,
@@ -28,7 +40,7 @@ def folder(
         for name, table in (entries or {}).items():
             file = path / kind / f"{name}.yaml"
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(yaml.safe_dump(table))
+            file.write_text(dump(table))
     return path
 
 

@@ -1,6 +1,8 @@
 """Data sets in files of the published layouts, generated here: formats, order, and bad input."""
 
 import os
+import struct
+import zlib
 from collections.abc import Callable
 from hashlib import sha256
 from io import BytesIO
@@ -16,9 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
+import dbp_bench.data
 from dbp_bench.data import catalog, load_data, places, readers, split_ids, splits
-from dbp_bench.data.catalog import Facts
-from dbp_bench.errors import BadData, BadEntry
+from dbp_bench.data.catalog import Facts, facts_of
+from dbp_bench.data.readers import decode
+from dbp_bench.errors import BadData, BadEntry, BadWeights
 from dbp_bench.extras import BadExtra
 from dbp_bench.result import Result
 from own_entries import folder as entries_folder
@@ -656,3 +660,91 @@ def test_real_data(name: str, tmp_path: Path) -> None:
     images, _ = data.select(split_ids(name, "stratified-512")[:64])
     assert images.shape == (64, *facts.shape)
     assert 0 <= float(images.min()) < 0.1 < 0.9 < float(images.max()) <= 1
+
+
+# ------------------------------------------------------------------ what can't be converted exactly
+
+
+def _png(mode: str, tmp_path: Path, **options: object) -> bytes:
+    buffer = BytesIO()
+    Image.new(mode, (32, 32)).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def _png_16(colour: int, channels: int) -> bytes:
+    """A black PNG of 16 bits a channel, of a kind that Pillow doesn't write."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + check
+
+    header = struct.pack(">IIBBBBB", 32, 32, 16, colour, 0, 0, 0)
+    body = zlib.compress((b"\0" + bytes(32 * 2 * channels)) * 32)
+    start = b"\x89PNG\r\n\x1a\n"
+    return start + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_are_refused(colour: int, channels: int) -> None:
+    with pytest.raises(BadData, match="x: pixels of 16 bits or more: give 8 bits"):
+        decode(_png_16(colour, channels), "x", facts_of("cifar10"))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_is_refused_and_what_is_opaque_is_kept(
+    mode: str, tmp_path: Path
+) -> None:
+    raw = _png(mode, tmp_path)
+    with pytest.raises(BadData, match="x: transparent pixels"):
+        decode(raw, "x", facts_of("cifar10"))
+    pixels = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
+    opaque = Image.fromarray(pixels).convert(mode)
+    buffer = BytesIO()
+    opaque.save(buffer, "PNG")
+    want = np.asarray(opaque.convert("RGB"))
+    assert np.array_equal(decode(buffer.getvalue(), "x", facts_of("cifar10")), want)
+
+
+@pytest.mark.parametrize("mode", ["P", "RGB", "L"])
+def test_a_transparent_colour_is_refused(mode: str, tmp_path: Path) -> None:
+    transparent = (0, 0, 0) if mode == "RGB" else 0
+    with pytest.raises(BadData, match="x: transparent pixels"):
+        decode(_png(mode, tmp_path, transparency=transparent), "x", facts_of("cifar10"))
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_a_turn_that_exif_asks_for_is_refused(form: str, turn: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    buffer = BytesIO()
+    Image.new("RGB", (32, 32)).save(buffer, form, exif=exif)
+    if turn == 1:
+        decode(buffer.getvalue(), "x", facts_of("cifar10"))
+        return
+    with pytest.raises(BadData, match=rf"x: its EXIF says .* \(orientation {turn}\)"):
+        decode(buffer.getvalue(), "x", facts_of("cifar10"))
+
+
+def test_imagenet_is_taken_as_it_is_stored() -> None:
+    """As torchvision takes it: its published accuracies are of unturned images."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = pictures(1, 5, 256)[0]
+    found = []
+    for options in ({}, {"exif": exif}):
+        buffer = BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", **options)
+        found.append(decode(buffer.getvalue(), "x", facts_of("imagenet")))
+    assert np.array_equal(found[0], found[1])
+
+
+def test_a_place_for_the_digits_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadData, match=r"the images of data set 'digits' come with the package"):
+        load_data("digits", tmp_path / "my.npz")
+
+
+def test_digits_that_were_changed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dbp_bench.data, "_DIGITS", "0" * 64)
+    with pytest.raises(BadWeights, match="sha256"):
+        load_data("digits")

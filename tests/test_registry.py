@@ -14,7 +14,7 @@ from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.threat import AttackSetting, Threat
 from dbp_bench.entries.track import Track
 from dbp_bench.errors import BadEntry, UnknownName
-from own_entries import folder, on_digits, toy_defense
+from own_entries import dump, folder, on_digits, toy_defense
 
 SHIPPED = Registry()
 
@@ -109,21 +109,21 @@ def test_defense_without_a_setting_for_the_track() -> None:
 def test_missing_key(tmp_path: Path, kind: str, key: str) -> None:
     keys = table(kind)
     del keys[key]
-    assert refused(tmp_path / "x.yaml", kind, yaml.safe_dump(keys)) == f"{key}: is missing."
+    assert refused(tmp_path / "x.yaml", kind, dump(keys)) == f"{key}: is missing."
 
 
 @pytest.mark.parametrize("kind", ["threat", "setting"])
 def test_the_gradient_that_is_left_out_is_the_exact_one(tmp_path: Path, kind: str) -> None:
     path, keys = tmp_path / "x.yaml", table(kind)
     del keys["gradient"]
-    path.write_text(yaml.safe_dump(keys))
+    path.write_text(dump(keys))
     assert read_yaml(path, MODELS[kind][1]).gradient == "exact"
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_unknown_key(tmp_path: Path, kind: str) -> None:
     keys = table(kind) | {"titel": "x"}
-    message = refused(tmp_path / "x.yaml", kind, yaml.safe_dump(keys))
+    message = refused(tmp_path / "x.yaml", kind, dump(keys))
     assert message.startswith("titel: is unknown. Did you mean 'title'?")
 
 
@@ -173,7 +173,7 @@ def test_unknown_key(tmp_path: Path, kind: str) -> None:
     ],
 )
 def test_ill_typed_value(tmp_path: Path, kind: str, key: str, value: object, says: str) -> None:
-    text = yaml.safe_dump(table(kind) | {key: value})
+    text = dump(table(kind) | {key: value})
     assert refused(tmp_path / "x.yaml", kind, text).startswith(says)
 
 
@@ -195,25 +195,25 @@ def test_effort_that_the_attack_does_not_take(effort: dict[str, Any], says: str)
 
 
 def test_too_few_known_draws(tmp_path: Path) -> None:
-    text = yaml.safe_dump(table("threat") | {"knows": "all", "draws": 2})
+    text = dump(table("threat") | {"knows": "all", "draws": 2})
     assert refused(tmp_path / "x.yaml", "threat", text).startswith("draws: 2, but at least 3")
 
 
 def test_two_settings_of_one_track(tmp_path: Path) -> None:
     keys = table("defense")
     keys["settings"] *= 2
-    message = refused(tmp_path / "x.yaml", "defense", yaml.safe_dump(keys))
+    message = refused(tmp_path / "x.yaml", "defense", dump(keys))
     assert message == "settings: track 'digits-linf' has two."
 
 
 def test_option_that_is_also_a_network(tmp_path: Path) -> None:
     keys = table("defense")
     keys["settings"][0]["options"]["denoiser"] = 1
-    message = refused(tmp_path / "x.yaml", "defense", yaml.safe_dump(keys))
+    message = refused(tmp_path / "x.yaml", "defense", dump(keys))
     assert message == "settings.0: 'denoiser' is both an option and a network."
 
 
-@pytest.mark.parametrize("value", ["2024-01-01", ".nan", "!!binary aGk="])
+@pytest.mark.parametrize("value", ["2024-01-01", ".nan"])
 def test_option_that_no_result_could_hold(tmp_path: Path, value: str) -> None:
     text = MODELS["defense"][0].read_text().replace("t_star: 100", f"t_star: {value}")
     message = refused(tmp_path / "x.yaml", "defense", text)
@@ -248,7 +248,7 @@ def test_a_tag_that_would_execute_does_not(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     text = f"title: !!python/object/apply:os.system ['touch {trace}']\n"
     message = refused(tmp_path / "x.yaml", "threat", text)
-    assert "could not determine a constructor" in message
+    assert "a tag ('tag:yaml.org,2002:python/object/apply" in message
     assert not trace.exists()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import Command
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult, NotComparable
 from dbp_bench.reporting import rendering
@@ -882,3 +883,21 @@ def test_a_row_carries_its_badge(tmp_path: Path) -> None:
     assert "- replayed: both.\n" in leaderboard_markdown(board)
     files[0].write_text(files[0].read_text() + "\n")
     assert {row.badge for row in leaderboard(load(tmp_path)).rows} == {"self-reported"}
+
+
+def test_several_folders_of_results(command: Command, tmp_path: Path) -> None:
+    results = matrix()
+    save(tmp_path / "a", *results[:5])
+    save(tmp_path / "b", *results[5:])
+    both = ("--results", tmp_path / "a", "--results", tmp_path / "b")
+    said = command("report", *both, "--out", tmp_path / "split")
+    assert (said.code, said.err) == (0, "")
+    whole = ("--results", save(tmp_path / "c", *results), "--out", tmp_path / "whole")
+    assert command("report", *whole).code == 0
+    split = {path.name: path.read_bytes() for path in (tmp_path / "split").iterdir()}
+    assert split == {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    pair = ("both/dwbox", "ddim-like/dwbox", "--track", "toy-linf")
+    assert command("compare", *pair, *both).code == 0
+    said = command("compare", *pair, "--results", tmp_path / "a")
+    assert said.code == 2
+    assert "'ddim-like'" in said.err

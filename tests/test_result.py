@@ -426,7 +426,7 @@ def test_a_failed_write_leaves_the_old_file(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dbp_bench.result.os.fsync", full)
+    monkeypatch.setattr("dbp_bench.writing.os.fsync", full)
     with pytest.raises(OSError, match="No space left") as caught:
         write_atomically(path, "new")
     assert caught.value.filename == str(path)

@@ -27,6 +27,7 @@ from dbp_bench.runs.execute import Progress, execute
 from dbp_bench.runs.job import Job, Overrides, resolve
 from dbp_bench.runs.replay import reevaluated
 from dbp_bench.runs.saved import adversarial_path, read_saved
+from dbp_bench.writing import locked
 from own_entries import folder, toy_defense
 
 SHIPPED = Registry()
@@ -450,7 +451,7 @@ def test_no_resume_does_everything_again(tmp_path: Path, attacked: list[int]) ->
 def test_second_process_on_the_same_job(tmp_path: Path, once: Callable[..., bytes]) -> None:
     asked = job()
     work = tmp_path / ".work/digits-linf/oneshot/dwbox/pgd/seed-0"
-    with runner.locked(work):
+    with locked(work, what="run of this job"):
         for resume in (True, False):
             with pytest.raises(BadRequest, match="another run of this job is at work there"):
                 execute(asked, tmp_path, resume=resume)
@@ -777,7 +778,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dbp_bench.result.os.fsync", full)
+    monkeypatch.setattr("dbp_bench.writing.os.fsync", full)
     said = command(*options)
     assert said.code == 2
     assert len(said.err.splitlines()) == 1
@@ -785,6 +786,6 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
     assert "No space left on device" in said.err
     assert path.read_bytes() == content
     assert not list(tmp_path.rglob("*.tmp"))
-    monkeypatch.setattr("dbp_bench.result.os.fsync", sync)
+    monkeypatch.setattr("dbp_bench.writing.os.fsync", sync)
     assert command(*options).code == 0
     assert len(Result.read(path).ids) == 8

@@ -1,5 +1,6 @@
-"""Declarations: YAML files read strictly, whose faults are one line that names the key."""
+"""Declarations: YAML and JSON read strictly, as plain data, with faults of one line each."""
 
+import json
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from dbp_bench.errors import MANY, BadEntry, BadResult, did_you_mean
+from dbp_bench.errors import MANY, BadEntry, BadResult, brief, did_you_mean, plain
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -51,21 +52,60 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, where PyYAML keeps the last.
+DEEPEST = 64
+"""Tables and lists inside one another, at most."""
+LARGEST_ENTRY = 1 << 18
+"""Bytes of a declaration, at most."""
 
-    It also reads 1e-3 as a number, as YAML 1.2 does; PyYAML wants 1.0e-3.
+_FAULTS = (
+    *(yaml.YAMLError, ArithmeticError, AttributeError, LookupError),
+    *(RecursionError, TypeError, ValueError),
+)
+"""What PyYAML raises for text that isn't what it should be."""
+
+
+class _PlainData(yaml.SafeLoader):
+    """A safe loader of plain data.
+
+    It refuses aliases, tags and merges, a few bytes of which can stand for gigabytes or for
+    objects; and a key given twice, where PyYAML keeps the last. It also reads 1e-3 as a number, as
+    YAML 1.2 does; PyYAML wants 1.0e-3.
     """
 
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        where = f"line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(
+                f"{where}: an alias (*{event.anchor}). Write out what it stands for"
+            )
+        if event.tag is not None:
+            raise yaml.YAMLError(f"{where}: a tag ({brief(event.tag, 40)}). Leave it out")
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise yaml.YAMLError(f"{where}: nested more than {DEEPEST} deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is not None and node.tag == "tag:yaml.org,2002:merge":
+            raise yaml.YAMLError(f"{where}: a merge (<<). Write out its keys")
+        if isinstance(node, yaml.ScalarNode) and plain(node.value) != node.value:
+            raise yaml.YAMLError(f"{where}: a control character in {brief(node.value, 40)}")
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.YAMLError(f"key {key!r} stands twice")
-        return super().construct_mapping(node, deep)
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+            raise yaml.YAMLError(f"key {brief(twice)} stands twice")
+        return found
 
 
-_UniqueKeys.add_implicit_resolver(
+_PlainData.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     [*"-+.0123456789"],
@@ -75,8 +115,8 @@ _UniqueKeys.add_implicit_resolver(
 def value_of(text: str) -> Any:
     """The value that `text` writes in YAML (``50``, ``true``, ``[1, 2]``), or `text` itself."""
     try:
-        return yaml.load(text, Loader=_UniqueKeys)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        return yaml.load(text, Loader=_PlainData)
+    except _FAULTS:
         return text
 
 
@@ -86,16 +126,65 @@ def read_yaml(path: Path, model: type[M]) -> M:
     Raises:
         BadEntry: The file isn't YAML, or a key is missing, unknown or ill-typed.
     """
+    if path.stat().st_size > LARGEST_ENTRY:
+        raise BadEntry(f"{path}: larger than an entry is, {LARGEST_ENTRY >> 10} KiB.")
     try:
-        table = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise BadEntry(f"{path}: not YAML: {' '.join(str(error).split())}.") from None
+        table = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainData)
+    except _FAULTS as error:
+        cause = " ".join(str(error).split()).rstrip(".")
+        raise BadEntry(f"{path}: not YAML: {cause[:400]}.") from None
     if not isinstance(table, dict):
         raise BadEntry(f"{path}: not a table of keys and values, such as `title: ...`.")
     try:
         return model.model_validate(table)
     except ValidationError as error:
         raise BadEntry(f"{path}: {explain(error, model)}") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What the JSON `text` holds: plain data that can be written, printed and walked through.
+
+    Raises:
+        ValueError: It isn't JSON, nested too deep, holds NaN or infinity, or half a character.
+    """
+    try:
+        value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    _check_plain(value)
+    return value
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text[:40]} is too large")
+    return value
+
+
+def _check_plain(value: Any, depth: int = 0) -> None:
+    """Refuse what is nested too deep, and strings with control characters."""
+    if depth > DEEPEST:
+        raise ValueError(f"nested more than {DEEPEST} deep")
+    if isinstance(value, str):
+        if plain(value) != value:
+            raise ValueError(f"a control character in {brief(value, 40)}")
+    elif isinstance(value, int):
+        if abs(value) >> 64:
+            raise ValueError("a whole number of more than 64 bits")
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _check_plain(key, depth + 1)
+            _check_plain(inner, depth + 1)
+    elif isinstance(value, list):
+        # Most of a large file is rows of small numbers.
+        for inner in value:
+            if type(inner) is not float:
+                _check_plain(inner, depth + 1)
 
 
 def read_json(path: Path, model: type[M], what: str) -> M:
@@ -105,9 +194,13 @@ def read_json(path: Path, model: type[M], what: str) -> M:
         BadResult: It can't be read, or is something else.
     """
     try:
-        return model.model_validate_json(path.read_bytes())
+        text = path.read_bytes()
+        parse_json(text)
+        return model.model_validate_json(text)
     except ValidationError as error:
         raise BadResult(f"{path}: not {what}: {explain(error, model)}") from None
+    except ValueError as error:
+        raise BadResult(f"{path}: not {what}: {error}.") from None
     except OSError as error:
         raise BadResult(f"{path}: {error.strerror}.") from None
 
@@ -131,7 +224,7 @@ def explain(error: ValidationError, model: type[Any]) -> str:
             hint = did_you_mean(key, known) if "." not in key else ""
             message = f"is unknown.{hint}".rstrip(".")
         elif fault["type"] != "value_error":
-            message = f"{message[0].lower()}{message[1:]}, not {fault['input']!r}"
+            message = f"{message[0].lower()}{message[1:]}, not {brief(fault['input'])}"
         faults.append(f"{key}: {message}" if key else message)
     more = error.error_count() - MANY
     return "; ".join(faults) + (f"; and {more} more." if more > 0 else ".")

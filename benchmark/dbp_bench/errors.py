@@ -1,11 +1,39 @@
 """What goes wrong for reasons a user can mend. Each message is one line that says what would do."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LONGEST = 2000
+"""Characters of a message, at most: some of it comes from files that others wrote."""
+
+# Control characters but newline and tab, half characters, and those that turn the direction.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain(text: str) -> str:
+    r"""`text` as a terminal may show it: control characters are spelled out, such as ``\x1b``."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def brief(value: object, longest: int = 120) -> str:
+    """How `value` is written in Python, cut where it is long."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # deeply nested, or a number of too many digits
+        return f"a {type(value).__name__} that is too large to show"
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
 
 class DbpError(Exception):
-    """Base of every error that is shown as one line, without a traceback."""
+    """Base of every error that is shown as one line, without a traceback.
+
+    The message is cut where it is long, and holds no control characters.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = plain(str(message))
+        super().__init__(text if len(text) <= LONGEST else f"{text[:LONGEST]}...")
 
 
 class UnknownName(DbpError):

@@ -6,7 +6,6 @@ as one that wasn't. What differs between two such runs (times, memory) is not in
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,9 +15,10 @@ import numpy.typing as npt
 from pydantic import Field, ValidationError, model_validator
 
 from dbp_bench import schema1
-from dbp_bench.declaration import Strict, explain
-from dbp_bench.errors import BadResult
+from dbp_bench.declaration import Strict, explain, parse_json
+from dbp_bench.errors import BadResult, brief
 from dbp_bench.schema1 import NOT_RECORDED as NOT_RECORDED
+from dbp_bench.writing import write_atomically as write_atomically
 
 SCHEMA = 2
 
@@ -278,10 +278,10 @@ class Result(Strict):
             BadResult: It isn't one, is damaged, or was written by a newer version.
         """
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
+            table = parse_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise BadResult(f"{path}: no such file.") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise BadResult(f"{path}: not a JSON file ({error}).") from None
         if not isinstance(table, dict) or "schema" not in table:
             raise BadResult(f"{path}: not a result of dbp-bench: it has no key 'schema'.")
@@ -290,7 +290,7 @@ class Result(Strict):
             newer = isinstance(version, int) and version > SCHEMA
             hint = "Update dbp-bench to read it." if newer else "Run it again."
             raise BadResult(
-                f"{path}: schema {version!r}, this version reads 1 and {SCHEMA}. {hint}"
+                f"{path}: schema {brief(version)}, this version reads 1 and {SCHEMA}. {hint}"
             )
         try:
             if version == 1:
@@ -340,24 +340,6 @@ def result_path(
 ) -> Path:
     """Where a result lies below the folder of results; `label` is that of the attack."""
     return folder / track / defense / threat / label / f"seed-{seed}.json"
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write `content` to `path` so that a reader, or a crash, finds the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # One name per process: two writers must not share a half-written file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk says it without
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def searched_effort(effort: dict[str, Any], knows: list[str], sites: list[str]) -> dict[str, Any]:

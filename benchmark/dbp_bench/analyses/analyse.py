@@ -16,8 +16,8 @@ from dbp_bench.analyses.store import Pieces, record_path
 from dbp_bench.analyses.target import targets
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, did_you_mean
-from dbp_bench.runs.execute import locked
 from dbp_bench.runs.job import Job, Overrides, refuse_other_request, resolve
+from dbp_bench.writing import locked
 
 _BASE = "eot"
 """The threat whose budget, track and defense settings an analysis takes; its effort is its own."""
@@ -80,7 +80,7 @@ def analyse(
     request = _request(name, asked, jobs)
     path = record_path(out, track, name, names)
     work = out / ".work" / path.relative_to(out).with_suffix("")
-    with locked(work):
+    with locked(work, what="analysis of this name"):
         if not resume:
             shutil.rmtree(work, ignore_errors=True)
             for suffix in (".json", ".csv", ".svg", ".png"):

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from dbp_bench.declaration import parse_json
 from dbp_bench.result import write_atomically
 from dbp_bench.runs.job import refuse_other_request
 
@@ -42,7 +43,7 @@ class Pieces:
         """
         path = self._folder / "request.json"
         try:
-            held = json.loads(path.read_text())
+            held = parse_json(path.read_text())
         except (OSError, ValueError):
             held = None
         if isinstance(held, dict):
@@ -65,7 +66,7 @@ class Pieces:
         if path.is_file():
             try:
                 return load_file(path)
-            except (SafetensorError, OSError, ValueError):
+            except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError):
                 pass  # Damaged: made again.
         self._say(full)
         made = {key: value.detach().cpu().contiguous() for key, value in make().items()}

@@ -81,6 +81,14 @@ Results = Annotated[
         "--results", help="The folder of results, or hf://datasets/owner/name/path@revision."
     ),
 ]
+ManyResults = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--results",
+        help="The folder of results, or hf://datasets/owner/name/path@revision; can be repeated.",
+        show_default="results",
+    ),
+]
 
 # -------------------------------------------------------------------------- against the entries
 

@@ -16,7 +16,7 @@ from dbp_bench.cli.app import (
     Trust,
     app,
 )
-from dbp_bench.cli.shared import console, device_of, registry_of, show_json
+from dbp_bench.cli.shared import console, device_of, registry_of, show, show_json
 from dbp_bench.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def check(
                 verdict = "FAIL" if fault else "pass"
                 if fault and fault.startswith(NOT_TESTED):
                     verdict = "----"
-                print(f"{verdict}  {name}: {title}{f': {fault}' if fault else ''}")
+                show(f"{verdict}  {name}: {title}{f': {fault}' if fault else ''}")
     if any(fault for tests in found.values() for fault in tests.values()):
         raise typer.Exit(1)
 
@@ -116,7 +116,7 @@ def _environment(as_json: bool) -> None:
     if as_json:
         show_json(findings)
     else:
-        print(render(findings))
+        show(render(findings))
     if not findings["ok"]:
         raise typer.Exit(1)
 

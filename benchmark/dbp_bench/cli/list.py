@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dbp_bench.cli.app import EVALUATE, AsJson, Entries, app
-from dbp_bench.cli.shared import registry_of, show_json
-from dbp_bench.errors import BadEntry, UnknownName, did_you_mean
+from dbp_bench.cli.shared import registry_of, show, show_json
+from dbp_bench.errors import BadEntry, UnknownName, did_you_mean, plain
 
 if TYPE_CHECKING:
     from dbp_bench.entries.fields import Entry
@@ -48,15 +48,15 @@ def list_entries(
     if "attacks" in titles:
         titles["attacks"] |= {own: _title(own) for own in attacks.names()}
     for fault in (fault for faults in registry.faults.values() for fault in faults.values()):
-        print(f"dbp-bench: left out: {fault}", file=sys.stderr)
+        print(plain(f"dbp-bench: left out: {fault}"), file=sys.stderr)
     if as_json:
         show_json(titles)
         return
     for what, found in titles.items():
-        print(what)
+        show(what)
         width = max(map(len, found), default=0)
         for each, title in sorted(found.items()):
-            print(f"  {each:<{width}}  {title}")
+            show(f"  {each:<{width}}  {title}")
 
 
 def _title_of(read: Callable[[str], "Entry[Any]"], name: str) -> str:
@@ -91,5 +91,5 @@ def _show(
         known = [*readers, *(each for names, _ in readers.values() for each in names)]
         raise UnknownName(f"no entry {name!r}.{did_you_mean(name, known, 'dbp-bench list')}")
     for entry in found:
-        print(f"# {entry.path}  (sha256 {entry.sha256[:16]}...)")
-        print(entry.path.read_text(encoding="utf-8").rstrip())
+        show(f"# {entry.path}  (sha256 {entry.sha256[:16]}...)")
+        show(entry.path.read_text(encoding="utf-8").rstrip())

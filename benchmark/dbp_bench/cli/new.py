@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dbp_bench.cli.app import SHARE, Entries, app
-from dbp_bench.cli.shared import registry_of
+from dbp_bench.cli.shared import registry_of, show
 
 new = typer.Typer(help="Start a defense of your own.", no_args_is_help=True)
 app.add_typer(new, name="new", rich_help_panel=SHARE)
@@ -30,6 +30,6 @@ def defense(
 
     files = scaffold.new_defense(name, out, registry_of(entries))
     for path in files:
-        print(path)
+        show(path)
     entry = next(path.stem for path in files if path.suffix == ".yaml")
-    print(f"Next: dbp-bench check {entry} --entries {out or name} --trust-code")
+    show(f"Next: dbp-bench check {entry} --entries {out or name} --trust-code")

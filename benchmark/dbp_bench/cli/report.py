@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from dbp_bench.cli.app import REPORT, AsJson, Entries, Quiet, Results, TrackName, app
-from dbp_bench.cli.shared import console, registry_of, show_json
+from dbp_bench.cli.app import REPORT, AsJson, Entries, ManyResults, Quiet, TrackName, app
+from dbp_bench.cli.shared import console, registry_of, show, show_json
 from dbp_bench.errors import BadRequest
 
 
 @app.command(rich_help_panel=REPORT)
 def report(
-    results: Results = Path("results"),
+    results: ManyResults = None,
     out: Annotated[Path, typer.Option(help="Where the leaderboards go.")] = Path("leaderboards"),
     track: Annotated[str | None, typer.Option(help="One track only.")] = None,
     sort: Annotated[
@@ -37,12 +37,13 @@ def report(
     if sort not in ("hidden", "known"):
         raise BadRequest(f"--sort {sort!r}: hidden or known.")
     say = console(quiet)
+    places = [local(place) for place in results or [Path("results")]]
     if outcomes is not None:
-        outcomes_csv([record.path for record in load(local(results), track)], outcomes)
+        outcomes_csv([record.path for record in load(places, track)], outcomes)
         say.print(str(outcomes), soft_wrap=True)
         return
     paths = write_leaderboards(
-        local(results),
+        places,
         out,
         track,
         sort="known" if sort == "known" else "hidden",
@@ -59,15 +60,16 @@ def compare(
         typer.Argument(help="A result file, a folder, or defense, defense/threat, threat."),
     ],
     b: Annotated[str, typer.Argument(help="The same, to compare with.")],
-    results: Results = Path("results"),
+    results: ManyResults = None,
     track: TrackName = "digits-linf",
     as_json: AsJson = False,
 ) -> None:
     """Compare results, defenses or threat models, paired by image."""
     from dbp_bench.reporting import compare as comparing
 
-    found = comparing.compare(comparing.side(a, results, track), comparing.side(b, results, track))
+    places = results or [Path("results")]
+    found = comparing.compare(comparing.side(a, places, track), comparing.side(b, places, track))
     if as_json:
         show_json(comparing.to_table(found))
         return
-    print("\n".join(comparing.in_words(found)))
+    show("\n".join(comparing.in_words(found)))

@@ -156,13 +156,16 @@ def _run_all(
     from dbp_bench.runs.execute import execute, is_complete
     from dbp_bench.runs.job import why_same
     from dbp_bench.runs.saved import adversarial_path
+    from dbp_bench.writing import Busy
 
     for item in planned:
         item.job.identity()  # weights that must be fetched are missed before anything has begun
         if not resume and item.instead is None:
             _keep_larger(item.job, out)
     done: list[tuple[Path, Result]] = []
-    for item in planned:
+    busy: list[Planned] = []
+
+    def measure(item: "Planned", *, wait: bool = False) -> None:
         job = item.job
         elsewhere = item.instead.path(out) if item.instead else None
         if elsewhere is None and resume:
@@ -179,27 +182,41 @@ def _run_all(
             )
             if item.instead is None:
                 done.append((elsewhere, _held(say, job, elsewhere)))
-            continue
+            return
         if resume and not save_adversarial and is_complete(job, out):
             say.print(
                 f"{job.label}: all there already, nothing to run (--no-resume runs it again)",
                 soft_wrap=True,
             )
             done.append((job.path(out), _held(say, job, job.path(out))))
-            continue
+            return
         with progress_bar(say, job.label) as progress:
             try:
                 path = execute(
                     job,
                     out,
                     policy=checkpointing,
-                    resume=resume,
+                    resume=resume or wait,  # what another command has just made is not made again
                     save_adversarial=save_adversarial,
+                    wait=wait,
                     progress=progress,
                 )
             except AttackFailed as error:
                 raise type(error)(f"{job.label}: {error}") from error
         done.append((path, _held(say, job, path)))
+
+    refused = None
+    for item in planned:
+        try:
+            measure(item)
+        except Busy as error:
+            refused = error
+            busy.append(item)
+    if refused and not done:
+        raise refused
+    for item in busy:
+        say.print(f"{item.job.label}: another command runs it; waiting for that one.")
+        measure(item, wait=True)
     _show_results(say, done, as_json)
 
 

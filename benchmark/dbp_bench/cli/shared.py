@@ -9,10 +9,11 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from dbp_bench.errors import BadRequest
+from dbp_bench.errors import BadRequest, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from dbp_bench.entries.registry import Registry
     from dbp_bench.runs.execute import Progress
@@ -26,9 +27,21 @@ def registry_of(
     return Registry(entries or [], trust_code=trust_code, data=data)
 
 
+def show(text: object = "") -> None:
+    """Print `text`, some of which others wrote: without their control characters."""
+    print(plain(str(text)))
+
+
 def console(quiet: bool) -> "Console":
-    """Where a command writes: text as it is, in which no bracket and no colon is markup."""
-    from rich.console import Console
+    """Where a command writes: text as it is, in which no bracket and no colon is markup.
+
+    Control characters in it don't reach the terminal.
+    """
+    from rich import console as rich
+
+    class Console(rich.Console):
+        def render_str(self, text: str, **options: Any) -> "Text":
+            return super().render_str(plain(text), **options)
 
     # A log has no width of its own: its tables aren't folded at 80, unless COLUMNS says so.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
@@ -139,10 +152,10 @@ def progress(say: "Console", label: str, unit: str, *, lines: int = 0) -> Iterat
         else (bars.MofNCompleteColumn(), bars.TextColumn(unit))
     )
     columns = (bars.TextColumn("{task.description}", markup=False), bars.BarColumn(), *counted)
-    note_column = bars.TextColumn("{task.fields[note]}")
+    note_column = bars.TextColumn("{task.fields[note]}", markup=False)
     remaining = bars.TimeRemainingColumn()
     with bars.Progress(*columns, note_column, remaining, console=say, transient=True) as bar:
-        task = bar.add_task(label, total=None, note="")
+        task = bar.add_task(plain(label), total=None, note="")
 
         def tick(done: int, total: int | None, note: str = "") -> None:
             bar.update(task, completed=done, total=total, note=note)

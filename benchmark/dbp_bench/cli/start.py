@@ -9,7 +9,7 @@ import typer
 
 from dbp_bench.cli import moved
 from dbp_bench.cli.app import application
-from dbp_bench.errors import AttackFailed, DbpError, did_you_mean, place_of
+from dbp_bench.errors import AttackFailed, DbpError, did_you_mean, place_of, plain
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
 """What the parser of the command line raises, which Typer does not export."""
@@ -113,5 +113,5 @@ def _misused(error: Any) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"dbp-bench: {message}", file=sys.stderr)
+    print(plain(f"dbp-bench: {message}"), file=sys.stderr)
     sys.exit(code)

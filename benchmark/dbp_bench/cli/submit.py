@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dbp_bench.cli.app import SHARE, Data, Entries, Force, Results, TrackName, app
-from dbp_bench.cli.shared import registry_of
+from dbp_bench.cli.shared import registry_of, show
 from dbp_bench.errors import BadRequest
 
 
@@ -47,11 +47,11 @@ def submit(
         with_weights=not no_weights,
         force=force,
     )
-    print(f"{out}: {len(manifest.files)} files, all checked.\n")
+    show(f"{out}: {len(manifest.files)} files, all checked.\n")
     title = submitting.title(manifest)
     if repo is None:
-        print(f"Title: {title}\n\nAttach {out.name}, or link to where it lies. In the text:\n")
-        print(submitting.description(manifest, out.name, sha256))
+        show(f"Title: {title}\n\nAttach {out.name}, or link to where it lies. In the text:\n")
+        show(submitting.description(manifest, out.name, sha256))
     else:
         text = submitting.description(manifest, hub.place_of(out, repo), sha256)
-        print(f"opened: {hub.propose(out, repo, title, text)}")
+        show(f"opened: {hub.propose(out, repo, title, text)}")

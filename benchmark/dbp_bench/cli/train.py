@@ -1,5 +1,6 @@
 """The command that trains: classifiers, diffusion models, and ADDT with its ablations."""
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -63,6 +64,7 @@ def train(
     from dbp_bench.training.distributed import launched
     from dbp_bench.training.loop import Precision
     from dbp_bench.training.run import Options, run
+    from dbp_bench.writing import locked
 
     if precision not in get_args(Precision):
         raise BadRequest(f"--precision {precision!r}: fp32 or bf16.")
@@ -73,7 +75,7 @@ def train(
     images = load_data(name, data, "train")
     if name == "digits" and device == "auto":
         device = "cpu"  # where the weights that ship were made
-    with launched(device_of(device)) as (group, place):
+    with launched(device_of(device)) as (group, place), ExitStack() as stack:
         say = console(quiet or group.rank > 0)
         options = Options(
             seed=seed,
@@ -85,6 +87,8 @@ def train(
             checkpoint_every=checkpoint_every,
             group=group,
         )
+        if group.rank == 0:
+            stack.enter_context(locked(out / ".train", what="training"))
         for plan in planned:
             made = recipes.changed(
                 plan,

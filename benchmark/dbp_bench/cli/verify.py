@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dbp_bench.cli.app import SHARE, AsJson, Data, Device, Entries, Force, Trust, app
-from dbp_bench.cli.shared import device_of, registry_of, show_json
+from dbp_bench.cli.shared import device_of, registry_of, show, show_json
 from dbp_bench.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -128,22 +128,22 @@ def _bundle(
         if as_json:
             show_json({"bundle": file, "refused": str(refused)})
         else:
-            print(f"{file}: refused: {refused}")
+            show(f"{file}: refused: {refused}")
         raise typer.Exit(1) from None
     if as_json:
         show_json(record.model_dump(mode="json", by_alias=True))
         return
     for line in record.checks:
-        print(f"pass  {line}")
+        show(f"pass  {line}")
     for word, compared in (("replayed", replayed), ("attacked again", attacked)):
         if compared is not None:
-            print(
+            show(
                 f"pass  {word}: {compared.differing} of {compared.outcomes} outcomes are others "
                 f"than stated ({compared.allowed} may be, on this machine)"
             )
-    print(f"{file}: {record.level}  sha256 {record.bundle[:16]}...")
+    show(f"{file}: {record.level}  sha256 {record.bundle[:16]}...")
     if placed is not None:
-        print(placed)
+        show(placed)
 
 
 def _result(
@@ -175,7 +175,7 @@ def _result(
         show_json({**table, "digest": digest, "stated_digest": result.digest})
     else:
         of = f"all {images}" if digest else f"the first {images}"
-        print(
+        show(
             f"{path}: {found.outcomes - found.differing} of {found.outcomes} outcomes of {of} "
             "images are as stated."
         )
@@ -183,10 +183,10 @@ def _result(
             how = "equal" if digest == result.digest else f"{digest[:16]}... here"
             print(f"digest of the outcomes {result.digest[:16]}...: {how}")
         if written is not None:
-            print(written)
+            show(written)
     if found.fault is not None:
         if not as_json:
-            print(f"FAIL  {found.fault}.")
+            show(f"FAIL  {found.fault}.")
         raise typer.Exit(1)
 
 
@@ -228,12 +228,12 @@ def _images(
         table |= {"right": right.tolist()}
         show_json({**table, "left_the_ball": outside} if eight_bit else table)
         return
-    print(
+    show(
         f"{path}: {len(right)} x {len(saved.ids)} images inside {result.norm} {result.eps:g} and "
         f"[0, 1]; {estimate.percent()} % right over {draws} fresh draws."
     )
     if eight_bit:
-        print(
+        show(
             f"Evaluated as rounded to k/255: that took {outside} of {len(right) * len(saved.ids)} "
             "images out of the ball, by at most half a level a pixel; those were projected onto it."
         )

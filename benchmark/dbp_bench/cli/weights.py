@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dbp_bench.cli.app import EVALUATE, AsJson, Quiet, app
-from dbp_bench.cli.shared import console, show_json
+from dbp_bench.cli.shared import console, show, show_json
 from dbp_bench.errors import BadRequest, BadWeights
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def list_weights(as_json: AsJson = False) -> None:
         show_json(rows)
         return
     _show(console(quiet=False), entries, there)
-    print(f"cache: {store.folder()}")
+    show(f"cache: {store.folder()}")
 
 
 def _record(name: str) -> "Record | None":
@@ -183,10 +183,10 @@ def verify(as_json: AsJson = False) -> None:
         show_json({"checkpoints": found, "strangers": strangers})
     else:
         for name, problem in found.items():
-            print(problem or f"{name}: sound")
+            show(problem or f"{name}: sound")
         for path in strangers:
-            print(f"{path}: belongs to no checkpoint; delete it.")
-        print(f"{len(found)} in {store.folder()}")
+            show(f"{path}: belongs to no checkpoint; delete it.")
+        show(f"{len(found)} in {store.folder()}")
     if any(found.values()):
         raise typer.Exit(1)
 

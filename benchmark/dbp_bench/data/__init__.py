@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from dbp_bench.data.catalog import CATALOG, Facts, facts_of
 from dbp_bench.data.splits import digest_of, frozen, split_ids, split_names
 from dbp_bench.errors import BadData, BadRequest
-from dbp_bench.weights.files import ASSETS, digest, load
+from dbp_bench.weights.files import ASSETS, load, verify
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,9 @@ __all__ = [
     "split_ids",
     "stand_in",
 ]
+
+_DIGITS = "6eb3236e2694a43165707b1dc0277ad68a0bd8259c1ee2fcedc532eb2fbec6a4"
+"""The sha256 of the file of the digits."""
 
 
 class DataSet(Protocol):
@@ -198,11 +201,12 @@ def digits() -> Digits:
     import torch
 
     path = ASSETS / "digits.safetensors"
+    verify(path, _DIGITS)
     tensors = load(path)
     pixels = zlib.decompress(bytes(tensors["pixels_zlib"].tolist()))
     images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(-1, 1, 8, 8)
     ids = {split: split_ids("digits", split) for split in split_names("digits")}
-    return Digits(images.float() / 16, tensors["labels"].long(), ids, digest(path))
+    return Digits(images.float() / 16, tensors["labels"].long(), ids, _DIGITS)
 
 
 def names() -> list[str]:
@@ -226,6 +230,11 @@ def load_data(name: str, place: Path | None = None, split: str | None = None) ->
     """
     facts = facts_of(name)
     if name == "digits":
+        if place is not None:
+            raise BadData(
+                f"--data {place}: the images of data set 'digits' come with the package, and no "
+                "file is read for them. Leave out --data, or take a track of other data."
+            )
         return digits()
     data = Stored(facts, place)
     if split is not None:

@@ -4,22 +4,19 @@ Labels are read at once; pixels only of the rows that are asked for. Nothing rea
 """
 
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
-from struct import error as StructError
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dbp_bench.data.catalog import Facts
-from dbp_bench.errors import BadData
+from dbp_bench.errors import BadData, DbpError
 from dbp_bench.extras import BadExtra
 from dbp_bench.weights.files import ASSETS
 
@@ -30,6 +27,8 @@ INSTALL = 'pip install "dbp-bench[data]"'
 ABSENT = -1
 """The label of a row whose image isn't there."""
 SUFFIXES = {".png", ".jpg", ".jpeg"}
+_ORIENTATION = 0x0112
+"""The tag of EXIF that says how an image is to be turned."""
 
 
 class Source(Protocol):
@@ -106,7 +105,7 @@ class Npz:
         self.where = path
         names = [(f"x_{part}", f"y_{part}"), ("images", "labels")][: 2 if part == "test" else 1]
         with (
-            _reading(path, zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError),
+            _reading(path, Exception),
             path.open("rb") as file,
             # No pickles: an array of objects could run code.
             np.load(file, allow_pickle=False) as arrays,
@@ -227,17 +226,26 @@ def decode(raw: bytes, where: str, facts: Facts) -> Pixels:
     Where the data set says so, the shorter side is resized (bilinear) and the centre cut out, as
     torchvision's ``Resize`` and ``CenterCrop`` do, and with them RobustBench.
 
+    What can't be converted exactly is refused: more than 8 bits a channel, an alpha channel that
+    isn't opaque everywhere, and a photograph that its camera says to turn. Only ImageNet's are
+    taken as they are stored, unturned, as all who report numbers on it take them.
+
     Raises:
-        BadData: It isn't one, is damaged, or has more than 8 bits for each channel.
+        BadData: It isn't one, is damaged, or can't be converted exactly.
         BadExtra: Pillow is missing.
     """
     pillow = need("PIL.Image", "decoding images")
     try:
         with pillow.open(BytesIO(raw), formats=("PNG", "JPEG")) as opened:
-            if opened.mode[:1] in ("I", "F"):
-                raise BadData(f"{where}: {opened.mode} pixels: give 8 bits for each channel.")
+            # Pillow opens a PNG of 16 bits as one of 8 where it has colours or an alpha channel.
+            if opened.mode[:1] in ("I", "F") or (opened.format == "PNG" and raw[24:25] == b"\x10"):
+                raise BadData(f"{where}: pixels of 16 bits or more: give 8 bits for each channel.")
+            _check_shown_as_stored(opened, where, facts)
             image = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, StructError, pillow.DecompressionBombError) as error:
+    except BadData:
+        raise
+    # What a decoder raises for a damaged file is anything.
+    except Exception as error:
         cause = "neither PNG nor JPEG" if "cannot identify" in str(error) else str(error)
         raise BadData(f"{where}: a damaged image ({cause}). Fetch it again.") from None
     if facts.resize is not None:
@@ -248,6 +256,22 @@ def decode(raw: bytes, where: str, facts: Facts) -> Pixels:
         left, top = round((image.width - w) / 2), round((image.height - h) / 2)
         image = image.crop((left, top, left + w, top + h))
     return np.asarray(image)
+
+
+def _check_shown_as_stored(opened: Any, where: str, facts: Facts) -> None:
+    """Refuse an image that a viewer doesn't show as its pixels are stored."""
+    if opened.mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in opened.info:
+        alpha = opened.convert("RGBA").getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            raise BadData(
+                f"{where}: transparent pixels: what is behind them isn't said. Flatten the image."
+            )
+    turn = 1 if facts.resize is not None else opened.getexif().get(_ORIENTATION, 1)
+    if turn != 1:
+        raise BadData(
+            f"{where}: its EXIF says to turn or mirror it (orientation {turn}): store the pixels "
+            "as they are to be seen, without EXIF."
+        )
 
 
 def need(module: str, what: str) -> Any:
@@ -269,9 +293,9 @@ def _reading(path: Path, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, (*errors, OSError)):
+        if isinstance(error, DbpError) or not isinstance(error, (*errors, OSError)):
             raise
-        cause = str(error).strip().partition("\n")[0]
+        cause = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise BadData(f"{path}: cannot be read ({cause}). Fetch it again.") from None
 
 

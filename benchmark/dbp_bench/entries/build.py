@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from dbp_bench import attacks
 from dbp_bench.declaration import explain, number_of
+from dbp_bench.entries import modules, outside
 from dbp_bench.entries.fields import AnyRef, CheckpointRef
 from dbp_bench.entries.threat import is_outside
 from dbp_bench.errors import BadEntry, place_of
@@ -64,19 +66,22 @@ class Builder:
         files.fill(network, files.load(file), file)
         return network
 
-    def attack(self, name: str, options: Mapping[str, Any], where: str) -> "Attack":
+    def attack(
+        self, name: str, options: Mapping[str, Any], where: str, entry: Path | None = None
+    ) -> "Attack":
         """The attack called `name`, or that a dotted path names, with these `options`.
 
         Args:
             name: Such as ``pgd``, ``torchattacks:PGD`` or ``my_package.module:MyAttack``.
             options: Its fields.
             where: Where they are from, for messages.
+            entry: The entry that names it, beside which its module may lie.
 
         Raises:
             BadEntry: An option is unknown or wrong, or its code isn't trusted or isn't an attack.
         """
         if is_outside(name):
-            attack = self.call(name, Path(where), "attacks", options)
+            attack = self.call(name, Path(where), "attacks", options, entry)
         else:
             try:
                 attack = attacks.make(name, options)
@@ -88,13 +93,22 @@ class Builder:
         found: Attack = attack
         return found
 
-    def call(self, dotted: str, path: Path, kind: Kind, arguments: Mapping[str, Any]) -> Any:
+    def call(
+        self,
+        dotted: str,
+        path: Path,
+        kind: Kind,
+        arguments: Mapping[str, Any],
+        entry: Path | None = None,
+    ) -> Any:
         """What the class or function that `dotted` names gives for these `arguments`.
+
+        It is named by the `entry`, which is at `path` if it isn't given.
 
         Raises:
             BadEntry: It cannot be imported or isn't trusted, or an argument is unknown or wrong.
         """
-        function = self._import(dotted, path, kind)
+        function = self._import(dotted, path, kind, entry or path)
         given, faults = _typed(function, arguments)
         unfit = _unfit(inspect.signature(function), arguments)
         if unfit or faults:
@@ -108,7 +122,7 @@ class Builder:
             at = f" ({place})" if (place := place_of(error)) else ""
             raise BadEntry(f"{path}: {dotted}: {' '.join(str(error).split())}{at}") from None
 
-    def _import(self, dotted: str, path: Path, kind: Kind) -> Callable[..., Any]:
+    def _import(self, dotted: str, path: Path, kind: Kind, entry: Path) -> Callable[..., Any]:
         module, _, attribute = dotted.partition(":")
         if module.split(".")[0] == "dbp_bench":
             # Any other function of the package could be called with arguments that do harm.
@@ -121,10 +135,8 @@ class Builder:
                 f"{path}: {dotted} is code from outside dbp-bench. Add --trust-code to run "
                 f"it.{hint}"
             )
-        else:
-            _make_importable(self.folders)
         try:
-            found: Callable[..., Any] = getattr(import_module(module), attribute)
+            found: Callable[..., Any] = getattr(self._module(module, entry), attribute)
         except (ImportError, AttributeError, SyntaxError) as error:
             at = f" ({place})" if (place := place_of(error)) else ""
             raise BadEntry(f"{path}: {dotted} cannot be imported: {error}{at}.") from None
@@ -137,6 +149,17 @@ class Builder:
         if module.split(".")[0] == "dbp_bench" and not _is_one(found, kind):
             raise BadEntry(f"{path}: {dotted} is none of the {kind} of dbp-bench.")
         return found
+
+    def _module(self, name: str, path: Path) -> ModuleType:
+        """The module called `name` beside the entry at `path`, or else the installed one."""
+        top = name.split(".")[0]
+        places = [] if top == outside.OWN else outside.places(path, self.folders)
+        folder = outside.beside(top, places)
+        if folder is None:
+            return import_module(name)
+        source = outside.source(top, [folder])
+        assert source is not None
+        return modules.load(name, folder, source)
 
 
 def _is_one(found: Callable[..., Any], kind: Kind) -> bool:

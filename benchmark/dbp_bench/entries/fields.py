@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from dbp_bench.declaration import Number, Strict
-from dbp_bench.errors import UnknownName
+from dbp_bench.errors import UnknownName, brief
 from dbp_bench.weights import catalog, files, store
 
 NAME = r"^[a-z0-9][a-z0-9.-]*$"
@@ -25,9 +25,9 @@ def _json(options: dict[str, Any]) -> dict[str, Any]:
     """Refuse what a result cannot hold, before anything is computed."""
     try:
         json.dumps(options, allow_nan=False)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         raise ValueError(
-            f"{options!r} is not made of finite numbers, strings, true, false and lists"
+            f"{brief(options)} is not made of finite numbers, strings, true, false and lists"
         ) from None
     return options
 

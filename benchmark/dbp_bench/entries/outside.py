@@ -1,14 +1,13 @@
 """What lies outside this package, found without running it: folders of entries, and source code.
 
-Nothing here imports what it names: a module is looked up where the import system would find it, and
-its source is read as text.
+Nothing here imports what it names: a module is looked up beside the entry that names it, then where
+the import system would find it, and its source is read as text.
 """
 
 import ast
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,13 +78,22 @@ class Source:
         return total.hexdigest()
 
 
-def code(dotted: Iterable[str], folders: Sequence[Path]) -> dict[str, str]:
+def code(dotted: Iterable[tuple[str, Path]], folders: Sequence[Path]) -> dict[str, str]:
     """By top-level module, the sha256 of the code outside this package that `dotted` paths name.
 
-    Modules that can't be found are left out: importing them fails with a message of its own.
+    Each path comes with the entry that names it. Where two entries mean modules of one name in two
+    folders, one sha256 stands for both. Modules that can't be found are left out: importing them
+    fails with a message of its own.
     """
-    found = (source(top, folders) for top in tops(dotted))
-    return {each.top: each.sha256 for each in found if each}
+    found: dict[str, set[str]] = {}
+    for path, entry in dotted:
+        for top in tops([path]):
+            if each := source(top, places(entry, folders)):
+                found.setdefault(top, set()).add(each.sha256)
+    return {
+        top: min(each) if len(each) == 1 else sha256("\n".join(sorted(each)).encode()).hexdigest()
+        for top, each in sorted(found.items())
+    }
 
 
 def tops(dotted: Iterable[str]) -> list[str]:
@@ -93,22 +101,45 @@ def tops(dotted: Iterable[str]) -> list[str]:
     return sorted({path.partition(":")[0].split(".")[0] for path in dotted} - {OWN})
 
 
-def source(top: str, folders: Sequence[Path], *, installed: bool = True) -> Source | None:
+def places(entry: Path, folders: Sequence[Path]) -> list[Path]:
+    """Where modules may lie that `entry` names: its own folder, then the other `folders`."""
+    own = {"defenses": 1, "tracks": 1, "threats": 2, "settings": 2}.get(entry.parent.name)
+    if own is None:
+        return list(folders)
+    return list(dict.fromkeys([entry.resolve().parents[own], *folders]))
+
+
+def beside(top: str, places: Sequence[Path]) -> Path | None:
+    """Which of the `places` of an entry has the module or package called `top`, if one has.
+
+    The first is the entry's own folder and comes first; among the others none does.
+
+    Raises:
+        BadEntry: Several others have it.
+    """
+    having = [place for place in places if _is_in(top, place)]
+    if len(having) > 1 and having[0] != places[0]:
+        raise BadEntry(
+            f"module {top!r} is in {' and in '.join(map(str, having))}: leave out one of these "
+            "--entries, or rename it in one."
+        )
+    return having[0] if having else None
+
+
+def source(top: str, places: Sequence[Path], *, installed: bool = True) -> Source | None:
     """The source of the module or package called `top`; None where there is none.
 
     Args:
         top: Without dots.
-        folders: Where modules may lie beside a user's entries, besides those that are installed. A
-            module there is taken with those beside it that it imports.
-        installed: Whether those that are installed count, as they do, first, when code is run.
+        places: Where it may lie (see :func:`places`), before those that are installed. A module
+            there is taken with those beside it that it imports.
+        installed: Whether those that are installed count.
     """
+    if folder := beside(top, places):
+        return Source(top, _with_imports(top, folder))
     if installed and (found := _installed(top)) is not None:
         name, path = found
-        beside = next((f for f in folders if path.parent.resolve() == f.resolve()), None)
-        return Source(top, _with_imports(top, beside) if beside else dict(_files(path, name)))
-    for folder in folders:
-        if files := _with_imports(top, folder):
-            return Source(top, files)
+        return Source(top, dict(_files(path, name)))
     return None
 
 
@@ -125,21 +156,32 @@ def _installed(top: str) -> tuple[str, Path] | None:
     return None
 
 
+def _is_in(top: str, folder: Path) -> bool:
+    return top != OWN and any(_files_of(top, folder))
+
+
 def _with_imports(top: str, folder: Path) -> dict[str, Path]:
     """The files of `top` in `folder`, and of all modules there that these import."""
     files: dict[str, Path] = {}
-    open_tops, seen = [top], set[str]()
+    open_tops, seen = [top], {OWN}
     while open_tops:
         name = open_tops.pop()
-        if name in seen or PathFinder.find_spec(name, [str(folder)]) is None:
+        if name in seen:
             continue
         seen.add(name)
-        path = folder / name
-        found = dict(_files(path, name) if path.is_dir() else _files(folder / f"{name}.py", name))
+        found = dict(_files_of(name, folder))
         files |= found
         for file in found.values():
             open_tops += _imported(file)
     return files
+
+
+def _files_of(top: str, folder: Path) -> Iterator[tuple[str, Path]]:
+    """The files of a package or module in `folder`; a folder of Python files is a package, too."""
+    package, module = folder / top, folder / f"{top}.py"
+    if module.is_file() and not (package / "__init__.py").is_file():
+        return _files(module, top)
+    return _files(package, top) if package.is_dir() else iter(())
 
 
 def _files(path: Path, name: str) -> Iterator[tuple[str, Path]]:

@@ -92,11 +92,13 @@ class Subject:
         }
         return {role: sha256_if_there(r) if planned else r.sha256 for role, r in refs.items()}
 
-    def code(self) -> list[str]:
-        """The dotted paths that the entries name for this track."""
-        networks = [self.track.entry.classifier, *self.setting.refs.values()]
-        paths = [ref.network for ref in networks if isinstance(ref, NetworkRef)]
-        return [self.entry.entry.factory, *paths]
+    def code(self) -> list[tuple[str, Path]]:
+        """The dotted paths that the entries name for this track, each with its entry."""
+        own, track = self.entry.path, self.track.path
+        networks = [(self.track.entry.classifier, track)]
+        networks += [(ref, own) for ref in self.setting.refs.values()]
+        paths = [(ref.network, path) for ref, path in networks if isinstance(ref, NetworkRef)]
+        return [(self.entry.entry.factory, own), *paths]
 
     def uncached(self) -> list[str]:
         """The checkpoints that it is built from and that aren't in the cache."""

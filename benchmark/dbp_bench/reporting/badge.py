@@ -56,10 +56,12 @@ class Verification(Strict):
 
     def write(self, folder: Path) -> Path:
         """Write the record into the defense's `folder` of results."""
-        path = folder / FILE
-        table = self.model_dump(mode="json", by_alias=True)
-        write_atomically(path, json.dumps(table, indent=1) + "\n")
-        return path
+        write_atomically(folder / FILE, self.to_json())
+        return folder / FILE
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -81,13 +81,13 @@ class Comparisons:
     """Settings that one side has and the other hasn't."""
 
 
-def side(name: str, results: Path, track: str | None) -> Side:
+def side(name: str, results: Path | Sequence[Path], track: str | None) -> Side:
     """What `name` stands for: a result file, a folder, or a name below the folder `results`.
 
     Args:
         name: A file or folder; or a defense, threat model or attack, or several of them in this
             order, as in ``ddpm/eot``, ``eot/apgd`` or ``ddpm/eot/apgd``.
-        results: The folder of results, for names.
+        results: The folder of results, or several, for names.
         track: Of the results below it.
 
     Raises:
@@ -107,6 +107,8 @@ def side(name: str, results: Path, track: str | None) -> Side:
     if path.suffix == ".json" or len(parts) > 3 or path.is_absolute():
         raise BadRequest(f"{name}: no such file or folder.")
     records = load(results, track)
+    places = [results] if isinstance(results, Path) else results
+    where = ", ".join(map(str, places))
     # The parts may begin at the defense, the threat model or the attack.
     for first in range(4 - len(parts)):
         found = [r for r in records if _names(r)[first : first + len(parts)] == parts]
@@ -115,10 +117,10 @@ def side(name: str, results: Path, track: str | None) -> Side:
     known = {each for record in records for each in _names(record)}
     if unknown := [part for part in parts if part not in known]:
         raise BadRequest(
-            f"{name}: no file, folder, defense, threat or attack {unknown[0]!r} in {results}."
+            f"{name}: no file, folder, defense, threat or attack {unknown[0]!r} in {where}."
             f"{did_you_mean(unknown[0], known)}"
         )
-    raise BadRequest(f"{name}: {results} has no such result. `dbp-bench run` makes it.")
+    raise BadRequest(f"{name}: {where} has no such result. `dbp-bench run` makes it.")
 
 
 def _names(record: Record) -> tuple[str, str, str]:

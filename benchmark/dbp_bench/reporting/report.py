@@ -14,6 +14,7 @@ from dbp_bench.reporting.leaderboard import Leaderboard, Sort, leaderboard
 from dbp_bench.reporting.page import Material, load_samples, to_html
 from dbp_bench.reporting.records import load
 from dbp_bench.result import NOT_RECORDED, Kind, Result, write_atomically
+from dbp_bench.writing import write_together
 
 
 def write_leaderboards(
@@ -31,7 +32,7 @@ def write_leaderboards(
     third-party attacks, ``<track>-third-party.csv``; findings of sweeps, ``<track>-sweeps.csv`` and
     ``<track>-attacks.md``.
 
-    Nothing is written if any of the results is refused.
+    All are written together, and none if any of the results is refused.
 
     Args:
         results: The folder that `run` writes to, or several folders and result files.
@@ -56,10 +57,9 @@ def write_leaderboards(
         board = leaderboard(its_own, registry, sort, swept)
         page = to_html(board, Material(load_samples(its_own)), registry)
         for end, content in {".html": page, **_tables(board)}.items():
-            files[out / f"{name}{end}"] = content
-    for path, content in files.items():
-        write_atomically(path, content)
-    return list(files)
+            files[f"{name}{end}"] = content
+    write_together(out, files)
+    return [out / name for name in files]
 
 
 def _tables(board: Leaderboard) -> dict[str, str]:

@@ -5,23 +5,23 @@ below the folder of results, so that a run killed at any moment and started agai
 is missing and writes the same result file, byte for byte.
 """
 
-import fcntl
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dbp_bench import evaluate
 from dbp_bench.checks.record import record
 from dbp_bench.data import DataSet
+from dbp_bench.declaration import parse_json
 from dbp_bench.defense import Defense
 from dbp_bench.errors import BadRequest
 from dbp_bench.evaluate import FRESH, Group
@@ -33,12 +33,12 @@ from dbp_bench.result import (
     Predicted,
     Result,
     outcome_digest,
-    write_atomically,
 )
 from dbp_bench.runs.job import Job, identity_of, refuse_other_request
 from dbp_bench.runs.provenance import provenance
-from dbp_bench.runs.saved import adversarial_path, pack
+from dbp_bench.runs.saved import adversarial_path, is_inside, pack
 from dbp_bench.threat import Attack, Budget, Tick, ignore
+from dbp_bench.writing import locked, write_atomically
 
 FRESH_DRAWS = 3
 """Fresh draws that evaluate each image made for a known draw."""
@@ -57,6 +57,8 @@ class Progress:
 _BY_ATTACK = ("images", "nonzero", "gradient", "forward", "package")
 _BY_DRAW = ("clean", "adversarial", "fresh")
 _COUNTS = ("nfe", "searched_nfe")
+_DIGEST = "digest"
+"""The key of a group's metadata under which :func:`_digest` stands."""
 
 
 @dataclass(slots=True)
@@ -85,13 +87,22 @@ class _State:
     """The same of what the attack searched in."""
 
     @classmethod
-    def read(cls, path: Path) -> "_State":
-        """The state in a file; an empty one where there is no file, or none that can be read."""
+    def read(cls, path: Path, request: str) -> "_State":
+        """The state in a file, of this `request`.
+
+        It is empty where there is no file, none that can be read, or one that this program didn't
+        write as it is: its digest is another.
+        """
         state = cls()
         if not path.is_file():
             return state
         try:
-            for name, value in load_file(path).items():
+            with safe_open(path, "pt") as file:
+                stated = (file.metadata() or {}).get(_DIGEST)
+            tensors = load_file(path)
+            if stated != _digest(request, path.name, tensors):
+                return state
+            for name, value in tensors.items():
                 kind, _, number = name.partition("/")
                 if kind in (*_BY_ATTACK, *_BY_DRAW):
                     getattr(state, kind)[int(number)] = value
@@ -99,18 +110,43 @@ class _State:
                     setattr(state, kind, int(value))
                 else:
                     return cls()
-        except (SafetensorError, OSError, ValueError, RuntimeError):
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError):
             return cls()
         return state
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, request: str) -> None:
         tensors = {
             f"{kind}/{number}": value.contiguous()
             for kind in (*_BY_ATTACK, *_BY_DRAW)
             for number, value in getattr(self, kind).items()
         }
         counts = {kind: torch.tensor(getattr(self, kind)) for kind in _COUNTS}
-        write_atomically(path, save({**tensors, **counts}))
+        tensors |= counts
+        metadata = {_DIGEST: _digest(request, path.name, tensors)}
+        write_atomically(path, save(tensors, metadata))
+
+    def is_sound(self, job: Job, images: Tensor) -> bool:
+        """Whether all that is known fits a group of these clean `images`, and the job's budget."""
+        ball, size = job.budget(), len(images)
+        return all(
+            found.shape == images.shape
+            and found.dtype == images.dtype
+            and is_inside(ball, found, images)
+            for found in self.images.values()
+        ) and all(
+            len(value) == size
+            for kind in (*_BY_ATTACK, *_BY_DRAW)
+            for value in getattr(self, kind).values()
+        )
+
+
+def _digest(request: str, name: str, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over a piece of work, its place, and the `request` that it answers."""
+    total = sha256(f"{request}\n{name}\n".encode())
+    for key, value in sorted(tensors.items()):
+        total.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def execute(
@@ -120,6 +156,7 @@ def execute(
     policy: Policy = "auto",
     resume: bool = True,
     save_adversarial: bool = False,
+    wait: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Run `job`, or what is missing of it, and write its result below `out`.
@@ -130,20 +167,23 @@ def execute(
         policy: Gradient checkpointing; doesn't change a bit of the result.
         resume: Continue what is there. Otherwise it is thrown away first.
         save_adversarial: Also write the adversarial images, as safetensors.
+        wait: Until another command that is at work on it is done.
         progress: Told how far the job is.
 
     Returns:
         The path of the result file.
 
     Raises:
-        BadRequest: `out` holds another request under this name, or is being written, or holds
-            more images but fewer draws, or the other way round.
+        BadRequest: `out` holds another request under this name, or holds more images but fewer
+            draws, or the other way round.
+        Busy: Another command is at work on it.
         AttackFailed: The attack or the defense gave numbers that can't be used.
     """
     # Checkpoints that must be fetched first are missed here, before anything is deleted.
     path, identity = job.path(out), job.identity()
     work, saved = _work_folder(path, out), adversarial_path(path)
-    with locked(work):
+    with locked(work, what="run of this job", wait=wait):
+        work.mkdir(parents=True, exist_ok=True)
         if not resume:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
@@ -216,8 +256,8 @@ def _held(
 def _request(work: Path) -> dict[str, Any] | None:
     """The request that the unfinished work answers; None where that can't be read."""
     try:
-        request = json.loads((work / "request.json").read_text())
-    except (OSError, ValueError, RecursionError):
+        request = parse_json((work / "request.json").read_text())
+    except (OSError, ValueError):
         return None
     return request if isinstance(request, dict) else None
 
@@ -238,6 +278,7 @@ class _Pieces:
     """The work of a job, by group of images: what is done and what is missing."""
 
     folder: Path
+    request: str
     groups: list[list[int]]
     examples: int
     attacks: int
@@ -247,9 +288,10 @@ class _Pieces:
     @classmethod
     def read(cls, job: Job, folder: Path) -> "_Pieces":
         """Those of `job` in its `folder` of unfinished work."""
-        groups = job.groups
-        states = [_State.read(_group_path(folder, index)) for index in range(len(groups))]
-        return cls(folder, groups, job.examples, job.attacks, job.draws, states)
+        groups, request = job.groups, json.dumps(job.identity(planned=True), sort_keys=True)
+        paths = [_group_path(folder, index) for index in range(len(groups))]
+        states = [_State.read(path, request) for path in paths]
+        return cls(folder, request, groups, job.examples, job.attacks, job.draws, states)
 
     @property
     def attacks_missing(self) -> int:
@@ -294,6 +336,9 @@ def _group_path(work: Path, index: int) -> Path:
 
 def _complete(pieces: _Pieces, job: Job, data: DataSet, policy: Policy, progress: Progress) -> None:
     """Do what is missing, and store each piece as soon as it is done."""
+    for index, (ids, state) in enumerate(zip(pieces.groups, pieces.states, strict=True)):
+        if state.images and not state.is_sound(job, data.select(ids)[0]):
+            pieces.states[index] = _State()  # whoever wrote it: it is computed again
     progress.start(pieces.attacks_missing * job.evaluations.gradient)
     run: _Run | None = None
     for index, (ids, state) in enumerate(zip(pieces.groups, pieces.states, strict=True)):
@@ -308,7 +353,7 @@ def _complete(pieces: _Pieces, job: Job, data: DataSet, policy: Policy, progress
                 run.attack(number, group, state)
             else:
                 run.evaluate(number, group, state)
-            state.write(_group_path(pieces.folder, index))
+            state.write(_group_path(pieces.folder, index), pieces.request)
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,20 +479,3 @@ def _assemble(
         provenance=provenance(job, digest),
         digest=outcome_digest(ids, labels, draws, predicted),
     )
-
-
-@contextmanager
-def locked(work: Path) -> Iterator[None]:
-    """Keep a second run of the same job away.
-
-    Raises:
-        BadRequest: There is one already.
-    """
-    work.mkdir(parents=True, exist_ok=True)
-    # Beside the folder, not in it: --no-resume removes the folder.
-    with work.with_name(f"{work.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BadRequest(f"{work}: another run of this job is at work there.") from None
-        yield

@@ -16,7 +16,7 @@ from dbp_bench.entries.fields import Entry, check_eps
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
 from dbp_bench.entries.threat import GRADIENT, KNOWN_DRAWS, AttackSetting, Threat, is_outside
-from dbp_bench.errors import BadEntry, BadRequest, UnknownName, did_you_mean
+from dbp_bench.errors import BadEntry, BadRequest, UnknownName, brief, did_you_mean
 from dbp_bench.result import Result, attack_label, result_path, searched_effort
 
 if TYPE_CHECKING:
@@ -308,6 +308,8 @@ def _shown(value: object) -> str:
     """A value as people write it."""
     if isinstance(value, str):
         return value if len(value) < 64 else f"{value[:16]}..."
+    if isinstance(value, Mapping | list):
+        return brief(value)
     return "not given" if value is None else json.dumps(value, default=str)
 
 
@@ -403,7 +405,7 @@ def resolve(
     search, sources = _search(registry, subject, threat_entry, attack, overrides, knows, eps)
     dotted = [*subject.code(), *(path for s in sources.values() for path in s.code())]
     if is_outside(search.name):
-        dotted.append(search.name)
+        dotted.append((search.name, _named_by(threat_entry, search.setting, attack)))
     return Job(
         subject=subject,
         threat=threat_entry,
@@ -465,7 +467,8 @@ def _search(
         )
     if overrides.effort:
         where = f"{where} with --set {', '.join(overrides.effort)}"
-    made = registry.builder.attack(name, {**effort, **overrides.effort}, where)
+    named_by = _named_by(threat, setting, attack)
+    made = registry.builder.attack(name, {**effort, **overrides.effort}, where, named_by)
     if gradient == "declared-surrogate":
         _ = subject.surrogate
     if gradient.startswith("surrogate:") and "steps" not in subject.setting.options:
@@ -489,6 +492,15 @@ def _search(
     if gradient != "exact" and not follows:
         raise BadRequest(f"gradient: {gradient}, but {name} follows no gradient of {subject.name}.")
     return Search(made, name, setting, effort, gradient if follows else None), sources
+
+
+def _named_by(
+    threat: Entry[Threat], setting: Entry[AttackSetting] | None, attack: str | None
+) -> Path:
+    """The entry that names the attack, or the option ``--attack``."""
+    if setting is not None:
+        return setting.path
+    return threat.path if attack in (None, threat.entry.attack) else Path("--attack")
 
 
 def _check_attack(name: str, settings: Iterable[str]) -> None:

@@ -9,8 +9,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dbp_bench.declaration import parse_json
 from dbp_bench.errors import BadRequest, BadWeights
 from dbp_bench.runs.job import Job, refuse_other_request
+from dbp_bench.threat import Budget
 
 _SLACK = 1e-6
 """By how much rounding in float32 may leave the budget."""
@@ -50,31 +52,40 @@ def read_saved(path: Path, job: Job) -> Saved:
     """
     try:
         with safe_open(path, "pt") as file:
-            request = json.loads(file.metadata()["request"])
+            request = parse_json(file.metadata()["request"])
             images, ids = file.get_tensor("images"), file.get_tensor("ids").tolist()
         request = {**request, "device": job.device}
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise BadWeights(f"{path}: not a file of adversarial images ({error}).") from None
     refuse_other_request(job.identity(), request, path)
     if ids != job.track_ids[: len(ids)] or not ids:
         name = job.subject.track.name
         raise BadRequest(f"{path}: the ids are not the first images of track {name}.")
     clean, _ = job.data().select(ids)
-    if len(images) == 0 or images.shape[1:] != clean.shape or images.dtype != clean.dtype:
+    like = (clean.shape, clean.dtype)
+    if images.numel() == 0 or (images.shape[1:], images.dtype) != like:
         raise BadRequest(
             f"{path}: images of shape {tuple(images.shape[1:])} in {images.dtype}, not "
             f"{tuple(clean.shape)} in {clean.dtype}."
         )
     ball = job.budget()
     for found in images:
-        size = float(ball.size(found - clean).max())
-        inside = bool(((found >= 0) & (found <= 1)).all())
-        if not (inside and size <= ball.eps + _SLACK):
+        if not is_inside(ball, found, clean):
+            size = float(ball.size(found - clean).max())
             raise BadRequest(
                 f"{path}: images outside the budget: {job.subject.track.entry.norm} {size:.6g} "
                 f"against eps {ball.eps:g}, or outside [0, 1]."
             )
     return Saved(images, clean, ids)
+
+
+def is_inside(ball: Budget, images: Tensor, clean: Tensor) -> bool:
+    """Whether all `images` are inside the ball around the `clean` ones and in [0, 1].
+
+    NaN is not.
+    """
+    inside = bool(((images >= 0) & (images <= 1)).all())
+    return inside and float(ball.size(images - clean).max()) <= ball.eps + _SLACK
 
 
 def as_8_bit(saved: Saved, job: Job) -> tuple[Saved, int]:

@@ -4,7 +4,9 @@ Files in a bundle are stored, not compressed: so the archive's bytes don't depen
 and no archive unpacks to more than its own size.
 """
 
+import errno
 import json
+import os
 import shutil
 import stat
 import zipfile
@@ -12,15 +14,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
+from struct import error as StructError
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Final, Literal
 
 from pydantic import Field, ValidationError
 
-from dbp_bench.declaration import Strict, explain
+from dbp_bench.declaration import Strict, explain, parse_json
 from dbp_bench.entries.fields import Name, Sha256
 from dbp_bench.errors import BadRequest, DbpError
 from dbp_bench.weights.files import digest
+from dbp_bench.writing import naming, sweep
 
 MANIFEST: Final = "manifest.json"
 LARGEST: Final = 8 << 30
@@ -28,6 +32,13 @@ LARGEST: Final = 8 << 30
 MOST_FILES: Final = 2000
 _MANIFEST_LARGEST: Final = 4 << 20
 _EPOCH: Final = (1980, 1, 1, 0, 0, 0)
+
+
+_UNSOUND: Final = (
+    *(zipfile.BadZipFile, EOFError, LookupError, NotImplementedError),
+    *(OverflowError, RuntimeError, StructError, ValueError),
+)
+"""What zipfile raises for an archive that is damaged."""
 
 
 class Refused(DbpError):
@@ -120,20 +131,23 @@ def opened(path: Path) -> Iterator[Bundle]:
     size = path.stat().st_size
     if size > LARGEST:
         raise Refused(f"{size / 1e9:.1f} GB, more than the {LARGEST / 1e9:.1f} GB of a bundle.")
-    with TemporaryDirectory(prefix="dbp-bundle-") as scratch:
+    sweep(Path(gettempdir()) / "dbp-bundle")
+    with TemporaryDirectory(prefix=f".dbp-bundle.{os.getpid()}.", suffix=".tmp") as scratch:
         folder = Path(scratch).resolve()
         try:
-            with zipfile.ZipFile(path) as archive:
+            with naming(folder), zipfile.ZipFile(path) as archive:
                 infos = _safe(archive.infolist(), size)
                 for info in infos:
                     target = folder / info.filename
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with archive.open(info) as source, target.open("xb") as file:
                         shutil.copyfileobj(source, file, 1 << 20)
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as error:
-            raise Refused(f"not a sound zip archive ({error}).") from None
         except (FileExistsError, NotADirectoryError, IsADirectoryError):
             raise Refused("a path in it is both a file and a folder.") from None
+        except (*_UNSOUND, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise  # of the disk that it is unpacked to
+            raise Refused(f"not a sound zip archive ({error}).") from None
         manifest = _manifest(folder / MANIFEST)
         _check_hashes(folder, manifest, {info.filename for info in infos} - {MANIFEST})
         yield Bundle(folder, manifest, digest(path))
@@ -184,8 +198,8 @@ def _manifest(path: Path) -> Manifest:
     if not path.is_file() or path.stat().st_size > _MANIFEST_LARGEST:
         raise Refused(f"no {MANIFEST} in it, or one that is too large.")
     try:
-        table: Any = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        table: Any = parse_json(path.read_bytes())
+    except ValueError as error:
         raise Refused(f"{MANIFEST}: not JSON ({error}).") from None
     try:
         return Manifest.model_validate(table)

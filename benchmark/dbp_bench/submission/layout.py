@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import yaml
-
 from dbp_bench.entries import outside
 from dbp_bench.entries.fields import NetworkRef
 from dbp_bench.entries.outside import Source
@@ -22,7 +20,6 @@ from dbp_bench.submission.archive import Bundle, Refused
 
 ENTRIES: Final = "entries"
 """The folder of a bundle in which the entry lies as in a folder of one's own."""
-_ENTRY_LARGEST: Final = 1 << 18
 
 
 def entry_name(defense: str) -> str:
@@ -47,24 +44,15 @@ def modules(subject: Subject) -> list[str]:
 
 
 def read_entry_file(bundle: Bundle) -> Path:
-    """The path of the bundle's entry, which is YAML that doesn't expand when it is read.
+    """The path of the bundle's entry.
 
     Raises:
-        Refused: It is missing, too large, not YAML, or uses aliases.
+        Refused: It is missing.
     """
     name = entry_name(bundle.manifest.defense)
     if name not in bundle.manifest.files:
         raise Refused(f"{name}: the entry is missing.")
-    path = bundle.folder / name
-    if path.stat().st_size > _ENTRY_LARGEST:
-        raise Refused(f"{path.name}: larger than an entry is.")
-    try:
-        events = list(yaml.parse(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Refused(f"{path.name}: not YAML: {' '.join(str(error).split())}.") from None
-    if any(isinstance(event, yaml.AliasEvent) for event in events):
-        raise Refused(f"{path.name}: uses aliases (*name), which can expand. Write them out.")
-    return path
+    return bundle.folder / name
 
 
 def read_results(bundle: Bundle) -> list[Record]:

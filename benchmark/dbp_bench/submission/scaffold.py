@@ -13,6 +13,7 @@ from typing import Final
 
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest
+from dbp_bench.writing import naming
 
 TEMPLATE: Final = Path(__file__).parent / "template"
 _FILES: Final = {
@@ -58,7 +59,7 @@ def new_defense(name: str, out: Path | None, registry: Registry) -> list[Path]:
         raise BadRequest(f"{out} exists. Choose another --out, or move it away.")
     out.parent.mkdir(parents=True, exist_ok=True)
     words = {"entry": entry, "module": module, "folder": out.as_posix()}
-    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+    with naming(out), TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         made = Path(scratch) / "new"
         for source, target in _FILES.items():
             text = (TEMPLATE / source).read_text(encoding="utf-8")

@@ -1,6 +1,5 @@
 """Makes a bundle of a defense: entry, source, weights, results, adversarial images, hashes."""
 
-import os
 import platform
 from collections.abc import Iterable
 from dataclasses import replace
@@ -20,6 +19,7 @@ from dbp_bench.runs.saved import adversarial_path
 from dbp_bench.submission import archive, claims, layout, verify
 from dbp_bench.submission.archive import Manifest, Refused
 from dbp_bench.weights import files as weight_files
+from dbp_bench.writing import replacing
 
 PACKAGES: Final = ("dbp-bench", "torch", "numpy", "safetensors")
 
@@ -65,17 +65,12 @@ def submit(
         summary=claims.summarise([read_record(path) for path in found]),
         files={name: archive.facts(path) for name, path in sorted(files.items())},
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(out) as temporary:
         archive.write(temporary, manifest, files)
         with archive.opened(temporary) as bundle:
             # The entry's own folder may hold the track, too; the defense itself is the bundle's.
             verify.check(bundle, registry.folders, data=registry.builder.data)
             sha256 = bundle.sha256
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
     return manifest, sha256
 
 
@@ -89,7 +84,7 @@ def _entry_files(subject: Subject, with_weights: bool) -> dict[str, Path]:
     path = subject.entry.path
     files = {layout.entry_name(subject.name): path}
     for module in layout.modules(subject):
-        source = outside.source(module, subject.builder.folders)
+        source = outside.source(module, outside.places(path, subject.builder.folders))
         if source is None:
             raise Refused(f"{path}: the source of {module} isn't found. Name its --entries.")
         files |= {f"{layout.ENTRIES}/{name}": path for name, path in source.files.items()}

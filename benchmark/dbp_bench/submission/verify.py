@@ -1,6 +1,5 @@
 """Verifies a bundle: the order of the checks, the record of what was found, and where both go."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from dbp_bench.errors import BadData, BadRequest, DbpError
 from dbp_bench.extras import BadExtra
 from dbp_bench.reporting.badge import BADGES, FILE, Compared, Verification
 from dbp_bench.reporting.records import check_comparable
-from dbp_bench.result import write_atomically
 from dbp_bench.runs.provenance import device_name
 from dbp_bench.submission import again, claims, layout
 from dbp_bench.submission.archive import Bundle, Refused
 from dbp_bench.submission.claims import Claim
 from dbp_bench.weights.files import digest
+from dbp_bench.writing import write_together
 
 CHECKS: Final = (
     "no file differs from the manifest, and every result fits the schema",
@@ -143,7 +142,7 @@ def attack(verified: Verified, share: float, device: str) -> Compared:
 
 @contextmanager
 def _code_of(verified: Verified) -> Iterator[None]:
-    """Import modules from the bundle, not from wherever else they are installed.
+    """Turn what goes wrong inside into a refusal, once the bundle's code may run.
 
     Raises:
         Refused: What runs inside finds a fault of the bundle.
@@ -155,22 +154,9 @@ def _code_of(verified: Verified) -> Iterator[None]:
             f"{bundle.manifest.defense}: replaying runs the bundle's own code ({', '.join(tops)}). "
             "Read it; add --trust-code to run it."
         )
-    folder = str(bundle.folder / layout.ENTRIES)
-    aside = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in tops}
-    written = sys.dont_write_bytecode
-    for name in aside:
-        del sys.modules[name]
-    sys.path.insert(0, folder)
-    sys.dont_write_bytecode = True
-    try:
-        with _refusing(bundle):
-            yield
-    finally:
-        sys.path.remove(folder)
-        sys.dont_write_bytecode = written
-        for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
-            del sys.modules[name]
-        sys.modules.update(aside)
+    # The bundle's entry lies beside its modules, which come before all others.
+    with _refusing(bundle):
+        yield
 
 
 # ----------------------------------------------------------------------------------- the record
@@ -231,10 +217,15 @@ def place(bundle: Bundle, record: Verification, results: Path, *, force: bool = 
         raise BadRequest(
             f"{other[0]}: holds another result. Choose another folder, or replace it with --force."
         )
-    for path, content in contents.items():
-        write_atomically(path, content)
+    files: dict[str, str | bytes] = {
+        path.relative_to(folder).as_posix(): content for path, content in contents.items()
+    }
+    says_more = False
     if (folder / FILE).is_file():
         held = Verification.read(folder / FILE)
-        if held.bundle == record.bundle and BADGES.index(held.level) > BADGES.index(record.level):
-            return folder / FILE
-    return record.write(folder)
+        ranks = BADGES.index(held.level), BADGES.index(record.level)
+        says_more = held.bundle == record.bundle and ranks[0] > ranks[1]
+    if not says_more:
+        files[FILE] = record.to_json()
+    write_together(folder, files, with_folders=True)
+    return folder / FILE

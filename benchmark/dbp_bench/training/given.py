@@ -1,6 +1,5 @@
 """What a recipe starts from: weights of an earlier recipe, and a classifier that guides."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dbp_bench.data.catalog import facts_of
+from dbp_bench.declaration import parse_json
 from dbp_bench.errors import BadRequest, BadWeights
 from dbp_bench.training import variants
 from dbp_bench.training.recipes import Recipe
@@ -67,7 +67,7 @@ def _header(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get(HEADER)
     try:
-        found = json.loads(text) if text else {}
+        found = parse_json(text) if text else {}
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

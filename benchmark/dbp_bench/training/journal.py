@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dbp_bench.declaration import parse_json
 from dbp_bench.result import write_atomically
 
 
@@ -83,7 +84,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            line = json.loads(text)
+            line = parse_json(text)
         except ValueError:
             break
         if not isinstance(line, dict):

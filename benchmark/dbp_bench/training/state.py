@@ -11,9 +11,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
+from dbp_bench.declaration import parse_json
 from dbp_bench.errors import BadRequest, BadWeights
-from dbp_bench.result import write_atomically
 from dbp_bench.weights.files import check_fit, load
+from dbp_bench.writing import sweep, write_atomically
 
 _KEY = "dbp-bench training state"
 
@@ -162,26 +163,26 @@ class Checkpoint:
             BadWeights: The file is damaged, or not a training state.
         """
         if self.writes:
-            for left_over in self.path.parent.glob(f".{self.path.name}.*.tmp"):
-                left_over.unlink(missing_ok=True)
+            sweep(self.path)
         if not (self.resume and self.path.is_file()):
             return 0
         tensors, numbers = _read(self.path)
         self._refuse_other(numbers["request"])
-        parts: dict[str, dict[str, Tensor]] = {"network": {}, "average": {}, "optimizer": {}}
-        for name, value in tensors.items():
-            part, _, rest = name.partition("/")
-            parts[part][rest] = value
+        parts = _parts(tensors, self.path)
         for part in ("network", "average"):
             check_fit(state.network, parts[part], self.path)
+        moments = _moments(parts["optimizer"], state.optimizer, self.path)
+        groups = state.optimizer.state_dict()["param_groups"]
+        scheduler = state.scheduler.state_dict() if state.scheduler else None
+        if not (
+            _alike(numbers["groups"], json.loads(json.dumps(groups)))
+            and _alike(numbers["scheduler"], json.loads(json.dumps(scheduler)))
+        ):
+            raise _damaged(self.path)
         state.network.load_state_dict(parts["network"])
         for name, value in parts["average"].items():
             state.average.values[name].copy_(value)
         state.average.updates = numbers["average"]
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in parts["optimizer"].items():
-            index, _, key = name.partition("/")
-            moments.setdefault(int(index), {})[key] = value
         state.optimizer.load_state_dict({"state": moments, "param_groups": numbers["groups"]})
         if state.scheduler:
             state.scheduler.load_state_dict(numbers["scheduler"])
@@ -211,11 +212,78 @@ def _difference(found: dict[str, Any], asked: dict[str, Any], key: str) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    damaged = f"{path}: not a training state that can be continued"
+    """The tensors and the numbers of a training state.
+
+    Raises:
+        BadWeights: It isn't one.
+    """
     tensors = load(path)
     try:
         with safe_open(path, framework="pt") as file:
-            numbers: dict[str, Any] = json.loads((file.metadata() or {})[_KEY])
+            numbers = parse_json((file.metadata() or {})[_KEY])
     except (SafetensorError, KeyError, ValueError):
-        raise BadWeights(f"{damaged}. Remove it, or start anew with --no-resume.") from None
+        raise _damaged(path) from None
+    kinds = {"request": dict, "update": int, "average": int, "groups": list}
+    if not (
+        isinstance(numbers, dict)
+        and numbers.keys() == {*kinds, "scheduler"}
+        and all(type(numbers[key]) is kind for key, kind in kinds.items())
+        and min(numbers["update"], numbers["average"]) >= 0
+    ):
+        raise _damaged(path)
     return tensors, numbers
+
+
+def _parts(tensors: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {"network": {}, "average": {}, "optimizer": {}}
+    for name, value in tensors.items():
+        part, _, rest = name.partition("/")
+        if part not in parts:
+            raise _damaged(path)
+        parts[part][rest] = value
+    return parts
+
+
+def _moments(
+    tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, path: Path
+) -> dict[int, dict[str, Tensor]]:
+    """The optimizer's tensors by parameter: counts, and moments of the parameter's shape."""
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else _ADAM
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, _, key = name.partition("/")
+        number = int(index) if index.isdecimal() and len(index) < 9 else len(parameters)
+        if key not in names or number >= len(parameters):
+            raise _damaged(path)
+        shape = () if key == "step" else parameters[number].shape
+        if value.shape != shape or not value.is_floating_point():
+            raise _damaged(path)
+        found.setdefault(number, {})[key] = value
+    if any(each.keys() != names for each in found.values()):
+        raise _damaged(path)
+    return found
+
+
+_ADAM = {"step", "exp_avg", "exp_avg_sq"}
+
+
+def _alike(found: Any, like: Any) -> bool:
+    """Whether `found` has the keys, lengths and types of `like`, down to the last value."""
+    if isinstance(like, dict):
+        return (
+            isinstance(found, dict)
+            and found.keys() == like.keys()
+            and all(_alike(found[key], value) for key, value in like.items())
+        )
+    if isinstance(like, list):
+        return isinstance(found, list) and len(found) == len(like) and all(map(_alike, found, like))
+    number = isinstance(like, int | float) and not isinstance(like, bool)
+    return type(found) in (int, float) if number else type(found) is type(like)
+
+
+def _damaged(path: Path) -> BadWeights:
+    return BadWeights(
+        f"{path}: not a training state that can be continued. Remove it, or start anew with "
+        "--no-resume."
+    )

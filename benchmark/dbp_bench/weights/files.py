@@ -80,7 +80,7 @@ def load(path: Path) -> "dict[str, Tensor]":
 
     try:
         return load_file(path)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
         _refuse_foreign_formats(path)
         raise BadWeights(
             f"{path}: not a complete safetensors file ({error}). Fetch it again."
@@ -108,6 +108,11 @@ def check_fit(network: "nn.Module", tensors: "Mapping[str, Tensor]", path: Path)
     wrong = [f"{n} is missing" for n in want if n not in have]
     wrong += [f"{n} is unknown" for n in have if n not in want]
     wrong += [f"{n} is {have[n]}, not {want[n]}" for n in want if n in have and want[n] != have[n]]
+    wrong += [
+        f"{name} is {tensors[name].dtype}, not {value.dtype}"
+        for name, value in network.state_dict().items()
+        if name in have and tensors[name].is_floating_point() != value.is_floating_point()
+    ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise BadWeights(

@@ -1,7 +1,6 @@
 """Reading a file of weights, whatever its format, without running anything in it."""
 
 import io
-import json
 import re
 import zipfile
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dbp_bench.declaration import parse_json
 from dbp_bench.errors import BadWeights
 from dbp_bench.weights import files as weight_files
 from dbp_bench.weights import unpickle
@@ -121,7 +121,7 @@ def _is_folder_in_zip(path: Path) -> bool:
 
 def _config(content: bytes, label: str) -> dict[str, Any]:
     try:
-        config = json.loads(content)
+        config = parse_json(content)
     except ValueError:
         config = None
     if not isinstance(config, dict):

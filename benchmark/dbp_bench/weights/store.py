@@ -1,7 +1,6 @@
 """The cache of converted checkpoints: a safetensors file and a record beside it, by name."""
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from dbp_bench.declaration import Strict, explain
+from dbp_bench.declaration import Strict, explain, parse_json
 from dbp_bench.errors import BadWeights
 from dbp_bench.weights import catalog, files
+from dbp_bench.writing import replacing, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,9 +69,9 @@ def read(name: str) -> Record:
     if not path.is_file():
         raise BadWeights(f"{name} is not in the cache ({folder()}). {how_to_get(name)}.")
     try:
-        record = Record.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        cause = explain(error, Record) if isinstance(error, ValidationError) else "not UTF-8."
+        record = Record.model_validate(parse_json(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        cause = explain(error, Record) if isinstance(error, ValidationError) else f"{error}."
         raise BadWeights(f"{path}: not a record: {cause} {how_to_get(name)}.") from None
     if record.name != name:
         raise BadWeights(f"{path}: the record of {record.name}, not of {name}. {how_to_get(name)}.")
@@ -120,23 +120,17 @@ def put(name: str, tensors: "Mapping[str, Tensor]") -> str:
 
     path = file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(dict(tensors), temporary)
         temporary.chmod(0o644)  # safetensors writes for its owner alone; a cache may be shared
         sha256 = files.digest(temporary)
         # First the record: without it the weights count as missing, whatever happens between.
         record_file(name).unlink(missing_ok=True)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return sha256
 
 
 def write(record: Record) -> None:
     """Write a record, by which its checkpoint becomes usable."""
-    from dbp_bench.result import write_atomically  # not above: results need numpy, `list` doesn't
-
     content = json.dumps(record.model_dump(), indent=1) + "\n"
     write_atomically(record_file(record.name), content)
 
@@ -150,7 +144,7 @@ def names() -> list[str]:
 def _zoo_names() -> Iterator[str]:
     for path in folder().glob("zoo-*.json"):
         try:
-            yield str(json.loads(path.read_text(encoding="utf-8"))["name"])
+            yield str(parse_json(path.read_text(encoding="utf-8"))["name"])
         except (ValueError, KeyError, TypeError):
             continue
 
