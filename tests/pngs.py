@@ -5,7 +5,7 @@ import zlib
 
 
 def pixels(data: bytes) -> list[list[tuple[int, ...]]]:
-    """Of a PNG file without filters, row by row."""
+    """The pixels of a PNG file without filters, row by row."""
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     at, body, header = 8, b"", b""
     while at < len(data):

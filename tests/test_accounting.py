@@ -252,7 +252,7 @@ def test_too_few_draws_are_blank() -> None:
 
 
 def test_seeds_are_attacked_anew_and_not_pooled() -> None:
-    """Draws of one seed don't judge another's images: half of the seeds have a worst case of 1."""
+    """A seed's draws never evaluate another's images: half of the seeds have a worst case of 1."""
     found = estimates([[True] * 4] * 20, [[False] * 4] * 20, bootstrap=Bootstrap(20))
     assert {name: estimate.value for name, estimate in found.items()} == dict.fromkeys(METRICS, 0.5)
 

@@ -110,8 +110,8 @@ def test_without_fresh_noise_it_is_the_dw_box(draw: int, votes: int) -> None:
     found = stochasticity.mixed_run(whole, images, SEARCH, 0.0, draw, 2)
     want = attacked(whole, images, SEARCH, BOTH, draw)
     assert torch.equal(found["images"], want)
-    judged = right(whole.defense, want, images, seed=SEED, draw=draw)
-    assert torch.equal(found["right"], judged[:, None].expand(-1, 2).double())
+    evaluated = right(whole.defense, want, images, seed=SEED, draw=draw)
+    assert torch.equal(found["right"], evaluated[:, None].expand(-1, 2).double())
     clean = right(whole.defense, images.images, images, seed=SEED, draw=draw)
     assert torch.equal(found["clean-right"], clean[:, None].expand(-1, 2).double())
 
@@ -123,8 +123,8 @@ def test_without_known_noise_it_is_eot(votes: int) -> None:
     found = stochasticity.mixed_run(whole, images, SEARCH, 1.0, 0, 4)
     want = attacked(whole, images, SEARCH, frozenset(), 0)
     assert torch.equal(found["images"], want)
-    judged = [right(whole.defense, want, images, seed=SEED, draw=d) for d in fresh(4)]
-    assert torch.equal(found["right"], torch.stack(judged, 1).double())
+    evaluated = [right(whole.defense, want, images, seed=SEED, draw=d) for d in fresh(4)]
+    assert torch.equal(found["right"], torch.stack(evaluated, 1).double())
 
 
 def test_the_judge_of_a_mixture_draws_its_fresh_part_anew() -> None:
@@ -204,13 +204,13 @@ def test_the_subsets_form_a_lattice() -> None:
 
 
 def test_each_subset_has_the_outcomes_of_a_run() -> None:
-    """As run.py judges: attack d at victim draw d; one attack where nothing is known."""
+    """As a run evaluates: attack d at victim draw d; one attack where nothing is known."""
     whole = stochastic()
     images = whole.groups[0]
     options = immobilise.Options(steps=4, step_size=0.5, eot=3, draws=5)
     for known in immobilise.subsets(BOTH):
         found = immobilise.outcomes(whole, images, SEARCH, known, options)
-        judged = []
+        evaluated = []
         for draw in range(options.known if known else options.draws):
             adversarial = evaluate.attack(
                 whole.defense,
@@ -222,8 +222,8 @@ def test_each_subset_has_the_outcomes_of_a_run() -> None:
                 victim_draw=draw if known else 0,
                 max_batch=whole.max_batch,
             ).images
-            judged.append(right(whole.defense, adversarial, images, seed=SEED, draw=draw))
-        assert torch.equal(found["robust"], torch.stack(judged, 1).double()), known
+            evaluated.append(right(whole.defense, adversarial, images, seed=SEED, draw=draw))
+        assert torch.equal(found["robust"], torch.stack(evaluated, 1).double()), known
 
 
 def test_only_the_site_that_matters_matters() -> None:
@@ -316,13 +316,13 @@ def test_loss_along_a_step_of_a_linear_defense() -> None:
     """Steps of eps / 16 move the score by k eps |weight|_1 / 16, at every draw alike."""
     whole = linear(8)
     rows = efficacy.measure(whole, efficacy.Options(sets=4, fresh=2), Once())
-    for judged, draws in (("known", range(3)), ("fresh", fresh(2))):
+    for at, draws in (("known", range(3)), ("fresh", fresh(2))):
         margin = margins(whole, [victim(whole, d) for d in draws])
         for k in (-16, -3, 0, 5, 16):
             want = F.softplus(k * SHIFT / 16 - margin).mean()
             for series in efficacy.DIRECTIONS[:2]:
-                found = value(rows, f"loss-{judged}", series, k)
-                assert found == pytest.approx(float(want), abs=2e-5), (judged, series, k)
+                found = value(rows, f"loss-{at}", series, k)
+                assert found == pytest.approx(float(want), abs=2e-5), (at, series, k)
 
 
 def test_the_known_draw_is_the_steepest_at_that_draw_only() -> None:

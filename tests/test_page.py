@@ -106,7 +106,7 @@ def sweeps() -> list[Findings]:
 
 @pytest.fixture(scope="module")
 def board(tmp_path_factory: pytest.TempPathFactory) -> Leaderboard:
-    """Of all results and sweeps that a page can show."""
+    """A leaderboard of all results and sweeps that a page can show."""
     return everything(tmp_path_factory.mktemp("everything"))
 
 

@@ -313,6 +313,10 @@ def write_checkpoint(name: str, folder: Path) -> Path:
     return path
 
 
+SIDE = 16
+"""The side of the images that stand for CIFAR's."""
+
+
 def generated_data(patch: pytest.MonkeyPatch, folder: Path) -> Path:
     """Images and labels under the names of the real data sets, and their lists."""
     rng = np.random.default_rng(0)
@@ -324,7 +328,7 @@ def generated_data(patch: pytest.MonkeyPatch, folder: Path) -> Path:
     patch.setattr(splits, "STRATIFIED", 10)
     (folder / "data").mkdir()
     for name in ("cifar10", "cifar100", "imagenet"):
-        size = 24 if name == "imagenet" else 32
+        size = 24 if name == "imagenet" else SIDE
         patch.setitem(data_catalog.CATALOG, name, Facts(name, 10, (3, size, size), 30, 40))
         labels = rng.permutation(np.arange(70) % 10)
         images = rng.integers(0, 256, (70, size, size, 3), dtype=np.uint8)
@@ -557,11 +561,11 @@ def test_a_plan_tells_the_memory_of_a_pass(
     cost = estimate(job, tmp_path, policy)
     assert cost.by_step == (policy == "step")
     built = job.defense(policy=policy)
-    x = uniform(IMAGES, 3, 32, 32, seed=2).float().requires_grad_()
+    x = uniform(IMAGES, 3, SIDE, SIDE, seed=2).float().requires_grad_()
     tape = Tape.make(0, "test", range(IMAGES))
     kept = memory.activation_bytes(lambda: built.logits(x, tape))
     if policy == "step":
-        z, t = torch.zeros(IMAGES, 3, 32, 32, requires_grad=True), torch.ones(IMAGES)
+        z, t = torch.zeros(IMAGES, 3, SIDE, SIDE, requires_grad=True), torch.ones(IMAGES)
         kept += memory.activation_bytes(lambda: built.networks[0](z, t))
     assert 0.8 < cost.bytes / kept < 1.25
 

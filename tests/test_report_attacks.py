@@ -388,7 +388,7 @@ def duel(folder: Path, *results: Result) -> Any:
 
 
 def test_third_parties_against_ours(tmp_path: Path) -> None:
-    """Of ours with at most as many evaluations the strongest; each image paired."""
+    """They stand beside the strongest of ours with at most as many evaluations, image by image."""
     fair = attacked("both", "fair", 0.5, evaluations=(350, 50))
     weaker = attacked("both", "weaker", 0.6, evaluations=(10, 0))
     strong = attacked("both", "strong", 0.05, evaluations=(350, 51))

@@ -107,7 +107,7 @@ def test_a_network_that_is_right_has_no_loss(process: Process) -> None:
 
 
 def test_the_loss_of_edm_has_one_size_at_all_levels() -> None:
-    """Of a network that says the skip alone (F = 0): sigma_data^2 + |z|^2 c ..., by hand."""
+    """A network that says the skip alone (F = 0) has the squared target of F as its loss."""
     process, z = EDM(), torch.full((3, 1, 2, 2), 0.5)
     level = process.at(torch.tensor([0.02, 0.5, 5.0]))
     noise = torch.ones_like(z)

@@ -47,7 +47,7 @@ class Server:
     cuts: int = 10**9
     """Connections that are cut; the rest is whole."""
     commit: str | None = None
-    """Of a repository of the Hugging Face Hub that the file is in."""
+    """The commit of the repository on the Hugging Face Hub that the file is in."""
     status: int = 200
     page: str | None = None
     """A web page in place of the file."""
