@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import Mock
 
 import jsonschema
 import pytest
@@ -427,7 +428,7 @@ def test_another_request_in_the_same_folder(
     with pytest.raises(BadRequest) as caught:
         execute(other, tmp_path)
     message = str(caught.value)
-    assert "eps is 0.2 there, 0.1 asked; effort is {" in message
+    assert "eps is 0.2 there, 0.1 asked; effort.steps is 2 there, 3 asked." in message
     assert "batch_size" not in message
     assert "\n" not in message
     assert [name for name in files(tmp_path) if not name.endswith(".lock")] == [
@@ -774,10 +775,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
     options += ["--set", "steps=2", "--set", "eot=2"]
     options += ["--batch-size", "4", "--examples", "8", "--out", tmp_path]
     sync = os.fsync
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
+    full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr("dbp_bench.writing.os.fsync", full)
     said = command(*options)
     assert said.code == 2
