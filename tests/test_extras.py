@@ -270,6 +270,7 @@ def test_our_networks_compute_what_robustbench_s_do(name: str) -> None:
 # ------------------------------------------------------- a torchvision of another build than torch
 
 OF_ANOTHER_BUILD = """
+import torch
 for name in ("made_up_nms", "made_up_qnms"):
     if not torch._C._jit_get_schemas_for_operator(f"torchvision::{name}"):
         raise RuntimeError(f"operator torchvision::{name} does not exist")
