@@ -265,3 +265,57 @@ def test_our_networks_compute_what_robustbench_s_do(name: str) -> None:
     ours.load_state_dict(renamed(entry.layout, theirs.state_dict(), ours))
     images = uniform(2, 3, 32, 32)
     torch.testing.assert_close(ours(images), theirs(images))
+
+
+# ------------------------------------------------------- a torchvision of another build than torch
+
+OF_ANOTHER_BUILD = """
+import torch
+for name in ("made_up_nms", "made_up_qnms"):
+    if not torch._C._jit_get_schemas_for_operator(f"torchvision::{name}"):
+        raise RuntimeError(f"operator torchvision::{name} does not exist")
+"""
+"""It fails to import for want of one operator, then of the next."""
+
+
+@pytest.mark.parametrize("extra", ["timm", "robustbench", "torchattacks"])
+def test_torchvision_beside_a_cpu_torch(
+    install: Install, monkeypatch: pytest.MonkeyPatch, extra: str
+) -> None:
+    """The registry's torchvision is of a CUDA build; no network that we use calls its operators."""
+    operators = [f"{extra}_nms", f"{extra}_qnms"]
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    text = OF_ANOTHER_BUILD.replace("made_up", extra)
+    install("torchvision", {"__init__.py": text})
+    files = {
+        "timm": {"__init__.py": "import torchvision", "models/__init__.py": ""},
+        "torchattacks": {
+            "__init__.py": "import torchvision",
+            "attack.py": "",
+            "attacks/pgd.py": "",
+        },
+        "robustbench": {
+            "__init__.py": "import torchvision",
+            "eval.py": "aa_state_path = 1",
+            "model_zoo/__init__.py": "",
+            "utils.py": "",
+        },
+    }[extra]
+    install(extra, files, "1.1.1")
+    assert next(s for s in status(imported=True) if s.name == extra).state == "ready"
+    assert extra in load_extra(extra)
+    assert all(torch._C._jit_get_schemas_for_operator(f"torchvision::{o}") for o in operators)
+
+
+@pytest.mark.parametrize("raised", ["ImportError('no')", "ValueError('dtype size changed')"])
+def test_an_extra_that_does_not_import_is_not_ready(
+    install: Install, raised: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As far as can be told without importing it, it is."""
+    files = {"__init__.py": f"raise {raised}", "models/__init__.py": ""}
+    install("timm", files, "1.0.9")
+    assert of("timm").state == "ready"
+    found = next(each for each in status(imported=True) if each.name == "timm")
+    assert (found.state, found.version) == ("broken", "1.0.9")
+    assert found.hint.startswith("is installed but does not import (")
+    assert "--force-reinstall --no-deps timm" in found.hint
