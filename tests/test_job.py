@@ -372,6 +372,8 @@ def test_refusal_names_what_differs() -> None:
     with pytest.raises(BadRequest) as caught:
         refuse_other_request(asked, held, Path("there"))
     message = str(caught.value)
-    assert message.startswith("there holds another request: eps is 0.1 there, 0.2 asked; effort is")
+    assert message.startswith(
+        "there holds another request: eps is 0.1 there, 0.2 asked; effort.steps is"
+    )
     assert message.count("asked") == 2
     assert "--no-resume" in message

@@ -116,7 +116,7 @@ def test_another_surrogate_is_another_request(tmp_path: Path) -> None:
     one = entries(tmp_path / "one", surrogate={"options": {"stages": SHORT}})
     two = entries(tmp_path / "two", surrogate={"options": {"stages": SHORT}, "votes": 2})
     held, asked = (job(registry, DECLARED).identity() for registry in (one, two))
-    with pytest.raises(BadRequest, match=r"surrogate is .* there, .* asked"):
+    with pytest.raises(BadRequest, match=r"surrogate\.votes is 1 there, 2 asked"):
         refuse_other_request(asked, held, tmp_path)
 
 

@@ -105,7 +105,8 @@ def load(module: str, folder: Path, source: Source) -> ModuleType:
     try:
         return import_module(f"{held.key}.{module}")
     except ImportError as error:
-        raise ImportError(str(error).replace(f"{held.key}.", "")) from error
+        told = ImportError(str(error).replace(f"{held.key}.", ""))
+        raise told.with_traceback(error.__traceback__) from error
 
 
 class _Finder(MetaPathFinder):
