@@ -111,7 +111,7 @@ def check_fit(network: "nn.Module", tensors: "Mapping[str, Tensor]", path: Path)
     wrong += [
         f"{name} is {tensors[name].dtype}, not {value.dtype}"
         for name, value in network.state_dict().items()
-        if name in have and value.is_floating_point() > tensors[name].is_floating_point()
+        if name in have and value.is_floating_point() and not tensors[name].is_floating_point()
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
