@@ -39,11 +39,16 @@ def finish(where: Path, *arguments: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The sha256 of each file that a command made; what is hidden is unfinished work."""
+    """The sha256 of each file that a command made, but for logs, which have times.
+
+    What is hidden is unfinished work.
+    """
     return {
         path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+        if path.is_file()
+        and path.suffix != ".jsonl"
+        and not any(p.startswith(".") for p in path.relative_to(folder).parts)
     }
 
 

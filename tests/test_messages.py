@@ -165,6 +165,14 @@ def test_an_exception_of_an_attack(command: "Command") -> None:
     assert "toy_of_a_user_attack.py:8: IndexError: " in one_line(said, 3)
 
 
+@pytest.mark.parametrize("body", ["return x[:, :, :4]", "return None", "return x.tolist()"])
+def test_what_is_returned_makes_our_code_raise(command: "Command", body: str) -> None:
+    write(body)
+    message = one_line(command(*RUN), 3)
+    assert "Error: " in message or "purified" in message
+    assert "Traceback" not in message
+
+
 @pytest.mark.parametrize(
     "raised",
     [

@@ -129,4 +129,4 @@ def place_of(error: BaseException) -> str | None:
         elif path.is_relative_to(python):
             continue
         place = f"{path}:{line}"
-    return place
+    return place_of(error.__cause__) if place is None and error.__cause__ else place

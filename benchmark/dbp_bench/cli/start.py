@@ -3,6 +3,7 @@
 import os
 import sys
 from io import TextIOWrapper
+from traceback import walk_tb
 from typing import Any, NoReturn
 
 import typer
@@ -50,7 +51,7 @@ def start() -> None:
                 "--checkpointing step.",
                 3,
             )
-        if place_of(error) is None:
+        if place_of(error) is None and "--trust-code" not in sys.argv:
             raise  # a fault of ours: the traceback says where
         _fail(_failed(error), 3)
 
@@ -73,9 +74,17 @@ def _is_exhausted(error: Exception) -> bool:
 
 
 def _failed(error: BaseException) -> str:
-    """What somebody's own code raised, and where."""
+    """What somebody's own code raised, and where; or what it returned made ours raise."""
     said = " ".join(str(error).split())
-    return f"{place_of(error)}: {type(error).__name__}{f': {said}' if said else ''}"
+    what = f"{type(error).__name__}{f': {said}' if said else ''}"
+    place = place_of(error)
+    if place is not None:
+        return f"{place}: {what}"
+    frame, line = list(walk_tb(error.__traceback__))[-1]
+    return (
+        f"{what} ({frame.f_code.co_filename}:{line}), with what the code returned that is trusted "
+        "here. `dbp-bench check` tells more of a defense."
+    )
 
 
 def _invoke() -> None:
