@@ -16,6 +16,7 @@ import yaml
 
 from dbp_bench import attacks
 from dbp_bench.attacks.pgd import PGD
+from dbp_bench.declaration import number, value_of
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import BadRequest, NotComparable
@@ -478,3 +479,21 @@ def test_the_defaults_of_an_attack_are_right() -> None:
 
 def test_text_that_writes_a_number_is_one() -> None:
     assert attacks.make("pgd", {"step_size": "8/255"}) == PGD(step_size=8 / 255)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0.5/255", 0.5 / 255), ("8 / 255", 8 / 255), ("1e-3", 1e-3), ("0", 0), ("1e-3/1e-3", 1)],
+)
+def test_what_writes_a_number(text: str, value: float) -> None:
+    assert number(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-400", "1e-400/3", "1/2/3", "1/0", "1e9999", "1e999999999", "nan", "x", "1_0", ""]
+)
+def test_what_writes_none(text: str) -> None:
+    """A number that a float holds as 0 is no 0, which would be the null attack."""
+    with pytest.raises(ValueError, match="number"):
+        number(text)
+    assert not isinstance(value_of(text) if text[:4] == "1e-4" else text, float)

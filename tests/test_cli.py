@@ -16,7 +16,9 @@ from rich.text import Text
 from dbp_bench import __version__, attacks
 from dbp_bench.cli import moved
 from dbp_bench.cli.app import application
+from dbp_bench.defense import Defense
 from dbp_bench.entries.registry import Registry
+from dbp_bench.entries.subject import Subject
 from dbp_bench.result import Result
 from own_entries import folder, toy_defense
 
@@ -290,6 +292,40 @@ def test_report(command: "Command", tmp_path: Path) -> None:
     for line in said.out.splitlines():
         assert (tmp_path / line).is_file()
     assert command("report", "--quiet") == (0, "", "")
+
+
+# ------------------------------------------------------------------------ numbers that say nothing
+
+
+def test_saturated_losses_are_said_where_the_number_is(
+    command: "Command", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = Subject.defense
+
+    def saturated(self: Subject, **keywords: Any) -> Defense:
+        built = build(self, **keywords)
+        inner = built.classifier.forward
+        built.classifier.forward = lambda images: 1e4 * inner(images)
+        return built
+
+    monkeypatch.setattr(Subject, "defense", saturated)
+    ask = [
+        "run",
+        "--defense",
+        "none",
+        "--threat",
+        "eot",
+        *SMALL,
+        "--examples",
+        "60",
+        "--batch-size",
+        "60",
+    ]
+    said = command(*ask)
+    assert "] *" in said.out
+    assert "of 60 images, which stay right" in said.out
+    (row,) = json.loads(command(*ask, "--json").out)
+    assert any("no gradient, or none but zero" in doubt for doubt in row["doubts"])
 
 
 # --------------------------------------------------------------------------- brackets are no markup

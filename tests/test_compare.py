@@ -12,10 +12,10 @@ from dbp_bench.reporting.compare import (
     compare,
     in_words,
     mcnemar,
-    permutation,
     side,
     to_table,
 )
+from dbp_bench.reporting.ranking import permutation
 from dbp_bench.reporting.statistics import Score
 from records import IMAGES, TRACK, attacked, make, matrix, save
 

@@ -10,13 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from dbp_bench import memory
+from dbp_bench.attacks.common.objectives import OBJECTIVES
 from dbp_bench.checks import record
 from dbp_bench.checks.conformance import AS_RUN, CHECKS, IN_FLOAT64, check_subject, fault
 from dbp_bench.defense import Defense, Identity, Purifier
 from dbp_bench.entries.registry import Registry
-from dbp_bench.errors import UnknownName
-from dbp_bench.noise import FORWARD, GUIDANCE, REVERSE, Noise, Site, seeded
+from dbp_bench.errors import NotConforming, UnknownName
+from dbp_bench.evaluate import Group, attack, predict
+from dbp_bench.noise import (
+    FORWARD,
+    GUIDANCE,
+    REVERSE,
+    Noise,
+    OpaqueNoise,
+    Site,
+    Tape,
+    seeded,
+)
 from dbp_bench.purifiers.guided import mse_gradient
+from dbp_bench.result import Conformance, GradientCheck
+from dbp_bench.threat import AttackerView, Budget, Linf
 from own_entries import on_digits
 from toys import BOTH, SAMPLERS, Made, MixtureDenoiser, Small, sampler, ssim, uniform
 
@@ -253,6 +266,20 @@ def wrong_shape(x: Tensor, noise: Noise) -> Tensor:
     return good(x, noise) + torch.ones(3, 7)
 
 
+def in_a_large_batch(x: Tensor, noise: Noise) -> Tensor:
+    """Honest where a short check would see it."""
+    return good(x, noise) if len(x) <= 4 else 0.9 * good(x, noise)
+
+
+def in_float32(x: Tensor, noise: Noise) -> Tensor:
+    return (8 * good(x, noise)).round() / 8 if x.dtype == torch.float32 else good(x, noise)
+
+
+def another_gradient_in_float32(x: Tensor, noise: Noise) -> Tensor:
+    out = good(x, noise)
+    return 2 * out.detach() - out if x.dtype == torch.float32 else out
+
+
 BREAK_ONE_RULE: list[tuple[Run, str, str]] = [
     (too_wide, OUTPUT, "not in [0, 1]"),
     (hides_nan, OUTPUT, "not finite"),
@@ -429,10 +456,22 @@ def test_checks_leave_the_process_and_the_defense_as_they_were() -> None:
 REPLAYS, ALONE, PROGRAM, INPUT = record.CHECKS
 
 
+def cases(run: Run) -> list[record.Case]:
+    """The run of an attack on a purifier with 2 EoT samples, and the same in float64."""
+    images, labels = uniform(8, 1, 4, 4), torch.arange(8) % 2
+    built = [Defense(toy(run), Small().to(dtype)) for dtype in (torch.float32, torch.float64)]
+    return [
+        record.Case(each, each, images[:n].to(dtype), labels[:n], max_batch=most, samples=2)
+        for each, dtype, n, most in zip(
+            built, (torch.float32, torch.float64), (8, 2), (16, 1), strict=True
+        )
+    ]
+
+
 def recorded(run: Run) -> dict[str, str]:
     """The checks of the short record that a purifier fails, with the reason."""
-    found = record.examine(Defense(toy(run), Small()), IMAGES[:2])
-    assert list(found) == list(record.CHECKS)
+    found = record.examine(*cases(run))
+    assert list(found)[:4] == list(record.CHECKS)
     return {name: reason for name, reason in found.items() if reason != "pass"}
 
 
@@ -446,10 +485,13 @@ def test_a_good_defense_has_a_clean_record() -> None:
         (own_generator(), REPLAYS, "two evaluations with the same draws differ"),
         (off_tape, REPLAYS, "two evaluations with the same draws differ"),
         (towards_the_batch, ALONE, "when an image is evaluated alone"),
-        (shares_noise, ALONE, "when an image is evaluated alone"),
+        (shares_noise, ALONE, "when the batch is split"),
+        (in_a_large_batch, ALONE, "when an image is evaluated alone"),
         (surrogate, PROGRAM, "when a gradient is asked for"),
         (in_place, INPUT, "the purifier changes its input in place"),
         (wrong_shape, REPLAYS, "it stopped with RuntimeError"),
+        (in_float32, record.PRECISION, "when float64 is taken"),
+        (another_gradient_in_float32, record.PRECISION, "its cosine is -1"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -460,11 +502,133 @@ def test_a_cheating_defense_has_it_in_its_record(run: Run, check: str, reason: s
 
 
 def test_each_of_the_short_checks_finds_its_own_fault_alone() -> None:
-    alone = {towards_the_batch: ALONE, shares_noise: ALONE, surrogate: PROGRAM}
+    alone = {
+        surrogate: PROGRAM,
+        in_float32: record.PRECISION,
+        another_gradient_in_float32: record.PRECISION,
+    }
     for run, check in alone.items():
         assert list(recorded(run)) == [check]
-    # What draws outside its tape differs from itself in every comparison.
-    assert INPUT not in recorded(own_generator())
+
+
+def test_a_wrong_gradient_is_a_fault_of_a_record_and_a_kink_is_not() -> None:
+    def of(*errors: float | None) -> list[str]:
+        check = GradientCheck(ids=[0, 1], difference_errors=list(errors), cosine=[1.0, 1.0])
+        return record.faults(Conformance(checks={"a": "pass", "b": "no"}, gradient=check))
+
+    assert of(1e-6, 0.3) == of(None, None) == ["b: no"]
+    assert of(0.4, 0.3) == ["b: no", "the exact gradient is off from finite differences by 0.3"]
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("votes", [1, 3])
+def test_noise_is_of_one_type_in_an_attack_and_in_an_evaluation(copies: int, votes: int) -> None:
+    """And nothing but draws can be read from it."""
+    seen: list[tuple[type, list[str]]] = []
+    names = ["seed", "owner", "ids", "draws", "victim", "guess", "sites", "noise", "vote", "repeat"]
+    names += ["source", "__dict__", "_tape", "_OpaqueNoise__draw", "_OpaqueNoise__vote"]
+
+    def spies(x: Tensor, noise: Noise) -> Tensor:
+        seen.append((type(noise), [name for name in names if hasattr(noise, name)]))
+        return good(x, noise)
+
+    defense = Defense(toy(spies), Small(), votes=votes)
+    group = Group(IMAGES, torch.tensor([0, 1, 0]), [3, 4, 5])
+
+    def search(view: AttackerView, images: Tensor, labels: Tensor, _: Budget) -> Tensor:
+        view.gradient(images, labels, OBJECTIVES["ce"], range(copies))
+        view.logits(images, range(copies))
+        view.differentiable(images, 0)
+        return images
+
+    for knows in (frozenset[Site](), frozenset({FORWARD}), BOTH):
+        attack(defense, search, group, Linf(0.1), knows, seed=0, victim_draw=0, max_batch=3)
+    predict(defense, IMAGES, group.ids, seed=0, draw=1)
+    assert len(seen) > 10 * votes
+    assert {kind for kind, _ in seen} == {OpaqueNoise}
+    assert not any(readable for _, readable in seen)
+
+
+# ------------------------------------------------------------------- inputs, and forms of logits
+
+
+def test_a_purifier_that_changes_its_input_is_refused_and_harms_nothing() -> None:
+    images, tape = IMAGES.clone(), Tape.make(0, "x", range(3))
+    defense = Defense(toy(in_place), Small())
+    for act in (defense.logits, defense.classes):
+        with pytest.raises(NotConforming, match="changes its input in place"):
+            act(images, tape)
+    assert torch.equal(images, IMAGES)
+
+
+def test_a_purifier_that_hides_that_it_changes_its_input_harms_nothing() -> None:
+    def hidden(x: Tensor, noise: Noise) -> Tensor:
+        x.data.mul_(0.9)
+        return good(x, noise)
+
+    images, tape = IMAGES.clone(), Tape.make(0, "x", range(3))
+    Defense(toy(hidden), Small(), votes=2).logits(images, tape)
+    assert torch.equal(images, IMAGES)
+    assert "changes its input" in recorded(hidden)[INPUT]
+
+
+def test_an_attack_that_changes_its_images_harms_nothing() -> None:
+    def search(_: AttackerView, images: Tensor, labels: Tensor, __: Budget) -> Tensor:
+        labels.zero_()
+        return images.add_(0.5)
+
+    group = Group(IMAGES.clone(), torch.tensor([0, 1, 0]), [3, 4, 5])
+    defense = Defense(toy(good), Small())
+    none = frozenset[Site]()
+    found = attack(defense, search, group, Linf(0.1), none, seed=0, victim_draw=0, max_batch=3)
+    assert torch.equal(group.images, IMAGES)
+    assert group.labels.tolist() == [0, 1, 0]
+    assert float((found.images - IMAGES).abs().max()) <= 0.1 + 1e-6
+
+
+class Answers(nn.Module):
+    """A classifier that gives its logits in another form."""
+
+    def __init__(self, form: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.inner, self.form = Small(), form
+
+    def forward(self, images: Tensor) -> object:
+        return self.form(self.inner(images))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda y: y[:, :, None, None],
+        lambda y: (y, y),
+        lambda y: {"scores": y},
+        lambda y: y.argmax(1),
+        lambda y: y.long(),
+        lambda y: y[:, :1],
+        lambda y: torch.cat([y, y[:, :1]], 1),
+        lambda y: y[:1],
+        lambda _: None,
+    ],
+)
+def test_logits_of_another_form_are_refused_at_once(form: Callable[[Tensor], object]) -> None:
+    defense = Defense(toy(good), Answers(form), classes=2)
+    tape = Tape.make(0, "x", range(3))
+    for act in (defense.logits, defense.classes):
+        with pytest.raises(NotConforming, match=r"^the classifier returns "):
+            act(IMAGES, tape)
+
+
+class WithLogits:
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+@pytest.mark.parametrize("form", [WithLogits, lambda y: {"logits": y}])
+def test_logits_inside_an_answer_are_taken(form: Callable[[Tensor], object]) -> None:
+    tape = Tape.make(0, "x", range(3))
+    plain = Defense(toy(good), Small(), classes=2).logits(IMAGES, tape)
+    assert torch.equal(Defense(toy(good), Answers(form), classes=2).logits(IMAGES, tape), plain)
 
 
 # --------------------------------------------------------------------------------- entries

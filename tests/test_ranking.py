@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dbp_bench.reporting.ranking import holm, pairwise, ranks_with_ties
+from dbp_bench.reporting.ranking import holm, pairwise, permutation, ranks_with_ties
 from dbp_bench.reporting.statistics import Score
 
 
@@ -40,7 +40,7 @@ def test_the_test_is_paired() -> None:
 
 
 def test_a_tie_need_not_be_transitive() -> None:
-    ranks = ranks_with_ties({"a": score(0.525), "b": score(0.51), "c": score(0.495)})
+    ranks = ranks_with_ties({"a": score(0.53), "b": score(0.51), "c": score(0.49)})
     assert {name: str(standing) for name, standing in ranks.items()} == {
         "a": "1-2",
         "b": "1-3",
@@ -79,3 +79,12 @@ def test_what_cannot_be_ranked() -> None:
         ranks_with_ties({"a": score(0.5), "b": score(0.5, images=100)})
     with pytest.raises(ValueError, match="no image"):
         ranks_with_ties({"a": Score([], 1), "b": Score([], 1)})
+
+
+def test_ranks_follow_from_the_test_that_compares_two() -> None:
+    rng = np.random.default_rng(1)
+    a, b = (Score(rng.integers(0, 10, 80).tolist(), 9) for _ in "ab")
+    assert pairwise({"a": a, "b": b})["a", "b"] == permutation(a, b)
+    # Three images of 200, all on one side: a coin does so once in four times.
+    few = {"a": score(0.515), "b": score(0.5)}
+    assert pairwise(few)["a", "b"] == 0.25

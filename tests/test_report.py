@@ -19,7 +19,8 @@ from dbp_bench.reporting.leaderboard import Leaderboard, Row, decompose, leaderb
 from dbp_bench.reporting.pool import accuracies
 from dbp_bench.reporting.records import load
 from dbp_bench.reporting.report import outcomes_csv, write_leaderboards
-from dbp_bench.reporting.statistics import Bootstrap, Estimate
+from dbp_bench.reporting.sanity import doubts
+from dbp_bench.reporting.statistics import Bootstrap
 from dbp_bench.reporting.tables import leaderboard_markdown, rows_frame
 from dbp_bench.result import Result, result_path
 from dbp_bench.weights.files import digest
@@ -274,11 +275,11 @@ def test_rank_by_hidden_or_by_known(tmp_path: Path) -> None:
 def test_null_attack_that_does_something_is_flagged(tmp_path: Path) -> None:
     bad = [r for r in matrix() if r.threat != "null"] + [make("both", "null", 0.8)]
     (flag,) = row_of(board_of(tmp_path / "bad", *bad), "both").flags
-    assert "null attack" in flag
-    assert "-20.0 [" in flag
+    assert "the null attack changes 32 of 160 outcomes" in flag
     assert row_of(board_of(tmp_path / "good", *matrix()), "both").flags == []
     one = [r for r in matrix() if r.threat != "null"] + [make("both", "null", 39 / 40)]
-    assert row_of(board_of(tmp_path / "one", *one), "both").flags == []
+    (flag,) = row_of(board_of(tmp_path / "one", *one), "both").flags
+    assert "the null attack changes 4 of 160 outcomes" in flag
 
 
 def test_other_flags(tmp_path: Path) -> None:
@@ -298,7 +299,7 @@ def test_other_flags(tmp_path: Path) -> None:
 
 def test_accuracies_of_one_result() -> None:
     found = accuracies(make("both", "dwbox", 0.25, clean=1, fresh=0.5))
-    assert found.clean == Estimate(1, 1, 1)
+    assert (found.clean.value, found.clean.high, round(found.clean.low, 4)) == (1, 1, 0.9119)
     assert found.robust.value == 0.25
     assert found.robust.low < 0.25 < found.robust.high
     assert found.fresh is not None
@@ -366,15 +367,51 @@ def test_a_vote_is_blank_where_a_class_was_not_recorded(tmp_path: Path) -> None:
 
 
 def test_null_attack_that_changes_votes_only_is_flagged(tmp_path: Path) -> None:
-    """The mean of the null attack is that of clean images, but no image is sure any more."""
+    """The mean of the null attack is that of clean images, but outcomes are others."""
     clean = [[i % 2 == 0] * 4 for i in range(IMAGES)]
     robust = [[draw % 2 == 0 for draw in range(4)] for _ in range(IMAGES)]
     bad = make("both", "null", robust, clean=clean)
     (flag,) = row_of(board_of(tmp_path, bad), "both").flags
-    assert "null attack" in flag
-    assert "worst of 4 -50.0 [" in flag
-    assert "worst of 3 -50.0 [" in flag
-    assert "one draw" not in flag
+    assert "the null attack changes 80 of 160 outcomes" in flag
+
+
+def test_null_attack_that_changes_one_wrong_class_is_flagged(tmp_path: Path) -> None:
+    """Noise of a defense's own changes outcomes that no accuracy shows."""
+    classes = make("both", "null", 0.5, clean=0.5)
+    table = classes.model_dump(by_alias=True)
+    row = next(i for i, right in enumerate(classes.right("adversarial")) if not right[0])
+    table["predicted"]["adversarial"][row][0] += 1
+    (flag,) = row_of(board_of(tmp_path, signed(table)), "both").flags
+    assert "the null attack changes 1 of 160 outcomes" in flag
+    (doubt,) = doubts(signed(table))
+    assert doubt == flag
+
+
+def test_parts_below_zero_are_said_and_their_share_is_blank(tmp_path: Path) -> None:
+    base = make("none", "eot", 0.5, draws=1, sites=[])
+
+    def row(hidden: float, known: float, at: str) -> Row:
+        results = make("odd", "eot", hidden), make("odd", "dwbox", known)
+        return row_of(board_of(tmp_path / at, base, *results), "odd")
+
+    below = row(0.9, 0.2, "below")
+    (flag,) = below.flags
+    assert flag.startswith("purification P is negative (-30.0 [")
+    assert (below.estimates["share"], below.estimates["purification"] is None) == (None, False)
+    (flag,) = row(0.9, 0.475, "near").flags
+    assert flag.startswith("purification P is below 0, within its interval (-2.5 [")
+    (flag,) = row(0.7, 0.725, "hiding").flags
+    assert flag.startswith("stochasticity S is below 0, within its interval (-2.5 [")
+    good = row(0.9, 0.7, "good")
+    assert good.flags == []
+    assert good.estimates["share"] is not None
+
+
+def test_saturated_losses_are_a_doubt() -> None:
+    zero = [True] * 30 + [False] * 10
+    (doubt,) = doubts(make("both", "eot", 0.9, zero_gradient=zero))
+    assert doubt.startswith("no gradient, or none but zero, at any step on 30 of 40 images")
+    assert doubts(make("both", "eot", 0.9)) == []
 
 
 def test_other_attacks_leave_the_leaderboard_alone(tmp_path: Path) -> None:
@@ -747,8 +784,19 @@ def test_csv_files_of_the_matrix(reported: Path) -> None:
 def test_a_threat_model_called_null_survives_a_csv_file(reported: Path) -> None:
     path = reported / f"{TRACK}-results.csv"
     assert "null" in read_csv(path)["threat"].tolist()
-    # As pandas reads by itself, it is missing: README.md of the leaderboards says how to read.
-    assert pd.read_csv(path)["threat"].isna().sum() == 1
+    # As pandas reads by itself, it is a name, too, and no row is lost in groups.
+    frame = pd.read_csv(path)
+    assert "'null'" in frame["threat"].tolist()
+    assert sum(frame.groupby("threat").size()) == len(frame)
+
+
+@pytest.mark.parametrize("name", ["null", "NA", "nan", "None", "n/a", "NULL", "<NA>"])
+def test_names_that_pandas_takes_for_missing_survive(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(to_csv(pd.DataFrame({"threat": [name, "eot", None], "n": [1, 2, 3]})))
+    assert pd.read_csv(path)["threat"].tolist()[:2] == [f"'{name}'", "eot"]
+    assert pd.read_csv(path)["threat"].isna().tolist() == [False, False, True]
+    assert read_csv(path)["threat"].tolist()[:2] == [name, "eot"]
 
 
 def test_markdown_says_what_it_means(tmp_path: Path, registry: Registry) -> None:
@@ -767,9 +815,9 @@ def test_markdown_says_what_it_means(tmp_path: Path, registry: Registry) -> None
     assert "Known draws: 3" in text
     assert "| whitebox, EoT-1 |" in text
     assert "not the track's own" not in text
-    cells = [line.strip("|").split(" | ") for line in lines if line.startswith("| 1 | both")]
+    cells = [line.strip("|").split(" | ") for line in lines if line.startswith("| 1-2 | both")]
     assert [len(row) for row in cells] == [7, 8, 7, 8, 8, 8]
-    assert cells[0][2] == "100.0 [100.0, 100.0]"
+    assert cells[0][2] == "100.0 [91.2, 100.0]"
     assert cells[0][3].startswith("65.0 [")
     # Every row of a table has as many cells as its head.
     for start in (i for i, line in enumerate(lines) if line.startswith("|  | Defense")):
@@ -807,7 +855,7 @@ def test_latex_is_balanced(tmp_path: Path, registry: Registry) -> None:
     for environment in ("table*", "tabular", "minipage"):
         begins = tex.count(rf"\begin{{{environment}}}")
         assert begins == tex.count(rf"\end{{{environment}}}") > 0
-    rows = [line for line in tex.splitlines() if line.startswith("1 & both")]
+    rows = [line for line in tex.splitlines() if line.startswith("1-2 & both")]
     assert [row.count(" & ") + 1 for row in rows] == [7, 8, 7, 8]
     assert r"A toy | of 5 \% \& \_more\_" in tex
     assert "upper bound" in tex

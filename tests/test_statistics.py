@@ -2,8 +2,19 @@ import math
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from dbp_bench.reporting.statistics import RESAMPLES, Bootstrap, Estimate, ratio
+from dbp_bench.reporting.statistics import (
+    RESAMPLES,
+    Bootstrap,
+    Estimate,
+    Score,
+    proportion,
+    ratio,
+)
+from dbp_bench.reporting.votes import worst
+
+Chances = NDArray[np.float64]
 
 
 def test_constant_has_zero_width() -> None:
@@ -96,3 +107,80 @@ def test_percent() -> None:
     assert Estimate(0.466, 0.434, 0.499).percent() == "46.6 [43.4, 49.9]"
     assert Estimate(-0.0001, -0.02, 0.01).percent() == "0.0 [-2.0, 1.0]"
     assert Estimate(0.05, -0.02, 0.1).percent(sign=True) == "+5.0 [-2.0, 10.0]"
+
+
+# --- Intervals of accuracies ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "images", "low", "high"),
+    [
+        # Clopper and Pearson's exact limits, as tables of the binomial distribution have them.
+        (0, 10, 0.0, 0.308497),
+        (1, 64, 0.000396, 0.084009),
+        (5, 10, 0.187086, 0.812914),
+        (10, 10, 0.691503, 1.0),
+    ],
+)
+def test_one_draw_has_the_exact_binomial_interval(
+    right: int, images: int, low: float, high: float
+) -> None:
+    found = proportion(Score([1] * right + [0] * (images - right), 1))
+    assert found.value == right / images
+    # The variance is over images - 1: the sample is worth one image less, inside.
+    allowed = 0 if right in (0, images) else 0.02
+    assert found.low == pytest.approx(low, abs=allowed + 1e-6)
+    assert found.high == pytest.approx(high, abs=allowed + 1e-6)
+
+
+def test_draws_that_agree_tell_no_more_than_one_and_others_do() -> None:
+    one = proportion(Score([1, 0] * 50, 1))
+    assert proportion(Score([9, 0] * 50, 9)) == one
+    sure = proportion(Score([5, 4] * 50, 9))
+    assert sure.high - sure.low < 0.5 * (one.high - one.low)
+
+
+def test_an_interval_is_never_a_point_and_mirrors() -> None:
+    for right in ([0] * 64, [1] + [0] * 63, [9] * 64, [8, 9] * 32):
+        low, high = proportion(Score(right, 9)), proportion(Score([9 - r for r in right], 9))
+        assert low.low <= low.value <= low.high
+        assert low.high - low.low > 0.01
+        assert (high.low, high.high) == pytest.approx((1 - low.high, 1 - low.low), abs=1e-8)
+
+
+def _images(kind: str, n: int, rng: np.random.Generator) -> Chances:
+    """The chances of `n` images to be right in a draw."""
+    if kind == "all alike, 1.6 %":
+        return np.full(n, 0.016)
+    if kind == "1.6 % sure, others wrong":
+        return (rng.random(n) < 0.016).astype(float)
+    if kind == "few sure, few weak":
+        return np.where(rng.random(n) < 0.02, 1.0, np.where(rng.random(n) < 0.05, 0.1, 0.0))
+    if kind == "97 %":
+        return np.full(n, 0.97)
+    return rng.beta(*{"low": (0.1, 0.9), "even": (0.5, 0.5)}[kind], n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [64, 360])
+@pytest.mark.parametrize(
+    "kind",
+    ["all alike, 1.6 %", "1.6 % sure, others wrong", "few sure, few weak", "97 %", "low", "even"],
+)
+def test_intervals_hold_near_0_and_100_percent(kind: str, images: int) -> None:
+    """Means over 9 draws, and the worst of 9 and of 3: 95 % or more of intervals cover the truth.
+
+    1,000 samples have a standard error of 0.7 points; a bootstrap covers 33 to 84 % here.
+    """
+    rng = np.random.default_rng(0)
+    many, draws, times = _images(kind, 1_000_000, rng), 9, 1_000
+    truth = {1: many.mean(), 3: (many**3).mean(), 9: (many**9).mean()}
+    covered = dict.fromkeys(truth, 0)
+    for _ in range(times):
+        right = rng.binomial(draws, _images(kind, images, rng)).tolist()
+        for m, expected in truth.items():
+            metric = worst(m, draws)
+            score = Score([metric.numerators[count] for count in right], metric.denominator)
+            found = proportion(score, draws)
+            covered[m] += found.low <= expected <= found.high
+    assert min(covered.values()) >= 0.93 * times, covered

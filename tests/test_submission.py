@@ -23,12 +23,12 @@ from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadEntry, BadRequest, BadResult
 from dbp_bench.reporting.badge import FILE, Verification, badge_of
 from dbp_bench.reporting.records import read_record
-from dbp_bench.result import outcome_digest
+from dbp_bench.result import Conformance, outcome_digest
 from dbp_bench.runs import execute as runner
 from dbp_bench.runs import replay
 from dbp_bench.runs.job import Overrides, plan
 from dbp_bench.runs.saved import adversarial_path
-from dbp_bench.submission import archive, claims, scaffold, verify
+from dbp_bench.submission import again, archive, claims, scaffold, verify
 from dbp_bench.submission.again import chosen_groups
 from dbp_bench.submission.archive import Manifest, Refused
 from dbp_bench.submission.submit import submit
@@ -547,6 +547,16 @@ FORGERIES: dict[str, tuple[Edit, str]] = {
         "its adversarial images are missing",
     ),
     "chosen seed": (_move_seed, "seeds 7: must be 0"),
+    "failed conformance": (
+        rewrite(
+            EOT, lambda t: t["conformance"]["checks"].update({"replays exactly": "it differs"})
+        ),
+        "its conformance record says: replays exactly: it differs",
+    ),
+    "wrong gradient": (
+        rewrite(EOT, lambda t: t["conformance"]["gradient"].update(difference_errors=[0.3, 0.2])),
+        "its conformance record says: the exact gradient is off from finite differences by 0.2",
+    ),
     "another threat": (
         _then(
             _copy(EOT, f"{OWN}/lf/pgd/seed-0.json"),
@@ -804,6 +814,21 @@ def replayed(found: verify.Verified) -> object:
 
 def attacked(found: verify.Verified) -> object:
     return verify.attack(found, 1.0, "cpu")
+
+
+@pytest.mark.parametrize("how", [replayed, attacked])
+def test_the_conformance_record_is_made_again(
+    how: Callable[[verify.Verified], object],
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A record that was edited by hand says nothing."""
+    monkeypatch.setattr(
+        again, "record", lambda _: Conformance(checks={"replays": "no"}, gradient=None)
+    )
+    path = forged(made, tmp_path, lambda _: None)
+    assert "its conformance record, made again, says: replays: no." in refused(path, how)
 
 
 def test_one_flipped_outcome_is_found_by_replaying(made: Made, tmp_path: Path) -> None:

@@ -13,17 +13,27 @@ from dbp_bench.errors import MANY, BadEntry, BadResult, brief, did_you_mean, pla
 
 M = TypeVar("M", bound=BaseModel)
 
+_DECIMAL = r"(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,4})?"
+_NUMBER = re.compile(rf"[-+]?{_DECIMAL}(/{_DECIMAL})?", re.ASCII)
+
 
 def number(text: str) -> float:
-    """The number that `text` writes: 0.2, 1e-3 or 8/255.
+    """The number that `text` writes: 0.2, 1e-3, 8/255 or 0.5/255.
 
     Raises:
-        ValueError: It writes none.
+        ValueError: It writes none, or one that a float holds as 0 or as infinity only.
     """
+    if not _NUMBER.fullmatch(text := text.replace(" ", "")):
+        raise ValueError(f"not a number: {text!r}")
+    above, _, below = text.partition("/")
     try:
-        return float(Fraction(text.replace(" ", "")))
+        exact = Fraction(above) / Fraction(below or 1)
+        found = float(exact)
     except (ZeroDivisionError, OverflowError):
         raise ValueError(f"not a number: {text!r}") from None
+    if exact != 0 and found == 0:
+        raise ValueError(f"too small for a number: {text!r}")
+    return found
 
 
 def number_of(value: object) -> object:
@@ -105,6 +115,15 @@ class _PlainData(yaml.SafeLoader):
         return found
 
 
+def _float(loader: _PlainData, node: yaml.ScalarNode) -> float:
+    """A float, which is refused where all that is left of it is 0."""
+    found: float = loader.construct_yaml_float(node)
+    if found == 0 and re.search(r"[1-9]", re.split("[eE]", node.value)[0]):
+        raise yaml.YAMLError(f"{brief(node.value, 40)}: too small for a number")
+    return found
+
+
+_PlainData.add_constructor("tag:yaml.org,2002:float", _float)
 _PlainData.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),

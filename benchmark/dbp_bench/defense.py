@@ -1,7 +1,6 @@
 """What is attacked: a purifier, which draws noise, followed by a classifier, which does not."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from math import log
 from typing import Any, Protocol
 
@@ -10,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dbp_bench import memory
-from dbp_bench.errors import AttackFailed
+from dbp_bench.errors import AttackFailed, NotConforming
 from dbp_bench.memory import CallCounter, Policy
-from dbp_bench.noise import Noise, Site, Tape
+from dbp_bench.noise import Noise, OpaqueNoise, Site, Tape
 
 
 class Denoiser(Protocol):
@@ -44,26 +43,6 @@ NO_MAJORITY = -1
 """The class of an image for which several classes have the most votes."""
 
 
-@dataclass(frozen=True, slots=True)
-class VoteNoise:
-    """The noise of one vote: each vote has a range of step numbers of its own.
-
-    The numbers go to whatever noise there is, so that each vote is drawn, revealed and guessed like
-    any other draw. Vote 0 has the numbers of a defense that doesn't vote.
-    """
-
-    noise: Noise
-    vote: int
-
-    def normal(self, site: Site, step: int, like: Tensor) -> Tensor:
-        """Standard normal noise like `like`, for this vote."""
-        return self.noise.normal(site, self.vote * STEPS_PER_VOTE + step, like)
-
-
-STEPS_PER_VOTE = 1 << 32
-"""More steps than a purifier has."""
-
-
 class Defense:
     """A purifier and the classifier that it protects.
 
@@ -81,6 +60,7 @@ class Defense:
             weight is ever computed.
         policy: What to keep in memory for the backward pass; see :mod:`dbp_bench.memory`.
         votes: Independent purifications of each image.
+        classes: Classes of the data set, k; any number where not given.
     """
 
     def __init__(
@@ -90,12 +70,14 @@ class Defense:
         networks: Iterable[nn.Module] = (),
         policy: Policy = "auto",
         votes: int = 1,
+        classes: int | None = None,
     ) -> None:
         if votes < 1:
             raise ValueError(f"votes: {votes} is not positive.")
         self.purifier = purifier
         self.classifier = classifier
         self.votes = votes
+        self.k = classes
         self.counter = CallCounter()
         self.policy = policy
         self._image_bytes: int | None = None
@@ -120,6 +102,10 @@ class Defense:
         """Logits ``(b, k)`` for `images` ``(b, c, h, w)`` in [0, 1].
 
         With several votes they are the logarithms of the mean probabilities.
+
+        Raises:
+            NotConforming: The purifier changes its input in place, or the classifier's logits are
+                of another form.
         """
         with memory.checkpointing(self._by_step(images), self.counter):
             return self._logits(images, noise)
@@ -145,15 +131,53 @@ class Defense:
         tied = (counts == most[:, None]).sum(1) > 1
         return winner.masked_fill(tied, NO_MAJORITY)
 
+    def purify(self, images: Tensor, noise: Noise, vote: int = 0) -> Tensor:
+        """Purified images ``(b, c, h, w)`` for `images` in [0, 1], with the noise of one vote.
+
+        The purifier gets a copy of the images, and noise from which nothing but draws can be read.
+
+        Raises:
+            NotConforming: The purifier changes its input in place.
+        """
+        given = images.clone()
+        version = given._version
+        purified = self.purifier(given, OpaqueNoise(noise, vote))
+        if given._version != version:
+            raise NotConforming("the purifier changes its input in place. Work on a copy.")
+        return purified
+
     def _logits(self, images: Tensor, noise: Noise) -> Tensor:
         if self.votes == 1:
-            return self.classifier(self.purifier(images, noise))  # type: ignore[no-any-return]
+            return self._classify(self.purify(images, noise))
         return self._votes(images, noise).log_softmax(2).logsumexp(1) - log(self.votes)
 
     def _votes(self, images: Tensor, noise: Noise) -> Tensor:
         """Logits ``(b, votes, k)`` of each vote."""
-        noises = [VoteNoise(noise, vote) for vote in range(self.votes)]
-        return torch.stack([self.classifier(self.purifier(images, one)) for one in noises], 1)
+        votes = range(self.votes)
+        return torch.stack([self._classify(self.purify(images, noise, vote)) for vote in votes], 1)
+
+    def _classify(self, purified: Tensor) -> Tensor:
+        """The classifier's logits ``(b, k)``, whose form is checked before they are used."""
+        answer = self.classifier(purified)
+        # Hugging Face's models answer with an object or a dictionary.
+        logits = answer.get("logits") if isinstance(answer, Mapping) else answer
+        if not isinstance(logits, Tensor):
+            logits = getattr(logits, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise NotConforming(
+                f"the classifier returns {type(answer).__name__}, not a tensor of logits or "
+                "something with `.logits`."
+            )
+        form = (len(purified), self.k if self.k is not None else logits.shape[-1:].numel())
+        if logits.shape != form or not logits.is_floating_point():
+            wanted = f"({form[0]}, {'classes' if self.k is None else form[1]})"
+            dtype = str(logits.dtype).removeprefix("torch.")
+            raise NotConforming(
+                f"the classifier returns logits of shape {tuple(logits.shape)} in {dtype} for "
+                f"{form[0]} images, not {wanted} floating-point numbers: one row for each image, "
+                "one column for each class of the data set."
+            )
+        return logits
 
     def activation_bytes(self, image: Tensor, limit: int | None = None) -> int:
         """Bytes kept per image for one gradient when nothing is checkpointed.

@@ -68,7 +68,8 @@ def attack(
     victim = Tape.make(seed, VICTIM, group.ids, victim_draw)
     guess = Tape.make(seed, f"{ATTACKER}/{victim_draw}", group.ids)
     view = AttackerView(defense, knows, victim, guess, max_batch, tick, sources)
-    found = method(view, group.images, group.labels, budget)
+    # Copies: an attack from outside may change in place what it was given.
+    found = method(view, group.images.clone(), group.labels.clone(), budget)
     if found.shape != group.images.shape:
         raise AttackFailed(
             f"the attack returned images of shape {tuple(found.shape)}, not "

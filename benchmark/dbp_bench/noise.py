@@ -17,11 +17,13 @@ from functools import lru_cache
 from hashlib import blake2b
 from math import factorial, log, pi, prod
 from types import ModuleType
-from typing import Any, NewType, Protocol
+from typing import Any, NewType, NoReturn, Protocol, final
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from dbp_bench.errors import NotConforming
 
 Site = NewType("Site", str)
 """A named place where a defense draws noise."""
@@ -184,6 +186,60 @@ class CachedTape:
 
 CACHE_BYTES = 256 << 20
 """Largest cache of one attack on a group of images."""
+
+
+class NothingElse(NotConforming, AttributeError):
+    """A purifier asked its noise for something else than draws."""
+
+
+@final
+class OpaqueNoise:
+    """The noise that a purifier is handed, of one type in an attack and in an evaluation.
+
+    Draws can be made with :meth:`normal`; no seed, owner, id or draw number can be read, and
+    nothing tells whose draws they are. Each of several votes has a range of step numbers of its
+    own, so that it is drawn, revealed and guessed like any other draw; vote 0 has the numbers of a
+    defense that doesn't vote.
+
+    Args:
+        source: Where the draws come from.
+        vote: Which vote they are for.
+    """
+
+    __slots__ = ("__draw", "__vote")
+
+    def __init__(self, source: Noise, vote: int = 0) -> None:
+        def draw(site: Site, step: int, like: Tensor) -> Tensor:
+            return source.normal(site, vote * STEPS_PER_VOTE + step, like)
+
+        object.__setattr__(self, "_OpaqueNoise__draw", draw)
+        object.__setattr__(self, "_OpaqueNoise__vote", vote)
+
+    def normal(self, site: Site, step: int, like: Tensor) -> Tensor:
+        """Standard normal noise, shaped, typed and placed like `like` ``(b, ...)``."""
+        drawn: Tensor = object.__getattribute__(self, "_OpaqueNoise__draw")(site, step, like)
+        return drawn
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("normal", "__class__"):
+            return object.__getattribute__(self, name)
+        raise NothingElse(
+            f"it asks the noise for {name!r}. Noise gives normal(site, step, like), nothing else."
+        )
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise NothingElse(f"it sets {name!r} of the noise. Keep state in a variable of its own.")
+
+
+STEPS_PER_VOTE = 1 << 32
+"""More steps than a purifier has."""
+
+
+def same_vote(noise: Noise, source: Noise) -> Noise:
+    """`source`, at the step numbers of the vote that `noise` is for."""
+    if not isinstance(noise, OpaqueNoise):
+        return source
+    return OpaqueNoise(source, object.__getattribute__(noise, "_OpaqueNoise__vote"))
 
 
 def _library(device: torch.device) -> tuple[ModuleType, Callable[[Tensor], Any]]:

@@ -6,8 +6,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from dbp_bench.defense import Defense, Purifier, VoteNoise
-from dbp_bench.noise import Noise, Site, Tape
+from dbp_bench.defense import Defense, Purifier
+from dbp_bench.noise import Noise, OpaqueNoise, Site, Tape, same_vote
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +60,11 @@ class PartlyKnown:
         # A single image only asks how much memory it takes.
         if n % rows and n != 1:
             raise ValueError(f"{n} images for {rows} known draws.")
-        known: Noise = self.known[torch.arange(n) * rows // n]
-        if isinstance(noise, VoteNoise):
-            known = VoteNoise(known, noise.vote)
-        return self.purifier(images, Mixed(known, noise, self.k))
+        known = same_vote(noise, self.known[torch.arange(n) * rows // n])
+        return self.purifier(images, OpaqueNoise(Mixed(known, noise, self.k)))
 
 
 def partly_known(defense: Defense, known: Tape, k: float) -> Defense:
     """`defense` with a share `k` of its noise fresh and the rest fixed at the draw `known`."""
     purifier = PartlyKnown(defense.purifier, known, k)
-    return Defense(purifier, defense.classifier, (), defense.policy, defense.votes)
+    return Defense(purifier, defense.classifier, (), defense.policy, defense.votes, defense.k)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from dbp_bench.defense import Defense
 from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import DbpError, NotConforming, place_of
 from dbp_bench.memory import Policy
-from dbp_bench.noise import Noise, Site, Tape, seeded
+from dbp_bench.noise import Noise, OpaqueNoise, Site, Tape, seeded
 from dbp_bench.threat import Revealed
 
 Check = Callable[[Defense, Tensor], None]
@@ -53,7 +53,7 @@ def check_output(defense: Defense, images: Tensor) -> None:
     extremes = torch.cat([images, torch.zeros_like(images[:1]), torch.ones_like(images[:1])])
     given, tape = extremes.clone(), _tape(extremes)
     with torch.no_grad():
-        out = defense.purifier(given, tape)
+        out = defense.purifier(given, OpaqueNoise(tape))
     if not torch.equal(given, extremes):
         raise NotConforming("the purifier changes its input in place. Work on a copy.")
     if out.shape != extremes.shape or out.dtype != extremes.dtype:
@@ -138,9 +138,9 @@ def check_sites_matter(defense: Defense, images: Tensor) -> None:
     """Another draw at any one of the declared sites changes the purified images."""
     first, second = _tape(images), _tape(images, draw=1)
     with torch.no_grad():
-        before = defense.purifier(images, first)
+        before = defense.purify(images, first)
         for site in sorted(defense.sites & {site for site, _ in _heard(defense, images)}):
-            after = defense.purifier(images, Revealed(second, first, frozenset({site})))
+            after = defense.purify(images, Revealed(second, first, frozenset({site})))
             if torch.equal(before, after):
                 raise NotConforming(
                     f"another draw at site {site!r} changes nothing: its noise is locked or never "
@@ -415,11 +415,6 @@ class _Listener:
     def normal(self, site: Site, step: int, like: Tensor) -> Tensor:
         self.heard[site, step] += 1
         return self.noise.normal(site, step, like)
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise NotConforming(
-            f"it asks the noise for {name!r}. Noise gives normal(site, step, like), nothing else."
-        )
 
 
 def _heard(defense: Defense, images: Tensor) -> Counter[tuple[Site, int]]:

@@ -1,94 +1,246 @@
 """The short conformance record that every run makes of its defense and stores in its result.
 
-It is made on two images of the track, at the precision of the run, so that what was attacked and
-what was evaluated are known to be the same program. ``dbp-bench check`` tests more.
+It is made with the arithmetic of the run: on the track's first group of images, in float32, at the
+batch sizes of the evaluation and of the attack, through the attacker's own view. So what was
+attacked and what was evaluated are known to be the same program. ``dbp-bench check`` tests more.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from dbp_bench.checks.conformance import Check, fault
-from dbp_bench.checks.gradients import quick
+from dbp_bench.checks.conformance import fault
+from dbp_bench.checks.gradients import cosines, quick
 from dbp_bench.defense import Defense
 from dbp_bench.errors import NotConforming
-from dbp_bench.noise import Tape
+from dbp_bench.noise import OpaqueNoise, Site, Tape
 from dbp_bench.result import Conformance
 from dbp_bench.runs.job import Job
+from dbp_bench.threat import AttackerView, Gradient, Revealed
 
-IMAGES = 2
-"""Images of the track that the record is made on."""
-
-TOLERANCE = 1e-4
+TOLERANCE: Final = 1e-4
 """The share of the largest logit by which rounding in float32 may move a logit."""
+
+PRECISION_TOLERANCE: Final = 0.05
+"""The share of the largest logit by which a logit in float32 may differ from the one in float64."""
+
+COSINE: Final = 0.9
+"""The least cosine of the gradient in float32 with the one in float64."""
+
+WRONG: Final = 1e-2
+"""From this relative distance to finite differences on, a gradient is wrong whatever the kinks."""
+
+_FEW = 2
+"""Images that are also evaluated alone, and in float64."""
 
 _OWNER = "conformance"
 
 
 def record(job: Job) -> Conformance:
     """The conformance record of the defense of `job`: a function of the request alone."""
-    images, _ = job.data().select(job.track_ids[:IMAGES])
-    checks = examine(job.defense(), images.to(job.device))
-    return Conformance(checks=checks, gradient=quick(job))
+    images, labels = job.data().select(job.track_ids[: job.batch_size])
+    knows = frozenset(Site(site) for site in job.knows)
+    # What a declared surrogate computes may differ: there, the defense itself is compared.
+    follows = job.search.gradient in ("exact", "bpda")
+    # float32 means float32: no shortened products in convolutions.
+    torch.backends.cudnn.allow_tf32 = False
+
+    def case(dtype: torch.dtype, most: int, max_batch: int) -> Case:
+        defense = job.defense(dtype=dtype)
+        return Case(
+            defense=defense,
+            searched=job.searched(defense, dtype=dtype) if follows else defense,
+            images=images[:most].to(job.device, dtype),
+            labels=labels[:most].to(job.device),
+            knows=knows,
+            max_batch=max_batch,
+            samples=job.samples,
+            gradient=follows,
+        )
+
+    try:
+        exact = case(torch.float64, _FEW, 1)
+    except Exception:  # A purifier may not know float64; what it computes then isn't compared.
+        exact = None
+    return Conformance(
+        checks=examine(case(torch.float32, len(images), job.max_batch), exact),
+        gradient=quick(job),
+    )
 
 
-def examine(defense: Defense, images: Tensor) -> dict[str, str]:
-    """By the name of each check, "pass" or why `defense` fails it on `images` ``(b, c, h, w)``."""
-    return {name: fault(check, defense, images) or "pass" for name, check in CHECKS.items()}
+def faults(found: Conformance) -> list[str]:
+    """What a record says that no honest defense is found to do."""
+    said = [f"{name}: {reason}" for name, reason in found.checks.items() if reason != "pass"]
+    errors = found.gradient.difference_errors if found.gradient else []
+    wrong = [error for error in errors if error is not None and error > WRONG]
+    if errors and len(wrong) == len(errors):
+        said.append(f"the exact gradient is off from finite differences by {min(wrong):.2g}")
+    return said
 
 
-@torch.no_grad()
-def check_replay(defense: Defense, images: Tensor) -> None:
+@dataclass(frozen=True)
+class Case:
+    """A defense and the attacker's way to it, as a run has them, and images to compare them on."""
+
+    defense: Defense
+    """What is evaluated."""
+    searched: Defense
+    """What the attack evaluates and differentiates."""
+    images: Tensor
+    """``(b, c, h, w)`` in [0, 1]."""
+    labels: Tensor
+    """``(b,)``, int64."""
+    knows: frozenset[Site] = frozenset()
+    """Sites whose draws the attacker is shown."""
+    max_batch: int = 1 << 30
+    """Images x samples in one pass."""
+    samples: int = 1
+    """EoT samples of one step."""
+    gradient: bool = True
+    """Whether the attack follows a gradient."""
+
+    def evaluated(self, rows: slice = slice(None), draw: int = 0) -> Tensor:
+        """Logits ``(rows, k)`` as an evaluation computes them, at one draw."""
+        victim, guess = self._tapes
+        at = torch.arange(len(self.images))[rows]
+        noise = Revealed(victim[at], guess[at].copies([draw]), self.knows & self.defense.sites)
+        with torch.no_grad():
+            return self.defense.logits(self.images[rows], noise)
+
+    @cached_property
+    def together(self) -> Tensor:
+        """Logits ``(b, k)`` of the whole batch at draw 0."""
+        return self.evaluated()
+
+    @cached_property
+    def attacked(self) -> Gradient:
+        """Logits ``(b, draws, k)`` as one pass of the attack computes them.
+
+        With them comes the gradient ``(b, c, h, w)`` of a weighted sum of the logits at draw 0.
+        """
+        view = self.view()
+        if not self.gradient:
+            logits = view.logits(self.images, range(self._count))
+            return Gradient(torch.zeros_like(self.images), logits.sum(2), logits)
+        return view.gradient(self.images, self.labels, self._weighted, range(self._count))
+
+    def view(self) -> AttackerView:
+        """The attacker's view."""
+        return AttackerView(self.searched, self.knows, *self._tapes, self.max_batch)
+
+    def alone(self, row: int) -> tuple[Tensor, Tensor]:
+        """Logits ``(1, k)`` and gradient ``(1, c, h, w)`` of an image, attacked alone at draw 0."""
+        image, label = self.images[row : row + 1], self.labels[row : row + 1]
+        view = self.view()[torch.tensor([row])]
+        if not self.gradient:
+            return view.logits(image, [0])[:, 0], torch.zeros_like(image)
+        found = view.gradient(image, label, self._weighted, [0])
+        return found.logits[:, 0], found.mean
+
+    def _weighted(self, logits: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+        """A sum that no confidence saturates, of the first draw of each image alone."""
+        weights = Tape.make(0, _OWNER, [0]).normal(Site("logits"), 0, logits[:1])
+        first = (torch.arange(len(logits), device=logits.device) % self._count == 0).to(logits)
+        return (logits * weights).sum(1) * first
+
+    @property
+    def _count(self) -> int:
+        """EoT samples in one pass of the attack."""
+        return max(1, min(self.samples, self.max_batch // len(self.images)))
+
+    @property
+    def _tapes(self) -> tuple[Tape, Tape]:
+        ids = range(len(self.images))
+        return Tape.make(0, _OWNER, ids), Tape.make(0, f"{_OWNER}/guess", ids)
+
+
+def examine(case: Case, exact: Case | None = None) -> dict[str, str]:
+    """By the name of each check, "pass" or why the defense fails it.
+
+    Args:
+        case: At the precision and the batch sizes of the run.
+        exact: The same in float64, on some of the images; None where it can't be.
+    """
+    found = {name: _said(check, case) for name, check in CHECKS.items()}
+    if exact is not None:
+        try:
+            each = [exact.alone(row) for row in range(len(exact.images))]
+        except Exception:  # An author's code may raise anything; it has run in float32.
+            return found
+        found[PRECISION] = _said(lambda case: _check_precision(case, each), case)
+    return found
+
+
+def _said(check: Callable[[Case], None], case: Case) -> str:
+    return fault(lambda _, __: check(case), case.defense, case.images) or "pass"
+
+
+def _check_replay(case: Case) -> None:
     """One tape gives the same logits twice, bit for bit."""
-    once, again = (_logits(defense, images) for _ in range(2))
-    if not torch.equal(once, again):
+    if not torch.equal(case.together, case.evaluated()):
         raise NotConforming("two evaluations with the same draws differ")
 
 
+def _check_batch(case: Case) -> None:
+    """Each image has the same logits alone, or in a part of the batch, up to rounding."""
+    cuts = [*range(min(_FEW, len(case.images))), len(case.images)]
+    for start, end in zip(cuts, [*cuts[1:], len(case.images)], strict=True):
+        if start < end:
+            apart = case.evaluated(slice(start, end))
+            when = "an image is evaluated alone" if end - start == 1 else "the batch is split"
+            _check_gap(apart - case.together[start:end], case.together, when)
+
+
+def _check_program(case: Case) -> None:
+    """The logits that the attack meets are those that are evaluated, on identical draws."""
+    met = case.attacked.logits
+    for draw in sorted({0, met.shape[1] - 1}):
+        evaluated = case.evaluated(draw=draw) if draw else case.together
+        when = "a gradient is asked for" if case.gradient else "the attack evaluates it"
+        _check_gap(met[:, draw] - evaluated, evaluated, when)
+
+
 @torch.no_grad()
-def check_batch(defense: Defense, images: Tensor) -> None:
-    """Each image has the same logits alone as in the batch, up to rounding."""
-    together = _logits(defense, images)
-    for i in range(len(images)):
-        alone = _logits(defense, images[i : i + 1], first=i)[0]
-        _check_gap(alone - together[i], together, "an image is evaluated alone")
-
-
-def check_program(defense: Defense, images: Tensor) -> None:
-    """Where a gradient is asked for, the logits are those that are evaluated."""
-    with torch.no_grad():
-        evaluated = _logits(defense, images)
-    with torch.enable_grad():
-        attacked = _logits(defense, images.clone().requires_grad_())
-    _check_gap(attacked - evaluated, evaluated, "a gradient is asked for")
-
-
-@torch.no_grad()
-def check_input(defense: Defense, images: Tensor) -> None:
+def _check_input(case: Case) -> None:
     """The images that are passed in are as before."""
+    images = case.images[:_FEW]
     given = images.clone()
-    defense.logits(given, Tape.make(0, _OWNER, range(len(images))))
+    case.defense.purifier(given, OpaqueNoise(Tape.make(0, _OWNER, range(len(images)))))
     if not torch.equal(given, images):
         raise NotConforming("the purifier changes its input in place")
 
 
-CHECKS: Mapping[str, Check] = {
-    "replays exactly": check_replay,
-    "does not mix images in a batch": check_batch,
-    "is the same program with and without a gradient": check_program,
-    "leaves its input alone": check_input,
+def _check_precision(case: Case, exact: list[tuple[Tensor, Tensor]]) -> None:
+    """What the attack meets in float32, in its batch, is what it would meet in float64, alone."""
+    found, wanted = case.attacked.logits[: len(exact), 0], torch.cat([each for each, _ in exact])
+    _check_gap(found - wanted, wanted, "float64 is taken", PRECISION_TOLERANCE)
+    slope = case.attacked.mean[: len(exact)].double().flatten(1)
+    other = torch.cat([each for _, each in exact]).flatten(1)
+    some = slope.any(1) | other.any(1)
+    cosine = cosines(slope, other).nan_to_num(0.0)[some]
+    if len(cosine) and float(cosine.max()) < COSINE:
+        raise NotConforming(
+            f"the gradient turns when float64 is taken: its cosine is {float(cosine.max()):.2g}"
+        )
+
+
+CHECKS: Mapping[str, Callable[[Case], None]] = {
+    "replays exactly": _check_replay,
+    "does not mix images in a batch": _check_batch,
+    "is the same program with and without a gradient": _check_program,
+    "leaves its input alone": _check_input,
 }
 """The short checks, by name."""
 
-
-def _logits(defense: Defense, images: Tensor, first: int = 0) -> Tensor:
-    """Logits of a copy of `images`, whose rows have the noise of rows `first`, `first` + 1, ..."""
-    tape = Tape.make(0, _OWNER, range(first, first + len(images)))
-    return defense.logits(images.clone(), tape).detach()
+PRECISION: Final = "is the same program in float64"
+"""One more, where the defense runs in float64."""
 
 
-def _check_gap(difference: Tensor, logits: Tensor, when: str) -> None:
+def _check_gap(difference: Tensor, logits: Tensor, when: str, tolerance: float = TOLERANCE) -> None:
     gap, scale = float(difference.abs().max()), float(logits.abs().max())
-    if not gap <= TOLERANCE * scale:
+    if not gap <= tolerance * scale:
         raise NotConforming(f"logits move by {gap:.2g} (largest {scale:.2g}) when {when}")

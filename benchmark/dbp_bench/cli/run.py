@@ -265,6 +265,7 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
     from rich.table import Table
 
     from dbp_bench.reporting.pool import accuracies
+    from dbp_bench.reporting.sanity import doubts
 
     rows = [(path, result, accuracies(result)) for path, result in done]
     if as_json:
@@ -277,6 +278,7 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
                 "images": len(result.ids),
                 "draws": len(result.draws),
                 **asdict(estimates),
+                "doubts": doubts(result),
             }
             for path, result, estimates in rows
         ]
@@ -293,7 +295,7 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
             result.threat,
             result.label,
             f"{100 * estimates.clean.value:.1f}",
-            estimates.robust.percent(),
+            f"{estimates.robust.percent()}{' *' if doubts(result) else ''}",
             estimates.fresh.percent() if estimates.fresh else "",
             f"{len(result.ids)} x {len(result.draws)}",
         )
@@ -304,6 +306,9 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
             "that no attacker was shown.",
             style="dim",
         )
+    for _, result, _ in rows:
+        for doubt in doubts(result):
+            say.print(f"* {result.defense}, {result.threat}: {doubt}.", soft_wrap=True)
     for path, _, _ in rows:
         say.print(str(path), soft_wrap=True)
 

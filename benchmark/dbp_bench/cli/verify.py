@@ -197,7 +197,7 @@ def _images(
     import torch
 
     from dbp_bench.evaluate import FRESH
-    from dbp_bench.reporting.statistics import Bootstrap
+    from dbp_bench.reporting.statistics import Score, proportion
     from dbp_bench.result import Result
     from dbp_bench.runs import replay
     from dbp_bench.runs.saved import adversarial_path, as_8_bit, read_saved
@@ -220,9 +220,7 @@ def _images(
             for images in saved.images
         ]
     )
-    bootstrap = Bootstrap(len(saved.ids))
-    hits = right.sum((0, 2)).tolist()
-    estimate = bootstrap.estimate(bootstrap.mean(hits, len(right) * draws))
+    estimate = proportion(Score(right.sum((0, 2)).tolist(), len(right) * draws))
     if as_json:
         table = {"file": str(path), **asdict(estimate), "draws": draws, "ids": saved.ids}
         table |= {"right": right.tolist()}

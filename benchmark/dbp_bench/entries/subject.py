@@ -156,7 +156,10 @@ class Subject:
         classifier = self.builder.network(*self._classifier).to(device, dtype)
         if setting.resize is not None:
             purifier = Resized(purifier, setting.resize)
-        return Defense(purifier, classifier, networks.values(), policy, votes or setting.votes)
+        classes = data.facts_of(self.track.entry.data).classes
+        return Defense(
+            purifier, classifier, networks.values(), policy, votes or setting.votes, classes
+        )
 
     def searched(
         self,
@@ -180,7 +183,7 @@ class Subject:
 
         if gradient == "bpda":
             purifier = StraightThrough(evaluated.purifier)
-            return Defense(purifier, evaluated.classifier, (), policy, evaluated.votes)
+            return Defense(purifier, evaluated.classifier, (), policy, evaluated.votes, evaluated.k)
         if gradient.startswith("surrogate:"):
             shorter = {"steps": int(gradient.partition(":")[2])}
             return self.defense(device=device, dtype=dtype, policy=policy, options=shorter)

@@ -9,7 +9,7 @@ import pandas as pd
 from dbp_bench.reporting.frames import Signed, cell, frame_of
 from dbp_bench.reporting.pool import Pool
 from dbp_bench.reporting.protocol import FORWARD
-from dbp_bench.reporting.statistics import Estimate, Score
+from dbp_bench.reporting.statistics import Estimate, Score, proportion
 from dbp_bench.reporting.votes import worst_hidden, worst_known
 
 Kind = Literal["control", "defense"]
@@ -57,9 +57,9 @@ def attacks(
                 "search": pool.search,
                 **how(pool),
                 "ratio": _ratio(pool, first),
-                "package_verdict": cell(pool.estimate(pool.package)),
+                "package_verdict": cell(pool.package_score and proportion(pool.package_score)),
                 "package_gap": cell(_package_gap(pool), Signed),
-                "worst_case": cell(pool.estimate(worst and pool.bootstrap.mean(*worst))),
+                "worst_case": cell(worst and proportion(worst, draws)),
                 "worst_case_draws": draws,
                 "results": " ".join(record.name for record in pool.records),
             }

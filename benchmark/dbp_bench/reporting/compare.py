@@ -4,13 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import comb
 from pathlib import Path
-from typing import Final
-
-import numpy as np
 
 from dbp_bench.errors import BadRequest, NotComparable, did_you_mean
 from dbp_bench.reporting.pool import Pool, pooled
-from dbp_bench.reporting.ranking import difference, holm
+from dbp_bench.reporting.ranking import holm, permutation
 from dbp_bench.reporting.records import (
     Record,
     differences,
@@ -19,15 +16,8 @@ from dbp_bench.reporting.records import (
     result_files,
     track_facts,
 )
-from dbp_bench.reporting.statistics import Estimate, Score
+from dbp_bench.reporting.statistics import Estimate
 from dbp_bench.result import Result, without_draws
-
-FLIPS: Final = 20_000
-"""Random exchanges of the two sides in the permutation test."""
-SEED: Final = 3
-_EXACT: Final = 14
-"""Up to this many images that differ, all exchanges are gone through."""
-_CHUNK: Final = 1_000
 
 
 @dataclass(frozen=True)
@@ -273,33 +263,6 @@ def mcnemar(ids: Sequence[int], a: Sequence[bool], b: Sequence[bool]) -> McNemar
     tail = sum(comb(n, k) for k in range(least + 1))
     # Integers divide with correct rounding, however large they are.
     return McNemar(only_a, only_b, min(1.0, 2 * tail / 2**n))
-
-
-def permutation(a: Score, b: Score) -> float:
-    """The two-sided p-value of the difference of means, by exchanging A and B image by image.
-
-    If the two were the same, each image's difference would be as likely with either sign
-    (Fisher 1935). All exchanges where few images differ, else :data:`FLIPS` random ones and the
-    one that was seen.
-
-    Args:
-        a: How often each image was right.
-        b: The same of the other side, of the same images.
-    """
-    counts = difference(a, b)
-    differing = counts[counts != 0]
-    if not len(differing):
-        return 1.0
-    seen = abs(float(differing.sum()))
-    if len(differing) <= _EXACT:
-        n = len(differing)
-        signs = 1.0 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
-        return float((np.abs(signs @ differing) >= seen).mean())
-    rng, extreme = np.random.default_rng(SEED), 0
-    for _ in range(0, FLIPS, _CHUNK):
-        flips = 1.0 - 2.0 * rng.integers(0, 2, (_CHUNK, len(differing)))
-        extreme += int((np.abs(flips @ differing) >= seen).sum())
-    return (1 + extreme) / (1 + FLIPS)
 
 
 def to_table(found: Comparisons) -> dict[str, object]:

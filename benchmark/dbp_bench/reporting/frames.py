@@ -60,7 +60,10 @@ def frame_of(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
 
 
 def to_csv(frame: pd.DataFrame) -> str:
-    """A CSV file; what was not measured is blank, and fractions have six digits."""
+    """A CSV file; what was not measured is blank, and fractions have six digits.
+
+    A name that pandas would read as a missing value, such as ``null``, stands in apostrophes.
+    """
     wide: dict[str, Any] = {}
     for name, column in frame.items():
         if any(isinstance(each, Estimate) for each in column):
@@ -68,13 +71,44 @@ def to_csv(frame: pd.DataFrame) -> str:
                 values = [getattr(each, part) for each in column]
                 wide[f"{name}{end}"] = pd.Series(values, dtype=float).round(6) + 0.0
         else:
-            wide[str(name)] = column.reset_index(drop=True)
+            wide[str(name)] = column.reset_index(drop=True).map(csv_name)
     return pd.DataFrame(wide).to_csv(index=False, lineterminator="\n")
 
 
+_READ_AS_MISSING: Final = frozenset(
+    [
+        "#N/A",
+        "#N/A N/A",
+        "#NA",
+        "-1.#IND",
+        "-1.#QNAN",
+        "-NaN",
+        "-nan",
+        "1.#IND",
+        "1.#QNAN",
+        "<NA>",
+        "N/A",
+        "NA",
+        "NULL",
+        "NaN",
+        "None",
+        "n/a",
+        "nan",
+        "null",
+    ]
+)
+"""What ``pandas.read_csv`` takes for a missing value."""
+
+
+def csv_name(each: object) -> object:
+    """A cell of text as CSV files hold it."""
+    return f"'{each}'" if isinstance(each, str) and each in _READ_AS_MISSING else each
+
+
 def read_csv(path: Path) -> pd.DataFrame:
-    """A CSV file as :func:`to_csv` writes it: only blank is missing, and `null` is a name."""
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    """A CSV file as :func:`to_csv` writes it, with the names as they are."""
+    names = {csv_name(name): name for name in _READ_AS_MISSING}
+    return pd.read_csv(path).replace(names)
 
 
 def percent(estimate: Estimate | None) -> str:

@@ -269,22 +269,29 @@ def _row(
     # A defense is as clean in every setting; the one with most draws tells it best.
     clean = max(own, key=lambda pool: pool.draws)
     found: dict[str, Replicates | None] = {key: pool.robust for key, pool in columns.items()}
-    found |= {"clean": clean.clean, "base": zero.robust if zero else None}
-    found["fresh"] = columns["all_known"].fresh if "all_known" in columns else None
-    found |= decompose(*(found.get(key) for key in ("base", *KNOWN)))
+    found["base"] = zero.robust if zero else None
+    parts = decompose(*(found.get(key) for key in ("base", *KNOWN)))
+    accuracies = {
+        **{key: pool.left for key, pool in columns.items()},
+        "clean": clean.kept,
+        "base": zero.left if zero else None,
+        "fresh": columns["all_known"].fresh if "all_known" in columns else None,
+    }
     extra = [column.key for column in protocol.extra]
     estimates = {
-        key: clean.estimate(found.get(key))
+        key: accuracies.get(key, clean.estimate(parts.get(key)))
         for key in ("clean", "base", *KNOWN, *PARTS, "fresh", *extra, NULL)
     }
+    share = estimates["share"]
+    if share is not None and not 0 <= share.value <= 1:
+        estimates["share"] = None  # a part below 0 makes it a share of nothing
     # Clean images are evaluated with the draws that evaluate the adversarial ones.
     first = columns.get("hidden", clean)
     accounts = {"clean": (first, first.account("clean"))}
     for key in ("hidden", NULL):
         if key in columns:
             accounts[key] = (columns[key], columns[key].account("adversarial"))
-    null = accounts[NULL][1] if NULL in accounts else None
-    made = checks(columns, at_eps, null, findings, estimates["stochasticity"])
+    made = checks(columns, at_eps, findings, estimates["stochasticity"])
     preferred = {column.key: column.threat for column in (*protocol.columns, *protocol.extra)}
     row = Row(
         rank=None,
@@ -303,9 +310,45 @@ def _row(
         checks=made,
         badge=badge_of(clean.records[0].defense_folder),
     )
+    row = replace(row, flags=[*row.flags, *_below_zero(estimates)])
     if row.known_draws is not None and row.known_draws < FEW_DRAWS:
         row = replace(row, flags=[*row.flags, f"fewer than {FEW_DRAWS} known draws"])
     return row
+
+
+def _below_zero(estimates: Mapping[str, Estimate | None]) -> list[str]:
+    """What parts of the robustness mean that are below 0."""
+    said = []
+    for key, (shown, unclear) in _BELOW_ZERO.items():
+        found = estimates[key]
+        if found is not None and found.value < 0:
+            text = shown if found.high < 0 else unclear
+            said += [text.format(found.percent(sign=True))] if text else []
+    return said
+
+
+_OF_S: Final = (
+    "the {} noise's part of S is negative ({{}}): the attack that knows it leaves more than one "
+    "that guesses it"
+)
+_P_NEGATIVE: Final = (
+    "purification P is negative ({}): with its draws known, the defense is less robust than the "
+    "base classifier; a share of S would be above 100 % and is blank"
+)
+_P_UNCLEAR: Final = (
+    "purification P is below 0, within its interval ({}): with its draws known, the defense is not "
+    "shown to be more robust than the base classifier; a share of S is blank"
+)
+_BELOW_ZERO: Final = {
+    "purification": (_P_NEGATIVE, _P_UNCLEAR),
+    "stochasticity": (
+        "",  # flagged among the checks: more knowledge
+        "stochasticity S is below 0, within its interval ({}): no gain by hiding draws is shown",
+    ),
+    "stochasticity_forward": (_OF_S.format("forward"), ""),
+    "stochasticity_reverse": (_OF_S.format("reverse"), ""),
+}
+"""By part, what it means where its interval is below 0, and where that reaches above."""
 
 
 def decompose(

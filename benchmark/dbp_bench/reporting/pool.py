@@ -11,7 +11,7 @@ import numpy as np
 from dbp_bench.reporting.protocol import knowledge
 from dbp_bench.reporting.records import Record, fresh_draws
 from dbp_bench.reporting.rendering import in_words
-from dbp_bench.reporting.statistics import Bootstrap, Estimate, Replicates, Score
+from dbp_bench.reporting.statistics import Bootstrap, Estimate, Replicates, Score, proportion
 from dbp_bench.reporting.votes import Account, Tally, account
 from dbp_bench.result import Kind, Result, Right, searched_effort
 
@@ -144,7 +144,7 @@ class Pool:
     def account(self, kind: Literal["clean", "adversarial"]) -> Account:
         """What the draws say of `kind`, seed by seed: the mean, votes and worst cases."""
         if kind not in self._accounts:
-            self._accounts[kind] = account(self.tally(kind), self.bootstrap)
+            self._accounts[kind] = account(self.tally(kind))
         return self._accounts[kind]
 
     @cached_property
@@ -152,9 +152,9 @@ class Pool:
         return {}
 
     @cached_property
-    def clean(self) -> Replicates:
-        """Accuracy on clean images."""
-        return self.bootstrap.mean(*_score(self.right("clean")))
+    def clean_score(self) -> Score:
+        """How often each clean image was right, over the draws of all seeds."""
+        return _score(self.right("clean"))
 
     @cached_property
     def score(self) -> Score:
@@ -162,32 +162,52 @@ class Pool:
         return _score(self.right("adversarial"))
 
     @cached_property
+    def fresh_score(self) -> Score | None:
+        """How often images made for a known draw were right on draws that no attacker was shown."""
+        if not self.fresh_draws:
+            return None
+        return _score([t.reshape(len(t), -1) for t in self.right("fresh")])
+
+    @cached_property
+    def package_score(self) -> Score | None:
+        """How often the attack's own package calls each image robust; None if it doesn't say."""
+        tables = [record.result.package_robust for record in self.records]
+        found = [np.array(table) for table in tables if table is not None]
+        return _score(found) if len(found) == len(tables) else None
+
+    @cached_property
+    def clean(self) -> Replicates:
+        """Accuracy on clean images."""
+        return self.bootstrap.mean(*self.clean_score)
+
+    @cached_property
     def robust(self) -> Replicates:
         """Accuracy on adversarial images."""
         return self.bootstrap.mean(*self.score)
 
     @cached_property
-    def fresh(self) -> Replicates | None:
-        """Accuracy, on draws that no attacker was shown, on images made for a known one."""
-        if not self.fresh_draws:
-            return None
-        return self.bootstrap.mean(*_score([t.reshape(len(t), -1) for t in self.right("fresh")]))
-
-    @cached_property
     def package(self) -> Replicates | None:
         """The share of images that the attack's own package calls robust; None if it doesn't."""
-        tables = [record.result.package_robust for record in self.records]
-        found = [np.array(table) for table in tables if table is not None]
-        return self.bootstrap.mean(*_score(found)) if len(found) == len(tables) else None
+        return self.package_score and self.bootstrap.mean(*self.package_score)
 
     def estimate(self, quantity: Replicates | None) -> Estimate | None:
-        """Value and interval of a quantity, if there is one."""
+        """Value and interval of a difference, if there is one."""
         return None if quantity is None else self.bootstrap.estimate(quantity)
 
     @cached_property
     def left(self) -> Estimate:
         """Accuracy on adversarial images, with its interval: what the attack left standing."""
-        return self.bootstrap.estimate(self.robust)
+        return proportion(self.score)
+
+    @cached_property
+    def kept(self) -> Estimate:
+        """Accuracy on clean images, with its interval."""
+        return proportion(self.clean_score)
+
+    @cached_property
+    def fresh(self) -> Estimate | None:
+        """Accuracy of images made for a known draw on fresh ones, with its interval."""
+        return self.fresh_score and proportion(self.fresh_score)
 
     def zero_gradients(self) -> int | None:
         """Images that stay right in some draw and met no gradient but zero, in the worst seed.
@@ -213,8 +233,7 @@ class Accuracies:
 def accuracies(result: Result) -> Accuracies:
     """Clean, robust and fresh-draw accuracy of one result."""
     pool = Pool([Record(Path(), "", "", result)])
-    clean = pool.bootstrap.estimate(pool.clean)
-    return Accuracies(clean, pool.left, pool.estimate(pool.fresh))
+    return Accuracies(pool.kept, pool.left, pool.fresh)
 
 
 def pooled(records: Sequence[Record]) -> list[Pool]:

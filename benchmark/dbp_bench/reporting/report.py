@@ -10,6 +10,7 @@ from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult
 from dbp_bench.reporting import attacktable, tables
 from dbp_bench.reporting.findings import load_findings
+from dbp_bench.reporting.frames import csv_name
 from dbp_bench.reporting.leaderboard import Leaderboard, Sort, leaderboard
 from dbp_bench.reporting.page import Material, load_samples, to_html
 from dbp_bench.reporting.records import load
@@ -95,9 +96,9 @@ def _outcomes(result: Result) -> pd.DataFrame:
     images, draws = len(result.ids), len(result.draws)
     columns: dict[str, object] = {
         "track": result.track,
-        "defense": result.defense,
-        "threat": result.threat,
-        "attack": result.label,
+        "defense": csv_name(result.defense),
+        "threat": csv_name(result.threat),
+        "attack": csv_name(result.label),
         "seed": result.seed,
         "image": np.repeat(result.ids, draws),
         "label": np.repeat(result.labels, draws),

@@ -6,14 +6,17 @@ Each check says what it tested, so that no flag isn't mistaken for not tested (A
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from dbp_bench.reporting.attacks import strongest
 from dbp_bench.reporting.findings import Findings
 from dbp_bench.reporting.pool import Pool
 from dbp_bench.reporting.protocol import KNOWN
+from dbp_bench.reporting.records import Record
 from dbp_bench.reporting.statistics import Estimate
-from dbp_bench.reporting.votes import METRICS, Account, gaps
+from dbp_bench.reporting.votes import Account
+from dbp_bench.result import Result
 
 FEW_DRAWS: Final = 3
 """Known draws below which an average over them is flagged."""
@@ -45,7 +48,6 @@ class Check:
 def checks(
     columns: Mapping[str, Pool],
     pools: Sequence[Pool],
-    null: Account | None,
     findings: Sequence[Findings],
     stochasticity: Estimate | None,
 ) -> list[Check]:
@@ -54,12 +56,11 @@ def checks(
     Args:
         columns: Results that serve the leaderboard's columns.
         pools: All results at the leaderboard's eps.
-        null: What the draws of the null attack say, where it was run.
         findings: What sweeps found.
         stochasticity: What hiding the draws adds, where that was measured.
     """
     return [
-        _null(columns.get("null"), null),
+        _null(columns.get("null")),
         _more_knowledge(columns, stochasticity),
         _zero_gradients(columns, pools),
         _conformance(pools),
@@ -79,21 +80,32 @@ def checks(
     ]
 
 
-def _null(pool: Pool | None, found: Account | None) -> Check:
-    """Whether the null attack gives clean accuracy by every metric, paired by image and draw."""
-    if pool is None or found is None:
+def doubts(result: Result) -> list[str]:
+    """What should be known wherever the accuracies of one `result` are printed."""
+    pool = Pool([Record(Path(), "", "", result)])
+    made = [_zero_gradients({}, [pool]), _conformance([pool]), _gradient([pool])]
+    if result.eps == 0:
+        made.append(_null(pool))
+    return [flag for check in made for flag in check.flags]
+
+
+def _null(pool: Pool | None) -> Check:
+    """Whether under the null attack each image and draw has the class of the clean image."""
+    if pool is None:
         return Check("null attack", [], [])
-    gap = gaps(pool.tally("clean"), pool.tally("adversarial"), pool.bootstrap)
-    wrong = [
-        f"{describe(metric, found)} {each.percent(sign=True)}"
-        for metric in METRICS
-        if (each := gap[metric]) is not None and not each.low <= 0 <= each.high
-    ]
+    outcomes = differing = 0
+    for result in (record.result for record in pool.records):
+        clean, adversarial = result.classes("clean"), result.classes("adversarial")
+        other = clean != adversarial
+        if not result.classes_recorded:
+            other = result.right("clean") != result.right("adversarial")
+        outcomes, differing = outcomes + other.size, differing + int(other.sum())
     flag = (
-        f"the null attack does not give clean accuracy ({', '.join(wrong)} points): "
-        "something else than the attack is measured"
+        f"the null attack changes {differing} of {outcomes} outcomes, where image and draw are the "
+        "same: something else than the attack is measured, such as noise that the defense draws on "
+        "its own"
     )
-    return Check("null attack", [pool.setting], [flag] if wrong else [])
+    return Check("null attack", [pool.setting], [flag] if differing else [])
 
 
 def _more_knowledge(columns: Mapping[str, Pool], stochasticity: Estimate | None) -> Check:

@@ -1,8 +1,14 @@
-"""Estimates with intervals, from a paired bootstrap over images."""
+"""Estimates with intervals: of accuracies, and of differences from a paired bootstrap over images.
+
+An accuracy has the interval of Clopper and Pearson (1934) at an effective sample size, as Korn and
+Graubard (1998) take it for small proportions in clusters of unequal weight, which images with
+several draws each are. A bootstrap has no width at 0 or 100 % and too little near them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import exp, lgamma, log, log1p
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -45,6 +51,62 @@ class Score(NamedTuple):
     def mean(self) -> float:
         """The mean over images."""
         return sum(self.right) / (self.trials * len(self.right))
+
+
+def proportion(score: Score, draws: int | None = None) -> Estimate:
+    """The mean of a score with its 95 % interval, which holds near 0 and 100 % too.
+
+    The effective sample size ``n_eff`` is the number of independent yes-or-no outcomes whose mean
+    would vary as this one does from image to image, p (1 - p) / variance. It is at most the number
+    of images times max(1, 4 p (1 - p) draws): near the ends, images that were not met may differ
+    from all that were, and more draws of the same images say little of them. The interval is that
+    of Clopper and Pearson for p n_eff successes in n_eff trials.
+
+    Args:
+        score: How often each image was right.
+        draws: Of each image; the score's trials if not given.
+    """
+    n, total, whole = len(score.right), sum(score.right), score.trials * len(score.right)
+    p = total / whole
+    # Integers, so that the last digit is the same on every machine.
+    spread = n * sum(right * right for right in score.right) - total * total
+    most = n * max(1.0, 4 * p * (1 - p) * (draws or score.trials))
+    effective = min(most, total * (whole - total) * (n - 1) / spread) if spread else most
+    hits = p * effective
+    low = 0.0 if total == 0 else _beta_quantile((1 - LEVEL) / 2, hits, effective - hits + 1)
+    high = 1.0 if total == whole else _beta_quantile((1 + LEVEL) / 2, hits + 1, effective - hits)
+    return Estimate(p, round(min(low, p), 9), round(max(high, p), 9))
+
+
+def _beta_quantile(chance: float, a: float, b: float) -> float:
+    """Where the distribution function of Beta(a, b) reaches `chance`, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _beta(middle, a, b) < chance else (low, middle)
+    return (low + high) / 2
+
+
+def _beta(x: float, a: float, b: float) -> float:
+    """The distribution function of Beta(a, b) at `x` in (0, 1).
+
+    By the continued fraction of the incomplete beta function (Abramowitz and Stegun 1964, 26.5.8),
+    evaluated by Lentz's method.
+    """
+    if x > (a + 1) / (a + b + 2):
+        return 1 - _beta(1 - x, b, a)
+    d = 1 / (1 - (a + b) * x / (a + 1))
+    c, fraction = 1.0, d
+    for m in range(1, 1000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for term in (even, odd):
+            d, c = 1 / (1 + term * d), 1 + term / c
+            fraction *= c * d
+        if abs(c * d - 1) < 1e-13:
+            break
+    weight = lgamma(a + b) - lgamma(a) - lgamma(b) + a * log(x) + b * log1p(-x)
+    return exp(weight) * fraction / a
 
 
 class Bootstrap:
@@ -92,21 +154,6 @@ class Bootstrap:
             raise ValueError(f"counts of shape {counts.shape} for {self.images} images.")
         accuracy: Replicates = self._weights @ counts / (self.images * trials)
         return accuracy
-
-    def histogram(self, category: Counts, categories: int) -> Counts:
-        """How many images are of each category ``(1 + resamples, categories)``.
-
-        Args:
-            category: Of each image, in 0 ... categories - 1.
-            categories: How many there are.
-
-        Raises:
-            ValueError: `category` isn't one number per image.
-        """
-        if category.shape != (self.images,):
-            raise ValueError(f"categories of shape {category.shape} for {self.images} images.")
-        found: Counts = (self._weights @ np.eye(categories)[category]).astype(np.int64)
-        return found
 
     def estimate(self, quantity: Replicates) -> Estimate:
         """Value and percentile interval of a `quantity` ``(1 + resamples,)``."""

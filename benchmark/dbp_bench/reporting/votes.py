@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dbp_bench.reporting.statistics import SEED, Bootstrap, Counts, Estimate, Replicates, Score
+from dbp_bench.reporting.statistics import Counts, Estimate, Score, proportion
 from dbp_bench.result import NO_MAJORITY, NOT_RECORDED, Right
 
 FEW: Final = 3
@@ -18,10 +18,6 @@ FEW: Final = 3
 
 METRICS: Final = ("mean", "plurality", f"worst_{FEW}", "worst_all")
 """One draw; the vote of :func:`votes` draws; the worst of :data:`FEW`, and of all draws."""
-
-_GRID: Final = np.linspace(0, 1, 41)
-"""Chances of being right between which the images of a result are spread."""
-_ITERATIONS: Final = 1000
 
 Classes = NDArray[np.int64]
 """Predicted classes (image x draw)."""
@@ -124,30 +120,13 @@ class Account:
     class that was not recorded."""
 
 
-def account(tally: "Tally", bootstrap: Bootstrap) -> Account:
+def account(tally: "Tally") -> Account:
     """The metrics of the draws in `tally`, with 95 % intervals."""
     return Account(
         draws=tally.draws if tally.noisy else None,
         votes=votes(tally.draws) if tally.noisy else None,
-        estimates={name: tally.estimate(name, bootstrap) for name in METRICS},
+        estimates={name: tally.estimate(name) for name in METRICS},
     )
-
-
-def gaps(clean: "Tally", adversarial: "Tally", bootstrap: Bootstrap) -> dict[str, Estimate | None]:
-    """By metric, robust minus clean accuracy on the same draws, paired by image.
-
-    The null attack (eps = 0) must leave none. Images are resampled, not draws, which are the same
-    on both sides.
-    """
-    found: dict[str, Estimate | None] = {}
-    for name in METRICS:
-        before, after = clean.score(name), adversarial.score(name)
-        if before is None or after is None:
-            found[name] = None
-            continue
-        gap = [a - b for a, b in zip(after.right, before.right, strict=True)]
-        found[name] = bootstrap.estimate(bootstrap.mean(gap, before.trials))
-    return found
 
 
 class Tally:
@@ -169,7 +148,6 @@ class Tally:
         self.seeds, self.images, self.draws = classes.shape
         self.right: Counts = (classes == np.asarray(labels)[:, None]).sum(2).T
         """``(images, seeds)``, in 0 ... draws: how many draws are right."""
-        self._redrawn: dict[Bootstrap, Counts] = {}
 
     def score(self, name: str) -> Score | None:
         """The metric `name` of each image, over its seeds: exact. None where it has none."""
@@ -181,22 +159,10 @@ class Tally:
         right = [sum(metric.numerators[count] for count in row) for row in self.right.tolist()]
         return Score(right, metric.denominator * self.seeds)
 
-    def estimate(self, name: str, bootstrap: Bootstrap) -> Estimate | None:
-        """The metric `name` with its interval; None where it has none.
-
-        Of draws that are noisy, images are resampled and their number of right draws made anew (see
-        :meth:`redrawn`); for the vote, which needs more than that number, images alone.
-        """
-        if name == "plurality" and self.noisy:
-            score = self._vote()
-            return score and bootstrap.estimate(bootstrap.mean(*score))
-        metric = self._by_right(name)
-        if metric is None:
-            return None
-        if bootstrap not in self._redrawn:
-            replicates = self.redrawn(bootstrap) if self.noisy else self.resampled(bootstrap)
-            self._redrawn[bootstrap] = replicates
-        return bootstrap.estimate(self.apply(metric, self._redrawn[bootstrap]))
+    def estimate(self, name: str) -> Estimate | None:
+        """The metric `name` with its interval, from image to image; None where it has none."""
+        score = self.score(name)
+        return score and proportion(score, self.draws * self.seeds)
 
     def _by_right(self, name: str) -> Metric | None:
         """The metric `name`, of those that the number of right draws decides."""
@@ -212,93 +178,6 @@ class Tally:
         images = zip(self.classes.transpose(1, 0, 2).tolist(), self.labels, strict=True)
         wins = [sum(plurality(row, label, k) for row in seeds) for seeds, label in images]
         return Score(wins, comb(self.draws, k) * self.seeds)
-
-    def apply(self, metric: Metric, replicates: Counts) -> Replicates:
-        """The mean of `metric` ``(1 + resamples,)`` in each of the `replicates`.
-
-        Raises:
-            ValueError: The metric is of another number of draws.
-        """
-        if len(metric.numerators) != self.draws + 1:
-            raise ValueError(f"a metric of other than {self.draws} draws.")
-        whole = self.images * self.seeds
-        # Sums of integers are exact, so that the last digit is the same on every machine.
-        exact = metric.denominator * whole < 2**53
-        values = [float(n) if exact else n / metric.denominator for n in metric.numerators]
-        means: Replicates = (replicates * np.array(values)).sum(1) / (
-            (metric.denominator if exact else 1) * whole
-        )
-        return means
-
-    def resampled(self, bootstrap: Bootstrap) -> Counts:
-        """How often each count occurs ``(1 + resamples, M + 1)``, as is and on resampled images."""
-        return sum(
-            (bootstrap.histogram(column, self.draws + 1) for column in self.right.T),
-            start=np.zeros((), dtype=np.int64),
-        )
-
-    def redrawn(self, bootstrap: Bootstrap) -> Counts:
-        """The same with two levels: images resampled, and each one's draws made anew.
-
-        Resampling the M outcomes of an image repeats some of them, and to U-statistics of
-        repetitions, such as the worst of all M, a tie is no second draw: they come out too high.
-        It also counts the draws' noise twice, which is in the outcomes already (Davison and
-        Hinkley 1997, section 3.8). So the draws are parametric: each image's chance of being right
-        is drawn from its posterior given its outcomes, then M outcomes with that chance. The prior
-        is the distribution of chances that makes the result's own counts likeliest, whatever its
-        form (Laird 1978), by expectation maximisation on a grid. At its fixed point redrawn counts
-        are distributed like the ones that were seen, as far as a mixture of binomials can be.
-
-        Images whose draws all agree, in all seeds, leave nothing to draw anew if all are so. Seeds
-        of an image share its chance.
-        """
-        seen = self.resampled(bootstrap)
-        trials = self.draws * self.seeds
-        total = self.right.sum(1)
-        if bool(((total == 0) | (total == trials)).all()):
-            return seen
-        counts, which = np.unique(total, return_inverse=True)
-        images = bootstrap.histogram(which, len(counts))
-        posterior = _posterior(counts, images[0], trials)
-        chance = np.stack([_binomial(self.draws, p) for p in _GRID])
-        rng = np.random.default_rng([SEED, 1])
-        if self.seeds == 1:
-            anew = rng.multinomial(images[1:], _exact(posterior @ chance)).sum(1)
-        else:
-            chances = rng.multinomial(images[1:], _exact(posterior)).sum(1)
-            anew = rng.multinomial(self.seeds * chances, _exact(chance)).sum(1)
-        return np.concatenate([seen[:1], anew])
-
-
-def _posterior(counts: Counts, images: Counts, trials: int) -> NDArray[np.float64]:
-    """The chances ``(len(counts), grid)`` of images, given their count.
-
-    Args:
-        counts: The counts of right draws that occur.
-        images: How many images have each of them.
-        trials: Draws of each image.
-    """
-    likelihood = np.stack([_binomial(trials, p)[counts] for p in _GRID], axis=1)
-    prior = np.full(len(_GRID), 1 / len(_GRID))
-    share = images / images.sum()
-    posterior = likelihood
-    for _ in range(_ITERATIONS):
-        joint = likelihood * prior
-        posterior = joint / joint.sum(1, keepdims=True)
-        prior = share @ posterior
-    return posterior
-
-
-def _binomial(trials: int, p: float) -> NDArray[np.float64]:
-    """The chance of each count 0 ... trials."""
-    return np.array([comb(trials, x) * p**x * (1 - p) ** (trials - x) for x in range(trials + 1)])
-
-
-def _exact(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Each row in steps of about 1e-9, summing to 1: rounding in its making leaves no trace."""
-    levels = np.floor(rows * 2.0**30 + 0.5)
-    exact: NDArray[np.float64] = levels / levels.sum(-1, keepdims=True)
-    return exact
 
 
 def worst_hidden(attacks: Sequence[Right]) -> Score:

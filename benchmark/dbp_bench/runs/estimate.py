@@ -212,7 +212,7 @@ class _Call:
             return torch.zeros_like(answers[0])
 
         with _answering({network: once}), torch.no_grad():
-            defense.purifier(image, Tape.make(0, ATTACKER, [0]))
+            defense.purify(image, Tape.make(0, ATTACKER, [0]))
         if not calls:
             return None
         first, *others = calls[0]

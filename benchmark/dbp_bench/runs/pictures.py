@@ -37,7 +37,7 @@ def write_pictures(path: Path, result: Result, job: Job, again: Again) -> Path:
     tape = Tape.make(result.seed, VICTIM, ids, draw)
     with torch.no_grad():
         with first_input() as seen:
-            purified = built.purifier(adversarial.to(job.device), tape)
+            purified = built.purify(adversarial.to(job.device), tape)
         noised = _to_images(seen[0]) if seen and seen[0].shape == adversarial.shape else None
         said = [_classes(built, images.to(job.device), tape) for images in (clean, adversarial)]
     samples = Samples(

@@ -11,6 +11,7 @@ from typing import Final
 import torch
 from safetensors.torch import load_file
 
+from dbp_bench.checks.record import faults, record
 from dbp_bench.defense import Defense
 from dbp_bench.evaluate import FRESH
 from dbp_bench.reporting.badge import Compared
@@ -24,6 +25,17 @@ from dbp_bench.submission.claims import Claim, read_images
 STANDARD_ERRORS: Final = 4.0
 """By how many a fresh evaluation may miss the stated accuracy. At 4, all threat models together
 refuse an honest bundle less than once in a thousand."""
+
+
+def check_conformance(claims: Sequence[Claim], device: str) -> None:
+    """Make the conformance record of each claim again.
+
+    Raises:
+        Refused: The defense breaks a rule.
+    """
+    for claim in claims:
+        if said := faults(record(replace(claim.job, device=device))):
+            raise Refused(f"{claim.name}: its conformance record, made again, says: {said[0]}.")
 
 
 def reevaluate(claims: Sequence[Claim], key: str, device: str) -> Compared:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dbp_bench.checks.record import faults
 from dbp_bench.data import DataSet
 from dbp_bench.entries.outside import Source
 from dbp_bench.entries.registry import Registry
@@ -230,6 +231,18 @@ def check_data(claims: Sequence[Claim], data: DataSet) -> None:
     for each in claims:
         if each.result.provenance.data != sha256 or each.result.labels != labels:
             raise Refused(f"{each.name}: its data, or its labels, are not those of the track.")
+
+
+def check_conformance(claims: Sequence[Claim]) -> None:
+    """Refuse results whose run found that the defense breaks a rule.
+
+    Raises:
+        Refused: There is one.
+    """
+    for each in claims:
+        found = each.result.conformance
+        if found is not None and (said := faults(found)):
+            raise Refused(f"{each.name}: its conformance record says: {said[0]}.")
 
 
 def check_clean(claims: Sequence[Claim]) -> None:

@@ -24,6 +24,7 @@ CHECKS: Final = (
     "all threat models of the protocol, on all images of the track, as its entries say",
     "entry, code and data have the hashes that the results were made with",
     "the null attack is there and changes no outcome; clean outcomes agree everywhere",
+    "no conformance record says that what is attacked isn't what is evaluated",
     "accuracies follow from the outcomes",
     "every adversarial image is inside ball and box",
 )
@@ -77,6 +78,7 @@ def check(
         check_comparable(records)
 
         claims.check_data(made, subject.data(verified=True))
+        claims.check_conformance(made)
         claims.check_clean(made)
         claims.check_summary(bundle, records)
         for each in made:
@@ -124,6 +126,7 @@ def replay(verified: Verified, device: str) -> Compared:
         BadRequest: The code in the bundle isn't trusted.
     """
     with _code_of(verified):
+        again.check_conformance(verified.claims, device)
         return again.reevaluate(verified.claims, verified.bundle.sha256, device)
 
 
@@ -137,6 +140,7 @@ def attack(verified: Verified, share: float, device: str) -> Compared:
         BadRequest: The code in the bundle isn't trusted.
     """
     with _code_of(verified):
+        again.check_conformance(verified.claims, device)
         return again.attack(verified.claims, verified.bundle.sha256, device, share)
 
 
