@@ -103,7 +103,7 @@ def test_optimum_of_an_ill_conditioned_quadratic_in_the_cube() -> None:
     """Each pixel goes to its bottom, or to the edge nearest to it; step sizes must shrink."""
     images, bottom = 0.3 + 0.4 * uniform(20, 1, 4, 4), 0.3 + 0.4 * uniform(20, 1, 4, 4, seed=1)
     curvature = torch.logspace(0, 2, 16).view(1, 4, 4)
-    defense = Defense(Identity(), Valley(bottom, curvature))
+    defense = Defense(Identity(), Valley(bottom, curvature), policy="none")
     labels = torch.zeros(20, dtype=torch.int64)
     ball = Linf(0.1)
     best = defense.classifier(ball.project(bottom, images))[:, 1]
@@ -116,7 +116,7 @@ def test_optimum_of_an_ill_conditioned_quadratic_in_the_cube() -> None:
 
 def test_optimum_of_a_round_quadratic_in_the_l2_ball() -> None:
     images, bottom = 0.3 + 0.4 * uniform(20, 1, 4, 4), 0.3 + 0.4 * uniform(20, 1, 4, 4, seed=1)
-    defense = Defense(Identity(), Valley(bottom, torch.ones(1, 4, 4)))
+    defense = Defense(Identity(), Valley(bottom, torch.ones(1, 4, 4)), policy="none")
     labels = torch.zeros(20, dtype=torch.int64)
     away = (bottom - images).flatten(1).norm(dim=1)
     best = -(away - 0.2).clamp(min=0).square()

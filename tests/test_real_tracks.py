@@ -329,7 +329,11 @@ def generated_data(patch: pytest.MonkeyPatch, folder: Path) -> Path:
     (folder / "data").mkdir()
     for name in ("cifar10", "cifar100", "imagenet"):
         size = 24 if name == "imagenet" else SIDE
-        patch.setitem(data_catalog.CATALOG, name, Facts(name, 10, (3, size, size), 30, 40))
+        patch.setitem(
+            data_catalog.CATALOG,
+            name,
+            Facts(name, 100 if name == "cifar100" else 10, (3, size, size), 30, 40),
+        )
         labels = rng.permutation(np.arange(70) % 10)
         images = rng.integers(0, 256, (70, size, size, 3), dtype=np.uint8)
         splits.write_lists(name, labels.tolist(), lists)
