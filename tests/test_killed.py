@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 MAIN = [sys.executable, "-c", "from dbp_bench.cli import main; main()"]
-KILLS = 12
-"""Kills of each command."""
+KILLS = int(os.environ.get("DBP_TEST_KILLS", "3"))
+"""Kills of each command; DBP_TEST_KILLS takes another number."""
 
 pytestmark = pytest.mark.slow
 
@@ -77,23 +77,26 @@ def kill_and_go_on(
     finish(whole, *arguments)
     seconds = time.monotonic() - started
     wanted = contents(whole)
-    killed = 0
-    for number in range(KILLS):
+    killed = number = 0
+    while killed < KILLS:
+        number += 1
         here = tmp_path / str(number)
         here.mkdir()
         prepare(here)
         running = process(here, *arguments)
         # Most of the time is spent on imports: two of three kills are in the last third.
-        least = 0.0 if number % 3 == 0 else 0.6
+        least = 0.0 if killed % 3 == 0 else 0.6
         time.sleep(moments.uniform(least, 1.0) * seconds)
         running.send_signal(signal.SIGKILL)
         running.communicate()
-        killed += running.returncode == -signal.SIGKILL
+        if running.returncode == -signal.SIGKILL:
+            killed += 1
+        else:
+            seconds *= 0.8  # It ended before: the machine has become faster.
         check(here, wanted)
         finish(here, *arguments)
         assert contents(here) == wanted, f"kill {number}"
         shutil.rmtree(here)
-    assert killed > KILLS / 2, "the command mostly ended before"
 
 
 def whole_files(here: Path, wanted: dict[str, str]) -> None:
@@ -129,9 +132,9 @@ def test_train(tmp_path: Path) -> None:
 
     def check(here: Path, wanted: dict[str, str]) -> None:
         """Of the weights, all or nothing; the log grows."""
-        found, name = contents(here), "weights/digits-classifier.safetensors"
+        found = contents(here)
         weights = [each for each in wanted if each.endswith(".safetensors")]
-        assert weights, name
+        assert weights
         for each in weights:
             assert found.get(each, wanted[each]) == wanted[each]
 
