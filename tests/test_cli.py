@@ -245,6 +245,13 @@ def test_plan(command: "Command", tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
+def test_a_plan_of_what_is_there(command: "Command") -> None:
+    names = ["--defense", "none", "--threat", "dwbox", *SMALL]
+    assert "all there" not in command(*PLAN, *names).out
+    assert command("run", *names).code == 0
+    assert "all there" in command(*PLAN, *names).out
+
+
 def test_a_plan_in_80_columns(command: "Command", monkeypatch: pytest.MonkeyPatch) -> None:
     """One line for each job, and each attack with its options once, below."""
     monkeypatch.setenv("COLUMNS", "80")

@@ -323,6 +323,7 @@ def _plan(
     from rich.table import Table
 
     from dbp_bench.runs.estimate import estimate
+    from dbp_bench.runs.execute import is_complete
 
     costs: list[tuple[Job, Job | None, Cost | None]] = []
     for item in planned:
@@ -357,7 +358,7 @@ def _plan(
         table.add_row(
             *head,
             f"{'at most ' if cost.at_most else ''}{cost.calls:,}",
-            duration(cost.seconds),
+            "all there" if is_complete(job, out) else duration(cost.seconds),
             f"{cost.bytes / 2**20:,.0f} MiB{' *' if cost.by_step else ''}",
         )
     say.print("", table, "", sep="\n")
