@@ -565,6 +565,7 @@ def test_the_command_trains_and_refuses(command: Command, tmp_path: Path) -> Non
         (("addt", "--precision", "fp8"), "--precision 'fp8'"),
         (("addt", "--init", tmp_path / "no.safetensors"), "there is no such file"),
         (("addt", "--classifier", "no-such"), "--classifier no-such: no such file"),
+        (("mse-guided", "--classifier", "no-such"), "--classifier: mse-guided takes none."),
         (("addt", "--network", "cnn"), "--network cnn: not one for this recipe"),
     ]:
         said = command("train", *arguments, "--out", tmp_path)

@@ -71,6 +71,10 @@ def train(
     name = _data_set(track, entries)
     names = recipes.SHIPPED if recipe == "all" and name == "digits" else (recipe,)
     planned = [recipes.recipe(one, name, network) for one in names]
+    if classifier is not None and not set(names) & set(recipes.GUIDED):
+        raise BadRequest(
+            f"--classifier: {recipe} takes none. Recipes that do: {', '.join(recipes.GUIDED)}."
+        )
     starts = _given(init, "init"), _given(classifier, "classifier")
     images = load_data(name, data, "train")
     if name == "digits" and device == "auto":
