@@ -298,19 +298,44 @@ def test_a_home_folder_in_the_environment(
     assert f"DBP_BENCH_DATA {tmp_path / 'home/nowhere'}: no such file or folder" in message
 
 
+SAYS_WHEN_IT_STARTS = """
+import signal
+from dbp_bench.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A job in the background ignores it.
+handle = signal.signal
+
+def told(number, handler):
+    print("ready", flush=True)
+    return handle(number, handler)
+
+signal.signal = told
+main()
+"""
+"""A command that prints a line as soon as it catches signals, which is the first it does."""
+
+
 @pytest.mark.parametrize("moment", [0.0, 0.03, 0.1, 0.3])
 def test_stopped_in_the_first_moments(moment: float) -> None:
     """From where our first line runs, however much is still to be imported."""
-    code = "import sys; print('ready', flush=True); from dbp_bench.cli import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "run", "--defense", "addt", "--threat", "dwbox"],
+        [
+            sys.executable,
+            "-c",
+            SAYS_WHEN_IT_STARTS,
+            "run",
+            "--defense",
+            "addt",
+            "--threat",
+            "dwbox",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
     process.stdout.readline()
-    time.sleep(0.02 + moment)
+    time.sleep(moment)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
