@@ -242,7 +242,8 @@ def test_classification_is_the_mean_cross_entropy() -> None:
 @pytest.mark.parametrize("count", [1, 7, 200, 1000])
 def test_levels_are_uniform_over_all_steps(count: int) -> None:
     n = 20_000
-    levels = Batch(torch.empty(n, 1), torch.empty(n), Tape.make(0, "x", range(n))).levels(count)
+    images = Batch(torch.empty(n, 1), torch.empty(n), Tape.make(0, "x", range(n)))
+    levels = DDPM(count).draw(images).told
     assert float(levels.min()) == 0
     assert float(levels.max()) == count - 1
     assert torch.equal(levels, levels.round())

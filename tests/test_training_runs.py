@@ -32,7 +32,7 @@ from dbp_bench.training.diffusion import ADDT, adversarial, denoising, fooling
 from dbp_bench.training.distributed import ALONE, Group, launched
 from dbp_bench.training.given import Given
 from dbp_bench.training.loop import train
-from dbp_bench.training.output import packed
+from dbp_bench.training.output import packed, rows
 from dbp_bench.training.processes import DDPM
 from dbp_bench.training.run import Options, run
 from dbp_bench.training.state import Checkpoint, Settings
@@ -330,7 +330,7 @@ def test_the_recipes_of_the_shipped_weights_have_not_changed() -> None:
     for name in recipes.SHIPPED:
         plan = recipes.recipe(name, "digits")
         card = (ASSETS / plan.file).with_suffix(".md").read_text(encoding="utf-8")
-        for key, value in {**plan.settings, **plan.objective}.items():
+        for key, value in rows(plan).items():
             assert f"| {key} | {value} |" in card
         assert f"sha256 `{digest(ASSETS / plan.file)}`" in card
 
@@ -399,10 +399,9 @@ def refused(recipe: str, network: str, data: str, tmp_path: Path, **given: Given
 
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     from dbp_bench.networks import trial
-    from dbp_bench.training.recipes import _SCHEDULES
 
     tiny, ten = trial.ddpm_tiny32(), trial.wrn_10_2()
-    init = cifar(tmp_path, "tiny", tiny, {"schedule": _SCHEDULES["ddpm"]})
+    init = cifar(tmp_path, "tiny", tiny, {"schedule": recipes.SCHEDULES["ddpm"]})
     says = {"network": "dbp_bench.networks.trial:wrn_10_2"}
     good = cifar(tmp_path, "ten", ten, says)
     found = refused("addt", "tiny", "cifar100", tmp_path, init=init, classifier=good)

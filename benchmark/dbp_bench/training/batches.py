@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 from dbp_bench.noise import Site, Tape
 
-_IMAGE, _LEVEL, _FLIP = Site("image"), Site("level"), Site("flip")
-_ROW, _COLUMN = Site("row"), Site("column")
+_IMAGE, _FLIP, _ROW, _COLUMN = Site("image"), Site("flip"), Site("row"), Site("column")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +18,6 @@ class Batch:
     images: Tensor
     labels: Tensor
     tape: Tape
-
-    def levels(self, count: int) -> Tensor:
-        """0-based diffusion steps ``(b,)``, uniform in 0 ... count - 1."""
-        return (self.uniform(_LEVEL) * count).floor()
 
     def uniform(self, site: Site) -> Tensor:
         """One number in (0, 1) for each image ``(b,)``."""

@@ -1,7 +1,5 @@
-"""What a recipe starts from: weights of an earlier recipe, and a classifier that guides."""
+"""The weights that a recipe starts from, and the classifier that guides it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dbp_bench.data.catalog import facts_of
 from dbp_bench.declaration import parse_json
@@ -26,11 +25,11 @@ class Given:
     """Weights that a recipe starts from, or a classifier that guides it."""
 
     label: str
-    """What messages call it: a path, or the name of a checkpoint."""
+    """Its name in messages: a path, or the name of a checkpoint."""
     sha256: str
     tensors: dict[str, Tensor]
     header: dict[str, Any]
-    """What the file says of itself; empty where it says nothing."""
+    """The description in the file; empty where it has none."""
     network: nn.Module | None = None
     """The network with these weights, where it isn't one of the recipes' networks."""
 
@@ -47,7 +46,7 @@ class Given:
 
     @classmethod
     def earlier(cls, recipe: Recipe, out: Path, file: str, option: str) -> "Given":
-        """What an earlier recipe left in `out`, or what ships with the package.
+        """The weights that an earlier recipe left in `out`, or that ship with the package.
 
         Raises:
             BadWeights: It is in neither place.
@@ -63,7 +62,7 @@ class Given:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """What a safetensors file says of itself; empty where it says nothing."""
+    """The description in a safetensors file; empty where it has none."""
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get(HEADER)
     try:
@@ -102,8 +101,15 @@ def guiding_classifier(given: Given, recipe: Recipe) -> nn.Module:
         fill(network, given.tensors, Path(given.label))
     network = network.eval().requires_grad_(False)
     facts = facts_of(recipe.data)
+    seen: list[int] = []
+
+    def look(module: nn.Module, inputs: Any) -> None:
+        """Note how many channels each convolution is shown."""
+        if isinstance(module, nn.Conv2d):
+            seen.append(inputs[0].shape[1])
+
     try:
-        with torch.no_grad(), _channels(network) as seen:
+        with torch.no_grad(), register_module_forward_pre_hook(look):
             shape = tuple(network(torch.zeros(1, *facts.shape)).shape)
     except (RuntimeError, TypeError, ValueError) as error:
         cause = str(error).partition("\n")[0][:100]
@@ -115,29 +121,10 @@ def guiding_classifier(given: Given, recipe: Recipe) -> nn.Module:
             f"{given.label}: gives {shape[1:]} numbers for an image; a classifier of "
             f"{recipe.data} gives ({facts.classes},), one for each class."
         )
+    # A normalisation with a mean for each of three channels silently makes three of one.
     if seen and seen[0] != facts.shape[0]:
         raise BadRequest(
             f"{given.label}: a classifier of images with {seen[0]} channels; those of "
             f"{recipe.data} have {facts.shape[0]}."
         )
     return network
-
-
-@contextmanager
-def _channels(network: nn.Module) -> Iterator[list[int]]:
-    """How many channels each convolution is shown, in the order of their calls.
-
-    The first one's are the images', unless a normalisation before it, with a mean for each channel,
-    has silently made three channels of one.
-    """
-    seen: list[int] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
-        for module in network.modules()
-        if isinstance(module, nn.Conv2d)
-    ]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -1,4 +1,4 @@
-"""The log of a run beside its weights: JSON lines, the request first and what was made last."""
+"""The log of a run beside its weights: JSON lines, the request first and the facts last."""
 
 import json
 import time
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dbp_bench.declaration import parse_json
-from dbp_bench.result import write_atomically
+from dbp_bench.writing import naming, write_atomically
 
 
 class Journal:
@@ -14,75 +14,70 @@ class Journal:
 
     Args:
         path: The file.
-        request: What was asked for.
+        request: The request of the run.
         every: Updates from one line to the next.
+        batch_size: Images per update.
     """
 
-    def __init__(self, path: Path, request: dict[str, Any], every: int) -> None:
-        self.path, self.every = path, every
-        self._request = json.loads(json.dumps(request))
+    def __init__(self, path: Path, request: dict[str, Any], every: int, batch_size: int) -> None:
+        self.path, self.every, self.batch_size = path, every, batch_size
+        self._request = {"request": json.loads(json.dumps(request))}
         self._losses: list[float] = []
         self._since = 0.0
+        self._speed: float | None = None
 
-    def finished(self) -> dict[str, Any] | None:
-        """What was made, if the log belongs to this request and the run is finished."""
+    def made(self) -> dict[str, Any] | None:
+        """The facts of the weights, if the log belongs to this request and the run is finished."""
         lines = _lines(self.path)
-        if len(lines) < 2 or lines[0].get("request") != self._request:
-            return None
-        made = lines[-1].get("made")
+        made = lines[-1].get("made") if lines[:1] == [self._request] else None
         return made if isinstance(made, dict) else None
 
-    def start(self, done: int, since: float) -> None:
-        """Continue after `done` updates, at the time `since` (of ``time.perf_counter``)."""
-        kept = [line for line in _lines(self.path)[1:] if line.get("update", done + 1) <= done]
-        head: list[dict[str, Any]] = [{"request": self._request}]
-        text = "".join(json.dumps(line) + "\n" for line in head + (kept if done else []))
-        write_atomically(self.path, text)
-        self._losses, self._since = [], since
+    def start(self) -> None:
+        """Count the time of updates from here."""
+        self._since = time.perf_counter()
 
-    def add(self, update: int, loss: float, rate: float, images: int) -> float | None:
-        """Note an update; images per second since the last line, where a line is due.
+    def add(self, update: int, loss: float, rate: float) -> float | None:
+        """Note an update; images per second as of the last line of this process, if there is one.
 
         Args:
             update: The number of the update.
             loss: Its loss; a line has the mean since the last one.
             rate: The learning rate.
-            images: Images per update.
         """
+        if not self._losses and self._speed is None:  # the first of this process
+            before = [x for x in _lines(self.path)[1:] if x.get("update", update) < update]
+            head = [self._request, *(before if update > 1 else [])]
+            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in head))
         self._losses.append(loss)
-        if update % self.every:
-            return None
-        now = time.perf_counter()
-        speed = images * len(self._losses) / max(now - self._since, 1e-9)
-        line = {
-            "update": update,
-            "loss": sum(self._losses) / len(self._losses),
-            "learning_rate": rate,
-            "images_per_s": round(speed, 1),
-        }
-        self._losses, self._since = [], now
-        self._append(line)
-        return speed
+        if update % self.every == 0:
+            now = time.perf_counter()
+            self._speed = self.batch_size * len(self._losses) / max(now - self._since, 1e-9)
+            line = {
+                "update": update,
+                "loss": sum(self._losses) / len(self._losses),
+                "learning_rate": rate,
+                "images_per_s": round(self._speed, 1),
+            }
+            self._append(line)
+            self._losses, self._since = [], now
+        return self._speed
 
     def finish(self, made: dict[str, Any]) -> None:
-        """Note what was made."""
+        """Note the facts of the weights."""
         self._append({"made": made})
 
     def _append(self, line: dict[str, Any]) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            error.filename = error.filename or str(self.path)
-            raise
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; a last one that was cut off is left out."""
-    if not path.is_file():
-        return []
-    found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    found: list[dict[str, Any]] = []
+    texts = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ()
+    )
+    for text in texts:
         try:
             line = parse_json(text)
         except ValueError:

@@ -1,7 +1,6 @@
 """The training loop that all recipes share."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
 from typing import Literal
 
@@ -69,7 +68,7 @@ def train(
     for update in range(done + 1, settings.iterations + 1):
         tape = Tape.make(seed, owner, rows, update - 1)
         dropout.begin(network, tape)
-        with _arithmetic(precision, images.device):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
             batch = draw(images, labels, tape, flip=settings.flip, crop=settings.crop)
             value = loss(batch)
         state.optimizer.zero_grad()
@@ -89,14 +88,8 @@ def train(
     return state.average.values
 
 
-def _arithmetic(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
-    if precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
-
-
 def _stop(owner: str, update: int, loss: float, kept: int, checkpoint: Checkpoint | None) -> None:
-    what = "the loss" if not isfinite(loss) else "a gradient"
+    what = "a gradient" if isfinite(loss) else "the loss"
     where = (
         f"The state after update {kept} is in {checkpoint.path}. " if checkpoint and kept else ""
     )

@@ -83,7 +83,7 @@ class DDPM(_NoisePrediction):
 
     def draw(self, batch: Batch) -> Level:
         """See :class:`Process`."""
-        return self.at(batch.levels(self.levels))
+        return self.at((batch.uniform(_LEVEL) * self.levels).floor())
 
     def at(self, t: Tensor) -> Level:
         """The level of 0-based steps `t` ``(b,)``."""

@@ -10,6 +10,7 @@ from dbp_bench.data.catalog import facts_of
 from dbp_bench.errors import UnknownName, did_you_mean
 from dbp_bench.training.diffusion import ADDT, LinfADDT
 from dbp_bench.training.processes import DDPM, EDM, VPSDE, Process
+from dbp_bench.training.state import Settings
 from dbp_bench.training.variants import Size, Variant, find
 
 TITLES = {
@@ -28,6 +29,18 @@ FINETUNED = ("addt", "clean-finetune", "mse-guided", "addt-linf")
 SHIPPED = ("classifier", "diffusion", "addt")
 """What `all` makes of the digits."""
 
+SCHEDULES = {
+    "classifier": "",
+    "ddpm": "DDPM, 1000 steps, betas linear from 0.0001 to 0.02",
+    "vpsde": "VP-SDE, continuous times, beta linear from 0.1 to 20",
+    "edm": "EDM, variance exploding",
+}
+_DIGITS_STEMS = {"cnn": "digits-classifier", "mlp": "digits-ddpm"}
+_DIGITS_TITLES = {
+    "classifier": "Classifier of the digits (CNN, 17,362 parameters)",
+    "diffusion": "DDPM of the digits (residual MLP, 446,016 parameters)",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -36,48 +49,72 @@ class Recipe:
     name: str
     data: str
     variant: Variant
-    title: str
-    file: str
-    settings: dict[str, Any]
-    """Settings of the optimiser; see :class:`dbp_bench.training.state.Settings`."""
-    epochs: int | None = None
-    """How long, in place of a number of iterations."""
+    settings: Settings
+    epochs: int = 0
+    """How long, where the settings have no number of iterations."""
     objective: dict[str, Any] = field(default_factory=dict)
     """Options of ADDT, and how many levels are trained."""
-    init: str | None = None
-    """File of an earlier recipe whose weights this one starts from."""
-    classifier: str | None = None
-    """File of an earlier recipe: the classifier that guides."""
-    classifier_variant: Variant | None = None
-    half: bool = False
-    """Weights are stored in half precision."""
+
+    @property
+    def title(self) -> str:
+        """The heading of the model card."""
+        if self.data == "digits":
+            return _DIGITS_TITLES.get(self.name, f"{TITLES[self.name]} of the DDPM of the digits")
+        classes = facts_of(self.data).classes
+        return f"{TITLES[self.name]} of {self.data} ({self.variant.name}, {classes} classes)"
+
+    @property
+    def file(self) -> str:
+        """The name of the weights file."""
+        if self.name not in FINETUNED:
+            return self._trained(self.variant)
+        stem = "digits" if self.data == "digits" else f"{self.data}-{self.variant.name}"
+        return f"{stem}-{self.name}.safetensors"
+
+    @property
+    def init(self) -> str | None:
+        """The file of an earlier recipe whose weights this one starts from."""
+        return self._trained(self.variant) if self.name in FINETUNED else None
+
+    @property
+    def classifier_variant(self) -> Variant | None:
+        """The network of the classifier that guides: the data set's, of the same size."""
+        if self.name not in GUIDED:
+            return None
+        return find(self.data, self.variant.size, classifies=True)
+
+    @property
+    def classifier(self) -> str | None:
+        """The file of an earlier recipe: the classifier that guides."""
+        variant = self.classifier_variant
+        return variant and self._trained(variant)
+
+    @property
+    def half(self) -> bool:
+        """True where weights are stored in half precision: those that ship with the package."""
+        return self.data == "digits"
+
+    def _trained(self, variant: Variant) -> str:
+        """The file of the recipe that trains `variant` from random weights."""
+        stem = _DIGITS_STEMS.get(variant.name, f"{self.data}-{variant.name}")
+        return f"{stem}.safetensors"
 
     def process(self) -> Process:
         """The diffusion that is trained."""
         kind = self.variant.kind
         if kind == "ddpm":
             return DDPM(self.objective.get("levels", 1000))
-        if kind == "vpsde":
-            return VPSDE()
-        return EDM()
+        return VPSDE() if kind == "vpsde" else EDM()
 
     def schedule(self) -> str:
         """The diffusion in words, for the header of the weights; empty for a classifier."""
-        return _SCHEDULES[self.variant.kind]
+        return SCHEDULES[self.variant.kind]
 
     def adversarial(self) -> ADDT | LinfADDT:
         """The objective of ADDT or its ablation."""
         options = {k: v for k, v in self.objective.items() if k != "levels"}
         kind = LinfADDT if self.name == "addt-linf" else ADDT
         return kind(**options, process=self.process())
-
-
-_SCHEDULES = {
-    "classifier": "",
-    "ddpm": "DDPM, 1000 steps, betas linear from 0.0001 to 0.02",
-    "vpsde": "VP-SDE, continuous times, beta linear from 0.1 to 20",
-    "edm": "EDM, variance exploding",
-}
 
 
 def recipe(name: str, data: str, network: str | None = None) -> Recipe:
@@ -95,16 +132,26 @@ def recipe(name: str, data: str, network: str | None = None) -> Recipe:
     if name not in NAMES:
         raise UnknownName(f"no recipe {name!r}.{did_you_mean(name, [*NAMES, 'all'])}")
     variant = find(data, network, classifies=name == "classifier")
-    return _of_digits(name, variant) if data == "digits" else _of_cifar(name, data, variant)
+    if data == "digits":
+        settings = _DIGITS.get(name, _DIGITS_FINETUNING)
+        levels = {"levels": 200} if name in FINETUNED else {}
+        return Recipe(name, data, variant, settings, 0, _DIGITS_ADDT.get(name, {}) | levels)
+    # A tiny network has no time to learn the levels that t* = 100 never visits.
+    levels = {"levels": 250} if (variant.size, variant.kind) == ("tiny", "ddpm") else {}
+    settings, epochs = _of_cifar(name, variant)
+    return Recipe(name, data, variant, settings, epochs, _ADDT.get(name, {}) | levels)
 
 
-def changed(made: Recipe, images: int, **settings: Any) -> Recipe:
+def changed(made: Recipe, images: int, **given: Any) -> Recipe:
     """`made` with its epochs counted for so many `images`, and with other settings (not None)."""
-    of = {**made.settings, **{k: v for k, v in settings.items() if v is not None}}
-    if made.epochs is not None and "iterations" not in of:
-        of = {"iterations": -(-made.epochs * images // of["batch_size"]), **of}
-    return replace(made, settings=of, epochs=None)
+    given = {key: value for key, value in given.items() if value is not None}
+    settings = replace(made.settings, **given)
+    if made.epochs and "iterations" not in given:
+        settings = replace(settings, iterations=-(-made.epochs * images // settings.batch_size))
+    return replace(made, settings=settings, epochs=0)
 
+
+_ADAM = (0.9, 0.999)
 
 # ------------------------------------------------------------------------------------------ digits
 #
@@ -114,182 +161,53 @@ def changed(made: Recipe, images: int, **settings: Any) -> Recipe:
 # This setting was taken over (0.1, 0.5) after both were attacked on the first 180 test images; both
 # were above the DDPM they started from.
 
-_DIGITS_FILES = {"classifier": "digits-classifier", "diffusion": "digits-ddpm"}
-_DIGITS_TITLES = {
-    "classifier": "Classifier of the digits (CNN, 17,362 parameters)",
-    "diffusion": "DDPM of the digits (residual MLP, 446,016 parameters)",
-    "addt": "ADDT fine-tuning of the DDPM of the digits",
+_DIGITS = {
+    "classifier": Settings(800, 128, 2e-3, 1e-4, _ADAM, 0.99, anneal=True),
+    "diffusion": Settings(10_000, 256, 1e-3, 0.0, _ADAM, 0.999, anneal=True),
 }
-_DIGITS_FINETUNING = {
-    "iterations": 1200,
-    "batch_size": 256,
-    "learning_rate": 2e-4,
-    "weight_decay": 1e-6,
-    "betas": (0.95, 0.999),
-    "average": 0.999,
-    "anneal": False,
+_DIGITS_FINETUNING = Settings(1200, 256, 2e-4, 1e-6, (0.95, 0.999), 0.999, anneal=False)
+_DIGITS_ADDT: dict[str, dict[str, Any]] = {
+    "addt": {"lambda_unit": 0.19, "lambda_max": 0.7, "rounds": 5},
+    "mse-guided": {"lambda_unit": 0.19, "lambda_max": 0.7, "rounds": 5},
+    "addt-linf": {"eps": 0.2, "step": 0.1, "rounds": 5, "ratio_max": 10.0},
 }
-_DIGITS_SETTINGS = {
-    "classifier": {
-        "iterations": 800,
-        "batch_size": 128,
-        "learning_rate": 2e-3,
-        "weight_decay": 1e-4,
-        "betas": (0.9, 0.999),
-        "average": 0.99,
-        "anneal": True,
-    },
-    "diffusion": {
-        "iterations": 10_000,
-        "batch_size": 256,
-        "learning_rate": 1e-3,
-        "weight_decay": 0.0,
-        "betas": (0.9, 0.999),
-        "average": 0.999,
-        "anneal": True,
-    },
-}
-_DIGITS_ADDT = {"lambda_unit": 0.19, "lambda_max": 0.7, "rounds": 5, "levels": 200}
-_DIGITS_OBJECTIVES: dict[str, dict[str, Any]] = {
-    "addt": _DIGITS_ADDT,
-    "mse-guided": _DIGITS_ADDT,
-    "clean-finetune": {"levels": 200},
-    "addt-linf": {"eps": 0.2, "step": 0.1, "rounds": 5, "ratio_max": 10.0, "levels": 200},
-}
-
-
-def _of_digits(name: str, variant: Variant) -> Recipe:
-    guide = find("digits", None, classifies=True)
-    return Recipe(
-        name,
-        "digits",
-        variant,
-        _DIGITS_TITLES.get(name, f"{TITLES[name]} of the DDPM of the digits"),
-        f"{_DIGITS_FILES.get(name, f'digits-{name}')}.safetensors",
-        _DIGITS_SETTINGS.get(name, _DIGITS_FINETUNING),
-        objective=_DIGITS_OBJECTIVES.get(name, {}),
-        init="digits-ddpm.safetensors" if name in FINETUNED else None,
-        classifier="digits-classifier.safetensors" if name in GUIDED else None,
-        classifier_variant=guide if name in GUIDED else None,
-        half=True,
-    )
-
 
 # -------------------------------------------------------------------- data sets of CIFAR's size
 
-_ADAM = {"weight_decay": 0.0, "betas": (0.9, 0.999), "anneal": False, "flip": True}
-_FINETUNING: dict[str, Any] = {
-    "batch_size": 256,
-    "learning_rate": 2e-4,
-    "weight_decay": 1e-6,
-    "betas": (0.95, 0.999),
-    "average": 0.9999,
-    "anneal": False,
-    "flip": True,
-}
-# EDM's half-life of 0.5 million images is a decay of 0.99969 at 224 images.
-_EDM_FINETUNING = {
-    **_ADAM,
-    "iterations": 44_643,
-    "batch_size": 224,
-    "learning_rate": 1e-3,
-    "average": 0.99969,
-    "ramp": 44_643,
-}
-_TRAINING: dict[str, dict[str, Any]] = {
-    "ddpm": {
-        **_ADAM,
-        "iterations": 800_000,
-        "batch_size": 128,
-        "learning_rate": 2e-4,
-        "average": 0.9999,
-        "ramp": 5000,
-    },
-    "edm": {
-        **_ADAM,
-        "iterations": 390_625,
-        "batch_size": 512,
-        "learning_rate": 1e-3,
-        "average": 0.99929,
-        "ramp": 19_531,
-    },
-}
-_TRAINING["vpsde"] = {**_TRAINING["ddpm"], "iterations": 950_000}
-_CLASSIFIER: dict[str, Any] = {
-    "batch_size": 128,
-    "learning_rate": 0.1,
-    "weight_decay": 5e-4,
-    "betas": (0.9, 0.999),
-    "average": 0.0,
-    "anneal": True,
-    "momentum": 0.9,
-    "flip": True,
-    "crop": 4,
-}
-# Chosen for their time, not tuned: half an hour or so on one GPU, or 20 minutes on one core.
-_TRIALS: dict[tuple[str, Size], dict[str, Any]] = {
-    ("diffusion", "small"): {
-        "iterations": 40_000,
-        "batch_size": 128,
-        "learning_rate": 5e-4,
-        "average": 0.999,
-        "anneal": True,
-    },
-    ("diffusion", "tiny"): {
-        "iterations": 6000,
-        "batch_size": 32,
-        "learning_rate": 2e-3,
-        "average": 0.99,
-        "anneal": True,
-    },
-    ("addt", "small"): {"iterations": 4000, "average": 0.999, "batch_size": 128},
-    ("addt", "tiny"): {"iterations": 600, "average": 0.98, "batch_size": 32},
-}
+_CLASSIFIER = Settings(0, 128, 0.1, 5e-4, _ADAM, 0.0, anneal=True, momentum=0.9, flip=True, crop=4)
 _EPOCHS: dict[Size, int] = {"published": 200, "small": 30, "tiny": 6}
-_PAPER = {"lambda_unit": 0.03, "lambda_max": 0.3, "rounds": 5}
-_OBJECTIVES: dict[str, dict[str, Any]] = {
-    "addt": _PAPER,
-    "mse-guided": _PAPER,
+_DDPM = Settings(800_000, 128, 2e-4, 0.0, _ADAM, 0.9999, anneal=False, ramp=5000, flip=True)
+# EDM's half-life of 0.5 million images is a decay of 0.99929 at 512 images, and 0.99969 at 224.
+_EDM = Settings(390_625, 512, 1e-3, 0.0, _ADAM, 0.99929, anneal=False, ramp=19_531, flip=True)
+_EDM_ADDT = Settings(44_643, 224, 1e-3, 0.0, _ADAM, 0.99969, anneal=False, ramp=44_643, flip=True)
+_FINETUNING = Settings(0, 256, 2e-4, 1e-6, (0.95, 0.999), 0.9999, anneal=False, flip=True)
+_FINETUNING_EPOCHS = 100
+# Chosen for their time, not tuned: half an hour or so on one GPU, or 20 minutes on one core.
+_SMALL = Settings(40_000, 128, 5e-4, 0.0, _ADAM, 0.999, anneal=True, flip=True)
+_TINY = Settings(6000, 32, 2e-3, 0.0, _ADAM, 0.99, anneal=True, flip=True)
+_SHORT: dict[str, Any] = {"iterations": 4000, "batch_size": 128, "average": 0.999}
+
+_DENOISERS = {
+    "ddpm": (_DDPM, _FINETUNING),
+    "ddpm-small": (_SMALL, replace(_FINETUNING, **_SHORT)),
+    "ddpm-tiny": (_TINY, replace(_FINETUNING, iterations=600, batch_size=32, average=0.98)),
+    "ddpmpp": (replace(_DDPM, iterations=950_000), _FINETUNING),
+    "ddpmpp-small": (_SMALL, replace(_FINETUNING, **_SHORT)),
+    "edm": (_EDM, _EDM_ADDT),
+    "edm-small": (_SMALL, replace(_EDM_ADDT, **_SHORT, ramp=0)),
+}
+"""The settings of each network: from random weights, and for fine-tuning."""
+_ADDT: dict[str, dict[str, Any]] = {
+    "addt": {"lambda_unit": 0.03, "lambda_max": 0.3, "rounds": 5},
+    "mse-guided": {"lambda_unit": 0.03, "lambda_max": 0.3, "rounds": 5},
     "addt-linf": {"eps": 8 / 255, "step": 4 / 255, "rounds": 5, "ratio_max": 10.0},
 }
-_TINY_LEVELS = 250
-"""Levels of a tiny network, which has no time to learn those that t* = 100 never visits."""
 
 
-def _of_cifar(name: str, data: str, variant: Variant) -> Recipe:
-    stem = f"{data}-{variant.name}"
-    guide = find(data, variant.size, classifies=True)
-    objective = dict(_OBJECTIVES.get(name, {}))
-    if variant.size == "tiny" and variant.kind == "ddpm":
-        objective["levels"] = _TINY_LEVELS
-    settings, epochs = _settings(name, variant)
-    return Recipe(
-        name,
-        data,
-        variant,
-        f"{TITLES[name]} of {data} ({variant.name}, {facts_of(data).classes} classes)",
-        f"{stem}-{name}.safetensors" if name in FINETUNED else f"{stem}.safetensors",
-        settings,
-        epochs=epochs,
-        objective=objective,
-        init=f"{stem}.safetensors" if name in FINETUNED else None,
-        classifier=f"{data}-{guide.name}.safetensors" if name in GUIDED else None,
-        classifier_variant=guide if name in GUIDED else None,
-    )
-
-
-def _settings(name: str, variant: Variant) -> tuple[dict[str, Any], int | None]:
+def _of_cifar(name: str, variant: Variant) -> tuple[Settings, int]:
+    """The settings, and the epochs where they have no number of iterations."""
     if name == "classifier":
-        batch = 64 if variant.size == "tiny" else 128
-        return {**_CLASSIFIER, "batch_size": batch}, _EPOCHS[variant.size]
-    base: dict[str, Any]
-    if name == "diffusion":
-        base, epochs = _TRAINING[variant.kind], None
-    elif variant.kind == "edm":
-        base, epochs = _EDM_FINETUNING, None
-    else:
-        base, epochs = _FINETUNING, 100
-    trial = _TRIALS.get(("diffusion" if name == "diffusion" else "addt", variant.size))
-    if trial is None:
-        return base, epochs
-    return {**base, **trial, "ramp": 0}, None
+        batch_size = 64 if variant.size == "tiny" else 128
+        return replace(_CLASSIFIER, batch_size=batch_size), _EPOCHS[variant.size]
+    settings = _DENOISERS[variant.name][name in FINETUNED]
+    return settings, 0 if settings.iterations else _FINETUNING_EPOCHS

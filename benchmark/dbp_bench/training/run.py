@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ Progress = Callable[[Update], None]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a recipe is run; what isn't in the log's request changes rounding at most."""
+    """How a recipe is run; options that aren't in the log's request change rounding at most."""
 
     seed: int = 0
     device: torch.device = torch.device("cpu")  # noqa: RUF009
@@ -79,7 +79,7 @@ def run(
         classifier: The classifier that guides.
 
     Returns:
-        What was made; None in all processes of a group but the first, which writes.
+        The trained weights; None in all processes of a group but the first, which writes.
 
     Raises:
         AttackFailed: The loss became NaN; the device's memory doesn't do, or torch.compile failed.
@@ -87,17 +87,30 @@ def run(
             request; an option is out of range.
         BadWeights: Weights are missing, damaged, or made for another network or noise schedule.
     """
-    settings = _checked(recipe, options)
+    settings = recipe.settings
+    _check(settings, options)
     writes = options.group.rank == 0
     path = out / recipe.file
     if init is None and recipe.init:
         init = Given.earlier(recipe, out, recipe.init, "init")
     if classifier is None and recipe.classifier:
         classifier = Given.earlier(recipe, out, recipe.classifier, "classifier")
-    request = _request(recipe, options, init, classifier)
-    journal = Journal(path.with_suffix(".jsonl"), request, max(1, settings.iterations // 1000))
-    if options.resume and (made := _finished(journal, path)):
-        return made if writes else None
+    request = {
+        "recipe": recipe.name,
+        "data": recipe.data,
+        "network": recipe.variant.path,
+        "seed": options.seed,
+        "settings": asdict(settings),
+        "objective": recipe.objective,
+        "precision": options.precision,
+        "init": init and init.sha256,
+        "classifier": classifier and classifier.sha256,
+    }
+    every = max(1, settings.iterations // 1000)
+    journal = Journal(path.with_suffix(".jsonl"), request, every, settings.batch_size)
+    made = journal.made() if options.resume and path.is_file() else None
+    if made and made["sha256"] == digest(path):
+        return Trained(path, **made) if writes else None
     checkpoint = Checkpoint(
         path.with_suffix(".checkpoint.safetensors"),
         options.checkpoint_every,
@@ -116,20 +129,14 @@ def run(
         guide = _compiled(_placed(guiding_classifier(classifier, recipe), options), options)
     images, labels = _held(data, recipe.data, options.device)
 
-    start = time.perf_counter()
-    started, speed = False, None
-
     def report(update: int, loss: float, rate: float) -> None:
-        nonlocal started, speed
-        if writes:
-            if not started:
-                journal.start(update - 1, start)
-                started = True
-            speed = journal.add(update, loss, rate, settings.batch_size) or speed
+        speed = journal.add(update, loss, rate) if writes else None
         progress(Update(update, settings.iterations, loss, speed))
 
     # float32 means float32: no shortened products in convolutions.
     torch.backends.cudnn.allow_tf32 = False
+    start = time.perf_counter()
+    journal.start()
     with _in_words(options, checkpoint):
         values = train(
             network,
@@ -158,8 +165,8 @@ def run(
     return trained
 
 
-def _checked(recipe: Recipe, options: Options) -> Settings:
-    settings = Settings(**recipe.settings)
+def _check(settings: Settings, options: Options) -> None:
+    """Refuse numbers that are out of range."""
     if settings.iterations < 1:
         raise BadRequest(f"--updates {settings.iterations}: 1 or more.")
     if settings.batch_size < options.group.size:
@@ -171,30 +178,6 @@ def _checked(recipe: Recipe, options: Options) -> Settings:
         raise BadRequest(f"--learning-rate {settings.learning_rate}: a number above 0.")
     if options.checkpoint_every < 1:
         raise BadRequest(f"--checkpoint-every {options.checkpoint_every}: 1 or more.")
-    return settings
-
-
-def _request(
-    recipe: Recipe, options: Options, init: Given | None, classifier: Given | None
-) -> dict[str, Any]:
-    return {
-        "recipe": recipe.name,
-        "data": recipe.data,
-        "network": recipe.variant.path,
-        "seed": options.seed,
-        "settings": asdict(Settings(**recipe.settings)),
-        "objective": recipe.objective,
-        "precision": options.precision,
-        "init": init and init.sha256,
-        "classifier": classifier and classifier.sha256,
-    }
-
-
-def _finished(journal: Journal, path: Path) -> Trained | None:
-    made = journal.finished()
-    if made is None or not path.is_file() or digest(path) != made["sha256"]:
-        return None
-    return Trained(path, made["sha256"], made["seconds"], made["facts"])
 
 
 def _placed(network: nn.Module, options: Options) -> nn.Module:
@@ -206,22 +189,15 @@ def _placed(network: nn.Module, options: Options) -> nn.Module:
 
 
 def _compiled(network: nn.Module, options: Options) -> nn.Module:
-    if not options.compile:
-        return network
-    compiled: nn.Module = torch.compile(network)  # type: ignore[assignment]
-    return compiled
+    return torch.compile(network) if options.compile else network  # type: ignore[return-value]
 
 
 def _held(data: DataSet, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """The training images, as bytes where they are read from files, and their labels."""
-    ids = data.ids["train"]
-    if name == "digits":
-        images, labels = data.select(ids)
-        return images.to(device), labels.to(device)
     pixels, classes = [], []
-    for part in output.chunks(ids):
+    for part in output.chunks(data.ids["train"]):
         images, labels = data.select(part)
-        pixels.append((images * 255).round().to(torch.uint8))
+        pixels.append(images if name == "digits" else (images * 255).round().to(torch.uint8))
         classes.append(labels)
     return torch.cat(pixels).to(device), torch.cat(classes).to(device)
 
@@ -247,9 +223,8 @@ def _in_words(options: Options, checkpoint: Checkpoint) -> Iterator[None]:
                 "out of memory: give a smaller --batch-size, more processes, or --precision bf16."
                 + kept
             ) from None
-        if options.compile and type(error).__module__.startswith(
-            ("torch._dynamo", "torch._inductor")
-        ):
+        of_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        if options.compile and of_compiler:
             cause = " ".join(str(error).split())[:160]
             raise AttackFailed(f"torch.compile: {cause}. Leave out --compile.{kept}") from None
         raise

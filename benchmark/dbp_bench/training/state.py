@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
-from dbp_bench.declaration import parse_json
+from dbp_bench.declaration import Strict, parse_json
 from dbp_bench.errors import BadRequest, BadWeights
-from dbp_bench.weights.files import check_fit, load
+from dbp_bench.weights.files import load
 from dbp_bench.writing import sweep, write_atomically
 
 _KEY = "dbp-bench training state"
@@ -79,36 +80,53 @@ class State:
     @classmethod
     def start(cls, network: nn.Module, settings: Settings) -> "State":
         """The state before the first update."""
+        of_both = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
         optimizer: torch.optim.Optimizer
         if settings.momentum:
             optimizer = torch.optim.SGD(
-                network.parameters(),
-                lr=settings.learning_rate,
-                momentum=settings.momentum,
-                weight_decay=settings.weight_decay,
-                nesterov=True,
+                network.parameters(), momentum=settings.momentum, nesterov=True, **of_both
             )
         else:
-            optimizer = torch.optim.AdamW(
-                network.parameters(),
-                lr=settings.learning_rate,
-                weight_decay=settings.weight_decay,
-                betas=settings.betas,
-            )
-        return cls(
-            network,
-            optimizer,
-            _scheduler(optimizer, settings),
-            WeightAverage(network, settings.average),
-        )
+            optimizer = torch.optim.AdamW(network.parameters(), betas=settings.betas, **of_both)
+        scheduler: LRScheduler | None = None
+        if settings.anneal:
+            scheduler = CosineAnnealingLR(optimizer, settings.iterations)
+        elif settings.ramp:
+            scheduler = LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / settings.ramp))
+        return cls(network, optimizer, scheduler, WeightAverage(network, settings.average))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors, by their names in the file of the state."""
+        found = {f"network/{k}": v for k, v in self.network.state_dict().items()}
+        found |= {f"average/{k}": v for k, v in self.average.values.items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer/{index}/{k}": v for k, v in moments.items() if v is not None}
+        return found
 
-def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings) -> LRScheduler | None:
-    if settings.anneal:
-        return CosineAnnealingLR(optimizer, settings.iterations)
-    if settings.ramp:
-        return LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / settings.ramp))
-    return None
+    def rates(self) -> dict[str, Any]:
+        """The optimizer's and the scheduler's values beside tensors, as JSON gives them back."""
+        scheduler = self.scheduler.state_dict() if self.scheduler else None
+        held = {"groups": self.optimizer.state_dict()["param_groups"], "scheduler": scheduler}
+        found: dict[str, Any] = json.loads(json.dumps(held))
+        return found
+
+    def load(self, tensors: dict[str, Tensor], rates: dict[str, Any], averaged: int) -> None:
+        """Become the state of these `tensors` and `rates`; its average was updated so often."""
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "average": {}, "optimizer": {}}
+        for name, value in tensors.items():
+            part, _, key = name.partition("/")
+            parts[part][key] = value
+        self.network.load_state_dict(parts["network"])
+        for key, value in parts["average"].items():
+            self.average.values[key].copy_(value)
+        self.average.updates = averaged
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["optimizer"].items():
+            index, _, key = name.partition("/")
+            moments.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({"state": moments, "param_groups": rates["groups"]})
+        if self.scheduler:
+            self.scheduler.load_state_dict(rates["scheduler"])
 
 
 # ------------------------------------------------------------------------------------- its file
@@ -140,20 +158,14 @@ class Checkpoint:
         """
         if not self.writes:
             return
-        optimizer = state.optimizer.state_dict()
-        tensors = {f"network/{k}": v for k, v in state.network.state_dict().items()}
-        tensors |= {f"average/{k}": v for k, v in state.average.values.items()}
-        for index, values in optimizer["state"].items():
-            tensors |= {f"optimizer/{index}/{k}": v for k, v in values.items() if v is not None}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in state.tensors().items()}
         numbers = {
             "request": self.request,
             "update": update,
             "average": state.average.updates,
-            "groups": optimizer["param_groups"],
-            "scheduler": state.scheduler.state_dict() if state.scheduler else None,
+            **state.rates(),
         }
-        packed = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        write_atomically(self.path, save(packed, {_KEY: json.dumps(numbers)}))
+        write_atomically(self.path, save(tensors, {_KEY: json.dumps(numbers)}))
 
     def restore(self, state: State) -> int:
         """Bring `state` to where the file says; how many updates that is, 0 without a file.
@@ -166,124 +178,81 @@ class Checkpoint:
             sweep(self.path)
         if not (self.resume and self.path.is_file()):
             return 0
-        tensors, numbers = _read(self.path)
-        self._refuse_other(numbers["request"])
-        parts = _parts(tensors, self.path)
-        for part in ("network", "average"):
-            check_fit(state.network, parts[part], self.path)
-        moments = _moments(parts["optimizer"], state.optimizer, self.path)
-        groups = state.optimizer.state_dict()["param_groups"]
-        scheduler = state.scheduler.state_dict() if state.scheduler else None
-        if not (
-            _alike(numbers["groups"], json.loads(json.dumps(groups)))
-            and _alike(numbers["scheduler"], json.loads(json.dumps(scheduler)))
-        ):
-            raise _damaged(self.path)
-        state.network.load_state_dict(parts["network"])
-        for name, value in parts["average"].items():
-            state.average.values[name].copy_(value)
-        state.average.updates = numbers["average"]
-        state.optimizer.load_state_dict({"state": moments, "param_groups": numbers["groups"]})
-        if state.scheduler:
-            state.scheduler.load_state_dict(numbers["scheduler"])
-        return int(numbers["update"])
+        damaged = BadWeights(
+            f"{self.path}: not a training state that can be continued. Remove it, or start anew "
+            "with --no-resume."
+        )
+        tensors = load(self.path)
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                held = _Numbers.model_validate(parse_json((file.metadata() or {})[_KEY]))
+        except (SafetensorError, KeyError, ValueError):
+            raise damaged from None
+        if difference := _difference(held.request, json.loads(json.dumps(self.request))):
+            raise BadRequest(
+                f"{self.path}: the state of a run with {difference}. Give the same options, "
+                "another --out, or --no-resume to start anew."
+            )
+        rates = {"groups": held.groups, "scheduler": held.scheduler}
+        if _kinds([rates, tensors]) != _kinds([state.rates(), _expected(state, tensors)]):
+            raise damaged
+        state.load(tensors, rates, held.average)
+        return held.update
 
     def drop(self) -> None:
         """Remove the file: the run is finished."""
         if self.writes:
             self.path.unlink(missing_ok=True)
 
-    def _refuse_other(self, found: dict[str, Any]) -> None:
-        asked = json.loads(json.dumps(self.request))
-        for key in [*asked, *found]:
-            if asked.get(key) != found.get(key):
-                raise BadRequest(
-                    f"{self.path}: the state of a run with {_difference(found, asked, key)}. Give "
-                    "the same options, another --out, or --no-resume to start anew."
-                )
+
+class _Numbers(Strict):
+    """The values that a state's file holds beside tensors."""
+
+    request: dict[str, Any]
+    update: NonNegativeInt
+    average: NonNegativeInt
+    groups: list[dict[str, Any]]
+    scheduler: dict[str, Any] | None
 
 
-def _difference(found: dict[str, Any], asked: dict[str, Any], key: str) -> str:
-    one, other = found.get(key), asked.get(key)
-    if isinstance(one, dict) and isinstance(other, dict):
-        inner = next(k for k in [*one, *other] if one.get(k) != other.get(k))
-        return _difference(one, other, inner)
-    return f"{key} {one}, not {other}"
+def _difference(found: dict[str, Any], asked: dict[str, Any]) -> str:
+    """The first value that isn't as `asked`, in words; empty if there is none."""
+    for key in [*asked, *found]:
+        one, other = found.get(key), asked.get(key)
+        if one != other:
+            tables = isinstance(one, dict) and isinstance(other, dict)
+            return _difference(one, other) if tables else f"{key} {one}, not {other}"
+    return ""
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the numbers of a training state.
+def _expected(state: State, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `state` after some updates; only their names, shapes and types count.
 
-    Raises:
-        BadWeights: It isn't one.
+    A weight without a gradient has no moments: those count for whichever weight `found` has any of.
     """
-    tensors = load(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            numbers = parse_json((file.metadata() or {})[_KEY])
-    except (SafetensorError, KeyError, ValueError):
-        raise _damaged(path) from None
-    kinds = {"request": dict, "update": int, "average": int, "groups": list}
-    if not (
-        isinstance(numbers, dict)
-        and numbers.keys() == {*kinds, "scheduler"}
-        and all(type(numbers[key]) is kind for key, kind in kinds.items())
-        and min(numbers["update"], numbers["average"]) >= 0
-    ):
-        raise _damaged(path)
-    return tensors, numbers
+    want = state.tensors()
+    moments = _SGD if isinstance(state.optimizer, torch.optim.SGD) else _ADAM
+    parameters = [value for group in state.optimizer.param_groups for value in group["params"]]
+    for index, parameter in enumerate(parameters):
+        own = {
+            f"optimizer/{index}/{key}": parameter.new_empty(()) if key == "step" else parameter
+            for key in moments
+        }
+        if own.keys() & found.keys():
+            want |= own
+    return want
 
 
-def _parts(tensors: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
-    parts: dict[str, dict[str, Tensor]] = {"network": {}, "average": {}, "optimizer": {}}
-    for name, value in tensors.items():
-        part, _, rest = name.partition("/")
-        if part not in parts:
-            raise _damaged(path)
-        parts[part][rest] = value
-    return parts
+_SGD = ("momentum_buffer",)
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
-def _moments(
-    tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, path: Path
-) -> dict[int, dict[str, Tensor]]:
-    """The optimizer's tensors by parameter: counts, and moments of the parameter's shape."""
-    parameters = [value for group in optimizer.param_groups for value in group["params"]]
-    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else _ADAM
-    found: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, _, key = name.partition("/")
-        number = int(index) if index.isdecimal() and len(index) < 9 else len(parameters)
-        if key not in names or number >= len(parameters):
-            raise _damaged(path)
-        shape = () if key == "step" else parameters[number].shape
-        if value.shape != shape or not value.is_floating_point():
-            raise _damaged(path)
-        found.setdefault(number, {})[key] = value
-    if any(each.keys() != names for each in found.values()):
-        raise _damaged(path)
-    return found
-
-
-_ADAM = {"step", "exp_avg", "exp_avg_sq"}
-
-
-def _alike(found: Any, like: Any) -> bool:
-    """Whether `found` has the keys, lengths and types of `like`, down to the last value."""
-    if isinstance(like, dict):
-        return (
-            isinstance(found, dict)
-            and found.keys() == like.keys()
-            and all(_alike(found[key], value) for key, value in like.items())
-        )
-    if isinstance(like, list):
-        return isinstance(found, list) and len(found) == len(like) and all(map(_alike, found, like))
-    number = isinstance(like, int | float) and not isinstance(like, bool)
-    return type(found) in (int, float) if number else type(found) is type(like)
-
-
-def _damaged(path: Path) -> BadWeights:
-    return BadWeights(
-        f"{path}: not a training state that can be continued. Remove it, or start anew with "
-        "--no-resume."
-    )
+def _kinds(value: Any) -> Any:
+    """`value`, down to the last table and list, with its type in the place of each value."""
+    if isinstance(value, dict):
+        return {key: _kinds(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_kinds(inner) for inner in value]
+    if isinstance(value, Tensor):
+        return value.shape, value.is_floating_point()
+    return float if type(value) is int else type(value)
