@@ -1,9 +1,9 @@
 """Analyses on toys whose answers are known in closed form, and against the runs they generalise."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import sqrt
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +13,9 @@ from torch.nn import functional as F
 
 from dbp_bench import evaluate
 from dbp_bench.analyses import efficacy, eot_curve, immobilise, landscape, stochasticity, trajectory
-from dbp_bench.analyses.mixing import Mixed, PartlyKnown, partly_known
-from dbp_bench.analyses.record import Row
-from dbp_bench.analyses.store import Pieces, Tensors
-from dbp_bench.analyses.target import Target, attacked, fresh, gradients, losses
+from dbp_bench.analyses.record import Row, row
+from dbp_bench.analyses.stochasticity import Mixed, PartlyKnown, partly_known
+from dbp_bench.analyses.target import Target, fresh
 from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.checks.gradients import cosines
@@ -26,22 +25,16 @@ from dbp_bench.noise import ATTACKER, FORWARD, REVERSE, VICTIM, Noise, Site, Tap
 from dbp_bench.threat import Linf
 from toys import BOTH, Linear, Made, Noisy, TwoSided, group, normal, uniform
 
-SEARCH = PGD(steps=4, step_size=0.5, eot=3)
+SMALL: dict[str, Any] = {"steps": 4, "step_size": 0.5, "eot": 3}
+SEARCH = PGD(**SMALL)
 SEED = 5
 TWO_SIDED = TwoSided(normal(1, 16, seed=3)[0], 0.8)
 
 
-class Once(Pieces):
-    """Pieces that nobody stores."""
-
-    def __init__(self) -> None:
-        super().__init__(Path(), lambda _: None)
-
-    def within(self, prefix: str) -> "Once":
-        return self
-
-    def __call__(self, name: str, make: Callable[[], Tensors]) -> Tensors:
-        return make()
+def measured(analysis: Any, whole: Target, **options: Any) -> list[Row]:
+    """The rows of an analysis."""
+    found = analysis.measure(whole, analysis.Options(**options))
+    return [row(whole.name, *each) for each in found]
 
 
 def target(purifier: Purifier, classifier: nn.Module, images: Group, votes: int = 1) -> Target:
@@ -90,6 +83,12 @@ def value(rows: Sequence[Row], quantity: str, series: str, *at: float) -> float:
 # ------------------------------------------------------------------------------- stochasticity
 
 
+def mixed(whole: Target, k: float, draw: int, number: int) -> dict[str, Tensor]:
+    """What an attack by SEARCH leaves at `k`, evaluated on `number` draws."""
+    options = stochasticity.Options(**SMALL, fresh=number)
+    return stochasticity.mixed_run(whole, options, k, draw, whole.groups[0])
+
+
 def test_mixed_noise_is_standard_normal_and_has_the_stated_correlation() -> None:
     like = torch.zeros(200, 1, 10, 10)
     known, new = (Tape.make(0, owner, range(200)) for owner in ("a", "b"))
@@ -107,8 +106,8 @@ def test_without_fresh_noise_it_is_the_dw_box(draw: int, votes: int) -> None:
     """Bit for bit: the images, and the outcomes at the known draw."""
     whole = stochastic(votes)
     images = whole.groups[0]
-    found = stochasticity.mixed_run(whole, images, SEARCH, 0.0, draw, 2)
-    want = attacked(whole, images, SEARCH, BOTH, draw)
+    found = mixed(whole, 0.0, draw, 2)
+    want = whole.attacked(images, SEARCH, BOTH, draw)
     assert torch.equal(found["images"], want)
     evaluated = right(whole.defense, want, images, seed=SEED, draw=draw)
     assert torch.equal(found["right"], evaluated[:, None].expand(-1, 2).double())
@@ -120,8 +119,8 @@ def test_without_fresh_noise_it_is_the_dw_box(draw: int, votes: int) -> None:
 def test_without_known_noise_it_is_eot(votes: int) -> None:
     whole = stochastic(votes)
     images = whole.groups[0]
-    found = stochasticity.mixed_run(whole, images, SEARCH, 1.0, 0, 4)
-    want = attacked(whole, images, SEARCH, frozenset(), 0)
+    found = mixed(whole, 1.0, 0, 4)
+    want = whole.attacked(images, SEARCH, frozenset(), 0)
     assert torch.equal(found["images"], want)
     evaluated = [right(whole.defense, want, images, seed=SEED, draw=d) for d in fresh(4)]
     assert torch.equal(found["right"], torch.stack(evaluated, 1).double())
@@ -130,7 +129,7 @@ def test_without_known_noise_it_is_eot(votes: int) -> None:
 def test_the_judge_of_a_mixture_draws_its_fresh_part_anew() -> None:
     whole = stochastic()
     images = whole.groups[0]
-    found = stochasticity.mixed_run(whole, images, SEARCH, 0.7, 0, 3)
+    found = mixed(whole, 0.7, 0, 3)
     assert len({tuple(c) for c in found["loss"].T.tolist()}) == 3
     tape = Tape.make(SEED, VICTIM, images.ids)
     first = Tape.make(SEED, VICTIM, images.ids, fresh(1)[0])
@@ -151,7 +150,9 @@ def test_no_attack_on_a_mixture_depends_on_the_fresh_part_of_the_victim() -> Non
     whole = target(Made(run), TWO_SIDED, group(3))
     images = whole.groups[0]
     known = Tape.make(SEED, VICTIM, images.ids)
-    attacked(whole, images, SEARCH, frozenset(), 0, partly_known(whole.defense, known, 0.6))
+    replace(whole, defense=partly_known(whole.defense, known, 0.6)).attacked(
+        images, SEARCH, frozenset(), 0
+    )
     fixed = known.normal(FORWARD, 0, images.images)
     guess = Tape.make(SEED, f"{ATTACKER}/0", images.ids).copies([0, 1, 2])
     copies = images.images.repeat_interleave(3, 0)
@@ -176,7 +177,7 @@ def test_robustness_loss_of_a_linear_defense() -> None:
     """The score is weight . x + noise: PGD moves it by eps |weight|_1, whatever the noise."""
     whole = linear(8)
     options = stochasticity.Options(steps=4, eot=2, levels=(0, 0.5, 1))
-    rows = stochasticity.measure(whole, options, Once())
+    rows = measured(stochasticity, whole, **options.model_dump())
     for k in options.levels:
         noises = [
             Mixed(victim(whole, draw), victim(whole, j), k)
@@ -207,9 +208,9 @@ def test_each_subset_has_the_outcomes_of_a_run() -> None:
     """As a run evaluates: attack d at victim draw d; one attack where nothing is known."""
     whole = stochastic()
     images = whole.groups[0]
-    options = immobilise.Options(steps=4, step_size=0.5, eot=3, draws=5)
+    options = immobilise.Options(**SMALL, draws=5)
     for known in immobilise.subsets(BOTH):
-        found = immobilise.outcomes(whole, images, SEARCH, known, options)
+        found = immobilise.outcomes(whole, options, known, images)
         evaluated = []
         for draw in range(options.known if known else options.draws):
             adversarial = evaluate.attack(
@@ -229,8 +230,7 @@ def test_each_subset_has_the_outcomes_of_a_run() -> None:
 def test_only_the_site_that_matters_matters() -> None:
     """Noise at the reverse site is drawn but not used: knowing it changes no outcome."""
     whole = target(Noisy(0.4, 0.0), TWO_SIDED, group(16))
-    options = immobilise.Options(steps=4, step_size=0.5, eot=3, draws=3)
-    rows = immobilise.measure(whole, options, Once())
+    rows = measured(immobilise, whole, **SMALL, draws=3)
     known = {
         name: value(rows, "accuracy", name, n)
         for name, n in (("forward", 1), ("forward+reverse", 2))
@@ -265,18 +265,17 @@ def scattered(spread: float, n: int, size: int) -> Target:
         return images * weights / 1e4
 
     images = Group(uniform(n, 1, size, size), torch.zeros(n, dtype=torch.int64), range(n))
-    whole = target(Made(run), Scattered(), images)
-    return Target(whole.name, whole.defense, whole.groups, whole.budget, SEED, max_batch=512)
+    return replace(target(Made(run), Scattered(), images), max_batch=512)
 
 
 def test_cosines_follow_the_formula_where_gradients_scatter_about_a_mean() -> None:
     """Mu of length sqrt(d), noise of variance spread^2 a pixel: rho = 1 / (1 + spread^2)."""
     spread = 2.0
-    options = eot_curve.Options(steps=1, counts=(1, 2, 4, 16), fresh=1)
-    rows = eot_curve.measure(scattered(spread, 3, 40), options, Once())
+    counts = (1, 2, 4, 16)
+    rows = measured(eot_curve, scattered(spread, 3, 40), steps=1, counts=counts, fresh=1)
     rho = 1 / (1 + spread**2)
     for scale in eot_curve.SCALES:
-        for n in options.counts:
+        for n in counts:
             want = rho / sqrt(rho + (1 - rho) / n)
             assert value(rows, "cosine", scale, n) == pytest.approx(want, abs=0.02), (scale, n)
         assert value(rows, "rho", scale) == pytest.approx(rho, abs=0.01)
@@ -298,7 +297,7 @@ def test_gradients_of_single_draws_average_to_what_an_attack_takes() -> None:
     images = whole.groups[0]
     from dbp_bench.threat import AttackerView
 
-    each = gradients(whole, images, f"{ATTACKER}/0", range(7))
+    each = whole.gradients(images, f"{ATTACKER}/0", range(7))
     victim = Tape.make(SEED, VICTIM, images.ids)
     guess = Tape.make(SEED, f"{ATTACKER}/0", images.ids)
     view = AttackerView(whole.defense, frozenset(), victim, guess, 64)
@@ -315,7 +314,7 @@ def test_gradients_of_single_draws_average_to_what_an_attack_takes() -> None:
 def test_loss_along_a_step_of_a_linear_defense() -> None:
     """Steps of eps / 16 move the score by k eps |weight|_1 / 16, at every draw alike."""
     whole = linear(8)
-    rows = efficacy.measure(whole, efficacy.Options(sets=4, fresh=2), Once())
+    rows = measured(efficacy, whole, sets=4, fresh=2)
     for at, draws in (("known", range(3)), ("fresh", fresh(2))):
         margin = margins(whole, [victim(whole, d) for d in draws])
         for k in (-16, -3, 0, 5, 16):
@@ -333,7 +332,7 @@ def test_the_known_draw_is_the_steepest_at_that_draw_only() -> None:
 
     images = Group(0.3 + 0.4 * uniform(20, 1, 5, 5), torch.zeros(20, dtype=torch.int64), range(20))
     whole = target(Made(run), Scattered(), images)
-    rows = efficacy.measure(whole, efficacy.Options(sets=32, fresh=4), Once())
+    rows = measured(efficacy, whole, sets=32, fresh=4)
     known = {s: value(rows, "loss-known", s, 16) for s in efficacy.DIRECTIONS}
     assert known["known draw"] > known["mean over known draws"] + 0.5
     assert known["known draw"] > known["random"] + 0.5
@@ -344,7 +343,7 @@ def test_the_known_draw_is_the_steepest_at_that_draw_only() -> None:
 
 def test_random_steps_have_the_size_of_the_others() -> None:
     whole = stochastic()
-    steps = efficacy._directions(whole, whole.groups[0], efficacy.Options(sets=4))
+    steps = efficacy.directions(whole, efficacy.Options(sets=4), whole.groups[0])
     for name, step in steps.items():
         assert bool((step.abs() == 1).all()), name
     assert steps["single"].shape[1] == 3
@@ -366,9 +365,8 @@ def test_what_lies_beside_is_at_a_right_angle_and_adds_up() -> None:
 def test_the_surface_of_a_linear_defense() -> None:
     """EoT finds what DW finds: nothing lies beside it, and loss is the softplus of a line."""
     whole = linear(6)
-    options = landscape.Options(points=6, steps=4, known=3, fresh=1)
-    rows = landscape.measure(whole, options, Once())
-    margin = margins(whole, [victim(whole, d) for d in range(options.known)])
+    rows = measured(landscape, whole, points=6, steps=4, known=3, fresh=1)
+    margin = margins(whole, [victim(whole, d) for d in range(3)])
     for a in landscape.grid(6):
         want = F.softplus(a * SHIFT - margin)
         for b in (0.0, 2.0):
@@ -388,7 +386,7 @@ def test_the_iterates_are_those_of_the_attack() -> None:
         assert path.shape[1] == SEARCH.steps + 1
         assert torch.equal(path[:, 0], images.images)
         assert torch.equal(
-            path[:, -1], attacked(whole, images, replace(SEARCH, eot=eot), knows, draw)
+            path[:, -1], whole.attacked(images, replace(SEARCH, eot=eot), knows, draw)
         )
         assert not torch.equal(path[:, 1], path[:, 0])
 
@@ -397,23 +395,22 @@ def test_paths_end_where_the_plane_says(monkeypatch: pytest.MonkeyPatch) -> None
     """Dwbox 0 ends on the x axis, at its own length; the mean of the eot ends has no third part."""
     monkeypatch.setattr(trajectory, "_tsne", lambda *_: None)
     whole = target(Noisy(0.3, 0.2), TWO_SIDED, group(2))
-    options = trajectory.Options(steps=4, step_size=0.5, eot=2, runs=2, fresh=3)
-    rows = trajectory.measure(whole, options, Once())
+    rows = measured(trajectory, whole, steps=4, step_size=0.5, eot=2, runs=2, fresh=3)
     images = whole.groups[0]
     for index, image in enumerate(images.ids):
-        last = attacked(whole, images, replace(SEARCH, eot=1), BOTH, 0)[index]
+        last = whole.attacked(images, replace(SEARCH, eot=1), BOTH, 0)[index]
         length = float((last - images.images[index]).norm())
         assert value(rows, "x", "dwbox 0", image, 4) == pytest.approx(length, abs=1e-5)
         assert value(rows, "y", "dwbox 0", image, 4) == pytest.approx(0, abs=1e-5)
         ends = torch.stack(
-            [attacked(whole, images, replace(SEARCH, eot=2), frozenset(), r) for r in range(2)]
+            [whole.attacked(images, replace(SEARCH, eot=2), frozenset(), r) for r in range(2)]
         )
         moved = (ends.mean(0) - images.images)[index]
         placed = [
             sum(value(rows, axis, f"eot {r}", image, 4) for r in range(2)) / 2 for axis in "xy"
         ]
         assert np.hypot(placed[0], placed[1]) == pytest.approx(float(moved.norm()), abs=1e-5)
-        want = losses(whole, images.images, images, [0])[index]
+        want = whole.losses(images.images, images, [0])[index]
         assert value(rows, "loss-known", "eot 1", image, 0) == pytest.approx(float(want), abs=1e-5)
     assert (
         cosines(

@@ -12,8 +12,8 @@ from dbp_bench.analyses import catalog
 from dbp_bench.analyses.analyse import analyse
 from dbp_bench.analyses.figures import draw
 from dbp_bench.analyses.options import Searched, parse
-from dbp_bench.analyses.record import Record, row
-from dbp_bench.analyses.store import Pieces, record_path
+from dbp_bench.analyses.record import Record, record_path, row
+from dbp_bench.analyses.store import Pieces
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, BadResult, UnknownName
 from dbp_bench.reporting.records import load
@@ -115,25 +115,24 @@ def test_damaged_pieces_are_made_again_and_unknown_ones_thrown_away(tmp_path: Pa
     import torch
 
     said: list[str] = []
-    pieces = Pieces(tmp_path, said.append)
-    pieces.open({"seed": 0})
+    pieces = Pieces(tmp_path, {"seed": 0}, said.append)
     made = {"x": torch.arange(3)}
     for _ in range(2):
-        assert torch.equal(pieces.within("a")("b", lambda: made)["x"], made["x"])
+        assert torch.equal(pieces("a b", lambda: made)["x"], made["x"])
     assert said == ["a b"]
     (file,) = tmp_path.glob("*.safetensors")
     file.write_bytes(b"half")
-    assert torch.equal(pieces.within("a")("b", lambda: made)["x"], made["x"])
+    assert torch.equal(pieces("a b", lambda: made)["x"], made["x"])
     assert said == ["a b", "a b"]
     (tmp_path / "request.json").write_text("{")
-    Pieces(tmp_path, said.append).open({"seed": 0})
+    Pieces(tmp_path, {"seed": 0}, said.append)
     assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_what_cannot_be_right_is_refused_before_anything_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_compute", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(module, "Pieces", lambda *_: pytest.fail("computed"))
     with pytest.raises(UnknownName, match=r"no analysis 'landscap'\. Did you mean 'landscape'"):
         analyse("landscap", Registry(), "digits-linf", ["ddpm"], seed=0, device="cpu", out=tmp_path)
     with pytest.raises(BadRequest, match="--runs: analysis 'efficacy' takes no such option"):
@@ -219,7 +218,7 @@ def test_what_is_committed_can_be_read_and_says_what_it_is(name: str) -> None:
     assert record.to_json() == path.read_text()
     assert record.to_csv() == path.with_suffix(".csv").read_text()
     parse(catalog.find(name).Options, name, record.request["options"])
-    assert record.statement == list(catalog.find(name).STATEMENT)
+    assert record.statement == catalog.statement(catalog.find(name))
     for suffix in (".svg", ".png"):
         assert path.with_suffix(suffix).is_file()
 

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 
 from dbp_bench import __version__
-from dbp_bench.analyses import catalog
+from dbp_bench.analyses.catalog import find, statement
 from dbp_bench.analyses.options import Options, parse
-from dbp_bench.analyses.record import SCHEMA, Record
-from dbp_bench.analyses.store import Pieces, record_path
-from dbp_bench.analyses.target import targets
+from dbp_bench.analyses.record import SCHEMA, Record, record_path, row
+from dbp_bench.analyses.store import Pieces
+from dbp_bench.analyses.target import Target
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, did_you_mean
+from dbp_bench.evaluate import Group
+from dbp_bench.result import Provenance
 from dbp_bench.runs.job import Job, Overrides, refuse_other_request, resolve
+from dbp_bench.runs.provenance import provenance
 from dbp_bench.writing import locked
 
 _BASE = "eot"
@@ -60,13 +63,12 @@ def analyse(
         BadRequest: An option can't be right, or `out` holds another request under this name.
         AttackFailed: An attack or a defense gave numbers that can't be used.
     """
-    analysis = catalog.find(name)
+    analysis = find(name)
     asked = parse(analysis.Options, name, options or {})
     names = list(dict.fromkeys(defenses))
     if not names:
         raise BadRequest(f"--defense: names nothing.{did_you_mean('', registry.defenses)}")
-    number = analysis.EXAMPLES if examples is None else examples
-    overrides = Overrides(examples=number)
+    overrides = Overrides(examples=analysis.EXAMPLES if examples is None else examples)
     jobs = [
         resolve(registry, track, each, _BASE, seed=seed, device=device, overrides=overrides)
         for each in names
@@ -88,14 +90,31 @@ def analyse(
         if path.is_file():
             refuse_other_request(request, Record.read(path).request, path)
             return path
-        pieces = Pieces(work, say)
-        pieces.open(request)
-        _compute(name, asked, jobs, request, pieces).write(path)
+        pieces = Pieces(work, request, say)
+        # float32 means float32: no shortened products in convolutions.
+        torch.backends.cudnn.allow_tf32 = False
+        rows, sources = [], {}
+        for job in jobs:
+            target, source = _target(job, pieces)
+            rows += [row(target.name, *found) for found in analysis.measure(target, asked)]
+            sources[target.name] = source
+        Record(
+            schema=SCHEMA,
+            analysis=name,
+            track=jobs[0].subject.track.name,
+            defenses=list(sources),
+            images=jobs[0].track_ids[: jobs[0].examples],
+            statement=statement(analysis),
+            request=request,
+            provenance=sources,
+            axes=list(analysis.AXES),
+            rows=rows,
+        ).write(path)
     return path
 
 
 def _request(analysis: str, options: Options, jobs: Sequence[Job]) -> dict[str, Any]:
-    """What must be equal for pieces to be continued, as JSON gives it back."""
+    """The values that must be equal for pieces to be continued, as JSON gives them back."""
     first = jobs[0]
     kept = ("options", "weights", "sites", "code")
     request = {
@@ -118,29 +137,13 @@ def _request(analysis: str, options: Options, jobs: Sequence[Job]) -> dict[str, 
     return loaded
 
 
-def _compute(
-    name: str,
-    options: Options,
-    jobs: Sequence[Job],
-    request: dict[str, Any],
-    pieces: Pieces,
-) -> Record:
-    analysis, first = catalog.find(name), jobs[0]
-    # float32 means float32: no shortened products in convolutions.
-    torch.backends.cudnn.allow_tf32 = False
-    rows, provenance = [], {}
-    for target, source in targets(jobs):
-        rows += analysis.measure(target, options, pieces.within(target.name))
-        provenance[target.name] = source
-    return Record(
-        schema=SCHEMA,
-        analysis=name,
-        track=first.subject.track.name,
-        defenses=list(provenance),
-        images=first.track_ids[: first.examples],
-        statement=list(analysis.STATEMENT),
-        request=request,
-        provenance=provenance,
-        axes=list(analysis.AXES),
-        rows=rows,
-    )
+def _target(job: Job, store: Pieces) -> tuple[Target, Provenance]:
+    """The defense of a job on the job's images, and where it comes from."""
+    data, ids, groups = job.data(), job.track_ids[: job.examples], []
+    for start in range(0, len(ids), job.batch_size):
+        part = ids[start : start + job.batch_size]
+        images, labels = (tensor.to(job.device) for tensor in data.select(part))
+        groups.append(Group(images, labels, part))
+    name, defense = job.subject.name, job.defense()
+    target = Target(name, defense, groups, job.budget(), job.seed, job.max_batch, store)
+    return target, provenance(job, data.digest(ids))

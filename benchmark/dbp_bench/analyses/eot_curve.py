@@ -1,5 +1,6 @@
-"""What more EoT samples buy: accuracy, and agreement with the gradient at the known draw."""
+"""Accuracy, and agreement with the gradient at the known draw, by the number of EoT samples."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Annotated
 
@@ -9,24 +10,13 @@ from pydantic import AfterValidator
 from torch import Tensor
 from torch.nn import functional
 
-from dbp_bench.analyses import options as base
-from dbp_bench.analyses.options import Count, Known
-from dbp_bench.analyses.record import Row, row
-from dbp_bench.analyses.store import Pieces, Tensors
-from dbp_bench.analyses.target import (
-    Target,
-    attacked,
-    correct,
-    estimate,
-    fresh,
-    gradients,
-    guesses_of,
-    mean,
-)
-from dbp_bench.attacks.pgd import PGD
+from dbp_bench.analyses.options import Count, Known, Stepped
+from dbp_bench.analyses.record import Found
+from dbp_bench.analyses.store import Tensors
+from dbp_bench.analyses.target import Target, estimate, fresh, guesses_of, joined, mean
 from dbp_bench.checks.gradients import cosines
 from dbp_bench.evaluate import Group
-from dbp_bench.noise import VICTIM, Site
+from dbp_bench.noise import VICTIM
 from dbp_bench.reporting.statistics import Bootstrap, Replicates
 
 AXES = ("eot",)
@@ -35,24 +25,18 @@ EXAMPLES = 24
 SCALES = ("as taken", "unit length")
 """How the gradients of single draws are averaged: as an attack does, or each of length 1."""
 
-STATEMENT = (
-    (
-        "accuracy of eot: PGD with N EoT samples a step and no draw known, evaluated on fresh "
-        "draws. accuracy of dwbox: every draw known, evaluated at that draw."
-    ),
-    (
-        "cosine: at the clean images, between the mean gradient of cross-entropy over N guesses "
-        "and the gradient at a known draw; mean over disjoint sets of guesses and over known "
-        "draws, then over images. `as taken`: the mean that EoT follows. `unit length`: each "
-        "draw's gradient scaled to length 1 first, so that no draw outweighs another. An image "
-        "without a gradient is left out."
-    ),
-    (
-        "rho: the cosine of two single draws that fits rho / sqrt(rho + (1 - rho) / N) best in "
-        "least squares over N. The formula holds where draws scatter independently about a mean "
-        "gradient, and is our inference: the published figure doesn't define its similarity."
-    ),
-)
+STATEMENT = """\
+accuracy of eot: PGD with N EoT samples a step and no draw known, evaluated on fresh draws. accuracy
+of dwbox: every draw known, evaluated at that draw.
+
+cosine: at the clean images, between the mean gradient of cross-entropy over N guesses and the
+gradient at a known draw; mean over disjoint sets of guesses and over known draws, then over images.
+`as taken`: the mean that EoT follows. `unit length`: each draw's gradient scaled to length 1 first,
+so that no draw outweighs another. An image without a gradient is left out.
+
+rho: the cosine of two single draws that fits rho / sqrt(rho + (1 - rho) / N) best in least squares
+over N. The formula holds where draws scatter independently about a mean gradient, and is our
+inference: the published figure doesn't define its similarity."""
 
 
 def _increasing(values: tuple[int, ...]) -> tuple[int, ...]:
@@ -61,51 +45,40 @@ def _increasing(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
-class Options(base.Options):
+class Options(Stepped):
     """Numbers of EoT samples, known draws, and evaluation draws."""
 
     steps: Count = 10
-    step_size: float = 0.25
     counts: Annotated[tuple[int, ...], AfterValidator(_increasing)] = tuple(2**i for i in range(10))
     known: Known = 3
     fresh: Count = 9
 
 
-def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
-    """The rows of one defense."""
-    parts = []
-    for number, group in enumerate(target.groups):
-        own = pieces.within(f"group {number}")
-        part = own("cosines", partial(_cosines, target, group, options))
-        known = partial(_known, target, group, options)
-        part["dwbox"] = own("dwbox", known)["right"]
-        for n in options.counts:
-            work = partial(_hidden, target, group, options, n)
-            part[f"eot {n}"] = own(f"eot {n}", work)["right"]
-        parts.append(part)
-    return _rows(target, options, {k: torch.cat([p[k] for p in parts]) for k in parts[0]})
+def measure(target: Target, options: Options) -> Iterator[Found]:
+    """The numbers of one defense."""
+
+    def hidden(eot: int, group: Group) -> Tensors:
+        images = target.attacked(group, options.pgd(eot), frozenset(), 0)
+        return {"right": target.correct(images, group, fresh(options.fresh))}
+
+    def known(group: Group) -> Tensors:
+        attack, sites = options.pgd(1), target.defense.sites
+        images = [target.attacked(group, attack, sites, draw) for draw in range(options.known)]
+        right = [target.correct(x, group, [draw]) for draw, x in enumerate(images)]
+        return {"right": torch.cat(right, 1)}
+
+    for n in options.counts:
+        found = joined(target.each(f"eot {n}", partial(hidden, n)))
+        yield "eot", (n,), "accuracy", estimate(found["right"].mean(1))
+    yield "dwbox", (), "accuracy", estimate(joined(target.each("dwbox", known))["right"].mean(1))
+    found = joined(target.each("cosines", partial(_cosines, target, options)))
+    for scale in SCALES:
+        yield from _agreement(scale, found[scale], options.counts)
 
 
-def _search(options: Options, eot: int) -> PGD:
-    return PGD(steps=options.steps, step_size=options.step_size, eot=eot)
-
-
-def _hidden(target: Target, group: Group, options: Options, n: int) -> Tensors:
-    images = attacked(target, group, _search(options, n), frozenset[Site](), 0)
-    return {"right": correct(target, images, group, fresh(options.fresh)).double()}
-
-
-def _known(target: Target, group: Group, options: Options) -> Tensors:
-    right = []
-    for draw in range(options.known):
-        images = attacked(target, group, _search(options, 1), target.sites, draw)
-        right.append(correct(target, images, group, [draw]))
-    return {"right": torch.cat(right, 1).double()}
-
-
-def _cosines(target: Target, group: Group, options: Options) -> Tensors:
+def _cosines(target: Target, options: Options, group: Group) -> Tensors:
     """Cosines ``(b, counts)`` of each image, mean over known draws and sets of guesses."""
-    known = gradients(target, group, VICTIM, range(options.known)).flatten(2).double()
+    known = target.gradients(group, VICTIM, range(options.known)).flatten(2).double()
     counts, last = options.counts, options.counts[-1]
     sets = [last // n for n in counts]
     sums = {(s, n): torch.zeros_like(known[:, 0]) for s in SCALES for n in counts}
@@ -113,7 +86,7 @@ def _cosines(target: Target, group: Group, options: Options) -> Tensors:
     size = max(1, target.max_batch // len(known))
     for start in range(0, last, size):
         draws = range(start, min(last, start + size))
-        raw = gradients(target, group, guesses_of(0), draws).flatten(2).double()
+        raw = target.gradients(group, guesses_of(0), draws).flatten(2).double()
         for scale, each in zip(SCALES, (raw, functional.normalize(raw, dim=2, eps=0)), strict=True):
             for offset, draw in enumerate(draws):
                 for i, n in enumerate(counts):
@@ -127,7 +100,7 @@ def _cosines(target: Target, group: Group, options: Options) -> Tensors:
 
 def _with_each(gradient: Tensor, known: Tensor) -> Tensor:
     """Mean cosine ``(b,)`` of `gradient` ``(b, d)`` with each of `known` ``(b, draws, d)``."""
-    return torch.stack([cosines(gradient, known[:, d]) for d in range(known.shape[1])]).mean(0)
+    return torch.stack([cosines(gradient, each) for each in known.unbind(1)]).mean(0)
 
 
 def similarity(rho: Replicates | float, n: Replicates | float) -> Replicates:
@@ -148,29 +121,15 @@ def fit(cosine: Replicates, counts: Replicates) -> Replicates:
     return best
 
 
-def _rows(target: Target, options: Options, found: Tensors) -> list[Row]:
-    name, rows = target.name, []
-    for n in options.counts:
-        rows.append(row(name, "eot", (n,), "accuracy", estimate(found[f"eot {n}"].mean(1))))
-    rows.append(row(name, "dwbox", (), "accuracy", estimate(found["dwbox"].mean(1))))
-    for scale in SCALES:
-        rows += _agreement(name, scale, found[scale], options.counts)
-    return rows
-
-
-def _agreement(name: str, scale: str, cosine: Tensor, counts: tuple[int, ...]) -> list[Row]:
-    """The rows of the cosines ``(n, counts)`` of one way to average."""
+def _agreement(scale: str, cosine: Tensor, counts: tuple[int, ...]) -> Iterator[Found]:
+    """The numbers of the cosines ``(n, counts)`` of one way to average."""
     kept = cosine[~cosine.isnan().any(1)]
-    rows = [row(name, scale, (), "images-with-gradient", float(len(kept)))]
+    yield scale, (), "images-with-gradient", float(len(kept))
     if not len(kept):
-        return rows
-    resamples = Bootstrap.of(len(kept))
-    curves = [mean(kept[:, i]) for i in range(len(counts))]
-    numbers = np.array(counts, dtype=np.float64)
-    rho = fit(np.stack(curves, 1), numbers)
-    rows.append(row(name, scale, (), "rho", resamples.estimate(rho)))
+        return
+    interval, curves = Bootstrap.of(len(kept)).estimate, [mean(values) for values in kept.T]
+    rho = fit(np.stack(curves, 1), np.array(counts, dtype=np.float64))
+    yield scale, (), "rho", interval(rho)
     for n, curve in zip(counts, curves, strict=True):
-        rows.append(row(name, scale, (n,), "cosine", resamples.estimate(curve)))
-        residual = curve - similarity(rho, float(n))
-        rows.append(row(name, scale, (n,), "residual", resamples.estimate(residual)))
-    return rows
+        yield scale, (n,), "cosine", interval(curve)
+        yield scale, (n,), "residual", interval(curve - similarity(rho, float(n)))

@@ -1,9 +1,10 @@
-"""What an analysis may be asked for. No torch."""
+"""The options of an analysis, and what is refused."""
 
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dbp_bench.attacks.pgd import PGD
 from dbp_bench.declaration import explain
 from dbp_bench.entries.threat import KNOWN_DRAWS
 from dbp_bench.errors import BadRequest
@@ -14,16 +15,25 @@ Known = Annotated[int, Field(ge=KNOWN_DRAWS)]
 
 
 class Options(BaseModel):
-    """Base of the options of an analysis; what it doesn't take is refused."""
+    """Base of the options of an analysis; other options are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Searched(Options):
-    """Options of an analysis that runs PGD."""
+class Stepped(Options):
+    """Options of an analysis that runs PGD with numbers of EoT samples of its own."""
 
     steps: Count = 20
     step_size: Annotated[float, Field(gt=0)] = 0.25
+
+    def pgd(self, eot: int) -> PGD:
+        """PGD on cross-entropy from the clean image, with `eot` EoT samples a step."""
+        return PGD(self.steps, self.step_size, eot)
+
+
+class Searched(Stepped):
+    """Options of an analysis that runs PGD."""
+
     eot: Count = 10
 
 

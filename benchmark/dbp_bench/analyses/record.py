@@ -1,12 +1,11 @@
-"""What an analysis found: numbers in rows, the request, and where they come from. No torch."""
+"""The record of an analysis: numbers in rows, the request, and where they come from. No torch."""
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
+import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
 from dbp_bench.declaration import read_json
@@ -18,15 +17,18 @@ SCHEMA: Literal[1] = 1
 DIGITS, DECIMALS = 6, 9
 """Significant digits and decimals that are written: below, the order of a sum decides."""
 
+Found = tuple[str, Sequence[float], str, Estimate | float]
+"""A number as an analysis gives it: series, place on its axes, quantity, and value."""
+
 
 class Row(NamedTuple):
     """One number and its 95 % interval."""
 
     defense: str
     series: str
-    """What is compared: an attack, a set of known sites, a direction; "" where nothing is."""
+    """The attack, known sites or direction that is compared; "" where nothing is."""
     at: tuple[float, ...]
-    """Where on the axes of the analysis; empty for what belongs to no place on them."""
+    """The place on the axes of the analysis; empty for numbers that belong to no place on them."""
     quantity: str
     value: float
     low: float | None
@@ -35,11 +37,7 @@ class Row(NamedTuple):
 
 
 def row(
-    defense: str,
-    series: str,
-    at: Sequence[float],
-    quantity: str,
-    found: Estimate | float,
+    defense: str, series: str, at: Sequence[float], quantity: str, found: Estimate | float
 ) -> Row:
     """A row of an estimate with its interval, or of an exact number without one."""
     place = tuple(_rounded(x) for x in at)
@@ -54,6 +52,12 @@ def _rounded(x: float) -> float:
     return round(float(f"{float(x):.{DIGITS}g}"), DECIMALS) + 0.0
 
 
+def record_path(out: Path, track: str, analysis: str, defenses: list[str]) -> Path:
+    """The path of the numbers below the folder of results; CSV and figures lie beside them."""
+    # A plus sign is in no defense's name.
+    return out / track / "analyses" / analysis / f"{'+'.join(defenses)}.json"
+
+
 class Record(BaseModel):
     """All that an analysis wrote down; its figure is drawn from nothing else."""
 
@@ -66,9 +70,9 @@ class Record(BaseModel):
     images: list[int]
     """Ids of the images."""
     statement: list[str]
-    """What is measured, and by which definition."""
+    """The quantities that are measured, and their definitions."""
     request: dict[str, Any]
-    """What must be equal for the analysis to be continued."""
+    """The values that must be equal for the analysis to be continued."""
     provenance: dict[str, Provenance]
     """Where each defense's numbers come from."""
     axes: list[str]
@@ -80,9 +84,7 @@ class Record(BaseModel):
         return [
             r
             for r in self.rows
-            if r.defense == defense
-            and r.quantity == quantity
-            and (series is None or r.series == series)
+            if (r.defense, r.quantity) == (defense, quantity) and series in (None, r.series)
         ]
 
     def series(self, defense: str, quantity: str) -> list[str]:
@@ -99,15 +101,10 @@ class Record(BaseModel):
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
     def to_csv(self) -> str:
-        """The rows as a table; what is not there is blank."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["defense", "series", *self.axes, "quantity", "value", "low", "high"])
-        for r in self.rows:
-            place = [*r.at, *[""] * (len(self.axes) - len(r.at))]
-            interval = ["" if x is None else x for x in (r.low, r.high)]
-            writer.writerow([r.defense, r.series, *place, r.quantity, r.value, *interval])
-        return text.getvalue()
+        """The rows as a table; a number that is missing is blank."""
+        names = ["defense", "series", *self.axes, "quantity", "value", "low", "high"]
+        rows = [(*r[:2], *r.at, *[None] * (len(self.axes) - len(r.at)), *r[3:]) for r in self.rows]
+        return pd.DataFrame(rows, columns=names).to_csv(index=False, lineterminator="\n")
 
     def write(self, path: Path) -> None:
         """Write the JSON file at `path` and the CSV file beside it, each all of it or nothing."""

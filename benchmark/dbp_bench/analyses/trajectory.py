@@ -1,14 +1,15 @@
 """Paths of PGD from one image: stochastic white-box, EoT and DW-box, in the plane of the two."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from dbp_bench.analyses.options import Count, Known, Searched
-from dbp_bench.analyses.record import Row, row
-from dbp_bench.analyses.store import Pieces, Tensors
-from dbp_bench.analyses.target import Target, estimate, fresh, guesses_of, losses, pgd
+from dbp_bench.analyses.record import Found
+from dbp_bench.analyses.store import Tensors
+from dbp_bench.analyses.target import Target, estimate, fresh, guesses_of, joined
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import VICTIM, Site, Tape
@@ -17,27 +18,18 @@ from dbp_bench.threat import AttackerView, Gradient, Objective
 AXES = ("image", "step")
 EXAMPLES = 3
 
-STATEMENT = (
-    (
-        "Iterates of PGD on cross-entropy from the clean image: white-box takes one EoT "
-        "sample a step, eot several, and dwbox is shown victim draw 0, or another one (dwbox 1, "
-        "2, ...)."
-    ),
-    (
-        "x: along the last perturbation of dwbox 0. y: along the mean of the last perturbations "
-        "of the eot runs, less its part along x. Both are Euclidean lengths in [0, 1] pixel "
-        "units."
-    ),
-    (
-        "loss-known: cross-entropy at victim draw 0, which dwbox 0 was shown. loss-fresh: its "
-        "mean over draws that no attack was shown, with an interval over these draws."
-    ),
-    (
-        "tsne-x, tsne-y: t-SNE of all perturbations of an image, from its principal plane; "
-        "missing where scikit-learn is. The projection on the plane is linear and the primary "
-        "view."
-    ),
-)
+STATEMENT = """\
+Iterates of PGD on cross-entropy from the clean image: white-box takes one EoT sample a step, eot
+several, and dwbox is shown victim draw 0, or another one (dwbox 1, 2, ...).
+
+x: along the last perturbation of dwbox 0. y: along the mean of the last perturbations of the eot
+runs, less its part along x. Both are Euclidean lengths in [0, 1] pixel units.
+
+loss-known: cross-entropy at victim draw 0, which dwbox 0 was shown. loss-fresh: its mean over draws
+that no attack was shown, with an interval over these draws.
+
+tsne-x, tsne-y: t-SNE of all perturbations of an image, from its principal plane; missing where
+scikit-learn is. The projection on the plane is linear and the primary view."""
 
 
 class Options(Searched):
@@ -48,37 +40,33 @@ class Options(Searched):
     fresh: Count = 32
 
 
-def measure(target: Target, options: Options, pieces: Pieces) -> list[Row]:
-    """The rows of one defense."""
-    rows: list[Row] = []
-    for number, group in enumerate(target.groups):
-        paths = _paths(target, group, options, pieces.within(f"group {number}"))
-        for index, image in enumerate(group.ids):
-            own = {
-                name: {key: value[index] for key, value in path.items()}
-                for name, path in paths.items()
-            }
-            rows += _rows(target, image, group.images[index].cpu(), own)
-    return rows
-
-
-def _paths(target: Target, group: Group, options: Options, pieces: Pieces) -> dict[str, Tensors]:
-    """The images ``(b, steps + 1, c, h, w)`` of each run, and the losses on them."""
+def measure(target: Target, options: Options) -> Iterator[Found]:
+    """The numbers of one defense."""
     hidden = [("white-box", 1), ("eot", options.eot)]
     runs = [(name, r, frozenset[Site](), n) for name, n in hidden for r in range(options.runs)]
-    runs += [("dwbox", d, target.sites, 1) for d in range(options.known)]
+    runs += [("dwbox", d, target.defense.sites, 1) for d in range(options.known)]
 
-    def path(number: int, knows: frozenset[Site], eot: int) -> Tensors:
-        images = iterates(target, group, pgd(options, eot), knows, number)
-        flat = [images[:, step] for step in range(images.shape[1])]
-        known = torch.cat([losses(target, x, group, [0]) for x in flat], 1)
-        others = [losses(target, x, group, fresh(options.fresh)) for x in flat]
-        return {"images": images, "known": known, "fresh": torch.stack(others, 1)}
+    def path(number: int, knows: frozenset[Site], eot: int, group: Group) -> Tensors:
+        """The images ``(b, steps + 1, c, h, w)`` of a run, and the losses on them."""
+        images = iterates(target, group, options.pgd(eot), knows, number)
+        known = [target.losses(x, group, [0]) for x in images.unbind(1)]
+        others = [target.losses(x, group, fresh(options.fresh)) for x in images.unbind(1)]
+        return {"images": images, "known": torch.cat(known, 1), "fresh": torch.stack(others, 1)}
 
-    return {
-        f"{name} {number}": pieces(f"{name} {number}", partial(path, number, knows, eot))
+    paths = {
+        f"{name} {number}": joined(
+            target.each(f"{name} {number}", partial(path, number, knows, eot))
+        )
         for name, number, knows, eot in runs
     }
+    clean = torch.cat([group.images.cpu() for group in target.groups])
+    ids = [image for group in target.groups for image in group.ids]
+    for index, image in enumerate(ids):
+        own = {
+            name: {key: value[index] for key, value in tensors.items()}
+            for name, tensors in paths.items()
+        }
+        yield from _numbers(image, clean[index], own, target.seed)
 
 
 def iterates(
@@ -114,27 +102,24 @@ def _unit(x: Tensor) -> Tensor:
     return unit
 
 
-def _rows(target: Target, image: int, clean: Tensor, paths: dict[str, Tensors]) -> list[Row]:
+def _numbers(image: int, clean: Tensor, paths: dict[str, Tensors], seed: int) -> Iterator[Found]:
+    """The numbers of one image."""
     moved = {name: (p["images"] - clean).flatten(1).double() for name, p in paths.items()}
     ends = [path[-1] for name, path in moved.items() if name.startswith("eot")]
     first, second = plane(moved["dwbox 0"][-1], torch.stack(ends).mean(0))
-    embedded = _tsne(torch.cat(list(moved.values())), target.seed)
-    rows, start = [], 0
+    embedded = _tsne(torch.cat(list(moved.values())), seed)
+    places = None if embedded is None else iter(embedded)
     for name, path in moved.items():
         x, y = (path @ first).tolist(), (path @ second).tolist()
         for step in range(len(path)):
             at = (image, step)
-            found = {
-                "x": x[step],
-                "y": y[step],
-                "loss-known": float(paths[name]["known"][step]),
-                "loss-fresh": estimate(paths[name]["fresh"][step]),
-            }
-            if embedded is not None:
-                found["tsne-x"], found["tsne-y"] = embedded[start + step]
-            rows += [row(target.name, name, at, q, value) for q, value in found.items()]
-        start += len(path)
-    return rows
+            yield name, at, "x", x[step]
+            yield name, at, "y", y[step]
+            yield name, at, "loss-known", float(paths[name]["known"][step])
+            yield name, at, "loss-fresh", estimate(paths[name]["fresh"][step])
+            if places:
+                for axis, place in zip("xy", next(places), strict=True):
+                    yield name, at, f"tsne-{axis}", place
 
 
 def _tsne(points: Tensor, seed: int) -> list[list[float]] | None:
