@@ -297,7 +297,7 @@ def test_gradients_of_single_draws_average_to_what_an_attack_takes() -> None:
     images = whole.groups[0]
     from dbp_bench.threat import AttackerView
 
-    each = whole.gradients(images, f"{ATTACKER}/0", range(7))
+    each = torch.cat(list(whole.gradients(images, f"{ATTACKER}/0", 7)), 1)
     victim = Tape.make(SEED, VICTIM, images.ids)
     guess = Tape.make(SEED, f"{ATTACKER}/0", images.ids)
     view = AttackerView(whole.defense, frozenset(), victim, guess, 64)

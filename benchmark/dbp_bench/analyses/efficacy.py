@@ -62,13 +62,9 @@ def measure(target: Target, options: Options) -> Iterator[Found]:
 
 def directions(target: Target, options: Options, group: Group) -> Tensors:
     """Steps ``(b, draws, c, h, w)`` of steepest ascent, of unit size; one for each known draw."""
-    sets = max(options.sets, options.known)
-    size = max(1, target.max_batch // len(group.images))
     total, single = torch.zeros_like(group.images), []
-    for start in range(0, sets, size):
-        draws = range(start, min(sets, start + size))
-        each = target.gradients(group, VICTIM, draws)
-        single += [each[:, i] for i, draw in enumerate(draws) if draw < options.known]
+    for each in target.gradients(group, VICTIM, max(options.sets, options.known)):
+        single += each.unbind(1)[: options.known - len(single)]
         total += each.sum(1)
     tape = Tape.make(target.seed, f"{ATTACKER}/efficacy", group.ids)
     random = tape.normal(Site("direction"), 0, group.images)

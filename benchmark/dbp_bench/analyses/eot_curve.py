@@ -78,20 +78,18 @@ def measure(target: Target, options: Options) -> Iterator[Found]:
 
 def _cosines(target: Target, options: Options, group: Group) -> Tensors:
     """Cosines ``(b, counts)`` of each image, mean over known draws and sets of guesses."""
-    known = target.gradients(group, VICTIM, range(options.known)).flatten(2).double()
-    counts, last = options.counts, options.counts[-1]
+    known = torch.cat([*target.gradients(group, VICTIM, options.known)], 1).flatten(2).double()
+    counts, last, draw = options.counts, options.counts[-1], 0
     sets = [last // n for n in counts]
     sums = {(s, n): torch.zeros_like(known[:, 0]) for s in SCALES for n in counts}
     total = {s: known.new_zeros(len(known), len(counts)) for s in SCALES}
-    size = max(1, target.max_batch // len(known))
-    for start in range(0, last, size):
-        draws = range(start, min(last, start + size))
-        raw = target.gradients(group, guesses_of(0), draws).flatten(2).double()
-        for scale, each in zip(SCALES, (raw, functional.normalize(raw, dim=2, eps=0)), strict=True):
-            for offset, draw in enumerate(draws):
+    for part in target.gradients(group, guesses_of(0), last):
+        for raw in part.flatten(2).double().unbind(1):
+            draw += 1
+            for scale, one in zip(SCALES, (raw, functional.normalize(raw, eps=0)), strict=True):
                 for i, n in enumerate(counts):
-                    sums[scale, n] += each[:, offset]
-                    if (draw + 1) % n == 0 and draw < sets[i] * n:
+                    sums[scale, n] += one
+                    if draw % n == 0 and draw <= sets[i] * n:
                         total[scale][:, i] += _with_each(sums[scale, n], known)
                         sums[scale, n] = torch.zeros_like(sums[scale, n])
     number = torch.tensor(sets, device=known.device)

@@ -1,6 +1,6 @@
 """A defense that is analysed: its images in groups, attacks on it, and outcomes at any draw."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -85,26 +85,24 @@ class Target:
         labels = group.labels.repeat_interleave(len(draws))
         return cross_entropy(logits.flatten(0, 1), labels).view(len(images), len(draws))
 
-    def gradients(self, group: Group, owner: str, draws: Sequence[int]) -> Tensor:
-        """Gradients of cross-entropy ``(b, draws, c, h, w)`` at the clean images, one per draw.
+    def gradients(self, group: Group, owner: str, draws: int) -> Iterator[Tensor]:
+        """Gradients of cross-entropy ``(b, n, c, h, w)`` at the clean images, `n` draws at a time.
 
         Args:
             group: The images.
             owner: Owner of the draws: the victim, or an attacker that guesses.
-            draws: Numbers of the draws.
+            draws: The number of draws, from draw 0.
         """
         b = len(group.images)
         per_pass = max(1, self.max_batch // b)
-        found = []
-        for start in range(0, len(draws), per_pass):
-            part = draws[start : start + per_pass]
+        for start in range(0, draws, per_pass):
+            part = range(start, min(draws, start + per_pass))
             tape = Tape.make(self.seed, owner, group.ids).copies(part)
             view = AttackerView(self.defense, self.defense.sites, tape, tape, b * len(part))
             images = group.images.repeat_interleave(len(part), 0)
             labels = group.labels.repeat_interleave(len(part))
             mean = view.gradient(images, labels, cross_entropy, [0]).mean
-            found.append(mean.view(b, len(part), *group.images.shape[1:]))
-        return torch.cat(found, 1)
+            yield mean.view(b, len(part), *group.images.shape[1:])
 
 
 def fresh(number: int) -> range:

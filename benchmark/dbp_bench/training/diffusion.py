@@ -21,6 +21,8 @@ _NOISE, _START = Site("noise"), Site("start")
 
 Loss = Callable[[Batch], Tensor]
 """The mean loss of a batch."""
+Push = Callable[[Batch, Level, Tensor], Tensor]
+"""Pushes the noise of a batch at a level."""
 
 
 def classification(classifier: nn.Module) -> Loss:
@@ -28,13 +30,15 @@ def classification(classifier: nn.Module) -> Loss:
     return lambda batch: F.cross_entropy(classifier(batch.images), batch.labels)
 
 
-def denoising(denoiser: nn.Module, process: Process) -> Loss:
-    """The ordinary loss of a diffusion model."""
+def denoising(denoiser: nn.Module, process: Process, push: Push | None = None) -> Loss:
+    """The ordinary loss of a diffusion model, of noise that was pushed where `push` is given."""
 
     def loss(batch: Batch) -> Tensor:
         level = process.draw(batch)
         z = to_diffusion(batch.images)
         noise = batch.tape.normal(_NOISE, 0, z)
+        if push:
+            noise = push(batch, level, noise)
         said = process.predict(denoiser, level.diffuse(z, noise), level)
         return process.loss(said, level, z, noise)
 
@@ -44,22 +48,17 @@ def denoising(denoiser: nn.Module, process: Process) -> Loss:
 def adversarial(objective: "ADDT | LinfADDT", denoiser: nn.Module, guide: "Guide") -> Loss:
     """The diffusion's loss where the noise was pushed, all of which is to be predicted (eq. 8)."""
 
-    def loss(batch: Batch) -> Tensor:
-        level = objective.process.draw(batch)
-        perturbation = objective.perturb(denoiser, guide, batch, level)
-        z = to_diffusion(batch.images)
-        noise = objective.mix(batch.tape.normal(_NOISE, 0, z), perturbation, level)
-        said = objective.process.predict(denoiser, level.diffuse(z, noise), level)
-        return objective.process.loss(said, level, z, noise)
+    def push(batch: Batch, level: Level, noise: Tensor) -> Tensor:
+        return objective.mix(noise, objective.perturb(denoiser, guide, batch, level), level)
 
-    return loss
+    return denoising(denoiser, objective.process, push)
 
 
-# --------------------------------------------------------------------------- what is to be raised
+# ------------------------------------------------------------------------------------- guides
 
 
 class Guide(Protocol):
-    """What a perturbation is to raise."""
+    """The quantity that a perturbation is to raise."""
 
     def __call__(self, said: Prediction, noise: Tensor, labels: Tensor) -> Tensor:
         """A sum over images, so that an image's gradient doesn't depend on the others."""
@@ -79,7 +78,7 @@ def misleading(said: Prediction, noise: Tensor, labels: Tensor) -> Tensor:  # no
     return F.mse_loss(said.noise, noise, reduction="sum")
 
 
-# --------------------------------------------------------------------------- how noise is pushed
+# ------------------------------------------------------------------------------- perturbations
 
 
 def _ascent(

@@ -1,4 +1,4 @@
-"""The diffusions that are trained: which levels, and what the network says there.
+"""The diffusions that are trained: their levels, and the predictions of networks there.
 
 A network is told a level, and sees ``mean * z + std * noise`` for images z in [-1, 1].
 """
@@ -23,7 +23,7 @@ class Level(NamedTuple):
     """One noise level for each image of a batch."""
 
     told: Tensor
-    """``(b,)``: what the network is told."""
+    """``(b,)``: the level as the network is told it."""
     mean: Tensor
     """``(b, 1, 1, 1)``: the factor of the image."""
     std: Tensor
@@ -37,7 +37,7 @@ class Level(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a network says of noisy images, both ways; ``(b, c, h, w)`` each."""
+    """A network's prediction of noisy images, both ways; ``(b, c, h, w)`` each."""
 
     x0: Tensor
     noise: Tensor
@@ -50,7 +50,7 @@ class Process(Protocol):
         """A level for each image, from the batch's tape."""
 
     def predict(self, network: nn.Module, z_t: Tensor, level: Level) -> Prediction:
-        """What `network` says of noisy images."""
+        """The prediction of `network` for noisy images."""
 
     def loss(self, said: Prediction, level: Level, z: Tensor, noise: Tensor) -> Tensor:
         """The mean loss, where the images are `z` and their noise is `noise`."""

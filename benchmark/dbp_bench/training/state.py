@@ -80,7 +80,10 @@ class State:
     @classmethod
     def start(cls, network: nn.Module, settings: Settings) -> "State":
         """The state before the first update."""
-        of_both = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+        of_both: dict[str, Any] = {
+            "lr": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
+        }
         optimizer: torch.optim.Optimizer
         if settings.momentum:
             optimizer = torch.optim.SGD(
@@ -220,8 +223,9 @@ def _difference(found: dict[str, Any], asked: dict[str, Any]) -> str:
     for key in [*asked, *found]:
         one, other = found.get(key), asked.get(key)
         if one != other:
-            tables = isinstance(one, dict) and isinstance(other, dict)
-            return _difference(one, other) if tables else f"{key} {one}, not {other}"
+            if isinstance(one, dict) and isinstance(other, dict):
+                return _difference(one, other)
+            return f"{key} {one}, not {other}"
     return ""
 
 
