@@ -1,7 +1,6 @@
 """The command that trains: classifiers, diffusion models, and ADDT with its ablations."""
 
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -12,9 +11,7 @@ from dbp_bench.cli.shared import console, device_of, progress, registry_of
 from dbp_bench.errors import BadRequest
 
 if TYPE_CHECKING:
-    from dbp_bench.cli.shared import Tick
     from dbp_bench.training.given import Given
-    from dbp_bench.training.run import Update
 
 
 @app.command(rich_help_panel=EVALUATE)
@@ -62,8 +59,8 @@ def train(
     from dbp_bench.data import load_data
     from dbp_bench.training import recipes
     from dbp_bench.training.distributed import launched
-    from dbp_bench.training.loop import Precision
-    from dbp_bench.training.run import Options, run
+    from dbp_bench.training.loop import Options, Precision
+    from dbp_bench.training.run import run
     from dbp_bench.writing import locked
 
     if precision not in get_args(Precision):
@@ -102,9 +99,8 @@ def train(
                 learning_rate=learning_rate,
             )
             with progress(say, plan.name, "updates", lines=10) as tick:
-                told = partial(_tell, tick)
                 trained = run(
-                    made, images, out, options, told, init=starts[0], classifier=starts[1]
+                    made, images, out, options, tick, init=starts[0], classifier=starts[1]
                 )
             if trained is None:
                 continue
@@ -150,8 +146,3 @@ def _given(text: str | None, option: str) -> "Given | None":
     network = build(text)
     held = {k: v.detach() for k, v in network.state_dict().items()}
     return Given(text, store.read(text).sha256, held, {"catalog": entry.title}, network)
-
-
-def _tell(tick: "Tick", update: "Update") -> None:
-    speed = f", {update.images_per_s:.0f} images/s" if update.images_per_s else ""
-    tick(update.number, update.total, f"loss {update.loss:.4f}{speed}")

@@ -30,7 +30,7 @@ class Gradual:
 
     denoiser: Denoiser
     stages: list[dict[str, int]]
-    """Each a table of `t_star`, its noise level; `steps`, network calls from there to level 0; and
+    """Each a table of `t_star`, its noise level; `steps`, the NFE from there to level 0; and
     `times`, how often it is run."""
     eta: float
     clamp_output: bool
@@ -80,12 +80,12 @@ class Gradual:
 
         z = to_diffusion(images)
         runs = [stage for stage in self.stages for _ in range(stage["times"])]
-        calls = 0
+        nfe = 0
         for run, stage in enumerate(runs):
             grid = LINEAR.grid(stage["t_star"], stage["steps"])
             # Noise to the level of the stage, then back to 0.
             forward = Diffusion(a, z, noise.normal(FORWARD, run, z))
             start = forward(stage["t_star"])
-            z = memory.descend(reverse, start, grid, forward=forward, first=calls)
-            calls += len(grid)
+            z = memory.descend(reverse, start, grid, forward=forward, first=nfe)
+            nfe += len(grid)
         return to_images(z, self.clamp_output)

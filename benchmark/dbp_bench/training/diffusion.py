@@ -6,7 +6,6 @@ algorithm 1, with the constants of its released code where the two differ.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,11 @@ Loss = Callable[[Batch], Tensor]
 """The mean loss of a batch."""
 Push = Callable[[Batch, Level, Tensor], Tensor]
 """Pushes the noise of a batch at a level."""
+Guide = Callable[[Prediction, Tensor, Tensor], Tensor]
+"""The quantity that a perturbation raises, of a prediction, its noise and the labels.
+
+It is a sum over images, so that an image's gradient doesn't depend on the others.
+"""
 
 
 def classification(classifier: nn.Module) -> Loss:
@@ -45,7 +49,7 @@ def denoising(denoiser: nn.Module, process: Process, push: Push | None = None) -
     return loss
 
 
-def adversarial(objective: "ADDT | LinfADDT", denoiser: nn.Module, guide: "Guide") -> Loss:
+def adversarial(objective: "ADDT | LinfADDT", denoiser: nn.Module, guide: Guide) -> Loss:
     """The diffusion's loss where the noise was pushed, all of which is to be predicted (eq. 8)."""
 
     def push(batch: Batch, level: Level, noise: Tensor) -> Tensor:
@@ -55,13 +59,6 @@ def adversarial(objective: "ADDT | LinfADDT", denoiser: nn.Module, guide: "Guide
 
 
 # ------------------------------------------------------------------------------------- guides
-
-
-class Guide(Protocol):
-    """The quantity that a perturbation is to raise."""
-
-    def __call__(self, said: Prediction, noise: Tensor, labels: Tensor) -> Tensor:
-        """A sum over images, so that an image's gradient doesn't depend on the others."""
 
 
 def fooling(classifier: nn.Module) -> Guide:

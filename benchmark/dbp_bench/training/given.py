@@ -96,8 +96,7 @@ def guiding_classifier(given: Given, recipe: Recipe) -> nn.Module:
     """
     network = given.network
     if network is None:
-        assert recipe.classifier_variant is not None
-        network = variants.build(given.header.get("network", recipe.classifier_variant.path))
+        network = variants.build(given.header.get("network", recipe.guide.path))
         fill(network, given.tensors, Path(given.label))
     network = network.eval().requires_grad_(False)
     facts = facts_of(recipe.data)

@@ -1,6 +1,7 @@
 """The training loop that all recipes share."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
@@ -21,6 +22,20 @@ Report = Callable[[int, float, float], None]
 """Called after each update with its number, its loss and its learning rate."""
 
 
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a recipe is run; options that aren't in the log's request change rounding at most."""
+
+    seed: int = 0
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+    precision: Precision = "fp32"
+    compile: bool = False
+    channels_last: bool = False
+    resume: bool = True
+    checkpoint_every: int = 200
+    group: Group = ALONE
+
+
 def train(
     network: nn.Module,
     loss: Callable[[Batch], Tensor],
@@ -28,12 +43,10 @@ def train(
     labels: Tensor,
     settings: Settings,
     *,
-    seed: int,
     owner: str,
+    options: Options,
     report: Report,
-    group: Group = ALONE,
     checkpoint: Checkpoint | None = None,
-    precision: Precision = "fp32",
 ) -> dict[str, Tensor]:
     """The averaged weights after `settings.iterations` updates; gradients are clipped to norm 1.
 
@@ -47,12 +60,10 @@ def train(
         images: ``(n, c, h, w)`` in [0, 1], or uint8 in 0 ... 255.
         labels: ``(n,)``.
         settings: The optimiser's and the batches'.
-        seed: With `owner`, decides every batch and every noise.
-        owner: Name of the recipe.
+        owner: Name of the recipe; with the seed, it decides every batch and every noise.
+        options: Those of the run; the network and the images are on its device.
         report: See :data:`Report`.
-        group: The processes that train together.
-        checkpoint: Where the state is kept, and what it continues from; None to keep none.
-        precision: See :data:`Precision`.
+        checkpoint: Where the state is kept, and where it continues from; None to keep none.
 
     Raises:
         AttackFailed: The loss or a gradient became NaN or infinite; no weight has seen it.
@@ -62,17 +73,17 @@ def train(
     dropout.install(network)
     state = State.start(network, settings)
     done = checkpoint.restore(state) if checkpoint else 0
-    group.agree(done, images.device)
-    rows = group.rows(settings.batch_size)
-    kept = done
+    options.group.agree(done, images.device)
+    rows = options.group.rows(settings.batch_size)
+    device, kept, low = images.device.type, done, options.precision == "bf16"
     for update in range(done + 1, settings.iterations + 1):
-        tape = Tape.make(seed, owner, rows, update - 1)
+        tape = Tape.make(options.seed, owner, rows, update - 1)
         dropout.begin(network, tape)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device, torch.bfloat16, enabled=low):
             batch = draw(images, labels, tape, flip=settings.flip, crop=settings.crop)
             value = loss(batch)
         state.optimizer.zero_grad()
-        joint = float(group.backward(network, value, settings.batch_size))
+        joint = float(options.group.backward(network, value, settings.batch_size))
         norm = float(nn.utils.clip_grad_norm_(network.parameters(), 1.0))
         if not (isfinite(joint) and isfinite(norm)):
             _stop(owner, update, joint, kept, checkpoint)

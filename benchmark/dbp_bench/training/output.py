@@ -39,7 +39,7 @@ def packed(values: dict[str, Tensor], recipe: Recipe) -> bytes:
     Weights in half precision ship with the package: their bytes are committed, without a header.
     """
     tensors = {k: v.cpu().contiguous() for k, v in values.items()}
-    if recipe.half:
+    if recipe.data == "digits":
         return save({k: v.half() for k, v in tensors.items()})
     says = {
         "recipe": recipe.name,

@@ -90,22 +90,14 @@ class Recipe:
         return self._trained(self.variant) if self.name in FINETUNED else None
 
     @property
-    def classifier_variant(self) -> Variant | None:
-        """The network of the classifier that guides: the data set's, of the same size."""
-        if self.name not in GUIDED:
-            return None
+    def guide(self) -> Variant:
+        """The network of a classifier that guides, of the same size."""
         return find(self.data, self.variant.size, classifies=True)
 
     @property
     def classifier(self) -> str | None:
         """The file of an earlier recipe: the classifier that guides."""
-        variant = self.classifier_variant
-        return self._trained(variant) if variant else None
-
-    @property
-    def half(self) -> bool:
-        """True where weights are stored in half precision: those that ship with the package."""
-        return self.data == "digits"
+        return self._trained(self.guide) if self.name in GUIDED else None
 
     def _trained(self, variant: Variant) -> str:
         """The file of the recipe that trains `variant` from random weights."""

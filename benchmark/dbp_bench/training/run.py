@@ -3,9 +3,8 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,41 +15,16 @@ from dbp_bench.memory import is_exhausted
 from dbp_bench.noise import seeded
 from dbp_bench.result import write_atomically
 from dbp_bench.training import diffusion, output, variants
-from dbp_bench.training.distributed import ALONE, Group
 from dbp_bench.training.given import Given, guiding_classifier, start_from
 from dbp_bench.training.journal import Journal
-from dbp_bench.training.loop import Precision, train
+from dbp_bench.training.loop import Options, train
 from dbp_bench.training.output import Trained
 from dbp_bench.training.recipes import GUIDED, Recipe
 from dbp_bench.training.state import Checkpoint, Settings
 from dbp_bench.weights.files import digest, fill, load
 
-
-class Update(NamedTuple):
-    """How far a run is."""
-
-    number: int
-    total: int
-    loss: float
-    images_per_s: float | None
-    """Speed of all processes together, as last logged; None before the first line of the log."""
-
-
-Progress = Callable[[Update], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a recipe is run; options that aren't in the log's request change rounding at most."""
-
-    seed: int = 0
-    device: torch.device = torch.device("cpu")  # noqa: RUF009
-    precision: Precision = "fp32"
-    compile: bool = False
-    channels_last: bool = False
-    resume: bool = True
-    checkpoint_every: int = 200
-    group: Group = ALONE
+Progress = Callable[[int, int, str], None]
+"""Called after each update with its number, the number of all updates, and a note."""
 
 
 def run(
@@ -74,7 +48,7 @@ def run(
         data: Its data set.
         out: A folder.
         options: How to run it.
-        progress: Called after each update.
+        progress: See :data:`Progress`.
         init: Weights to start from.
         classifier: The classifier that guides.
 
@@ -131,7 +105,8 @@ def run(
 
     def report(update: int, loss: float, rate: float) -> None:
         speed = journal.add(update, loss, rate) if writes else None
-        progress(Update(update, settings.iterations, loss, speed))
+        fast = f", {speed:.0f} images/s" if speed else ""
+        progress(update, settings.iterations, f"loss {loss:.4f}{fast}")
 
     # float32 means float32: no shortened products in convolutions.
     torch.backends.cudnn.allow_tf32 = False
@@ -144,12 +119,10 @@ def run(
             images,
             labels,
             settings,
-            seed=options.seed,
             owner=recipe.name,
+            options=options,
             report=report,
-            group=options.group,
             checkpoint=checkpoint,
-            precision=options.precision,
         )
     if not writes:
         return None

@@ -1,6 +1,7 @@
 """All that an update of a training run changes, and the file from which it continues exactly."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ class State:
         return cls(network, optimizer, scheduler, WeightAverage(network, settings.average))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors, by their names in the file of the state."""
+        """The tensors themselves, by their names in the file of the state."""
         found = {f"network/{k}": v for k, v in self.network.state_dict().items()}
         found |= {f"average/{k}": v for k, v in self.average.values.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
@@ -113,23 +114,24 @@ class State:
         found: dict[str, Any] = json.loads(json.dumps(held))
         return found
 
-    def load(self, tensors: dict[str, Tensor], rates: dict[str, Any], averaged: int) -> None:
-        """Become the state of these `tensors` and `rates`; its average was updated so often."""
-        parts: dict[str, dict[str, Tensor]] = {"network": {}, "average": {}, "optimizer": {}}
-        for name, value in tensors.items():
-            part, _, key = name.partition("/")
-            parts[part][key] = value
-        self.network.load_state_dict(parts["network"])
-        for key, value in parts["average"].items():
-            self.average.values[key].copy_(value)
-        self.average.updates = averaged
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in parts["optimizer"].items():
-            index, _, key = name.partition("/")
-            moments.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({"state": moments, "param_groups": rates["groups"]})
-        if self.scheduler:
-            self.scheduler.load_state_dict(rates["scheduler"])
+    def expect(self, names: Iterable[str]) -> None:
+        """Make room for moments of each weight that has any among `names` in a file.
+
+        A weight without a gradient has none.
+        """
+        started = {name.split("/")[1] for name in names if name.startswith("optimizer/")}
+        keys = _SGD if isinstance(self.optimizer, torch.optim.SGD) else _ADAM
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        for index, weight in enumerate(weights):
+            if str(index) in started:
+                self.optimizer.state[weight] = {
+                    key: torch.zeros(()) if key == "step" else torch.zeros_like(weight)
+                    for key in keys
+                }
+
+
+_SGD = ("momentum_buffer",)
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 # ------------------------------------------------------------------------------------- its file
@@ -197,9 +199,17 @@ class Checkpoint:
                 "another --out, or --no-resume to start anew."
             )
         rates = {"groups": held.groups, "scheduler": held.scheduler}
-        if _kinds([rates, tensors]) != _kinds([state.rates(), _expected(state, tensors)]):
+        state.expect(tensors)
+        own = state.tensors()
+        if _kinds([rates, tensors]) != _kinds([state.rates(), own]):
             raise damaged
-        state.load(tensors, rates, held.average)
+        for name, value in own.items():
+            value.copy_(tensors[name])
+        state.average.updates = held.average
+        optimizer = {**state.optimizer.state_dict(), "param_groups": held.groups}
+        state.optimizer.load_state_dict(optimizer)
+        if state.scheduler and held.scheduler:
+            state.scheduler.load_state_dict(held.scheduler)
         return held.update
 
     def drop(self) -> None:
@@ -227,28 +237,6 @@ def _difference(found: dict[str, Any], asked: dict[str, Any]) -> str:
                 return _difference(one, other)
             return f"{key} {one}, not {other}"
     return ""
-
-
-def _expected(state: State, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `state` after some updates; only their names, shapes and types count.
-
-    A weight without a gradient has no moments: those count for whichever weight `found` has any of.
-    """
-    want = state.tensors()
-    moments = _SGD if isinstance(state.optimizer, torch.optim.SGD) else _ADAM
-    parameters = [value for group in state.optimizer.param_groups for value in group["params"]]
-    for index, parameter in enumerate(parameters):
-        own = {
-            f"optimizer/{index}/{key}": parameter.new_empty(()) if key == "step" else parameter
-            for key in moments
-        }
-        if own.keys() & found.keys():
-            want |= own
-    return want
-
-
-_SGD = ("momentum_buffer",)
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 def _kinds(value: Any) -> Any:
