@@ -62,7 +62,8 @@ def measure(target: Target, options: Options) -> Iterator[Found]:
 
 def directions(target: Target, options: Options, group: Group) -> Tensors:
     """Steps ``(b, draws, c, h, w)`` of steepest ascent, of unit size; one for each known draw."""
-    total, single = torch.zeros_like(group.images), []
+    total = torch.zeros_like(group.images)
+    single: list[torch.Tensor] = []
     for each in target.gradients(group, VICTIM, max(options.sets, options.known)):
         single += each.unbind(1)[: options.known - len(single)]
         total += each.sum(1)

@@ -23,7 +23,7 @@ AXES = ("eot",)
 EXAMPLES = 24
 
 SCALES = ("as taken", "unit length")
-"""How the gradients of single draws are averaged: as an attack does, or each of length 1."""
+"""The gradients of single draws are averaged as an attack does, or each of length 1."""
 
 STATEMENT = """\
 accuracy of eot: PGD with N EoT samples a step and no draw known, evaluated on fresh draws. accuracy

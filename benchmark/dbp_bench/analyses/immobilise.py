@@ -39,7 +39,7 @@ class Options(Searched):
 
 
 def subsets(sites: frozenset[Site]) -> list[frozenset[Site]]:
-    """All of them, small ones first."""
+    """All subsets of `sites`, small ones first."""
     sizes = range(len(sites) + 1)
     return [
         frozenset(c) for c in chain.from_iterable(combinations(sorted(sites), n) for n in sizes)

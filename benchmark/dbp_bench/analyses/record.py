@@ -74,7 +74,7 @@ class Record(BaseModel):
     request: dict[str, Any]
     """The values that must be equal for the analysis to be continued."""
     provenance: dict[str, Provenance]
-    """Where each defense's numbers come from."""
+    """The sources of each defense's numbers."""
     axes: list[str]
     """Names of the places of a row, in order."""
     rows: list[Row]
@@ -92,7 +92,7 @@ class Record(BaseModel):
         return list(dict.fromkeys(r.series for r in self.select(defense, quantity)))
 
     def to_json(self) -> str:
-        """As written to a file: one line per key, and one per row."""
+        """The text of the file: one line per key, and one per row."""
         table = self.model_dump(by_alias=True, mode="json")
         rows = table.pop("rows")
         parts = [f' "{key}": {json.dumps(value, allow_nan=False)}' for key, value in table.items()]

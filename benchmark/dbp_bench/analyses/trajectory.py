@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from dbp_bench.analyses.options import Count, Known, Searched
 from dbp_bench.analyses.record import Found
@@ -91,15 +92,10 @@ def plane(dw: Tensor, eot: Tensor) -> tuple[Tensor, Tensor]:
 
     The second is zero where `eot` is parallel to `dw`, up to rounding in float32.
     """
-    first = _unit(dw)
+    first = normalize(dw, dim=0)
     rest = eot - (eot @ first) * first
     parallel = bool(torch.linalg.vector_norm(rest) < 1e-5 * torch.linalg.vector_norm(eot))
-    return first, torch.zeros_like(rest) if parallel else _unit(rest)
-
-
-def _unit(x: Tensor) -> Tensor:
-    unit: Tensor = x / torch.linalg.vector_norm(x).clamp(min=1e-12)
-    return unit
+    return first, torch.zeros_like(rest) if parallel else normalize(rest, dim=0)
 
 
 def _numbers(image: int, clean: Tensor, paths: dict[str, Tensors], seed: int) -> Iterator[Found]:

@@ -20,7 +20,7 @@ from dbp_bench.cli.app import (
     app,
 )
 from dbp_bench.cli.shared import console, device_of, registry_of, show_json, split
-from dbp_bench.errors import BadRequest, UnknownName, did_you_mean
+from dbp_bench.errors import BadRequest
 
 if TYPE_CHECKING:
     from dbp_bench.analyses.record import Record
@@ -78,8 +78,6 @@ def analyze(
     as_json: AsJson = False,
 ) -> None:
     """Analyse where robustness comes from; write numbers (JSON, CSV) and a figure (SVG, PNG)."""
-    if analysis not in NAMES:
-        raise UnknownName(f"no analysis {analysis!r}.{did_you_mean(analysis, NAMES)}")
     numbers = {
         "steps": steps,
         "step_size": step_size,

@@ -19,8 +19,8 @@ from dbp_bench.noise import FORWARD, REVERSE, Noise, Site
 from dbp_bench.purifiers.schedule import to_diffusion, to_images
 
 Solver = Literal["heun", "euler"]
-"""`heun` is of second order and adds 2 to the NFE for each step but the last; `euler` is of first and
-adds 1."""
+"""`heun` is of second order: each step but the last adds 2 to the NFE. `euler` is of first order:
+each step adds 1."""
 
 
 class SigmaDenoiser(Protocol):

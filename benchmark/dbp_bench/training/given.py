@@ -45,12 +45,17 @@ class Given:
         return cls(str(path), digest(path), load(path), _header(path))
 
     @classmethod
-    def earlier(cls, recipe: Recipe, out: Path, file: str, option: str) -> "Given":
+    def earlier(cls, recipe: Recipe, out: Path, option: str) -> "Given | None":
         """The weights that an earlier recipe left in `out`, or that ship with the package.
 
+        None where the recipe needs none.
+
         Raises:
-            BadWeights: It is in neither place.
+            BadWeights: They are in neither place.
         """
+        file = recipe.classifier if option == "classifier" else recipe.init
+        if file is None:
+            return None
         for path in (out / file, ASSETS / file):
             if path.is_file():
                 return cls.file(path)

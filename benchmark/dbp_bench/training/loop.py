@@ -24,7 +24,7 @@ Report = Callable[[int, float, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a recipe is run; options that aren't in the log's request change rounding at most."""
+    """Options say how a recipe is run; those not in the log's request change rounding at most."""
 
     seed: int = 0
     device: torch.device = torch.device("cpu")  # noqa: RUF009
@@ -63,7 +63,7 @@ def train(
         owner: Name of the recipe; with the seed, it decides every batch and every noise.
         options: Those of the run; the network and the images are on its device.
         report: See :data:`Report`.
-        checkpoint: Where the state is kept, and where it continues from; None to keep none.
+        checkpoint: Keeps the state that a run continues from; None to keep none.
 
     Raises:
         AttackFailed: The loss or a gradient became NaN or infinite; no weight has seen it.

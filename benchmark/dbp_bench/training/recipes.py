@@ -27,7 +27,7 @@ GUIDED = ("addt", "addt-linf")
 FINETUNED = ("addt", "clean-finetune", "mse-guided", "addt-linf")
 """Recipes that start from trained weights."""
 SHIPPED = ("classifier", "diffusion", "addt")
-"""What `all` makes of the digits."""
+"""The recipes of the digits that `all` stands for."""
 
 SCHEDULES = {
     "classifier": "",
@@ -59,7 +59,7 @@ _DIGITS_TITLES = {
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one weights file is made."""
+    """A recipe says how one weights file is made."""
 
     name: str
     data: str

@@ -44,10 +44,10 @@ def run(
     package, unless `init` or `classifier` is given.
 
     Args:
-        recipe: With its iterations counted; see :func:`dbp_bench.training.recipes.changed`.
+        recipe: Has its iterations counted; see :func:`dbp_bench.training.recipes.changed`.
         data: Its data set.
         out: A folder.
-        options: How to run it.
+        options: See :class:`dbp_bench.training.loop.Options`.
         progress: See :data:`Progress`.
         init: Weights to start from.
         classifier: The classifier that guides.
@@ -65,10 +65,8 @@ def run(
     _check(settings, options)
     writes = options.group.rank == 0
     path = out / recipe.file
-    if init is None and recipe.init:
-        init = Given.earlier(recipe, out, recipe.init, "init")
-    if classifier is None and recipe.classifier:
-        classifier = Given.earlier(recipe, out, recipe.classifier, "classifier")
+    init = init or Given.earlier(recipe, out, "init")
+    classifier = classifier or Given.earlier(recipe, out, "classifier")
     request = {
         "recipe": recipe.name,
         "data": recipe.data,

@@ -1,4 +1,4 @@
-"""All that an update of a training run changes, and the file from which it continues exactly."""
+"""The state that each update of a training run changes, and the file that a run continues from."""
 
 import json
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ _KEY = "dbp-bench training state"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How the optimiser works and what a batch is."""
+    """The settings say how the optimiser works and what a batch is."""
 
     iterations: int
     """Number of updates."""
@@ -71,7 +71,7 @@ class WeightAverage:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """All that an update changes."""
+    """A state is all that an update changes."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
@@ -139,14 +139,14 @@ _ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Where a run's state is kept.
+    """A checkpoint keeps the state of a run in a file.
 
     Args:
         path: The file; it is replaced as a whole, so that a crash leaves the old or the new one.
         every: Updates from one saved state to the next.
-        request: What was asked for, JSON values: a state of another request is refused.
+        request: The request of the run, JSON values: a state of another one is refused.
         resume: Continue from the file, if it is there.
-        writes: Whether this process writes it.
+        writes: True if this process writes the file.
     """
 
     path: Path
