@@ -332,8 +332,8 @@ def test_published_settings_of_addt() -> None:
     assert made.init == "cifar10-ddpm.safetensors"
     linf = recipes.recipe("addt-linf", "cifar10").adversarial()
     assert linf == LinfADDT(8 / 255, 4 / 255, 5, 10.0, DDPM())
-    assert recipes.recipe("addt", "cifar10", "edm").process() == EDM(-1.2, 1.2, 0.5)
-    assert recipes.recipe("addt", "cifar100", "ddpmpp").process() == VPSDE(1e-3, 1.0)
+    assert recipes.recipe("addt", "cifar10", "edm").process() == EDM()
+    assert recipes.recipe("addt", "cifar100", "ddpmpp").process() == VPSDE()
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10", "cifar100", "cifar10-jpeg"])

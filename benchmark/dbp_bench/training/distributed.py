@@ -84,16 +84,15 @@ ALONE = Group()
 @contextmanager
 def launched(device: str) -> Iterator[tuple[Group, torch.device]]:
     """The group that the launcher's environment variables say, and this process's device."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield ALONE, torch.device(device)
-        return
     place = torch.device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE, place
+        return
     if device == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        yield Group(dist.get_rank(), size), place
+        yield Group(dist.get_rank(), dist.get_world_size()), place
     finally:
         dist.destroy_process_group()

@@ -74,10 +74,8 @@ class Journal:
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; a last one that was cut off is left out."""
     found: list[dict[str, Any]] = []
-    texts = (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ()
-    )
-    for text in texts:
+    held = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for text in held.splitlines():
         try:
             line = parse_json(text)
         except ValueError:

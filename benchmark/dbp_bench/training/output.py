@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,9 @@ def chunks(ids: Sequence[int]) -> list[Sequence[int]]:
 
 def rows(recipe: Recipe) -> dict[str, Any]:
     """The settings by name, but those that have their defaults, and the options of ADDT."""
-    named = {f.name: (getattr(recipe.settings, f.name), f.default) for f in fields(Settings)}
-    return {
-        k: value for k, (value, default) in named.items() if value != default
-    } | recipe.objective
+    defaults = {field.name: field.default for field in fields(Settings)}
+    given = {k: v for k, v in asdict(recipe.settings).items() if v != defaults[k]}
+    return given | recipe.objective
 
 
 def card(recipe: Recipe, trained: Trained, seed: int, images: int) -> str:

@@ -4,7 +4,6 @@ A network is told a level, and sees ``mean * z + std * noise`` for images z in [
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,11 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dbp_bench.noise import Site
-from dbp_bench.purifiers.schedule import Schedule
+from dbp_bench.purifiers.schedule import LINEAR
 from dbp_bench.purifiers.vpsde import BETA_MAX, BETA_MIN
 from dbp_bench.training.batches import Batch
 
 _LEVEL = Site("level")
+_SIGNALS = torch.tensor(LINEAR.signal()[1:])
+_SIGMA_DATA = 0.5
+"""The standard deviation of the images, as EDM takes it."""
 
 
 class Level(NamedTuple):
@@ -75,11 +77,9 @@ class DDPM(_NoisePrediction):
 
     Args:
         levels: Fewer than the schedule's for networks that see low levels alone.
-        schedule: The noise schedule.
     """
 
-    levels: int = 1000
-    schedule: Schedule = Schedule()
+    levels: int = LINEAR.levels
 
     def draw(self, batch: Batch) -> Level:
         """See :class:`Process`."""
@@ -87,30 +87,21 @@ class DDPM(_NoisePrediction):
 
     def at(self, t: Tensor) -> Level:
         """The level of 0-based steps `t` ``(b,)``."""
-        table = _signals(self.schedule).to(t.device, t.dtype)
-        signal = table[t.long()].view(-1, 1, 1, 1)
+        signal = _SIGNALS.to(t.device, t.dtype)[t.long()].view(-1, 1, 1, 1)
         return Level(t, signal.sqrt(), (1 - signal).sqrt(), (signal / (1 - signal)).sqrt())
-
-
-@lru_cache(maxsize=4)
-def _signals(schedule: Schedule) -> Tensor:
-    return torch.tensor(schedule.signal()[1:])
 
 
 @dataclass(frozen=True, slots=True)
 class VPSDE(_NoisePrediction):
-    """Continuous times, uniform in `first` ... `last` of [0, 1] (Song et al. 2021, appendix C).
+    """Continuous times, uniform in 0.001 ... 1 (Song et al. 2021, appendix C).
 
     The network is told ``1000 t - 1``, the 0-based step whose level is t, of which
     :class:`~dbp_bench.networks.songunet.DDPMpp` makes the label 999 t.
     """
 
-    first: float = 1e-3
-    last: float = 1.0
-
     def draw(self, batch: Batch) -> Level:
         """See :class:`Process`."""
-        return self.at(self.first + (self.last - self.first) * batch.uniform(_LEVEL))
+        return self.at(1e-3 + (1.0 - 1e-3) * batch.uniform(_LEVEL))
 
     def at(self, t: Tensor) -> Level:
         """The level of times `t` ``(b,)``."""
@@ -121,21 +112,11 @@ class VPSDE(_NoisePrediction):
 
 @dataclass(frozen=True, slots=True)
 class EDM:
-    """Log-normal noise levels, and networks that predict the image (Karras et al. 2022, table 1).
-
-    Args:
-        log_mean: Mean of the logarithm of sigma.
-        log_std: Standard deviation of the same.
-        sigma_data: Standard deviation of the images.
-    """
-
-    log_mean: float = -1.2
-    log_std: float = 1.2
-    sigma_data: float = 0.5
+    """Log-normal noise levels; networks predict the image (Karras et al. 2022, table 1)."""
 
     def draw(self, batch: Batch) -> Level:
         """See :class:`Process`."""
-        return self.at((self.log_mean + self.log_std * batch.normal(_LEVEL)).exp())
+        return self.at((-1.2 + 1.2 * batch.normal(_LEVEL)).exp())
 
     def at(self, sigma: Tensor) -> Level:
         """The level of noise levels `sigma` ``(b,)``."""
@@ -149,5 +130,5 @@ class EDM:
 
     def loss(self, said: Prediction, level: Level, z: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
         """Squared error of the image, weighted to one size at all levels."""
-        weight = (level.std**2 + self.sigma_data**2) / (level.std * self.sigma_data) ** 2
+        weight = (level.std**2 + _SIGMA_DATA**2) / (level.std * _SIGMA_DATA) ** 2
         return (weight * (said.x0 - z) ** 2).mean()
