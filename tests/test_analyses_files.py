@@ -9,11 +9,10 @@ import pytest
 
 from dbp_bench.analyses import analyse as module
 from dbp_bench.analyses import catalog
-from dbp_bench.analyses.analyse import analyse
+from dbp_bench.analyses.analyse import Pieces, analyse
 from dbp_bench.analyses.figures import draw
 from dbp_bench.analyses.options import Searched, parse
 from dbp_bench.analyses.record import Record, record_path, row
-from dbp_bench.analyses.store import Pieces
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, BadResult, UnknownName
 from dbp_bench.reporting.records import load

@@ -7,23 +7,67 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from dbp_bench import __version__
 from dbp_bench.analyses.catalog import find, statement
 from dbp_bench.analyses.options import Options, parse
 from dbp_bench.analyses.record import SCHEMA, Record, record_path, row
-from dbp_bench.analyses.store import Pieces
-from dbp_bench.analyses.target import Target
+from dbp_bench.analyses.target import Target, Tensors
+from dbp_bench.declaration import parse_json
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, did_you_mean
 from dbp_bench.evaluate import Group
-from dbp_bench.result import Provenance
+from dbp_bench.result import Provenance, write_atomically
 from dbp_bench.runs.job import Job, Overrides, refuse_other_request, resolve
 from dbp_bench.runs.provenance import provenance
 from dbp_bench.writing import locked
 
 _BASE = "eot"
 """The threat whose budget, track and defense settings an analysis takes; its effort is its own."""
+
+
+class Pieces:
+    """Pieces of work by name, each computed once and stored in a folder of one request.
+
+    Pieces of an unknown request are thrown away.
+
+    Args:
+        folder: Theirs alone.
+        request: The request of the analysis.
+        say: Told the name of each piece that is computed.
+
+    Raises:
+        BadRequest: The folder holds pieces of another request.
+    """
+
+    def __init__(self, folder: Path, request: dict[str, Any], say: Callable[[str], None]) -> None:
+        self._folder, self._say = folder, say
+        path = folder / "request.json"
+        try:
+            held = parse_json(path.read_text())
+        except (OSError, ValueError):
+            held = None
+        if isinstance(held, dict):
+            refuse_other_request(request, held, folder)
+            return
+        for stale in folder.glob("*.safetensors"):
+            stale.unlink()
+        write_atomically(path, json.dumps(request, indent=1))
+
+    def __call__(self, name: str, make: Callable[[], Tensors]) -> Tensors:
+        """The tensors of the piece called `name`: read where stored, else made and stored."""
+        path = self._folder / f"{name.replace(' ', '_')}.safetensors"
+        if path.is_file():
+            try:
+                return load_file(path)
+            except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError):
+                pass  # Damaged: made again.
+        self._say(name)
+        made = {key: value.detach().cpu().contiguous() for key, value in make().items()}
+        write_atomically(path, save(made))
+        return made
 
 
 def analyse(

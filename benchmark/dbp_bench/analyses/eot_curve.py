@@ -11,9 +11,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from dbp_bench.analyses.options import Count, Known, Stepped
-from dbp_bench.analyses.record import Found
-from dbp_bench.analyses.store import Tensors
-from dbp_bench.analyses.target import Target, estimate, fresh, guesses_of, joined, mean
+from dbp_bench.analyses.target import (
+    Found,
+    Target,
+    Tensors,
+    estimate,
+    fresh,
+    guesses_of,
+    joined,
+    mean,
+)
 from dbp_bench.checks.gradients import cosines
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import VICTIM

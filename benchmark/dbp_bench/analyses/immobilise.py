@@ -7,9 +7,7 @@ from itertools import chain, combinations
 import torch
 
 from dbp_bench.analyses.options import Count, Known, Searched
-from dbp_bench.analyses.record import Found
-from dbp_bench.analyses.store import Tensors
-from dbp_bench.analyses.target import Target, fresh, joined, mean
+from dbp_bench.analyses.target import Found, Target, Tensors, fresh, joined, mean
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import Site
 from dbp_bench.reporting.statistics import Bootstrap

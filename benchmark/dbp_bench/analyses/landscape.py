@@ -9,9 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dbp_bench.analyses.options import Count, Known, Searched
-from dbp_bench.analyses.record import Found
-from dbp_bench.analyses.store import Tensors
-from dbp_bench.analyses.target import Target, estimate, fresh, joined
+from dbp_bench.analyses.target import Found, Target, Tensors, estimate, fresh, joined
 from dbp_bench.checks.gradients import cosines
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import Site

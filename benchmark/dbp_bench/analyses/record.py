@@ -17,9 +17,6 @@ SCHEMA: Literal[1] = 1
 DIGITS, DECIMALS = 6, 9
 """Significant digits and decimals that are written: below, the order of a sum decides."""
 
-Found = tuple[str, Sequence[float], str, Estimate | float]
-"""A number as an analysis gives it: series, place on its axes, quantity, and value."""
-
 
 class Row(NamedTuple):
     """One number and its 95 % interval."""

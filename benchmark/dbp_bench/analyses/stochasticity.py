@@ -11,9 +11,7 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from dbp_bench.analyses.options import Count, Known, Searched
-from dbp_bench.analyses.record import Found
-from dbp_bench.analyses.store import Tensors
-from dbp_bench.analyses.target import Target, fresh, joined, mean
+from dbp_bench.analyses.target import Found, Target, Tensors, fresh, joined, mean
 from dbp_bench.defense import Defense, Purifier
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import VICTIM, Noise, OpaqueNoise, Site, Tape, same_vote

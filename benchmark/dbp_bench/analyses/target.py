@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dbp_bench import evaluate
-from dbp_bench.analyses.store import Tensors
 from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense
@@ -16,6 +15,12 @@ from dbp_bench.evaluate import FRESH, Group
 from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
 from dbp_bench.reporting.statistics import Bootstrap, Estimate, Replicates
 from dbp_bench.threat import AttackerView, Budget
+
+Tensors = dict[str, Tensor]
+"""A piece of work: its tensors by name."""
+
+Found = tuple[str, Sequence[float], str, Estimate | float]
+"""A number that an analysis gives: series, place on its axes, quantity, and value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,7 @@ class Target:
     max_batch: int
     """Images x draws in one pass, at most."""
     store: Callable[[str, Callable[[], Tensors]], Tensors] = lambda _, make: make()
-    """The tensors of a piece of work by name, made once; see :class:`.store.Pieces`."""
+    """The tensors of a piece of work by name, made once; see :class:`.analyse.Pieces`."""
 
     @property
     def images(self) -> int:

@@ -8,9 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dbp_bench.analyses.options import Count, Known, Searched
-from dbp_bench.analyses.record import Found
-from dbp_bench.analyses.store import Tensors
-from dbp_bench.analyses.target import Target, estimate, fresh, guesses_of, joined
+from dbp_bench.analyses.target import Found, Target, Tensors, estimate, fresh, guesses_of, joined
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import VICTIM, Site, Tape

@@ -58,15 +58,12 @@ class Journal:
                 "learning_rate": rate,
                 "images_per_s": round(self._speed, 1),
             }
-            self._append(line)
+            self.append(line)
             self._losses, self._since = [], now
         return self._speed
 
-    def finish(self, made: dict[str, Any]) -> None:
-        """Note the facts of the weights."""
-        self._append({"made": made})
-
-    def _append(self, line: dict[str, Any]) -> None:
+    def append(self, line: dict[str, Any]) -> None:
+        """Note a line, such as that of the facts of the weights."""
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

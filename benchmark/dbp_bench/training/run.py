@@ -131,8 +131,8 @@ def run(
     trained = Trained(path, digest(path), seconds, facts)
     card = output.card(recipe, trained, options.seed, len(images))
     write_atomically(path.with_suffix(".md"), card)
-    journal.finish({"sha256": trained.sha256, "seconds": seconds, "facts": facts})
-    checkpoint.drop()
+    journal.append({"made": {"sha256": trained.sha256, "seconds": seconds, "facts": facts}})
+    checkpoint.path.unlink(missing_ok=True)
     return trained
 
 

@@ -212,11 +212,6 @@ class Checkpoint:
             state.scheduler.load_state_dict(held.scheduler)
         return held.update
 
-    def drop(self) -> None:
-        """Remove the file: the run is finished."""
-        if self.writes:
-            self.path.unlink(missing_ok=True)
-
 
 class _Numbers(Strict):
     """The values that a state's file holds beside tensors."""
