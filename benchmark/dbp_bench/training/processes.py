@@ -4,7 +4,7 @@ A network is told a level, and sees ``mean * z + std * noise`` for images z in [
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,29 +45,18 @@ class Prediction(NamedTuple):
     noise: Tensor
 
 
-class Process(Protocol):
-    """A diffusion, as its network is trained."""
-
-    def draw(self, batch: Batch) -> Level:
-        """A level for each image, from the batch's tape."""
-
-    def predict(self, network: nn.Module, z_t: Tensor, level: Level) -> Prediction:
-        """The prediction of `network` for noisy images."""
-
-    def loss(self, said: Prediction, level: Level, z: Tensor, noise: Tensor) -> Tensor:
-        """The mean loss, where the images are `z` and their noise is `noise`."""
-
-
 class _NoisePrediction:
     """Networks that predict the noise (Ho et al. 2020, equations 14 and 15)."""
 
     __slots__ = ()
 
     def predict(self, network: nn.Module, z_t: Tensor, level: Level) -> Prediction:
+        """The prediction of `network` for noisy images."""
         noise = network(z_t, level.told)
         return Prediction((z_t - level.std * noise) / level.mean, noise)
 
     def loss(self, said: Prediction, level: Level, z: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
+        """Mean squared error of the noise, where the images are `z`."""
         return F.mse_loss(said.noise, noise)
 
 
@@ -82,7 +71,7 @@ class DDPM(_NoisePrediction):
     levels: int = LINEAR.levels
 
     def draw(self, batch: Batch) -> Level:
-        """See :class:`Process`."""
+        """A level for each image, from the batch's tape."""
         return self.at((batch.uniform(_LEVEL) * self.levels).floor())
 
     def at(self, t: Tensor) -> Level:
@@ -100,7 +89,7 @@ class VPSDE(_NoisePrediction):
     """
 
     def draw(self, batch: Batch) -> Level:
-        """See :class:`Process`."""
+        """A level for each image, from the batch's tape."""
         return self.at(1e-3 + (1.0 - 1e-3) * batch.uniform(_LEVEL))
 
     def at(self, t: Tensor) -> Level:
@@ -115,7 +104,7 @@ class EDM:
     """Log-normal noise levels; networks predict the image (Karras et al. 2022, table 1)."""
 
     def draw(self, batch: Batch) -> Level:
-        """See :class:`Process`."""
+        """A level for each image, from the batch's tape."""
         return self.at((-1.2 + 1.2 * batch.normal(_LEVEL)).exp())
 
     def at(self, sigma: Tensor) -> Level:
@@ -124,11 +113,15 @@ class EDM:
         return Level(sigma, torch.ones_like(std), std, 1 / std)
 
     def predict(self, network: nn.Module, z_t: Tensor, level: Level) -> Prediction:
-        """See :class:`Process`."""
+        """The prediction of `network` for noisy images."""
         x0 = network(z_t, level.told)
         return Prediction(x0, (z_t - x0) / level.std)
 
     def loss(self, said: Prediction, level: Level, z: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
-        """Squared error of the image, weighted to one size at all levels."""
+        """Mean squared error of the images `z`, weighted to one size at all levels."""
         weight = (level.std**2 + _SIGMA_DATA**2) / (level.std * _SIGMA_DATA) ** 2
         return (weight * (said.x0 - z) ** 2).mean()
+
+
+Process = DDPM | VPSDE | EDM
+"""A diffusion, as its network is trained."""
