@@ -4,6 +4,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -17,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
+from sklearn.datasets import load_digits
 
-import dbp_bench.data
+import id_lists
 from dbp_bench.data import catalog, load_data, places, readers, split_ids, splits
 from dbp_bench.data.catalog import Facts, facts_of
 from dbp_bench.data.readers import decode
@@ -47,9 +49,9 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Facts:
     folder = tmp_path / "lists"
     folder.mkdir()
     monkeypatch.setattr(splits, "LISTS", folder)
-    monkeypatch.setattr(splits, "FIRST", 20)
-    monkeypatch.setattr(splits, "STRATIFIED", 13)
-    splits.write_lists("small", LABELS + TRAIN_LABELS, folder)
+    monkeypatch.setattr(id_lists, "FIRST", 20)
+    monkeypatch.setattr(id_lists, "STRATIFIED", 13)
+    id_lists.write_lists("small", LABELS + TRAIN_LABELS, folder)
     return facts
 
 
@@ -454,7 +456,7 @@ def test_the_cache_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     hub = catalog.CATALOG["cifar10"].hub
     assert hub is not None
     folder = tmp_path / "datasets--uoft-cs--cifar10" / "snapshots" / hub.revision
-    parquet(folder / hub.test)
+    parquet(folder / hub.file("test"))
     assert load_data("cifar10").labels_of([0, 29]) == [LABELS[0], LABELS[29]]
     with pytest.raises(BadData, match="not there"):
         load_data("cifar10", None, "test")
@@ -584,8 +586,8 @@ def test_rounds_by_hand() -> None:
     first = {0: 1, 1: 3, 2: 0}
     second = {0: 2, 2: 4}
     want = [first[y] for y in turns] + [second[y] for y in turns if y in second] + [5]
-    assert splits.stratified("toy", labels, range(6), 9) == want
-    assert splits.stratified("toy", labels, range(6), 4) == want[:4]
+    assert id_lists.stratified("toy", labels, range(6), 9) == want
+    assert id_lists.stratified("toy", labels, range(6), 4) == want[:4]
 
 
 def test_unknown_splits() -> None:
@@ -631,7 +633,7 @@ def test_frozen_lists() -> None:
 def test_the_digits_list_follows_from_its_rule(tmp_path: Path) -> None:
     data = load_data("digits")
     labels = data.labels_of(range(1797))
-    (path,) = splits.write_lists("digits", labels, tmp_path)
+    (path,) = id_lists.write_lists("digits", labels, tmp_path)
     assert path.read_text() == (splits.LISTS / path.name).read_text()
     chosen = split_ids("digits", "validation")
     assert set(chosen) <= set(data.ids["train"])
@@ -655,7 +657,7 @@ def test_real_data(name: str, tmp_path: Path) -> None:
     facts = catalog.facts_of(name)
     data = load_data(name, place, "stratified-512")
     labels = data.labels_of(range(facts.test + facts.train))
-    for path in splits.write_lists(name, labels, tmp_path):
+    for path in id_lists.write_lists(name, labels, tmp_path):
         assert path.read_text() == (splits.LISTS / path.name).read_text()
     images, _ = data.select(split_ids(name, "stratified-512")[:64])
     assert images.shape == (64, *facts.shape)
@@ -745,6 +747,47 @@ def test_a_place_for_the_digits_is_refused(tmp_path: Path) -> None:
 
 
 def test_digits_that_were_changed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dbp_bench.data, "_DIGITS", "0" * 64)
+    facts = replace(facts_of("digits"), shipped="0" * 64)
+    monkeypatch.setitem(catalog.CATALOG, "digits", facts)
     with pytest.raises(BadWeights, match="sha256"):
-        load_data("digits")
+        load_data("digits").labels_of([0])
+
+
+# ------------------------------------------------------------------------------- digests of pixels
+
+
+def test_the_pixels_of_the_digits_are_those_of_the_catalog() -> None:
+    """The digests follow from scikit-learn's copy of the data, by the stated rule."""
+    theirs = load_digits()
+    pixels = theirs.images.astype(np.uint8)[..., None]
+    found = {}
+    for split in ("test", "train", "validation"):
+        total = sha256()
+        for i in split_ids("digits", split):
+            total.update(f"{theirs.target[i]},(8, 8, 1);".encode() + pixels[i].tobytes())
+        found[split] = total.hexdigest()
+        load_data("digits", None, split)
+    assert facts_of("digits").pixels == found
+
+
+def test_pixels_of_others_are_refused_where_the_catalog_has_a_digest(
+    small: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = as_npz(tmp_path / "data")
+    data = load_data("small", place)
+    pixels = {"first-1024": data.pixel_digest(split_ids("small", "first-1024"))}
+    monkeypatch.setitem(catalog.CATALOG, "small", replace(small, pixels=pixels))
+    for layout in LAYOUTS:
+        load_data("small", LAYOUTS[layout](tmp_path / layout), "first-1024")
+    other = IMAGES.copy()
+    other[3, 5, 7, 1] ^= 1  # as an image that was encoded anew can be
+    path = parquet(tmp_path / "other.parquet", other)
+    message = told(path, "first-1024")
+    assert f"{path}: the pixels of split 'first-1024' are not those of small as it is" in message
+    load_data("small", path, "stratified-512")  # the catalog says nothing of it
+
+
+def test_digests_are_of_splits_that_there_are_and_of_lossless_files() -> None:
+    for name, facts in catalog.CATALOG.items():
+        assert set(facts.pixels) <= set(splits.split_names(name))
+        assert not facts.pixels or (name != "imagenet" and "jpeg" not in name)

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import id_lists
 from dbp_bench import memory
 from dbp_bench.data import catalog as data_catalog
 from dbp_bench.data import places, splits
@@ -34,9 +35,10 @@ from dbp_bench.result import Conformance, Result
 from dbp_bench.runs.estimate import _PROBES, estimate
 from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Job, Overrides, resolve
-from dbp_bench.weights import catalog, store, zoo
+from dbp_bench.weights import catalog, store
 from dbp_bench.weights import files as weight_files
 from dbp_bench.weights.convert import convert, network_of, renamed
+from dbp_bench.weights.fetch import fetch
 from layouts import (
     NARROW,
     drawn,
@@ -324,8 +326,8 @@ def generated_data(patch: pytest.MonkeyPatch, folder: Path) -> Path:
     lists = folder / "lists"
     lists.mkdir()
     patch.setattr(splits, "LISTS", lists)
-    patch.setattr(splits, "FIRST", 20)
-    patch.setattr(splits, "STRATIFIED", 10)
+    patch.setattr(id_lists, "FIRST", 20)
+    patch.setattr(id_lists, "STRATIFIED", 10)
     (folder / "data").mkdir()
     for name in ("cifar10", "cifar100", "imagenet"):
         size = 24 if name == "imagenet" else SIDE
@@ -336,7 +338,7 @@ def generated_data(patch: pytest.MonkeyPatch, folder: Path) -> Path:
         )
         labels = rng.permutation(np.arange(70) % 10)
         images = rng.integers(0, 256, (70, size, size, 3), dtype=np.uint8)
-        splits.write_lists(name, labels.tolist(), lists)
+        id_lists.write_lists(name, labels.tolist(), lists)
         np.savez(
             folder / "data" / f"{name}.npz",
             x_test=images[:30],
@@ -402,7 +404,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
         (folder / "files").mkdir()
         for name in checkpoints():
             if catalog.find(name).network is None:
-                zoo.fetch(name)
+                fetch(name)
             else:
                 convert(name, write_checkpoint(name, folder / "files"), unpublished=True)
         (folder / "short").mkdir()

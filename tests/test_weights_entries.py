@@ -21,6 +21,7 @@ from dbp_bench.errors import BadEntry, BadWeights, DbpError, UnknownName
 from dbp_bench.networks import wrn
 from dbp_bench.weights import catalog, store
 from dbp_bench.weights.convert import convert, network_of, renamed
+from dbp_bench.weights.fetch import fetch
 from dbp_bench.weights.files import check_fit, digest
 from layouts import drawn, hollow, on_meta, shapes
 from test_networks_wrn import deepmind, robustbench
@@ -308,20 +309,16 @@ def test_a_model_of_robustbench(install: Install, cache: Path, command: "Command
 
 def test_a_model_that_robustbench_lacks(install: Install) -> None:
     install("robustbench", ROBUSTBENCH)
-    from dbp_bench.weights import zoo
-
     with pytest.raises(UnknownName, match=r"Near it: cifar10/Linf/Wong2020Fast"):
-        zoo.fetch("robustbench:cifar10/Linf/Wong2020Fats")
+        fetch("robustbench:cifar10/Linf/Wong2020Fats")
 
 
 def test_a_web_page_that_robustbench_kept_is_deleted(install: Install, cache: Path) -> None:
     install("robustbench", ROBUSTBENCH)
-    from dbp_bench.weights import zoo
-
     with pytest.raises(
         BadWeights, match=r"robustbench can't load it \(RuntimeError: inva"
     ) as caught:
-        zoo.fetch("robustbench:cifar10/Linf/Broken")
+        fetch("robustbench:cifar10/Linf/Broken")
     assert "\n" not in str(caught.value)
     assert list((cache / "robustbench" / "cifar10" / "Linf").iterdir()) == []
     assert not (cache / "weights").exists()
@@ -330,9 +327,7 @@ def test_a_web_page_that_robustbench_kept_is_deleted(install: Install, cache: Pa
 @pytest.mark.parametrize("name", ["timm:resnet50.tv_in1k", "imagenet-resnet50"])
 def test_a_model_of_timm_normalises_inside(install: Install, name: str) -> None:
     install("timm", TIMM)
-    from dbp_bench.weights import zoo
-
-    record = zoo.fetch(name)
+    record = fetch(name)
     network = Builder().network(CheckpointRef(checkpoint=name), ENTRY)
     logits = network(torch.ones(1, 3, 1, 1))
     assert logits.tolist() == [[1.0, 3.0, 1.0]]
@@ -343,16 +338,12 @@ def test_a_model_of_timm_normalises_inside(install: Install, name: str) -> None:
 
 def test_a_model_that_timm_lacks(install: Install) -> None:
     install("timm", TIMM)
-    from dbp_bench.weights import zoo
-
     with pytest.raises(BadWeights, match=r"timm can't load it \(RuntimeError: Unknown model"):
-        zoo.fetch("timm:resnet51")
+        fetch("timm:resnet51")
 
 
 @pytest.mark.parametrize("name", [PACKAGED, "timm:resnet50"])
 def test_a_missing_package_names_its_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dbp_bench.weights import zoo
-
     monkeypatch.setattr("dbp_bench.extras._folders", lambda _: [])
     with pytest.raises(DbpError, match=r'pip install "dbp-bench\[(robustbench|timm)\]"'):
-        zoo.fetch(name)
+        fetch(name)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from dbp_bench.errors import DbpError, did_you_mean
@@ -37,87 +37,71 @@ class Status(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Package:
-    """An importable package that can serve an extra."""
+class _Extra:
+    """An extra of this package."""
 
-    module: str
-    distribution: str
+    packages: tuple[str, ...]
+    """Packages that can serve it, the preferred one first; each is imported by its name."""
+    requirement: str
+    """What pip is told, to put a sound one in the place of a damaged one."""
     files: tuple[str, ...]
-    """Files, relative to the package, without which it is another package of the same name."""
+    """Files in a package, without which it is another one of the same name."""
+    modules: tuple[str, ...] = ("",)
+    """The modules that :func:`load_extra` returns; "" is the package itself."""
     marker: tuple[str, str] | None = None
     """A file, and a text in it that only the right version has."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Extra:
-    packages: tuple[_Package, ...]
-    """Packages that can serve it, the preferred one first."""
-    modules: tuple[str, ...]
-    """The modules that :func:`load_extra` returns; "" is the package itself."""
-    install: str
-    repair: str
+    install: str = ""
+    """The command that installs it, where that isn't the usual one."""
     note: str = ""
 
 
-_AUTOATTACK = ("autopgd_base.py", "fab_pt.py", "square.py")
-
-_EXTRAS: Mapping[str, _Extra] = MappingProxyType(
-    {
-        "autoattack": _Extra(
-            packages=(
-                _Package("autoattack", "autoattack", _AUTOATTACK),
-                _Package("pyautoattack", "pyautoattack", _AUTOATTACK),
-            ),
-            modules=("autopgd_base", "fab_pt", "square"),
-            install='pip install "dbp-bench[autoattack]"',
-            repair='pip install --force-reinstall --no-deps "pyautoattack>=0.2,<0.3"',
+_EXTRAS = {
+    "autoattack": _Extra(
+        packages=("autoattack", "pyautoattack"),
+        requirement='"pyautoattack>=0.2,<0.3"',
+        files=("autopgd_base.py", "fab_pt.py", "square.py"),
+        modules=("autopgd_base", "fab_pt", "square"),
+    ),
+    "torchattacks": _Extra(
+        packages=("torchattacks",),
+        requirement="torchattacks==3.5.1",
+        files=("attack.py", "attacks/pgd.py"),
+        install=(
+            "pip install scipy tqdm && pip install --no-deps torchattacks==3.5.1 "
+            '("dbp-bench[torchattacks]" also works, but brings requests 2.25 of 2020)'
         ),
-        "torchattacks": _Extra(
-            packages=(_Package("torchattacks", "torchattacks", ("attack.py", "attacks/pgd.py")),),
-            modules=("",),
-            install=(
-                "pip install scipy tqdm && pip install --no-deps torchattacks==3.5.1 "
-                '("dbp-bench[torchattacks]" also works, but brings requests 2.25 of 2020)'
-            ),
-            repair="pip install --force-reinstall --no-deps torchattacks==3.5.1",
-            note="its wheel holds an old copy of robustbench: give each an environment of its own",
+        note="its wheel holds an old copy of robustbench: give each an environment of its own",
+    ),
+    "robustbench": _Extra(
+        packages=("robustbench",),
+        requirement="robustbench==1.1.1",
+        files=("__init__.py", "eval.py", "model_zoo/__init__.py"),
+        modules=("", "model_zoo", "utils"),
+        marker=("eval.py", "aa_state_path"),
+        install='pip install "dbp-bench[robustbench]", in an environment without torchattacks',
+        note=(
+            "for its model zoo only: benchmark() needs an autoattack that pip can't get; its "
+            "wheel also installs a top-level package called tests"
         ),
-        "robustbench": _Extra(
-            packages=(
-                _Package(
-                    "robustbench",
-                    "robustbench",
-                    ("__init__.py", "eval.py", "model_zoo/__init__.py"),
-                    marker=("eval.py", "aa_state_path"),
-                ),
-            ),
-            modules=("", "model_zoo", "utils"),
-            install='pip install "dbp-bench[robustbench]", in an environment without torchattacks',
-            repair="pip install --force-reinstall --no-deps robustbench==1.1.1",
-            note=(
-                "for its model zoo only: benchmark() needs an autoattack that pip can't get; its "
-                "wheel also installs a top-level package called tests"
-            ),
-        ),
-        "figures": _Extra(
-            packages=(_Package("matplotlib", "matplotlib", ("__init__.py", "figure.py")),),
-            modules=("",),
-            install='pip install "dbp-bench[figures]"',
-            repair="pip install --force-reinstall --no-deps matplotlib",
-            note="its t-SNE view also needs scikit-learn, which the extra brings",
-        ),
-        "timm": _Extra(
-            packages=(_Package("timm", "timm", ("__init__.py", "models/__init__.py")),),
-            modules=("",),
-            install='pip install "dbp-bench[timm]"',
-            repair="pip install --force-reinstall --no-deps timm",
-            note="it keeps its weights in the cache of huggingface_hub",
-        ),
-    }
-)
+    ),
+    "figures": _Extra(
+        packages=("matplotlib",),
+        requirement="matplotlib",
+        files=("__init__.py", "figure.py"),
+        note="its t-SNE view also needs scikit-learn, which the extra brings",
+    ),
+    "timm": _Extra(
+        packages=("timm",),
+        requirement="timm",
+        files=("__init__.py", "models/__init__.py"),
+        note="it keeps its weights in the cache of huggingface_hub",
+    ),
+}
 
 EXTRAS = tuple(_EXTRAS)
 """The names of the extras."""
+
+_REPAIR = "pip install --force-reinstall --no-deps"
 
 
 def status(*, imported: bool = False) -> list[Status]:
@@ -157,7 +141,7 @@ def load_extra(name: str) -> Mapping[str, ModuleType]:
             warnings.simplefilter("ignore")
             with _stubs(name):
                 return {
-                    module or name: importlib.import_module(f"{package.module}.{module}".strip("."))
+                    module or name: importlib.import_module(f"{package}.{module}".strip("."))
                     for module in _EXTRAS[name].modules
                 }
     except BadExtra:
@@ -166,44 +150,40 @@ def load_extra(name: str) -> Mapping[str, ModuleType]:
         cause = str(error).strip().partition("\n")[0]
         raise BadExtra(
             f"{name} {found.version or ''} is installed but does not import ({cause}). "
-            f"Try: {_EXTRAS[name].repair}."
+            f"Try: {_REPAIR} {_EXTRAS[name].requirement}."
         ) from error
 
 
-def _look(name: str) -> tuple[Status, _Package | None]:
+def _look(name: str) -> tuple[Status, str | None]:
     """The state of an extra, and the package that serves it where it is ready."""
     extra = _EXTRAS[name]
-    shadows = []
+    install = extra.install or f'pip install "dbp-bench[{name}]"'
+    found = Status(name, None, "missing", f"not installed. Install: {install}.")
     for package in extra.packages:
-        folders = _folders(package.module)
+        folders = _folders(package)
         if not folders:
             continue
-        version = _version(package.distribution)
-        problem = _problem(package, folders, version)
+        version = _version(package)
+        problem = _problem(extra, folders, version)
         if problem is None:
             return Status(name, version, "ready", extra.note), package
-        mend = extra.repair if version else extra.install
-        shadows.append(Status(name, version, "shadowed", f"{problem}. Mend: {mend}."))
-    if shadows:
-        return shadows[-1], None
-    return Status(name, None, "missing", f"not installed. Install: {extra.install}."), None
+        mend = f"{_REPAIR} {extra.requirement}" if version else install
+        problem = f"the package {package!r} in {', '.join(map(str, folders))} {problem}"
+        found = Status(name, version, "shadowed", f"{problem}. Mend: {mend}.")
+    return found, None
 
 
-def _problem(package: _Package, folders: list[Path], version: str | None) -> str | None:
-    """Why what is found under the package's name isn't the package; None where it is."""
-    where = ", ".join(map(str, folders))
-    lacking = [f for f in package.files if not any((folder / f).is_file() for folder in folders)]
+def _problem(extra: _Extra, folders: list[Path], version: str | None) -> str | None:
+    """What is wrong with the package in `folders`; None where it is the right one."""
+    lacking = [f for f in extra.files if not any((folder / f).is_file() for folder in folders)]
     if lacking:
         broken = "it is damaged" if version else "it is something else of that name"
-        return f"the package {package.module!r} in {where} has no {lacking[0]}: {broken}"
-    if package.marker is not None:
-        file, text = package.marker
+        return f"has no {lacking[0]}: {broken}"
+    if extra.marker is not None:
+        file, text = extra.marker
         path = next(folder / file for folder in folders if (folder / file).is_file())
         if text not in path.read_text(encoding="utf-8", errors="replace"):
-            return (
-                f"the package {package.module!r} in {where} is an old copy "
-                "that the wheel of torchattacks carries"
-            )
+            return "is an old copy that the wheel of torchattacks carries"
     return None
 
 
@@ -215,9 +195,7 @@ def _folders(module: str) -> list[Path]:
         return []
     if spec is None:
         return []
-    if spec.submodule_search_locations is not None:
-        return [Path(folder) for folder in spec.submodule_search_locations]
-    return [Path(spec.origin)] if spec.origin else []
+    return [Path(place) for place in spec.submodule_search_locations or [spec.origin] if place]
 
 
 def _version(distribution: str) -> str | None:
@@ -236,13 +214,12 @@ _WITH_TORCHVISION = frozenset({"robustbench", "timm", "torchattacks"})
 @contextmanager
 def _stubs(extra: str) -> Iterator[None]:
     """While it lasts, what an extra imports and may be missing or broken can be imported."""
-    makers = {"pkg_resources": _pkg_resources, "autoattack": _autoattack}
-    if extra != "robustbench":
-        makers = {}
     stubs: dict[str, ModuleType] = {}
-    for name, make in makers.items():
-        if name not in sys.modules and importlib.util.find_spec(name) is None:
-            stubs |= make()
+    if extra == "robustbench":
+        for names in _robustbench_needs():
+            top = next(iter(names))
+            if top not in sys.modules and importlib.util.find_spec(top) is None:
+                stubs |= names
     sys.modules.update(stubs)
     try:
         if extra in _WITH_TORCHVISION and importlib.util.find_spec("torchvision") is not None:
@@ -254,26 +231,15 @@ def _stubs(extra: str) -> Iterator[None]:
                 del sys.modules[name]
 
 
-def _module(name: str, **members: object) -> ModuleType:
-    module = ModuleType(name)
-    vars(module).update(members)
-    return module
+def _robustbench_needs() -> list[dict[str, ModuleType]]:
+    """Modules that robustbench imports, by name; the first of each group is the package.
 
-
-def _pkg_resources() -> dict[str, ModuleType]:
-    """``pkg_resources`` left setuptools in version 82; robustbench uses one function of it."""
+    ``pkg_resources`` left setuptools in version 82; robustbench uses one function of it. Of
+    ``autoattack``, it needs names: pyautoattack takes other arguments than it gives.
+    """
 
     def resource_filename(module: str, path: str) -> str:
-        file = sys.modules[module].__file__
-        if file is None:
-            raise BadExtra(f"{module} is not in a folder, so it has no {path}.")
-        return str(Path(file).parent / path)
-
-    return {"pkg_resources": _module("pkg_resources", resource_filename=resource_filename)}
-
-
-def _autoattack() -> dict[str, ModuleType]:
-    """Names for robustbench to import; pyautoattack takes other arguments than it gives."""
+        return str(Path(sys.modules[module].__file__ or "").parent / path)
 
     def refuse(*_: object, **__: object) -> NoReturn:
         raise BadExtra(
@@ -281,10 +247,18 @@ def _autoattack() -> dict[str, ModuleType]:
             "autoattack, which no package index has. Attack with dbp-bench run."
         )
 
-    return {
-        "autoattack": _module("autoattack", AutoAttack=refuse, __path__=[]),
-        "autoattack.state": _module("autoattack.state", EvaluationState=refuse),
-    }
+    def module(name: str, **members: object) -> ModuleType:
+        made = ModuleType(name)
+        vars(made).update(members)
+        return made
+
+    return [
+        {"pkg_resources": module("pkg_resources", resource_filename=resource_filename)},
+        {
+            "autoattack": module("autoattack", AutoAttack=refuse, __path__=[]),
+            "autoattack.state": module("autoattack.state", EvaluationState=refuse),
+        },
+    ]
 
 
 _libraries: list[object] = []
@@ -299,24 +273,19 @@ def _import_torchvision() -> None:
     qnms). No model of the zoo calls them; declared without an implementation, they let the import
     through.
     """
+    import torch
+
+    library: Any = torch.library  # its classes have no annotations
     known: set[str] = set()
     while True:
         try:
             importlib.import_module("torchvision")
+            return
         except RuntimeError as error:
             missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
             if missing is None or missing[1] in known:
                 raise
             known.add(missing[1])
-            _declare(missing[1])
-        else:
-            return
-
-
-def _declare(operator: str) -> None:
-    import torch
-
-    library: Any = torch.library  # its classes have no annotations
-    fragment = library.Library("torchvision", "FRAGMENT")
-    fragment.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _libraries.append(fragment)
+            fragment = library.Library("torchvision", "FRAGMENT")
+            fragment.define(f"{missing[1]}(Tensor dets, Tensor scores, float iou) -> Tensor")
+            _libraries.append(fragment)

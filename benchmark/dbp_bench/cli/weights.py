@@ -1,6 +1,7 @@
 """Commands for published weights: list, fetch, convert, verify."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,41 +28,23 @@ CheckpointName = Annotated[str, typer.Argument(help="See `dbp-bench weights list
 @weights.command("list")
 def list_weights(as_json: AsJson = False) -> None:
     """List published checkpoints: what they are, their licences, and which are in the cache."""
-    from dbp_bench.weights import catalog, store
-
-    there = {name: _record(name) for name in store.names()}
-    entries = {**catalog.entries(), **{n: catalog.find(n) for n in there}}
-    if as_json:
-        rows = {
-            name: {
-                **entry.model_dump(mode="json"),
-                "cached": record.model_dump() if (record := there.get(name)) else None,
-            }
-            for name, entry in entries.items()
-        }
-        show_json(rows)
-        return
-    _show(console(quiet=False), entries, there)
-    show(f"cache: {store.folder()}")
-
-
-def _record(name: str) -> "Record | None":
-    """The record of `name` in the cache; None where it is damaged."""
-    from dbp_bench.weights import store
-
-    try:
-        return store.read(name)
-    except BadWeights:
-        return None
-
-
-def _show(
-    say: "Console", entries: "dict[str, Checkpoint]", there: "dict[str, Record | None]"
-) -> None:
     from rich.table import Table
 
-    from dbp_bench.weights import store
+    from dbp_bench.weights import catalog, store
 
+    # The record of each name in the cache; None where it is damaged.
+    there: dict[str, Record | None] = dict.fromkeys(store.names())
+    for name in there:
+        with suppress(BadWeights):
+            there[name] = store.read(name)
+    entries = {**catalog.entries(), **{n: catalog.find(n) for n in there}}
+    if as_json:
+        rows = {name: entry.model_dump(mode="json") for name, entry in entries.items()}
+        for name, row in rows.items():
+            record = there.get(name)
+            row["cached"] = record.model_dump() if record else None
+        show_json(rows)
+        return
     table = Table(box=None, pad_edge=False)
     table.add_column("name", no_wrap=True)  # to be copied whole
     for column in ("cached", "what", "licence"):
@@ -72,7 +55,8 @@ def _show(
         if there.get(name):
             cached = f"{file.stat().st_size / 1e6:,.0f} MB" if file.is_file() else "yes"
         table.add_row(name, cached, entry.title, _terms(entry))
-    say.print(table)
+    console(quiet=False).print(table)
+    show(f"cache: {store.folder()}")
 
 
 def _terms(entry: "Checkpoint") -> str:
@@ -128,9 +112,12 @@ def _accept(say: "Console", name: str, entry: "Checkpoint", accepted: bool) -> N
     Raises:
         BadRequest: Nobody can be asked, or the answer is no.
     """
-    say.print(f"{name}: {entry.title}", highlight=False, soft_wrap=True)
-    say.print(f"  from: {entry.source.what}", highlight=False, soft_wrap=True)
-    say.print(f"  licence: {_terms(entry)}", highlight=False, soft_wrap=True)
+    for line in (
+        f"{name}: {entry.title}",
+        f"  from: {entry.source.what}",
+        f"  licence: {_terms(entry)}",
+    ):
+        say.print(line, highlight=False, soft_wrap=True)
     if accepted:
         return
     if not sys.stdin.isatty():
@@ -193,14 +180,12 @@ def verify(as_json: AsJson = False) -> None:
 
 def _problem(name: str) -> str | None:
     """Why the checkpoint `name` in the cache can't be used; None where it can."""
-    from dbp_bench.weights import catalog, store
+    from dbp_bench.weights import store
 
     try:
-        record = store.read(name)
-        if not isinstance(catalog.find(name).source, catalog.Zoo):
+        # Where a package keeps the weights, its model is verified when it is loaded.
+        if store.read(name).network is not None:
             store.verified(name)
-        elif not record.sha256:
-            return f"{name}: no digest in its record."
     except BadWeights as error:
         return str(error)
     return None

@@ -1,6 +1,7 @@
 """The data sets: how many images and classes, what size, and where they are published."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from dbp_bench.errors import BadEntry, did_you_mean
 
@@ -11,8 +12,11 @@ class Hub:
 
     repository: str
     revision: str
-    test: str
-    train: str
+    folder: str
+
+    def file(self, part: str) -> str:
+        """The file of the test or training images."""
+        return f"{self.folder}/{part}-00000-of-00001.parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +24,7 @@ class Facts:
     """The facts of a data set that are known before any file of it is read.
 
     Ids count the test images in their published order, then the training images in theirs:
-    training image ``i`` has the id ``test + i``.
+    training image ``i`` has the id ``test + i``. Those of a file that ships count its images.
     """
 
     name: str
@@ -31,6 +35,8 @@ class Facts:
     """Number of test images."""
     train: int
     """Number of training images; 0 where none is read."""
+    levels: int = 255
+    """The whole number in a file that stands for 1."""
     label_columns: tuple[str, ...] = ("label",)
     """Columns that can hold the labels in parquet files; the first that is there is taken."""
     hub: Hub | None = None
@@ -40,27 +46,42 @@ class Facts:
     """Bytes of labels before each image of the binary version; the last one counts."""
     resize: int | None = None
     """The shorter side to which an image is resized before its centre is cut out."""
+    shipped: str | None = None
+    """The sha256 of the file that ships with the package, if one does."""
+    pixels: Mapping[str, str] = field(default_factory=dict)
+    """By split, the digest of its images and labels that files must have.
 
+    It is that of :meth:`dbp_bench.data.DataSet.pixel_digest`, and is filled in where the published
+    files are lossless and somebody has computed it from them. Where it is blank, nothing is
+    compared: a result records the digest of the images that it was computed on.
+    """
 
-_CIFAR10 = (("test_batch.bin",), tuple(f"data_batch_{i}.bin" for i in range(1, 6)))
 
 CATALOG = {
     facts.name: facts
     for facts in (
-        Facts("digits", 10, (1, 8, 8), test=360, train=1437),
+        Facts(
+            "digits",
+            10,
+            (1, 8, 8),
+            test=360,
+            train=1437,
+            levels=16,
+            shipped="6eb3236e2694a43165707b1dc0277ad68a0bd8259c1ee2fcedc532eb2fbec6a4",
+            pixels={
+                "test": "65394ff2dd85425ca881a4b0fe179923772d4483d365e703205d2f45d7c6373b",
+                "train": "527081e686742b6d253e111011a3c8a739867bae0034fbe2ad49703b8fc7458a",
+                "validation": "943b5db27d119c0104df5c8129e3d39cb27a3d3187ca207505a86cb1505c47e0",
+            },
+        ),
         Facts(
             "cifar10",
             10,
             (3, 32, 32),
             test=10_000,
             train=50_000,
-            hub=Hub(
-                "uoft-cs/cifar10",
-                "0b2714987fa478483af9968de7c934580d0bb9a2",
-                "plain_text/test-00000-of-00001.parquet",
-                "plain_text/train-00000-of-00001.parquet",
-            ),
-            binary=_CIFAR10,
+            hub=Hub("uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2", "plain_text"),
+            binary=(("test_batch.bin",), tuple(f"data_batch_{i}.bin" for i in range(1, 6))),
         ),
         Facts(
             "cifar100",
@@ -69,12 +90,7 @@ CATALOG = {
             test=10_000,
             train=50_000,
             label_columns=("fine_label", "label"),
-            hub=Hub(
-                "uoft-cs/cifar100",
-                "aadb3af77e9048adbea6b47c21a81e47dd092ae5",
-                "cifar100/test-00000-of-00001.parquet",
-                "cifar100/train-00000-of-00001.parquet",
-            ),
+            hub=Hub("uoft-cs/cifar100", "aadb3af77e9048adbea6b47c21a81e47dd092ae5", "cifar100"),
             binary=(("test.bin",), ("train.bin",)),
             label_bytes=2,
         ),

@@ -1,16 +1,18 @@
-"""Files that hold labelled images: parquet, npz, CIFAR's binary version, folders of classes.
+"""Files that hold labelled images: parquet, npz, CIFAR's binary version, folders, what ships.
 
 Labels are read at once; pixels only of the rows that are asked for. Nothing read here can run code.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +20,10 @@ from numpy.typing import NDArray
 from dbp_bench.data.catalog import Facts
 from dbp_bench.errors import BadData, DbpError
 from dbp_bench.extras import BadExtra
-from dbp_bench.weights.files import ASSETS
+from dbp_bench.weights.files import ASSETS, verify
 
 Pixels = NDArray[np.uint8]
-"""An image ``(h, w, 3)`` of whole numbers in 0 ... 255."""
+"""An image ``(h, w, c)`` of whole numbers in 0 ... 255."""
 
 INSTALL = 'pip install "dbp-bench[data]"'
 ABSENT = -1
@@ -31,151 +33,131 @@ _ORIENTATION = 0x0112
 """The tag of EXIF that says how an image is to be turned."""
 
 
-class Source(Protocol):
+@dataclass(frozen=True, slots=True)
+class Source:
     """Images and labels, by row."""
 
-    @property
-    def where(self) -> Path:
-        """The file or folder, for messages."""
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """The label of each row; ABSENT where there is no image."""
-
-    def pixels(self, rows: Sequence[int]) -> Iterator[Pixels]:
-        """The image of each row, in turn."""
+    where: Path
+    """The file or folder, for messages."""
+    labels: NDArray[np.int64]
+    """The label of each row; ABSENT where there is no image."""
+    image: Callable[[int], Pixels]
+    """Reads the image of a row."""
 
 
-class Parquet:
+def shipped(facts: Facts) -> Source:
+    """The images that ship with the package, with the pixels compressed.
+
+    Raises:
+        BadWeights: The file is damaged.
+    """
+    from safetensors.numpy import load_file
+
+    path = ASSETS / f"{facts.name}.safetensors"
+    assert facts.shipped is not None
+    verify(path, facts.shipped)
+    tensors = load_file(path)
+    raw = np.frombuffer(zlib.decompress(tensors["pixels_zlib"].tobytes()), np.uint8)
+    images = raw.reshape(-1, *facts.shape).transpose(0, 2, 3, 1)
+    return Source(path, tensors["labels"].astype(np.int64), images.__getitem__)
+
+
+def parquet(files: Sequence[Path], facts: Facts) -> Source:
     """Parquet in the layout of the Hugging Face hub: encoded images, and a column of labels.
 
     Raises:
         BadData: A file is damaged, or has other columns.
         BadExtra: pyarrow is missing.
     """
+    failure = need("pyarrow", "reading parquet").ArrowException
+    arrow = need("pyarrow.parquet", "reading parquet")
+    groups: list[tuple[Path, Any, str, int]] = []
+    labels = []
+    for path in files:
+        with _reading(path, failure):
+            file = arrow.ParquetFile(path)
+            column, label = _columns(file.schema_arrow, facts, path)
+            found = file.read(columns=[label])[label]
+            labels.append(_whole_numbers(found.to_numpy(), path))
+        groups += [(path, file, column, group) for group in range(file.num_row_groups)]
+    sizes = [file.metadata.row_group(group).num_rows for _, file, _, group in groups]
+    starts = np.cumsum([0, *sizes])
 
-    def __init__(self, files: Sequence[Path], facts: Facts) -> None:
-        self.where = files[0] if len(files) == 1 else files[0].parent
-        self._facts = facts
-        self._arrow = need("pyarrow", "reading parquet")
-        parquet = need("pyarrow.parquet", "reading parquet")
-        self._groups: list[tuple[Any, Path, int]] = []
-        self._column = ""
-        labels = []
-        for path in files:
-            with _reading(path, self._arrow.ArrowException):
-                file = parquet.ParquetFile(path)
-                self._column, label = _columns(file.schema_arrow, facts, path)
-                found = file.read(columns=[label])[label]
-                labels.append(_whole_numbers(found.to_numpy(), path))
-            self._groups += [(file, path, group) for group in range(file.num_row_groups)]
-        sizes = [file.metadata.row_group(group).num_rows for file, _, group in self._groups]
-        self._starts = np.cumsum([0, *sizes])
-        self.labels = np.concatenate(labels)
-        self._last: tuple[int, Any] | None = None
-
-    def pixels(self, rows: Sequence[int]) -> Iterator[Pixels]:
-        for row in rows:
-            group = int(np.searchsorted(self._starts, row, side="right")) - 1
-            cell = self._read(group)[row - int(self._starts[group])].as_py()
-            raw = cell.get("bytes") if isinstance(cell, dict) else cell
-            if not isinstance(raw, bytes):
-                raise BadData(f"{self._groups[group][1]}: row {row}: no image bytes in it.")
-            yield decode(raw, f"{self._groups[group][1]}: row {row}", self._facts)
-
-    def _read(self, group: int) -> Any:
-        """The encoded images of a row group; the last one is kept."""
-        if self._last is None or self._last[0] != group:
-            file, path, number = self._groups[group]
-            with _reading(path, self._arrow.ArrowException):
-                column = file.read_row_group(number, columns=[self._column])[self._column]
+    @lru_cache(maxsize=1)
+    def encoded(number: int) -> Any:
+        path, file, column, group = groups[number]
+        with _reading(path, failure):
             # One array: finding a row among many chunks takes longer than decoding it.
-            self._last = (group, column.combine_chunks())
-        return self._last[1]
+            return file.read_row_group(group, columns=[column])[column].combine_chunks()
+
+    def image(row: int) -> Pixels:
+        number = int(np.searchsorted(starts, row, side="right")) - 1
+        where = f"{groups[number][0]}: row {row}"
+        cell = encoded(number)[row - int(starts[number])].as_py()
+        raw = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not isinstance(raw, bytes):
+            raise BadData(f"{where}: no image bytes in it.")
+        return decode(raw, where, facts)
+
+    return Source(_place(files), np.concatenate(labels), image)
 
 
-class Npz:
+def npz(path: Path, part: str) -> Source:
     """Arrays ``x_test`` and ``y_test``, or ``images`` and ``labels``; uint8, NHWC or NCHW.
 
     Raises:
         BadData: An array is missing or of another type or shape, or the file is damaged.
     """
-
-    def __init__(self, path: Path, part: str) -> None:
-        self.where = path
-        names = [(f"x_{part}", f"y_{part}"), ("images", "labels")][: 2 if part == "test" else 1]
-        with (
-            _reading(path, Exception),
-            path.open("rb") as file,
-            # No pickles: an array of objects could run code.
-            np.load(file, allow_pickle=False) as arrays,
-        ):
-            pair = next((pair for pair in names if {*pair} <= {*arrays.files}), None)
-            if pair is None:
-                want = " or ".join(f"{images} and {labels}" for images, labels in names)
-                raise BadData(f"{path}: it has {', '.join(arrays.files)}, not {want}.")
-            images, labels = arrays[pair[0]], arrays[pair[1]]
-        if images.dtype != np.uint8:
-            raise BadData(f"{path}: {pair[0]} is {images.dtype}: give uint8 in 0 ... 255.")
-        if images.ndim == 4 and images.shape[-1] != 3 and images.shape[1] == 3:
-            images = images.transpose(0, 2, 3, 1)
-        if images.ndim != 4 or images.shape[-1] != 3:
-            raise BadData(f"{path}: {pair[0]} is {images.shape}, not (n, h, w, 3) or (n, 3, h, w).")
-        if labels.size != len(images):
-            raise BadData(f"{path}: {labels.size} labels for {len(images)} images.")
-        self._images = images
-        self.labels = _whole_numbers(labels.ravel(), path)
-
-    def pixels(self, rows: Sequence[int]) -> Iterator[Pixels]:
-        for row in rows:
-            yield self._images[row]
+    names = [(f"x_{part}", f"y_{part}"), ("images", "labels")][: 2 if part == "test" else 1]
+    with (
+        _reading(path, Exception),
+        path.open("rb") as file,
+        # No pickles: an array of objects could run code.
+        np.load(file, allow_pickle=False) as arrays,
+    ):
+        pair = next((pair for pair in names if {*pair} <= {*arrays.files}), None)
+        if pair is None:
+            want = " or ".join(f"{images} and {labels}" for images, labels in names)
+            raise BadData(f"{path}: it has {', '.join(arrays.files)}, not {want}.")
+        images, labels = arrays[pair[0]], arrays[pair[1]]
+    if images.dtype != np.uint8:
+        raise BadData(f"{path}: {pair[0]} is {images.dtype}: give uint8 in 0 ... 255.")
+    if images.ndim == 4 and images.shape[-1] != 3 and images.shape[1] == 3:
+        images = images.transpose(0, 2, 3, 1)
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise BadData(f"{path}: {pair[0]} is {images.shape}, not (n, h, w, 3) or (n, 3, h, w).")
+    if labels.size != len(images):
+        raise BadData(f"{path}: {labels.size} labels for {len(images)} images.")
+    return Source(path, _whole_numbers(labels.ravel(), path), images.__getitem__)
 
 
-class Binary:
+def binary(files: Sequence[Path], facts: Facts) -> Source:
     """The binary version of CIFAR: of each image its labels, a byte each, then 3 x 32 x 32 bytes.
 
     Raises:
         BadData: A file ends inside an image.
     """
-
-    def __init__(self, files: Sequence[Path], facts: Facts) -> None:
-        self.where = files[0] if len(files) == 1 else files[0].parent
-        self._facts = facts
-        record = facts.label_bytes + int(np.prod(facts.shape))
-        parts = []
-        for path in files:
-            raw = np.fromfile(path, dtype=np.uint8)
-            if raw.size == 0 or raw.size % record:
-                raise BadData(
-                    f"{path}: {raw.size} bytes are not whole images of {record} bytes: the file is "
-                    f"damaged, or not the binary version of {facts.name}."
-                )
-            parts.append(raw.reshape(-1, record))
-        self._records = np.concatenate(parts)
-        self.labels = self._records[:, facts.label_bytes - 1].astype(np.int64)
-
-    def pixels(self, rows: Sequence[int]) -> Iterator[Pixels]:
-        for row in rows:
-            image = self._records[row, self._facts.label_bytes :].reshape(self._facts.shape)
-            yield image.transpose(1, 2, 0)
+    size = facts.label_bytes + int(np.prod(facts.shape))
+    parts = []
+    for path in files:
+        raw = np.fromfile(path, dtype=np.uint8)
+        if raw.size == 0 or raw.size % size:
+            raise BadData(
+                f"{path}: {raw.size} bytes are not whole images of {size} bytes: the file is "
+                f"damaged, or not the binary version of {facts.name}."
+            )
+        parts.append(raw.reshape(-1, size))
+    records = np.concatenate(parts)
+    images = records[:, facts.label_bytes :].reshape(-1, *facts.shape).transpose(0, 2, 3, 1)
+    labels = records[:, facts.label_bytes - 1].astype(np.int64)
+    return Source(_place(files), labels, images.__getitem__)
 
 
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """PNG or JPEG files."""
-
-    where: Path
-    labels: NDArray[np.int64]
-    _files: dict[int, Path]
-    _facts: Facts
-
-    def pixels(self, rows: Sequence[int]) -> Iterator[Pixels]:
-        for row in rows:
-            path = self._files[row]
-            yield decode(path.read_bytes(), str(path), self._facts)
+def _place(files: Sequence[Path]) -> Path:
+    return files[0] if len(files) == 1 else files[0].parent
 
 
-def class_folders(root: Path, facts: Facts) -> Folder | None:
+def class_folders(root: Path, facts: Facts) -> Source | None:
     """Images in a folder for each class; None where there are no such folders.
 
     The images are put in the order of their file names over all classes, and ImageNet's take the
@@ -198,7 +180,7 @@ def class_folders(root: Path, facts: Facts) -> Folder | None:
     return _folder(root, facts, [(p, number[name]) for name in found for p in found[name]])
 
 
-def flat_imagenet(root: Path, facts: Facts) -> Folder | None:
+def flat_imagenet(root: Path, facts: Facts) -> Source | None:
     """ImageNet's validation images in one folder, with a file of their WordNet ids beside them.
 
     Raises:
@@ -324,18 +306,23 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(p for p in _visible(folder) if p.suffix.lower() in SUFFIXES)
 
 
-def _folder(root: Path, facts: Facts, found: list[tuple[Path, int]]) -> Folder:
-    rows: list[int] = []
-    found = sorted(found, key=lambda item: (item[0].name, item[1]))
-    for rank, (path, _) in enumerate(found):
+def _folder(root: Path, facts: Facts, found: list[tuple[Path, int]]) -> Source:
+    """PNG or JPEG files with their labels, in order of their names or by the number in them."""
+    files: dict[int, tuple[Path, int]] = {}
+    for rank, (path, label) in enumerate(sorted(found, key=lambda item: (item[0].name, item[1]))):
         number = re.fullmatch(r"ILSVRC2012_val_(\d{8})", path.stem)
-        rows.append(int(number[1]) - 1 if number and facts.name == "imagenet" else rank)
-    if len(set(rows)) < len(rows) or min(rows) < 0 or max(rows) >= max(facts.test, facts.train):
+        files[int(number[1]) - 1 if number and facts.name == "imagenet" else rank] = path, label
+    if len(files) < len(found) or not 0 <= min(files) <= max(files) < max(facts.test, facts.train):
         raise BadData(f"{root}: an image stands there twice, or has a number out of range.")
-    labels = np.full(max(rows) + 1, ABSENT, dtype=np.int64)
-    labels[rows] = [label for _, label in found]
-    files = {row: path for row, (path, _) in zip(rows, found, strict=True)}
-    return Folder(root, labels, files, facts)
+    labels = np.full(max(files) + 1, ABSENT, dtype=np.int64)
+    for row, (_, label) in files.items():
+        labels[row] = label
+
+    def image(row: int) -> Pixels:
+        path, _ = files[row]
+        return decode(path.read_bytes(), str(path), facts)
+
+    return Source(root, labels, image)
 
 
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"

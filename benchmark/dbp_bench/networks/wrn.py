@@ -57,8 +57,10 @@ class WideResNet(nn.Module):
         if rest or blocks < 1:
             raise BadEntry(f"depth: {depth} is not 6 n + 4, as are 10, 16, 28, 34 and 70.")
         mean, std = normalise or ((0.0,) * 3, (1.0,) * 3)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        # No file holds them: they have numbers even where a network is made on no device.
+        for name, values in (("mean", mean), ("std", std)):
+            statistic = torch.tensor(values, device="cpu").view(3, 1, 1)
+            self.register_buffer(name, statistic, persistent=False)
         self.activation = F.silu if layout == "deepmind" else F.relu
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=layout == "meliketoy")
         self.block1 = _Stage(blocks, 16, 16 * width, 1, layout, dropout)

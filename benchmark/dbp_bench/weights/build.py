@@ -1,12 +1,9 @@
 """The network of a checkpoint: with its weights from the cache, or without them."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
-
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
+from dbp_bench.errors import BadWeights
 from dbp_bench.weights import catalog, files, store
 from dbp_bench.weights.convert import network_of
 
@@ -16,23 +13,38 @@ def build(name: str) -> nn.Module:
 
     Raises:
         BadExtra: The package that loads it is missing.
-        BadWeights: It isn't in the cache, or is damaged there.
+        BadWeights: It isn't in the cache, or is damaged there, or its package loads others now.
         UnknownName: There is no such checkpoint.
     """
     entry = catalog.find(name)
     if isinstance(entry.source, catalog.Zoo):
         from dbp_bench.weights import zoo
 
-        return zoo.build(name)
+        recorded = store.read(name).sha256
+        network = zoo.load(entry.source)
+        actual = zoo.digest(network)
+        if actual != recorded:
+            raise BadWeights(
+                f"{name}: sha256 of its weights is {actual[:16]}..., recorded is "
+                f"{recorded[:16]}...: the package loads others now. {store.how_to_get(name)}."
+            )
+        return network
     path = store.verified(name)
-    with _NoInitialisation():
+    # Drawing initial weights, which the file replaces, takes seconds.
+    with torch.device("meta"):
         network = network_of(entry)
-    files.fill(network, files.load(path), path)
+    tensors = files.load(path)
+    files.check_fit(network, tensors, path)
+    wanted = network.state_dict()
+    held = {key: value.to(wanted[key].dtype, copy=True) for key, value in tensors.items()}
+    network.load_state_dict(held, assign=True)
     return network
 
 
 def blank(name: str) -> nn.Module:
     """The network of the checkpoint `name` with all weights 0: enough to count, time and measure.
+
+    That of another package has the weights that it is initialised with.
 
     Raises:
         BadExtra: The package that has the network is missing.
@@ -42,8 +54,7 @@ def blank(name: str) -> nn.Module:
     if isinstance(entry.source, catalog.Zoo):
         from dbp_bench.weights import zoo
 
-        return zoo.blank(name)
-    # Drawing initial weights takes longer than all that is asked of them.
+        return zoo.load(entry.source, pretrained=False)
     with torch.device("meta"):
         network = network_of(entry)
     network = network.to_empty(device="cpu")
@@ -53,20 +64,3 @@ def blank(name: str) -> nn.Module:
         for value in network.buffers():
             value.fill_(1)
     return network
-
-
-class _NoInitialisation(TorchFunctionMode):
-    """While it lasts, layers don't draw the weights that a file replaces: it takes seconds."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Leave the tensor as it is where `func` initialises it."""
-        given = dict(kwargs or {})
-        if getattr(func, "__module__", None) == nn.init.__name__:
-            return given["tensor"] if "tensor" in given else args[0]
-        return func(*args, **given)

@@ -3,10 +3,10 @@
 import re
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from dbp_bench.declaration import Strict, read_yaml
 from dbp_bench.errors import UnknownName, did_you_mean
@@ -14,11 +14,17 @@ from dbp_bench.errors import UnknownName, did_you_mean
 PATH = Path(__file__).with_name("catalog.yaml")
 ROBUSTBENCH = Path(__file__).with_name("robustbench.yaml")
 
+DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="
+"""The address of a file on Google Drive, but for its id."""
+
 ZOOS = {
-    "robustbench": r"robustbench:[a-z0-9]+/[A-Za-z0-9]+/[A-Za-z0-9_-]+",
-    "timm": r"timm:[a-z0-9_]+(\.[a-z0-9_]+)?",
+    "robustbench": (
+        r"robustbench:[a-z0-9]+/[A-Za-z0-9]+/[A-Za-z0-9_-]+",
+        "robustbench:cifar10/Linf/Standard",
+    ),
+    "timm": (r"timm:[a-z0-9_]+(\.[a-z0-9_]+)?", "timm:resnet50"),
 }
-"""The form of a model's name, for each package that loads models by name."""
+"""The form of a model's name and an example, for each package that loads models by name."""
 
 Layout = Literal[
     "plain", "diffusers", "pesser", "score-sde", "edm", "robustbench", "deepmind", "meliketoy"
@@ -46,23 +52,14 @@ class Hub(Strict):
 
 
 class Url(Strict):
+    """A file that a link leads to; on Google Drive, too (see :data:`DRIVE`)."""
+
     kind: Literal["url"]
     url: str = Field(pattern=r"^https://")
 
     @property
     def what(self) -> str:
         return self.url
-
-
-class Drive(Strict):
-    """A file on Google Drive."""
-
-    kind: Literal["drive"]
-    id: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
-
-    @property
-    def what(self) -> str:
-        return f"https://drive.google.com/file/d/{self.id}/view"
 
 
 class ByHand(Strict):
@@ -84,7 +81,7 @@ class Zoo(Strict):
         return self.model
 
 
-Source = Annotated[Hub | Url | Drive | ByHand | Zoo, Field(discriminator="kind")]
+Source = Annotated[Hub | Url | ByHand | Zoo, Field(discriminator="kind")]
 
 
 class Licence(Strict):
@@ -95,29 +92,26 @@ class Licence(Strict):
 
 
 class Checkpoint(Strict):
-    """A published file of weights, and the network here that takes them."""
+    """A published file of weights, and the network here that takes them.
+
+    What isn't known of it is None.
+    """
 
     title: str
-    network: str | None = Field(pattern=r"^dbp_bench\.networks\.\w+:\w+$")
-    """``module:callable``; null for a model of a package, which brings its own."""
+    source: Source
+    licence: Licence
+    network: str | None = Field(None, pattern=r"^dbp_bench\.networks\.\w+:\w+$")
+    """``module:callable``; None for a model of a package, which brings its own."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the callable."""
-    layout: Layout | None
-    source: Source
-    size: int | None = Field(ge=1)
-    """Bytes of the published file; null where they aren't known, as for the digests."""
-    md5: str | None = Field(pattern=r"^[0-9a-f]{32}$")
-    sha256: str | None = Field(pattern=r"^[0-9a-f]{64}$")
-    licence: Licence
-    paper: str | None
-    note: str
-
-    @model_validator(mode="after")
-    def _network_unless_zoo(self) -> Self:
-        zoo = isinstance(self.source, Zoo)
-        if zoo != (self.network is None) or zoo != (self.layout is None):
-            raise ValueError("network and layout are null for a model of a package, and only there")
-        return self
+    layout: Layout | None = None
+    """None for a model of a package."""
+    size: int | None = Field(None, ge=1)
+    """Bytes of the published file."""
+    md5: str | None = Field(None, pattern=r"^[0-9a-f]{32}$")
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    paper: str | None = None
+    note: str = ""
 
 
 class Catalog(Strict):
@@ -138,12 +132,12 @@ def find(name: str) -> Checkpoint:
     """
     package, _, model = name.partition(":")
     if package in ZOOS:
-        if not re.fullmatch(ZOOS[package], name):
-            forms = {"robustbench": "robustbench:cifar10/Linf/Standard", "timm": "timm:resnet50"}
-            raise UnknownName(f"{name!r}: write it as {forms[package]}.")
+        form, example = ZOOS[package]
+        if not re.fullmatch(form, name):
+            raise UnknownName(f"{name!r}: write it as {example}.")
         if package == "robustbench" and model in robustbench()["models"]:
             return _wide(model)
-        return _checkpoint(
+        return Checkpoint(
             title=f"{model}, loaded by {package}",
             source=Zoo(kind="zoo", model=name),
             licence=Licence(name=f"the model's own; see {package}", restriction="not stated"),
@@ -158,7 +152,7 @@ def _wide(model: str) -> Checkpoint:
     """A wide residual network of RobustBench's zoo, which our own network takes."""
     depth, width, layout, statistics, file, licence = robustbench()["models"][model]
     data, _, title = model.split("/")
-    return _checkpoint(
+    return Checkpoint(
         title=f"RobustBench's {title}, WRN-{depth}-{width}, {data}",
         network="dbp_bench.networks.wrn:WideResNet",
         options={
@@ -169,15 +163,9 @@ def _wide(model: str) -> Checkpoint:
             "normalise": robustbench()["statistics"][statistics],
         },
         layout=layout,
-        source=Drive(kind="drive", id=file),
+        source=Url(kind="url", url=f"{DRIVE}{file}"),
         licence=Licence(name=f"{licence} (of RobustBench's zoo)", restriction="none"),
     )
-
-
-def _checkpoint(**known: Any) -> Checkpoint:
-    """A checkpoint of which only some is known."""
-    unknown = dict.fromkeys(("network", "layout", "size", "md5", "sha256", "paper"))
-    return Checkpoint.model_validate({**unknown, "note": "", **known})
 
 
 @cache

@@ -8,27 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbp_bench import __version__
 from dbp_bench.errors import BadRequest, BadWeights
 from dbp_bench.networks import ho, songunet, wrn
 from dbp_bench.weights import catalog, files, formats, store
 from dbp_bench.weights.catalog import Checkpoint
 
-Converter = Callable[[Mapping[str, Any], nn.Module], Mapping[str, Any]]
+Converter = Callable[[Mapping[str, Any], Any], Mapping[str, Any]]
 """Takes the contents of a file and the network on no device; returns the network's state."""
-
-
-def _score_sde(held: Mapping[str, Any], network: nn.Module) -> Mapping[str, Any]:
-    inner = network.model
-    assert isinstance(inner, songunet.SongUNet)
-    return songunet.from_score_sde(held, inner)
-
 
 _CONVERTERS: Mapping[catalog.Layout, Converter] = {
     "plain": lambda held, _: held,
     "diffusers": lambda held, _: ho.from_diffusers(held),
     "pesser": lambda held, _: ho.from_pesser(held),
-    "score-sde": _score_sde,
+    "score-sde": lambda held, network: songunet.from_score_sde(held, network.model),
     "edm": lambda held, _: songunet.from_edm(held),
     "robustbench": lambda held, _: wrn.from_robustbench(held),
     "deepmind": lambda held, _: wrn.from_deepmind(held),
@@ -76,9 +68,7 @@ def convert(name: str, path: Path, *, unpublished: bool = False) -> store.Record
         raise BadRequest(
             f"{name} is loaded by another package. Run: dbp-bench weights fetch {name}"
         )
-    if not path.exists():
-        raise BadWeights(f"{path}: there is no such file.")
-    published = check_published(entry, path, unpublished=unpublished)
+    published = _published(entry, path, unpublished)
     held = formats.read(path)
     if entry.layout == "diffusers" and held.config is not None:
         _check_config(held.config, path)
@@ -89,49 +79,36 @@ def convert(name: str, path: Path, *, unpublished: bool = False) -> store.Record
     except BadWeights as error:
         raise BadWeights(f"{path}: {error}") from None
     files.check_fit(network, state, path)
-    state = {key: _own(value) for key, value in state.items()}
-    _check_finite(state, path)
-    files.need_space(sum(value.numel() * value.element_size() for value in state.values()))
-    sha256 = store.put(name, state)
-    record = store.Record(
-        name=name,
-        network=entry.network,
-        layout=entry.layout,
-        source_sha256=files.digest(held.weights),
-        source_size=held.weights.stat().st_size,
-        published=published,
-        sha256=sha256,
-        licence=entry.licence.name,
-        dbp_bench=__version__,
-    )
-    store.write(record)
-    return record
+    for key, value in state.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise BadWeights(f"{path}: {key} holds NaN or infinity: damaged. Fetch it again.")
+    files.need_space(sum(value.nbytes for value in state.values()))
+    sha256 = store.put(name, {key: _own(value) for key, value in state.items()})
+    return store.write(name, sha256, held.weights, published)
 
 
-def check_published(entry: Checkpoint, path: Path, *, unpublished: bool = False) -> bool | None:
+def _published(entry: Checkpoint, path: Path, unpublished: bool) -> bool | None:
     """True if the file at `path` is the published one, None if no digest of that is known.
 
     Raises:
         BadWeights: It is another file, and `unpublished` files were not allowed.
     """
-    if path.is_dir() or not (entry.size or entry.md5 or entry.sha256):
+    if not path.is_file() or not (entry.size or entry.md5 or entry.sha256):
         return None
     if path.suffix == ".safetensors" and not isinstance(entry.source, catalog.Hub):
         return None  # saved anew by the user
     size, problem = path.stat().st_size, None
     if entry.size is not None and size != entry.size:
         problem = f"{size} bytes, published are {entry.size}"
-    for algorithm, want in (("md5", entry.md5), ("sha256", entry.sha256)):
-        if problem is None and want is not None:
-            actual = files.digest(path, "md5" if algorithm == "md5" else "sha256")
-            if actual != want:
-                problem = f"{algorithm} is {actual}, published is {want}"
+    elif entry.md5 and (md5 := files.digest(path, "md5")) != entry.md5:
+        problem = f"md5 is {md5}, published is {entry.md5}"
+    elif entry.sha256 and (sha256 := files.digest(path)) != entry.sha256:
+        problem = f"sha256 is {sha256}, published is {entry.sha256}"
     if problem is None:
         return True if entry.md5 or entry.sha256 else None
     if unpublished:
         return False
-    if files.is_page(path):
-        raise BadWeights(f"{path}: a web page, not weights: the download failed.")
+    files.refuse_page(path)
     raise BadWeights(
         f"{path}: {problem}: a half download, or another file. If it is the one that you mean, "
         "convert it with --unpublished."
@@ -189,9 +166,3 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
                 f"{path}: config.json: {key} is {config[key]!r}, not {wanted[0]!r}: made for "
                 "another architecture than HoUNet."
             )
-
-
-def _check_finite(state: Mapping[str, Tensor], path: Path) -> None:
-    for name, value in state.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise BadWeights(f"{path}: {name} holds NaN or infinity: damaged. Fetch it again.")

@@ -70,7 +70,7 @@ def from_url(url: str, path: Path) -> None:
     for _ in range(_REQUESTS):
         if not _get(url, part):
             continue
-        if not files.is_page(part):
+        if files.kind_of(part) != "page":
             part.replace(path)
             _drop(part)
             return
@@ -93,26 +93,31 @@ def _get(url: str, part: Path) -> bool:
     # Compressed on the way, a file has another length than the server tells.
     headers = {"User-Agent": f"dbp-bench/{__version__}", "Accept-Encoding": "identity"}
     _drop_other_version(url, part, headers)
+    there = part.stat().st_size if part.exists() else 0
     try:
         with _without_log(), part.open("ab") as file:
-            there = file.tell()
             http_get(url, file, resume_size=there, headers=headers, displayed_filename=part.stem)
-    except HfHubHTTPError as error:
-        status = error.response.status_code
+        return True
+    # Which errors a connection raises is up to the package below huggingface_hub.
+    except Exception as error:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status == 416 and there:  # the part is as long as the file, or longer: of another one
             part.unlink()
             return False
-        if part.stat().st_size == 0 or (status < 500 and status not in (408, 429)):
-            _drop(part)
-        raise NoDownload(f"{_host(url)} answers HTTP {status}{_what_is_here(part)}") from None
-    # Which errors a connection raises is up to the package below huggingface_hub.
-    except Exception as error:
-        if part.exists() and part.stat().st_size == 0:
+        is_gone = status is not None and status < 500 and status not in (408, 429)
+        size = part.stat().st_size if part.exists() else 0
+        if is_gone or size == 0:
             _drop(part)
         _check_disk(error, "DBP_BENCH_CACHE")
-        what = "the connection was cut" if part.exists() else f"no connection to {_host(url)}"
-        raise NoDownload(f"{what} ({_cause(error)}){_what_is_here(part)}") from None
-    return True
+        if status is not None:
+            what = f"{_host(url)} answers HTTP {status}"
+        elif size:
+            what = f"the connection was cut ({_cause(error)})"
+        else:
+            what = f"no connection to {_host(url)} ({_cause(error)})"
+        if part.exists():
+            what += f", {size / 1e6:,.1f} MB are here: the same command goes on from there"
+        raise NoDownload(what) from None
 
 
 def _drop_other_version(url: str, part: Path, headers: dict[str, str]) -> None:
@@ -130,8 +135,7 @@ def _drop_other_version(url: str, part: Path, headers: dict[str, str]) -> None:
     except Exception:
         return
     told = [answer.headers.get(key, "") for key in ("ETag", "Last-Modified", "Content-Length")]
-    version = " ".join(told)
-    file = _version_file(part)
+    version, file = " ".join(told), part.with_suffix(".version")
     if not file.is_file() or file.read_text(encoding="utf-8") != version:
         part.unlink(missing_ok=True)
         file.write_text(version, encoding="utf-8")
@@ -139,20 +143,10 @@ def _drop_other_version(url: str, part: Path, headers: dict[str, str]) -> None:
         files.need_space(int(told[2]) - (part.stat().st_size if part.exists() else 0))
 
 
-def _version_file(part: Path) -> Path:
-    return part.with_suffix(".version")
-
-
 def _drop(part: Path) -> None:
     """Delete a part and what tells its version."""
     part.unlink(missing_ok=True)
-    _version_file(part).unlink(missing_ok=True)
-
-
-def _what_is_here(part: Path) -> str:
-    if not part.exists():
-        return ""
-    return f", {part.stat().st_size / 1e6:,.1f} MB are here: the same command goes on from there"
+    part.with_suffix(".version").unlink(missing_ok=True)
 
 
 def _check_disk(error: Exception, variable: str) -> None:

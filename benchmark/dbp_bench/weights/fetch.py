@@ -1,18 +1,14 @@
 """Getting a checkpoint: downloaded from where the catalog says, converted, and in the cache."""
 
-import fcntl
 import re
 import urllib.parse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from dbp_bench.errors import BadRequest, BadWeights
 from dbp_bench.weights import catalog, download, store
-from dbp_bench.weights.catalog import ByHand, Drive, Hub, Url, Zoo
+from dbp_bench.weights.catalog import ByHand, Hub, Url, Zoo
 from dbp_bench.weights.convert import convert
-
-DRIVE = "https://drive.usercontent.google.com/download"
+from dbp_bench.writing import locked
 
 
 def fetch(name: str, *, keep: bool = False) -> store.Record:
@@ -32,7 +28,7 @@ def fetch(name: str, *, keep: bool = False) -> store.Record:
     if isinstance(source, Zoo):
         from dbp_bench.weights import zoo
 
-        return zoo.fetch(name)
+        return store.write(name, zoo.digest(zoo.load(source)))
     try:
         if isinstance(source, Hub):
             return convert(name, from_hub(source))
@@ -55,11 +51,14 @@ def from_hub(source: Hub) -> Path:
     return download.from_hub(source.repo, source.files, source.revision)
 
 
-def _by_link(name: str, source: Url | Drive, keep: bool) -> store.Record:
-    path = store.downloads() / file_name(name, source)
-    with _locked(path):
+def _by_link(name: str, source: Url, keep: bool) -> store.Record:
+    suffix = Path(urllib.parse.urlsplit(source.url).path).suffix
+    if not re.fullmatch(r"\.[a-z0-9]+", suffix):
+        suffix = ".download"
+    path = store.folder() / "downloads" / f"{store.stem(name)}{suffix}"
+    with locked(path, what="download"):
         if not path.is_file():
-            download.from_url(_link(source), path)
+            download.from_url(source.url, path)
         try:
             record = convert(name, path)
         except BadWeights:
@@ -68,33 +67,3 @@ def _by_link(name: str, source: Url | Drive, keep: bool) -> store.Record:
         if not keep:
             path.unlink()
     return record
-
-
-def _link(source: Url | Drive) -> str:
-    if isinstance(source, Url):
-        return source.url
-    query = urllib.parse.urlencode({"id": source.id, "export": "download", "confirm": "t"})
-    return f"{DRIVE}?{query}"
-
-
-def file_name(name: str, source: Url | Drive) -> str:
-    """The name of the downloaded file of the checkpoint `name`."""
-    path = urllib.parse.urlsplit(source.url).path if isinstance(source, Url) else ""
-    suffix = Path(path).suffix
-    return f"{store.stem(name)}{suffix if re.fullmatch(r'.[a-z0-9]+', suffix) else '.download'}"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep a second download of the same file away.
-
-    Raises:
-        BadRequest: There is one already.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BadRequest(f"{path}: another command downloads it right now.") from None
-        yield

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parents[1] / "assets"
 """Files that ship with the package."""
 
+Kind = Literal["safetensors", "zip", "legacy", "pickle", "page", "other"]
+"""The format of a file: a new one of torch is a `zip`, one of before torch 1.6 is `legacy`."""
+
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""The start of files of torch before 1.6: a magic number, pickled."""
+
 
 def cache() -> Path:
     """The folder of what was downloaded or converted: DBP_BENCH_CACHE, or ~/.cache/dbp-bench.
@@ -53,20 +59,30 @@ def digest(path: Path, algorithm: Literal["sha256", "md5"] = "sha256") -> str:
         return file_digest(file, algorithm).hexdigest()
 
 
-def verify(path: Path, expected: str) -> None:
+def verify(
+    path: Path,
+    expected: str,
+    said: str = "the entry says",
+    remedy: str = "Fetch it again, or correct the entry",
+) -> None:
     """Refuse a file whose sha256 isn't the `expected` one.
+
+    Args:
+        path: The file.
+        expected: The sha256 in hexadecimal.
+        said: Who says so, for the message.
+        remedy: What would do, for the message.
 
     Raises:
         BadWeights: The sha256 is another; the message tells a damaged file from a pickle.
     """
     actual = digest(path)
-    if actual == expected:
-        return
-    _refuse_foreign_formats(path)
-    raise BadWeights(
-        f"{path}: sha256 is {actual[:16]}..., the entry says {expected[:16]}...: the file is "
-        "damaged, or not the one the entry means. Fetch it again, or correct the entry."
-    )
+    if actual != expected:
+        _refuse_foreign_formats(path)
+        raise BadWeights(
+            f"{path}: sha256 is {actual[:16]}..., {said} {expected[:16]}...: the file is damaged, "
+            f"or not the one that is meant. {remedy}."
+        )
 
 
 def load(path: Path) -> "dict[str, Tensor]":
@@ -103,14 +119,15 @@ def check_fit(network: "nn.Module", tensors: "Mapping[str, Tensor]", path: Path)
     Raises:
         BadWeights: A name or a shape doesn't fit; the message names the first few.
     """
-    want = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    state = network.state_dict()
+    want = {name: tuple(value.shape) for name, value in state.items()}
     have = {name: tuple(value.shape) for name, value in tensors.items()}
     wrong = [f"{n} is missing" for n in want if n not in have]
     wrong += [f"{n} is unknown" for n in have if n not in want]
     wrong += [f"{n} is {have[n]}, not {want[n]}" for n in want if n in have and want[n] != have[n]]
     wrong += [
         f"{name} is {tensors[name].dtype}, not {value.dtype}"
-        for name, value in network.state_dict().items()
+        for name, value in state.items()
         if name in have and value.is_floating_point() and not tensors[name].is_floating_point()
     ]
     if wrong:
@@ -121,15 +138,40 @@ def check_fit(network: "nn.Module", tensors: "Mapping[str, Tensor]", path: Path)
         )
 
 
-def is_page(path: Path) -> bool:
-    """True if the file is a web page, as a failed download leaves."""
+def kind_of(path: Path) -> Kind:
+    """The format of a file, as its first bytes say it; nothing in it is run."""
     with path.open("rb") as file:
-        return starts_page(file.read(512))
+        start = file.read(512)
+    # A header's length comes first, in eight bytes, and can look like the start of a pickle.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 10**8:
+        return "safetensors"
+    if start[:2] == b"PK":
+        return "zip"
+    if start.startswith(_LEGACY):
+        return "legacy"
+    if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        return "pickle"
+    return "page" if start.lstrip()[:1] == b"<" else "other"
 
 
-def starts_page(start: bytes) -> bool:
-    """True if these are the first bytes of a web page."""
-    return start.lstrip()[:1] == b"<"
+def refuse_page(path: Path) -> None:
+    """Refuse a web page, which a failed download leaves.
+
+    Raises:
+        BadWeights: It is one.
+    """
+    if kind_of(path) == "page":
+        raise BadWeights(f"{path}: a web page, not weights: the download failed. Fetch it again.")
+
+
+def _refuse_foreign_formats(path: Path) -> None:
+    """Refuse a pickle and a web page by name."""
+    refuse_page(path)
+    if kind_of(path) in ("zip", "legacy", "pickle"):
+        raise BadWeights(
+            f"{path}: a pickle (.pt, .pth, .pkl), which can run code when it is read: refused. "
+            "Convert it to safetensors on a machine you trust."
+        )
 
 
 def need_space(size: int) -> None:
@@ -146,19 +188,3 @@ def need_space(size: int) -> None:
             f"{folder}: {size / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free. Make room, "
             "or set DBP_BENCH_CACHE to a folder on another disk."
         )
-
-
-def _refuse_foreign_formats(path: Path) -> None:
-    """Refuse a pickle and a web page by name; nothing in the file is run."""
-    with path.open("rb") as file:
-        start = file.read(512)
-    # A header's length comes first, in eight bytes, and can look like the start of a pickle.
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 10**8:
-        return
-    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise BadWeights(
-            f"{path}: a pickle (.pt, .pth, .pkl), which can run code when it is read: refused. "
-            "Convert it to safetensors on a machine you trust."
-        )
-    if starts_page(start):
-        raise BadWeights(f"{path}: a web page, not weights: the download failed. Fetch it again.")

@@ -2,12 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from dbp_bench import __version__
 from dbp_bench.declaration import Strict, explain, parse_json
 from dbp_bench.errors import BadWeights
 from dbp_bench.weights import catalog, files
@@ -37,11 +39,6 @@ class Record(Strict):
 def folder() -> Path:
     """The folder of converted checkpoints."""
     return files.cache() / "weights"
-
-
-def downloads() -> Path:
-    """The folder of unfinished downloads, and of those that wait for their conversion."""
-    return folder() / "downloads"
 
 
 def file(name: str) -> Path:
@@ -101,12 +98,7 @@ def verified(name: str) -> Path:
     record, path = read(name), file(name)
     if not path.is_file():
         raise BadWeights(f"{path} is missing, but not its record. {how_to_get(name)}.")
-    actual = files.digest(path)
-    if actual != record.sha256:
-        raise BadWeights(
-            f"{path}: damaged: sha256 is {actual[:16]}..., recorded is {record.sha256[:16]}.... "
-            f"{how_to_get(name)}."
-        )
+    files.verify(path, record.sha256, "its record says", how_to_get(name))
     return path
 
 
@@ -118,9 +110,7 @@ def put(name: str, tensors: "Mapping[str, Tensor]") -> str:
     """
     from safetensors.torch import save_file
 
-    path = file(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with replacing(file(name)) as temporary:
         save_file(dict(tensors), temporary)
         temporary.chmod(0o644)  # safetensors writes for its owner alone; a cache may be shared
         sha256 = files.digest(temporary)
@@ -129,24 +119,40 @@ def put(name: str, tensors: "Mapping[str, Tensor]") -> str:
     return sha256
 
 
-def write(record: Record) -> None:
-    """Write a record, by which its checkpoint becomes usable."""
-    content = json.dumps(record.model_dump(), indent=1) + "\n"
-    write_atomically(record_file(record.name), content)
+def write(
+    name: str, sha256: str, source: Path | None = None, published: bool | None = None
+) -> Record:
+    """Write the record of the checkpoint `name`, by which it becomes usable.
+
+    Args:
+        name: The checkpoint's name.
+        sha256: The digest that its weights must have.
+        source: The file that was converted, if one was.
+        published: Whether that is the published one, where it is known.
+    """
+    entry = catalog.find(name)
+    record = Record(
+        name=name,
+        network=entry.network,
+        layout=entry.layout,
+        source_sha256=None if source is None else files.digest(source),
+        source_size=None if source is None else source.stat().st_size,
+        published=published,
+        sha256=sha256,
+        licence=entry.licence.name,
+        dbp_bench=__version__,
+    )
+    write_atomically(record_file(name), json.dumps(record.model_dump(), indent=1) + "\n")
+    return record
 
 
 def names() -> list[str]:
     """Names in the cache: those of the catalog in its order, then models of packages."""
-    known = [name for name in catalog.entries() if has(name)]
-    return known + sorted(_zoo_names())
-
-
-def _zoo_names() -> Iterator[str]:
-    for path in folder().glob("zoo-*.json"):
-        try:
-            yield str(parse_json(path.read_text(encoding="utf-8"))["name"])
-        except (ValueError, KeyError, TypeError):
-            continue
+    found = [name for name in catalog.entries() if has(name)]
+    for path in sorted(folder().glob("zoo-*.json")):
+        with suppress(ValueError, KeyError, TypeError):  # it is no record
+            found.append(str(parse_json(path.read_text(encoding="utf-8"))["name"]))
+    return found
 
 
 def strangers() -> list[Path]:
