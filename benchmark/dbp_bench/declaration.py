@@ -82,10 +82,6 @@ class _PlainData(yaml.SafeLoader):
     YAML 1.2 does; PyYAML wants 1.0e-3.
     """
 
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self._depth = 0
-
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         where = f"line {event.start_mark.line + 1}"
@@ -95,15 +91,9 @@ class _PlainData(yaml.SafeLoader):
             )
         if event.tag is not None:
             raise yaml.YAMLError(f"{where}: a tag ({brief(event.tag, 40)}). Leave it out")
-        self._depth += 1
-        if self._depth > DEEPEST:
-            raise yaml.YAMLError(f"{where}: nested more than {DEEPEST} deep")
         node = super().compose_node(parent, index)
-        self._depth -= 1
         if node is not None and node.tag == "tag:yaml.org,2002:merge":
             raise yaml.YAMLError(f"{where}: a merge (<<). Write out its keys")
-        if isinstance(node, yaml.ScalarNode) and plain(node.value) != node.value:
-            raise yaml.YAMLError(f"{where}: a control character in {brief(node.value, 40)}")
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -131,10 +121,16 @@ _PlainData.add_implicit_resolver(
 )
 
 
+def _parse_yaml(text: str) -> Any:
+    value = yaml.load(text, Loader=_PlainData)
+    _check_plain(value)
+    return value
+
+
 def value_of(text: str) -> Any:
     """The value that `text` writes in YAML (``50``, ``true``, ``[1, 2]``), or `text` itself."""
     try:
-        return yaml.load(text, Loader=_PlainData)
+        return _parse_yaml(text)
     except _FAULTS:
         return text
 
@@ -148,7 +144,7 @@ def read_yaml(path: Path, model: type[M]) -> M:
     if path.stat().st_size > LARGEST_ENTRY:
         raise BadEntry(f"{path}: larger than an entry is, {LARGEST_ENTRY >> 10} KiB.")
     try:
-        table = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainData)
+        table = _parse_yaml(path.read_text(encoding="utf-8"))
     except _FAULTS as error:
         cause = " ".join(str(error).split()).rstrip(".")
         raise BadEntry(f"{path}: not YAML: {cause[:400]}.") from None

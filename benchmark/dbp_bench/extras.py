@@ -27,7 +27,7 @@ class BadExtra(DbpError):
 
 
 class Status(NamedTuple):
-    """An extra, as far as it can be told without importing it."""
+    """The state of an extra."""
 
     name: str
     version: str | None
@@ -104,19 +104,18 @@ EXTRAS = tuple(_EXTRAS)
 _REPAIR = "pip install --force-reinstall --no-deps"
 
 
-def status(*, imported: bool = False) -> list[Status]:
-    """The state of every extra. Nothing is imported, unless that is to be tried (`imported`)."""
-    found = [_look(name)[0] for name in EXTRAS]
-    return [_tried(each) if imported and each.state == "ready" else each for each in found]
-
-
-def _tried(found: Status) -> Status:
-    """`found`, or what keeps the extra from being imported."""
-    try:
-        load_extra(found.name)
-    except BadExtra as error:
-        hint = str(error).removeprefix(f"{found.name} {found.version or ''} ").rstrip(".")
-        return found._replace(state="broken", hint=hint)
+def status() -> list[Status]:
+    """The state of every extra; one that seems to be there is imported, to be sure."""
+    found = []
+    for name in EXTRAS:
+        each, _ = _look(name)
+        try:
+            load_extra(name)
+        except BadExtra as error:
+            if each.state == "ready":
+                hint = str(error).removeprefix(f"{name} {each.version or ''} ").rstrip(".")
+                each = each._replace(state="broken", hint=hint)
+        found.append(each)
     return found
 
 

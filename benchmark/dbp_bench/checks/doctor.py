@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dbp_bench import __version__, attacks, evaluate, extras
+from dbp_bench.data.catalog import CATALOG
 from dbp_bench.entries.fields import NetworkRef
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
@@ -79,7 +80,7 @@ def examine() -> dict[str, Any]:
         "devices": [f"{name}: {device_name(name)}" for name in names],
         "device_warnings": [" ".join(str(warning.message).split()) for warning in caught],
         "threads": {"torch": torch.get_num_threads(), "cores": _cores()},
-        "extras": [found._asdict() for found in extras.status(imported=True)],
+        "extras": [found._asdict() for found in extras.status()],
         "golden": golden,
     }
 
@@ -117,13 +118,13 @@ def _cores() -> int:
 def _golden(devices: Iterable[str]) -> Iterable[Part]:
     try:
         golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
-        stored = {key: golden[key] for key in ("draws", "data", "case", "made_by", "attack")}
+        stored = {key: golden[key] for key in ("draws", "case", "made_by", "attack")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         yield "stored numbers", f"{GOLDEN} can't be read ({error}). Install dbp-bench again", ""
         return
     for device in devices:
         yield _guarded(f"draws on {device}", partial(_draws, device, stored["draws"]))
-    broken = _files(stored["data"])
+    broken = _files()
     yield broken
     if broken[1] is not None:
         return
@@ -161,11 +162,15 @@ def _draw_digests(device: str) -> dict[str, str]:
     }
 
 
-def _files(stored: Mapping[str, str]) -> Part:
-    """Every file that ships, against the sha256 that an entry or the golden case gives."""
+def _files() -> Part:
+    """Every file that ships, against the sha256 that an entry or the catalog of data sets gives."""
     name = "files"
     try:
-        wanted = {(weight_files.ASSETS / file): digest for file, digest in stored.items()}
+        wanted = {
+            weight_files.ASSETS / f"{name}.safetensors": facts.shipped
+            for name, facts in CATALOG.items()
+            if facts.shipped
+        }
         for path, file, digest in _declared(Registry()):
             wanted[weight_files.find(file, [path.parent, path.parent.parent])] = digest
         for path, digest in wanted.items():
@@ -267,7 +272,6 @@ def write_golden(path: Path = GOLDEN) -> None:
         "Made by `python -m dbp_bench.checks.doctor --write`.",
         "made_by": {"torch": torch.__version__, "device": "cpu", "machine": platform.machine()},
         "draws": _draw_digests("cpu"),
-        "data": {f"{subject.track.entry.data}.safetensors": subject.data().digest([])},
         "case": _case(subject),
         "attack": {kind: values.tolist() for kind, values in found.items()},
     }

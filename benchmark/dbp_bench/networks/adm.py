@@ -6,9 +6,8 @@ improved-diffusion (iDDPM) load as they are.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from dbp_bench.networks.parts import attend, refuse_size, sinusoids
+from dbp_bench.networks.parts import Double, attend, refuse_size, resampled, sinusoids
 
 
 class ADM(nn.Module):
@@ -58,7 +57,7 @@ class ADM(nn.Module):
         def resampling(width: int, scale: float) -> nn.Module:
             if residual_resampling:
                 return _Residual(width, width, emb, dropout, scale)
-            return _Halve(width) if scale < 1 else _Double(width)
+            return _Halve(width) if scale < 1 else Double(width)
 
         self.time_embed = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         width = first = channels * multipliers[0]
@@ -140,15 +139,10 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, activation, conv = self.in_layers
-        h = conv(self._resampled(activation(norm(x))))
+        h = conv(resampled(activation(norm(x)), self.scale))
         scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, 1)
         h = self.out_layers[0](h) * (1 + scale) + shift
-        return self.skip_connection(self._resampled(x)) + self.out_layers[1:](h)  # type: ignore[no-any-return]
-
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.scale > 1:
-            return F.interpolate(x, scale_factor=self.scale)
-        return F.avg_pool2d(x, 2) if self.scale < 1 else x
+        return self.skip_connection(resampled(x, self.scale)) + self.out_layers[1:](h)  # type: ignore[no-any-return]
 
 
 class _Attention(nn.Module):
@@ -177,15 +171,6 @@ class _Halve(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return self.op(h)  # type: ignore[no-any-return]
-
-
-class _Double(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.conv(F.interpolate(h, scale_factor=2.0))  # type: ignore[no-any-return]
 
 
 def _norm(channels: int) -> nn.GroupNorm:

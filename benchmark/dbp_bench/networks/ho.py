@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dbp_bench.networks.parts import attend, refuse_size, sinusoids
+from dbp_bench.networks.parts import Double, attend, refuse_size, sinusoids
 
 
 class HoUNet(nn.Module):
@@ -152,7 +152,7 @@ class _Up(_Level):
         resamples: bool,
     ) -> None:
         super().__init__(inputs, width, attends, emb, groups, dropout)
-        self.upsamplers = nn.ModuleList([_Double(width)] if resamples else [])
+        self.upsamplers = nn.ModuleList([Double(width)] if resamples else [])
 
     def forward(self, h: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
         for index in range(len(self.resnets)):
@@ -202,15 +202,6 @@ class _Halve(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         # One row and one column of zeros after the image, none before, as TensorFlow pads.
         return self.conv(F.pad(h, (0, 1, 0, 1)))  # type: ignore[no-any-return]
-
-
-class _Double(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.conv(F.interpolate(h, scale_factor=2.0))  # type: ignore[no-any-return]
 
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:

@@ -1,9 +1,10 @@
-"""Pieces that the denoising networks share: embeddings of the level, attention, image sizes."""
+"""Pieces that the denoising networks share: embeddings of the level, attention, resampling."""
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dbp_bench.errors import BadEntry
 
@@ -28,6 +29,25 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     weight = torch.einsum("ndq,ndk->nqk", query / query.shape[1] ** 0.5, key).softmax(dim=2)
     return torch.einsum("nqk,ndk->ndq", weight, value)
+
+
+def resampled(x: Tensor, scale: float) -> Tensor:
+    """`x` ``(b, c, h, w)``, doubled by repetition, halved by means of 2 x 2, or as it is."""
+    if scale > 1:
+        return F.interpolate(x, scale_factor=scale)
+    return F.avg_pool2d(x, 2) if scale < 1 else x
+
+
+class Double(nn.Module):
+    """A convolution of an input ``(b, c, h, w)`` that is doubled first: ``(b, c, 2 h, 2 w)``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """See the class."""
+        return self.conv(resampled(h, 2.0))  # type: ignore[no-any-return]
 
 
 def refuse_size(images: Tensor, divisor: int, network: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dbp_bench.errors import BadWeights
-from dbp_bench.networks.parts import attend, refuse_size, sinusoids
+from dbp_bench.networks.parts import attend, refuse_size, resampled, sinusoids
 
 
 class SongUNet(nn.Module):
@@ -156,20 +156,15 @@ class _Block(nn.Module):
             self.proj = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv0(self._resampled(F.silu(self.norm0(x))))
+        h = self.conv0(resampled(F.silu(self.norm0(x)), self.scale))
         h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
         h = self.conv1(self.dropout(h))
-        x = (self.skip(self._resampled(x)) + h) * math.sqrt(0.5)
+        x = (self.skip(resampled(x, self.scale)) + h) * math.sqrt(0.5)
         if self.attends:
             # Query, key and value of a channel are neighbours.
             q, k, v = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (-1, 3)).unbind(2)
             x = (x + self.proj(attend(q, k, v).reshape(x.shape))) * math.sqrt(0.5)
         return x
-
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.scale > 1:
-            return F.interpolate(x, scale_factor=self.scale)
-        return F.avg_pool2d(x, 2) if self.scale < 1 else x
 
 
 def _norm(channels: int) -> nn.GroupNorm:
