@@ -10,6 +10,7 @@ from torch import Tensor
 from dbp_bench.errors import BadEntry, BadWeights
 from dbp_bench.networks import wrn
 from dbp_bench.networks.wrn import CIFAR10, WideResNet
+from dbp_bench.weights.convert import renamed
 from layouts import assert_published, drawn, hollow, on_meta, parameters, shapes
 from toys import uniform
 
@@ -112,7 +113,8 @@ def test_meliketoy_s_published_numbers() -> None:
 @pytest.mark.parametrize("key", [None, "state_dict"])
 def test_wrappers_are_taken_off(prefix: str, key: str | None) -> None:
     state: dict[str, Any] = {prefix + k: v for k, v in drawn(robustbench(10, 1)).items()}
-    taken = wrn.from_robustbench({key: state, "epoch": 3} if key else state)
+    held = {key: state, "epoch": 3} if key else state
+    taken = renamed("robustbench", held, WideResNet(10, 1))
     torch.testing.assert_close(taken, drawn(robustbench(10, 1)))
 
 
@@ -125,7 +127,7 @@ def test_what_no_network_uses_is_left_out_and_what_old_files_lack_is_added() -> 
 
 def test_something_else_than_weights_is_refused() -> None:
     with pytest.raises(BadWeights, match="not a state dict"):
-        wrn.from_robustbench({"net": object()})
+        renamed("robustbench", {"net": object()}, WideResNet(10, 1))
 
 
 def test_depths_that_are_not_are_refused() -> None:

@@ -14,8 +14,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -52,9 +51,6 @@ TOLERANCES = {"cpu": 1e-3, "cuda": 0.1}
 """Largest errors of the logits, which are about 10 in size. Rounding moves them by 5e-6 from one
 processor to another; the convolutions of a GPU may round to ten bits (TF32)."""
 
-Part = tuple[str, str | None, str]
-"""Name of a part of the golden case, its fault (None if it passes), and what else to know."""
-
 
 def examine() -> dict[str, Any]:
     """What is here, and whether the golden case passes; JSON-able."""
@@ -63,11 +59,10 @@ def examine() -> dict[str, Any]:
         cuda = torch.cuda.is_available()
     names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() if cuda else 0))]
     start = time.perf_counter()
-    parts = list(_golden(names[:2]))
-    faults = [f"{name}: {fault}" for name, fault, _ in parts if fault]
+    faults, notes = _golden(names[:2])
     golden = {
         "ok": not faults,
-        "detail": "; ".join(faults) or "; ".join(f"{name}: {note}" for name, _, note in parts),
+        "detail": "; ".join(faults or notes),
         "seconds": round(time.perf_counter() - start, 2),
     }
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
@@ -115,37 +110,48 @@ def _cores() -> int:
 # -------------------------------------------------------------------------- the golden case
 
 
-def _golden(devices: Iterable[str]) -> Iterable[Part]:
+class _Wrong(DbpError):
+    """A part of the golden case gives other numbers than the stored ones."""
+
+
+def _golden(devices: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The faults of the golden case, and what is to be said of its parts that pass."""
+    faults: list[str] = []
+    notes: list[str] = []
+
+    def passes(name: str, part: Callable[..., str], *given: Any) -> bool:
+        try:
+            notes.append(f"{name}: {part(*given)}")
+            return True
+        except DbpError as error:
+            faults.append(f"{name}: {str(error).rstrip('.')}")
+        except OSError as error:
+            faults.append(f"{name}: {error.filename} can't be read ({error.strerror})")
+        # A device that is listed need not work.
+        except (RuntimeError, KeyError, TypeError) as error:
+            said = " ".join(str(error).split()).rstrip(".")
+            faults.append(f"{name}: {type(error).__name__}: {said}")
+        return False
+
     try:
         golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
         stored = {key: golden[key] for key in ("draws", "case", "made_by", "attack")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        yield "stored numbers", f"{GOLDEN} can't be read ({error}). Install dbp-bench again", ""
-        return
+        return [f"stored numbers: {GOLDEN} can't be read ({error}). Install dbp-bench again"], []
     for device in devices:
-        yield _guarded(f"draws on {device}", partial(_draws, device, stored["draws"]))
-    broken = _files()
-    yield broken
-    if broken[1] is not None:
-        return
-    for device in devices:
-        yield _guarded(f"attack on {device}", partial(_attack, device, stored))
+        passes(f"draws on {device}", _draws, device, stored["draws"])
+    if passes("files", _files):
+        for device in devices:
+            passes(f"attack on {device}", _attack, device, stored)
+    return faults, notes
 
 
-def _guarded(name: str, part: Callable[[], Part]) -> Part:
-    """`part`, or what stopped it: a device that is listed need not work."""
-    try:
-        return part()
-    except (DbpError, RuntimeError, KeyError, TypeError) as error:
-        return name, f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}", ""
-
-
-def _draws(device: str, stored: Mapping[str, str]) -> Part:
+def _draws(device: str, stored: Mapping[str, str]) -> str:
     found = _draw_digests(device)
     wrong = [kind for kind in found if found[kind] != stored.get(kind)]
     if wrong:
-        return f"draws on {device}", f"{' and '.join(wrong)} noise isn't the stored one", ""
-    return f"draws on {device}", None, "bit-equal"
+        raise _Wrong(f"{' and '.join(wrong)} noise isn't the stored one")
+    return "bit-equal"
 
 
 def _draw_digests(device: str) -> dict[str, str]:
@@ -162,24 +168,18 @@ def _draw_digests(device: str) -> dict[str, str]:
     }
 
 
-def _files() -> Part:
+def _files() -> str:
     """Every file that ships, against the sha256 that an entry or the catalog of data sets gives."""
-    name = "files"
-    try:
-        wanted = {
-            weight_files.ASSETS / f"{name}.safetensors": facts.shipped
-            for name, facts in CATALOG.items()
-            if facts.shipped
-        }
-        for path, file, digest in _declared(Registry()):
-            wanted[weight_files.find(file, [path.parent, path.parent.parent])] = digest
-        for path, digest in wanted.items():
-            weight_files.verify(path, digest)
-    except DbpError as error:
-        return name, str(error).rstrip("."), ""
-    except OSError as error:
-        return name, f"{error.filename} can't be read ({error.strerror})", ""
-    return name, None, f"{len(wanted)} as declared"
+    wanted = {
+        weight_files.ASSETS / f"{name}.safetensors": facts.shipped
+        for name, facts in CATALOG.items()
+        if facts.shipped
+    }
+    for path, file, digest in _declared(Registry()):
+        wanted[weight_files.find(file, [path.parent, path.parent.parent])] = digest
+    for path, digest in wanted.items():
+        weight_files.verify(path, digest)
+    return f"{len(wanted)} as declared"
 
 
 def _declared(registry: Registry) -> Iterable[tuple[Path, str, str]]:
@@ -196,29 +196,27 @@ def _declared(registry: Registry) -> Iterable[tuple[Path, str, str]]:
                     yield defense.path, ref.file, ref.sha256
 
 
-def _attack(device: str, stored: Mapping[str, Any]) -> Part:
+def _attack(device: str, stored: Mapping[str, Any]) -> str:
     """The attack again, against the stored logits."""
-    name = f"attack on {device}"
     subject = Registry().subject(DEFENSE, TRACK)
     if _case(subject) != stored["case"]:
         write = "python -m dbp_bench.checks.doctor --write"
-        return name, f"the entry {DEFENSE} or {TRACK} was edited; {write} stores it anew", ""
+        raise _Wrong(f"the entry {DEFENSE} or {TRACK} was edited; {write} stores it anew")
     found = _run(subject, device)
     gaps, tolerance = [], TOLERANCES[torch.device(device).type]
     for kind in ("clean", "adversarial"):
         want = torch.tensor(stored["attack"][kind])
         if want.shape != found[kind].shape:
-            return name, f"the stored {kind} logits are of another shape", ""
+            raise _Wrong(f"the stored {kind} logits are of another shape")
         gaps.append(float((found[kind] - want).abs().max()))
         if not gaps[-1] <= tolerance:
-            torch_ = stored["made_by"]["torch"]
-            off = f"off by {gaps[-1]:.2g} ({tolerance:g} is allowed) from those of torch {torch_}"
-            return name, f"{kind} logits are {off}", ""
+            raise _Wrong(
+                f"{kind} logits are off by {gaps[-1]:.2g} ({tolerance:g} is allowed) from those of "
+                f"torch {stored['made_by']['torch']}"
+            )
     if found["right"].tolist() != stored["attack"]["right"]:
-        return name, "another image is classified correctly than in the stored outcomes", ""
-    if not any(gaps):
-        return name, None, "bit-equal"
-    return name, None, f"equal within {max(gaps):.1g}, not to the last bit"
+        raise _Wrong("another image is classified correctly than in the stored outcomes")
+    return f"equal within {max(gaps):.1g}, not to the last bit" if any(gaps) else "bit-equal"
 
 
 def _case(subject: Subject) -> dict[str, Any]:

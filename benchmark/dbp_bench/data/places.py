@@ -9,8 +9,7 @@ from dbp_bench.data.catalog import CATALOG, Facts
 from dbp_bench.data.readers import (
     Source,
     binary,
-    class_folders,
-    flat_imagenet,
+    folder,
     need,
     npz,
     parquet,
@@ -51,8 +50,15 @@ def open_part(facts: Facts, part: str, place: Path | None) -> Source:
             raise BadData(f"{said} {place}: no such file or folder.")
         # A folder for several data sets has a part for each.
         names = [facts.name, f"{facts.name}.parquet", f"{facts.name}.npz"]
-        own = next((place / name for name in names if (place / name).exists()), place)
-        return _open(own, facts, part, said)
+        root = next((place / name for name in names if (place / name).exists()), place)
+        found = (source for source in _candidates(root, facts, part) if source is not None)
+        if (source := next(found, None)) is not None:
+            return source
+        which = {"test": "test", "train": "training"}[part]
+        raise BadData(
+            f"{said} {root}: no {which} images of {facts.name} there. It reads {_FORMS}; with "
+            f"folders or files called {facts.name} and {part} where there are several."
+        )
     missing = f"data set {facts.name!r} is not on this machine"
     remedy = f"Give --data PATH (or {VARIABLE}): {_FORMS}"
     if facts.hub is None:
@@ -63,17 +69,6 @@ def open_part(facts: Facts, part: str, place: Path | None) -> Source:
     except NoDownload as error:
         raise BadData(f"{missing}, and {error}. {remedy}; or, with a network, run again.") from None
     return parquet([file], facts)
-
-
-def _open(root: Path, facts: Facts, part: str, said: str) -> Source:
-    source = next((source for source in _candidates(root, facts, part) if source is not None), None)
-    if source is None:
-        which = {"test": "test", "train": "training"}[part]
-        raise BadData(
-            f"{said} {root}: no {which} images of {facts.name} there. It reads {_FORMS}; with "
-            f"folders or files called {facts.name} and {part} where there are several."
-        )
-    return source
 
 
 def _candidates(root: Path, facts: Facts, part: str) -> Iterable[Source | None]:
@@ -99,11 +94,9 @@ def _candidates(root: Path, facts: Facts, part: str) -> Iterable[Source | None]:
         yield binary([by_name[name] for name in wanted], facts)
     if root.is_dir() and (part == "test" or facts.train):
         words = {"test": ("test", "val", "validation", "."), "train": ("train",)}[part]
-        for folder in (root / word for word in words):
-            if folder.is_dir():
-                yield class_folders(folder, facts)
-                if facts.name == "imagenet":
-                    yield flat_imagenet(folder, facts)
+        for inner in (root / word for word in words):
+            if inner.is_dir():
+                yield folder(inner, facts)
     for path in files:
         if path.suffix in (".pkl", ".pickle", ".pt", "") and _BATCH.fullmatch(path.stem):
             raise BadData(

@@ -157,44 +157,45 @@ def _place(files: Sequence[Path]) -> Path:
     return files[0] if len(files) == 1 else files[0].parent
 
 
-def class_folders(root: Path, facts: Facts) -> Source | None:
-    """Images in a folder for each class; None where there are no such folders.
+def folder(root: Path, facts: Facts) -> Source | None:
+    """PNG or JPEG files in a folder for each class; None where there are no such folders.
 
-    The images are put in the order of their file names over all classes, and ImageNet's take the
-    number in the name: copies that keep the published names keep the published order.
+    ImageNet's can also lie in one folder, with a file of their WordNet ids beside them. The images
+    are put in the order of their file names over all classes, and ImageNet's take the number in the
+    name: copies that keep the published names keep the published order.
 
     Raises:
-        BadData: The folders aren't those of the classes.
+        BadData: The folders aren't those of the classes, or an image has no class.
     """
     folders = sorted(path for path in _visible(root) if path.is_dir())
-    found = {path.name: _images_in(path) for path in folders}
-    found = {name: paths for name, paths in found.items() if paths}
+    found = {path: place.name for place in folders for path in _images_in(place)}
+    classes = sorted(set(found.values()))
+    if facts.name == "imagenet":
+        classes = wordnet_ids()
+        if not found and (images := _images_in(root)):
+            names = _wordnet_ids_by_image(root)
+            found = {path: names.get(path.stem, "") for path in images}
     if not found:
         return None
-    classes = wordnet_ids() if facts.name == "imagenet" else sorted(found)
-    unknown = [name for name in found if name not in classes]
-    if unknown or len(classes) != facts.classes:
-        what = f"{unknown[0]!r} is no WordNet id of ImageNet" if unknown else f"{len(found)} found"
-        raise BadData(f"{root}: {facts.name} has {facts.classes} classes, one folder each: {what}.")
     number = {name: label for label, name in enumerate(classes)}
-    return _folder(root, facts, [(p, number[name]) for name in found for p in found[name]])
-
-
-def flat_imagenet(root: Path, facts: Facts) -> Source | None:
-    """ImageNet's validation images in one folder, with a file of their WordNet ids beside them.
-
-    Raises:
-        BadData: No such file is there, or it doesn't name the images.
-    """
-    images = _images_in(root)
-    if not images:
-        return None
-    names = _wordnet_ids_by_image(root)
-    number = {name: label for label, name in enumerate(wordnet_ids())}
-    lacking = next((p for p in images if names.get(p.stem) not in number), None)
-    if lacking is not None:
-        raise BadData(f"{lacking}: no WordNet id of ImageNet is given for it.")
-    return _folder(root, facts, [(path, number[names[path.stem]]) for path in images])
+    unknown = next((path for path, name in found.items() if name not in number), None)
+    if unknown is not None and unknown.parent == root:
+        raise BadData(f"{unknown}: no WordNet id of ImageNet is given for it.")
+    if unknown is not None or len(classes) != facts.classes:
+        what = f"{len(classes)} found"
+        if unknown is not None:
+            what = f"{unknown.parent.name!r} is no WordNet id of ImageNet"
+        raise BadData(f"{root}: {facts.name} has {facts.classes} classes, one folder each: {what}.")
+    files: dict[int, Path] = {}
+    for rank, path in enumerate(sorted(found, key=lambda path: (path.name, number[found[path]]))):
+        at = re.fullmatch(r"ILSVRC2012_val_(\d{8})", path.stem)
+        files[int(at[1]) - 1 if at and facts.name == "imagenet" else rank] = path
+    if len(files) < len(found) or not 0 <= min(files) <= max(files) < max(facts.test, facts.train):
+        raise BadData(f"{root}: an image stands there twice, or has a number out of range.")
+    labels = np.full(max(files) + 1, ABSENT, dtype=np.int64)
+    for row, path in files.items():
+        labels[row] = number[found[path]]
+    return Source(root, labels, lambda row: decode(files[row].read_bytes(), str(files[row]), facts))
 
 
 def wordnet_ids() -> list[str]:
@@ -304,25 +305,6 @@ def _visible(folder: Path) -> list[Path]:
 
 def _images_in(folder: Path) -> list[Path]:
     return sorted(p for p in _visible(folder) if p.suffix.lower() in SUFFIXES)
-
-
-def _folder(root: Path, facts: Facts, found: list[tuple[Path, int]]) -> Source:
-    """PNG or JPEG files with their labels, in order of their names or by the number in them."""
-    files: dict[int, tuple[Path, int]] = {}
-    for rank, (path, label) in enumerate(sorted(found, key=lambda item: (item[0].name, item[1]))):
-        number = re.fullmatch(r"ILSVRC2012_val_(\d{8})", path.stem)
-        files[int(number[1]) - 1 if number and facts.name == "imagenet" else rank] = path, label
-    if len(files) < len(found) or not 0 <= min(files) <= max(files) < max(facts.test, facts.train):
-        raise BadData(f"{root}: an image stands there twice, or has a number out of range.")
-    labels = np.full(max(files) + 1, ABSENT, dtype=np.int64)
-    for row, (_, label) in files.items():
-        labels[row] = label
-
-    def image(row: int) -> Pixels:
-        path, _ = files[row]
-        return decode(path.read_bytes(), str(path), facts)
-
-    return Source(root, labels, image)
 
 
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"

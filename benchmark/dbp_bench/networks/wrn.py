@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dbp_bench.errors import BadEntry, BadWeights
+from dbp_bench.errors import BadEntry
 
 Layout = Literal["robustbench", "deepmind", "meliketoy"]
 """`robustbench`: convolutions without biases; a block that changes its channels takes its shortcut
@@ -121,17 +121,13 @@ class _Block(nn.Module):
 # ------------------------------------------------------------------------------------- layouts
 
 
-def from_robustbench(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of a checkpoint in RobustBench's layout, in :class:`WideResNet`'s names.
+def from_robustbench(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` in :class:`WideResNet`'s names, from RobustBench's layout.
 
-    Taken as they come or from ``state_dict``, with or without ``module.`` or ``model.`` before each
-    name. ``sub_block1``, which some checkpoints hold and no network uses, is left out.
-
-    Raises:
-        BadWeights: The checkpoint holds no weights.
+    ``sub_block1``, which some checkpoints hold and no network uses, is left out.
     """
-    state = _unwrapped(checkpoint)
-    return _with_counts({k: v for k, v in state.items() if not k.startswith("sub_block1.")})
+    bare = _unwrapped(state)
+    return _with_counts({k: v for k, v in bare.items() if not k.startswith("sub_block1.")})
 
 
 _DEEPMIND = {
@@ -147,38 +143,27 @@ _DEEPMIND = {
 """The name of each layer in Gowal et al.'s networks, and its name here."""
 
 
-def from_deepmind(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of one of Gowal et al.'s networks, in :class:`WideResNet`'s names.
-
-    Raises:
-        BadWeights: The checkpoint holds no weights.
-    """
+def from_deepmind(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` of one of Gowal et al.'s networks, in :class:`WideResNet`'s names."""
     renamed = {}
-    for name, value in _unwrapped(checkpoint).items():
+    for name, value in _unwrapped(state).items():
         new = re.sub(r"^layer\.(\d)\.block\.", lambda n: f"block{int(n[1]) + 1}.layer.", name)
         renamed[".".join(_DEEPMIND.get(part, part) for part in new.split("."))] = value
     return _with_counts(renamed)
 
 
-def from_meliketoy(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of one of meliketoy's networks, in :class:`WideResNet`'s names.
-
-    Raises:
-        BadWeights: The checkpoint holds no weights.
-    """
+def from_meliketoy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` of one of meliketoy's networks, in :class:`WideResNet`'s names."""
     renamed = {}
-    for name, value in _unwrapped(checkpoint).items():
+    for name, value in _unwrapped(state).items():
         new = re.sub(r"^layer(\d)\.(\d+)\.", r"block\1.layer.\2.", name)
         new = new.replace(".shortcut.0.", ".convShortcut.")
         renamed[re.sub(r"^linear\.", "fc.", new)] = value
     return _with_counts(renamed)
 
 
-def _unwrapped(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict inside, without the prefixes that wrappers add to its names."""
-    state = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise BadWeights("not a state dict: something else than tensors by name is in the file.")
+def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without the prefixes that wrappers add to its names."""
     return {re.sub(r"^(module\.|model\.)+", "", name): value for name, value in state.items()}
 
 

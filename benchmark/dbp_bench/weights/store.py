@@ -7,11 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
 from dbp_bench import __version__
-from dbp_bench.declaration import Strict, explain, parse_json
-from dbp_bench.errors import BadWeights
+from dbp_bench.declaration import Strict, parse_json, read_json
+from dbp_bench.errors import BadResult, BadWeights
 from dbp_bench.weights import catalog, files
 from dbp_bench.writing import replacing, write_atomically
 
@@ -66,10 +64,9 @@ def read(name: str) -> Record:
     if not path.is_file():
         raise BadWeights(f"{name} is not in the cache ({folder()}). {how_to_get(name)}.")
     try:
-        record = Record.model_validate(parse_json(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        cause = explain(error, Record) if isinstance(error, ValidationError) else f"{error}."
-        raise BadWeights(f"{path}: not a record: {cause} {how_to_get(name)}.") from None
+        record = read_json(path, Record, "a record")
+    except BadResult as error:
+        raise BadWeights(f"{error} {how_to_get(name)}.") from None
     if record.name != name:
         raise BadWeights(f"{path}: the record of {record.name}, not of {name}. {how_to_get(name)}.")
     return record
