@@ -194,7 +194,8 @@ def _folders(module: str) -> list[Path]:
         return []
     if spec is None:
         return []
-    return [Path(place) for place in spec.submodule_search_locations or [spec.origin] if place]
+    places = spec.submodule_search_locations or ([spec.origin] if spec.origin else [])
+    return [Path(place) for place in places]
 
 
 def _version(distribution: str) -> str | None:

@@ -100,16 +100,16 @@ class Checkpoint(Strict):
     title: str
     source: Source
     licence: Licence
-    network: str | None = Field(None, pattern=r"^dbp_bench\.networks\.\w+:\w+$")
+    network: str | None = Field(default=None, pattern=r"^dbp_bench\.networks\.\w+:\w+$")
     """``module:callable``; None for a model of a package, which brings its own."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the callable."""
     layout: Layout | None = None
     """None for a model of a package."""
-    size: int | None = Field(None, ge=1)
+    size: int | None = Field(default=None, ge=1)
     """Bytes of the published file."""
-    md5: str | None = Field(None, pattern=r"^[0-9a-f]{32}$")
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    md5: str | None = Field(default=None, pattern=r"^[0-9a-f]{32}$")
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     paper: str | None = None
     note: str = ""
 

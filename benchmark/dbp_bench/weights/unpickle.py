@@ -134,7 +134,7 @@ def _state(
     """The state dict of a network of inert objects, each of which is visited once."""
     if depth > _DEPTH:
         raise BadWeights("a network inside a network without end: damaged.")
-    state = module.state if isinstance(module, inert) else None
+    state = getattr(module, "state", None) if isinstance(module, inert) else None
     if not isinstance(state, dict) or id(module) in seen:
         return
     seen.add(id(module))
