@@ -1,7 +1,8 @@
 """Published layouts of weights: every name and shape, and weights drawn for them."""
 
 from ast import literal_eval
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from dbp_bench.networks import adm, ho, songunet, wrn
+from dbp_bench.weights import catalog
 from toys import normal, uniform
 
 KEYS = Path(__file__).parent / "data" / "keys"
@@ -110,6 +113,29 @@ def narrow_networks(patch: pytest.MonkeyPatch) -> None:
         lambda: wide(10, 1, 100, layout="meliketoy", normalise=wrn.CIFAR100, dropout=0.3),
     )
     patch.setattr(wrn, "WideResNet", of_robustbench)
+
+
+@contextmanager
+def own_catalog(path: Path, **usual: Any) -> Iterator[Callable[..., None]]:
+    """A catalog at `path` whose one checkpoint is `tiny`; called, with other values of its entry."""
+    entry = {
+        "title": "For tests",
+        "network": "dbp_bench.networks.ho:small32",
+        "layout": "diffusers",
+        "source": {"kind": "by-hand", "what": "a file"},
+        "licence": {"name": "MIT", "restriction": "none"},
+        **usual,
+    }
+
+    def write(**values: Any) -> None:
+        path.write_text(yaml.safe_dump({"checkpoints": {"tiny": entry | values}}))
+        catalog.entries.cache_clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalog, "PATH", path)
+        write()
+        yield write
+    catalog.entries.cache_clear()
 
 
 def on_meta(build: Callable[[], N]) -> N:

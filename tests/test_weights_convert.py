@@ -29,28 +29,13 @@ from dbp_bench.weights import catalog, formats, store
 from dbp_bench.weights import files as weight_files
 from dbp_bench.weights.build import build
 from dbp_bench.weights.convert import convert, network_of, renamed
-from layouts import hollow, narrow_networks, narrow_shapes, on_meta, published
+from layouts import hollow, narrow_networks, narrow_shapes, on_meta, own_catalog, published
 from layouts import shapes as shapes_of
 
 if TYPE_CHECKING:
     from conftest import Command
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-TINY = """
-checkpoints:
-  tiny:
-    title: For tests
-    network: dbp_bench.networks.ho:small32
-    layout: diffusers
-    source: {kind: by-hand, what: a file}
-    size: null
-    md5: null
-    sha256: null
-    licence: {name: MIT, restriction: none}
-    paper: null
-    note: ""
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -63,25 +48,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """A catalog with one small checkpoint, `tiny`; called, with other lines in its entry."""
-    path = tmp_path / "catalog.yaml"
-    monkeypatch.setattr(catalog, "PATH", path)
+    """A catalog with one small checkpoint, `tiny`; called, with other values of its entry."""
     monkeypatch.setattr(
         ho, "small32", lambda: ho.HoUNet(channels=24, multipliers=(1, 2), blocks=1, groups=8)
     )
-
-    def write(**lines: str) -> None:
-        text = TINY
-        for key, value in lines.items():
-            text, found = re.subn(rf"(?m)^    {key}: .*$", f"    {key}: {value}", text)
-            assert found == 1
-        path.write_text(text)
-        catalog.entries.cache_clear()
-
-    write()
-    yield write
-    monkeypatch.undo()
-    catalog.entries.cache_clear()
+    with own_catalog(tmp_path / "catalog.yaml") as write:
+        yield write
 
 
 def numbers(wanted: Shapes, dtype: torch.dtype = torch.half) -> dict[str, Tensor]:
@@ -682,14 +654,15 @@ def test_the_published_digest_and_size(
     path = tmp_path / "f.pt"
     torch.save(small(), path)
     size = path.stat().st_size
-    for line in ({"size": str(size + 1)}, {"md5": "0" * 31 + "1"}, {"sha256": f"{'1' * 64!r}"}):
-        tiny(**{key: f"'{v}'" if key == "md5" else v for key, v in line.items()})
+    others: list[dict[str, Any]] = [{"size": size + 1}, {"md5": "1" * 32}, {"sha256": "1" * 64}]
+    for other in others:
+        tiny(**other)
         message = refused("tiny", path, cache)
         assert "published" in message
         assert "convert it with --unpublished" in message
     assert convert("tiny", path, unpublished=True).published is False
     md5 = weight_files.digest(path, "md5")
-    tiny(size=str(size), md5=f"'{md5}'", sha256=weight_files.digest(path))
+    tiny(size=size, md5=md5, sha256=weight_files.digest(path))
     assert convert("tiny", path).published is True
 
 

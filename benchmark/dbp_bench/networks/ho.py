@@ -49,14 +49,16 @@ class HoUNet(nn.Module):
         for level, width in enumerate(widths):
             inputs = [skips[-1], *[width] * (blocks - 1)]
             attends = blocks if level in attention else 0
-            self.down_blocks.append(_Down(inputs, width, attends, *shared, resamples=level < last))
+            halves = [_Halve(width)] if level < last else []
+            self.down_blocks.append(_Down(inputs, width, attends, *shared, downsamplers=halves))
             skips += [width] * (blocks + (level < last))
         self.mid_block = _Middle([widths[-1]] * 2, widths[-1], 1, *shared)
         below = widths[-1]
         for level, width in reversed(list(enumerate(widths))):
             inputs = [c + skips.pop() for c in [below, *[width] * blocks]]
             attends = blocks + 1 if level in attention else 0
-            self.up_blocks.append(_Up(inputs, width, attends, *shared, resamples=level > 0))
+            doubles = [Double(width)] if level > 0 else []
+            self.up_blocks.append(_Up(inputs, width, attends, *shared, upsamplers=doubles))
             below = width
         self.conv_norm_out = _norm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], image_channels, 3, padding=1)
@@ -91,22 +93,10 @@ class _TimeEmbedding(nn.Module):
 
 
 class _Level(nn.Module):
-    """Residual blocks at one resolution; each of the first `attends` is followed by attention."""
+    """Residual blocks at one resolution; each of the first `attends` is followed by attention.
 
-    def __init__(
-        self, inputs: Sequence[int], width: int, attends: int, emb: int, groups: int, dropout: float
-    ) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(_Residual(c, width, emb, groups, dropout) for c in inputs)
-        self.attentions = nn.ModuleList(_Attention(width, groups) for _ in range(attends))
-
-    def block(self, index: int, h: Tensor, emb: Tensor) -> Tensor:
-        h = self.resnets[index](h, emb)
-        return self.attentions[index](h) if index < len(self.attentions) else h
-
-
-class _Down(_Level):
-    """All states of the level; the last one, with `resamples`, at half the resolution."""
+    The `resampling` layers, by name, follow the last block.
+    """
 
     def __init__(
         self,
@@ -116,11 +106,23 @@ class _Down(_Level):
         emb: int,
         groups: int,
         dropout: float,
-        *,
-        resamples: bool,
+        **resampling: Sequence[nn.Module],
     ) -> None:
-        super().__init__(inputs, width, attends, emb, groups, dropout)
-        self.downsamplers = nn.ModuleList([_Halve(width)] if resamples else [])
+        super().__init__()
+        self.resnets = nn.ModuleList(_Residual(c, width, emb, groups, dropout) for c in inputs)
+        self.attentions = nn.ModuleList(_Attention(width, groups) for _ in range(attends))
+        for name, layers in resampling.items():
+            self.add_module(name, nn.ModuleList(layers))
+
+    def block(self, index: int, h: Tensor, emb: Tensor) -> Tensor:
+        h = self.resnets[index](h, emb)
+        return self.attentions[index](h) if index < len(self.attentions) else h
+
+
+class _Down(_Level):
+    """All states of the level; the last one, with a downsampler, at half the resolution."""
+
+    downsamplers: nn.ModuleList
 
     def forward(self, h: Tensor, emb: Tensor) -> list[Tensor]:
         states = []
@@ -138,21 +140,9 @@ class _Middle(_Level):
 
 
 class _Up(_Level):
-    """The level's last state, with `resamples` at twice the resolution; takes from `skips`."""
+    """The level's last state, with an upsampler at twice the resolution; takes from `skips`."""
 
-    def __init__(
-        self,
-        inputs: Sequence[int],
-        width: int,
-        attends: int,
-        emb: int,
-        groups: int,
-        dropout: float,
-        *,
-        resamples: bool,
-    ) -> None:
-        super().__init__(inputs, width, attends, emb, groups, dropout)
-        self.upsamplers = nn.ModuleList([Double(width)] if resamples else [])
+    upsamplers: nn.ModuleList
 
     def forward(self, h: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
         for index in range(len(self.resnets)):

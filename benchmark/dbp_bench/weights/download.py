@@ -68,8 +68,7 @@ def from_url(url: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     for _ in range(_REQUESTS):
-        if not _get(url, part):
-            continue
+        _get(url, part)
         if files.kind_of(part) != "page":
             part.replace(path)
             _drop(part)
@@ -85,8 +84,8 @@ def from_url(url: str, path: Path) -> None:
     )
 
 
-def _get(url: str, part: Path) -> bool:
-    """Download the rest of `url` to `part`; False where the part doesn't fit and was deleted."""
+def _get(url: str, part: Path) -> None:
+    """Download the rest of `url` to `part`."""
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import http_get
 
@@ -97,13 +96,9 @@ def _get(url: str, part: Path) -> bool:
     try:
         with _without_log(), part.open("ab") as file:
             http_get(url, file, resume_size=there, headers=headers, displayed_filename=part.stem)
-        return True
     # Which errors a connection raises is up to the package below huggingface_hub.
     except Exception as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        if status == 416 and there:  # the part is as long as the file, or longer: of another one
-            part.unlink()
-            return False
         is_gone = status is not None and status < 500 and status not in (408, 429)
         size = part.stat().st_size if part.exists() else 0
         if is_gone or size == 0:
@@ -121,7 +116,7 @@ def _get(url: str, part: Path) -> bool:
 
 
 def _drop_other_version(url: str, part: Path, headers: dict[str, str]) -> None:
-    """Delete a part of a file that was changed meanwhile, or that isn't known to be the same.
+    """Delete a part that is of another version of the file, or may be, or that leaves no rest.
 
     Raises:
         BadRequest: The rest of the file is larger than the free space.
@@ -136,11 +131,15 @@ def _drop_other_version(url: str, part: Path, headers: dict[str, str]) -> None:
         return
     told = [answer.headers.get(key, "") for key in ("ETag", "Last-Modified", "Content-Length")]
     version, file = " ".join(told), part.with_suffix(".version")
-    if not file.is_file() or file.read_text(encoding="utf-8") != version:
-        part.unlink(missing_ok=True)
-        file.write_text(version, encoding="utf-8")
-    if told[2].isdigit():
-        files.need_space(int(told[2]) - (part.stat().st_size if part.exists() else 0))
+    there = part.stat().st_size if part.exists() else 0
+    size = int(told[2]) if told[2].isdigit() else None
+    same = file.is_file() and file.read_text(encoding="utf-8") == version
+    if not same or (size is not None and there >= size):
+        _drop(part)
+        there = 0
+    file.write_text(version, encoding="utf-8")
+    if size is not None:
+        files.need_space(size - there)
 
 
 def _drop(part: Path) -> None:
