@@ -117,7 +117,7 @@ def narrow_networks(patch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def own_catalog(path: Path, **usual: Any) -> Iterator[Callable[..., None]]:
-    """A catalog at `path` whose one checkpoint is `tiny`; called, with other values of its entry."""
+    """A catalog at `path` of one checkpoint, `tiny`; called, with other values of its entry."""
     entry = {
         "title": "For tests",
         "network": "dbp_bench.networks.ho:small32",

@@ -71,7 +71,7 @@ _FAULTS = (
     *(yaml.YAMLError, ArithmeticError, AttributeError, LookupError),
     *(RecursionError, TypeError, ValueError),
 )
-"""What PyYAML raises for text that isn't what it should be."""
+"""The errors that PyYAML raises for text that isn't what it should be."""
 
 
 class _PlainData(yaml.SafeLoader):
@@ -157,7 +157,7 @@ def read_yaml(path: Path, model: type[M]) -> M:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What the JSON `text` holds: plain data that can be written, printed and walked through.
+    """The value of the JSON `text`: plain data, fit to be written, printed and walked through.
 
     Raises:
         ValueError: It isn't JSON, nested too deep, holds NaN or infinity, or half a character.
@@ -203,7 +203,7 @@ def _check_plain(value: Any, depth: int = 0) -> None:
 
 
 def read_json(path: Path, model: type[M], what: str) -> M:
-    """What the JSON file at `path` holds; `what` it should be is for the message.
+    """The value in the JSON file at `path`; `what` it should be is for the message.
 
     Raises:
         BadResult: It can't be read, or is something else.

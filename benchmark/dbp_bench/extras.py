@@ -43,7 +43,7 @@ class _Extra:
     packages: tuple[str, ...]
     """Packages that can serve it, the preferred one first; each is imported by its name."""
     requirement: str
-    """What pip is told, to put a sound one in the place of a damaged one."""
+    """The package, for pip, that takes the place of a damaged one."""
     files: tuple[str, ...]
     """Files in a package, without which it is another one of the same name."""
     modules: tuple[str, ...] = ("",)
@@ -173,7 +173,7 @@ def _look(name: str) -> tuple[Status, str | None]:
 
 
 def _problem(extra: _Extra, folders: list[Path], version: str | None) -> str | None:
-    """What is wrong with the package in `folders`; None where it is the right one."""
+    """The fault of the package in `folders`; None where it is the right one."""
     lacking = [f for f in extra.files if not any((folder / f).is_file() for folder in folders)]
     if lacking:
         broken = "it is damaged" if version else "it is something else of that name"
@@ -213,7 +213,7 @@ _WITH_TORCHVISION = frozenset({"robustbench", "timm", "torchattacks"})
 
 @contextmanager
 def _stubs(extra: str) -> Iterator[None]:
-    """While it lasts, what an extra imports and may be missing or broken can be imported."""
+    """Let an extra import what may be missing or broken."""
     stubs: dict[str, ModuleType] = {}
     if extra == "robustbench":
         for names in _robustbench_needs():

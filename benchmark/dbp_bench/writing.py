@@ -139,7 +139,7 @@ def _link_missing(source: Path, target: Path) -> None:
 
 
 def _can_swap(folder: Path, with_folders: bool) -> bool:
-    """Whether nothing is lost when another folder takes the place of this one."""
+    """True if nothing is lost when another folder takes the place of this one."""
     if not folder.exists():
         return True
     folders = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]

@@ -1,4 +1,4 @@
-"""What is installed, and whether it computes what it should: a tiny golden case, run again.
+"""The state of an installation: versions, devices, and a tiny golden case that is run again.
 
 The case has three parts. Draws of noise must be bit-exact everywhere. The files that ship must be
 those that the entries mean. A short attack must give the stored numbers, within a tolerance, since
@@ -53,7 +53,7 @@ processor to another; the convolutions of a GPU may round to ten bits (TF32)."""
 
 
 def examine() -> dict[str, Any]:
-    """What is here, and whether the golden case passes; JSON-able."""
+    """The findings: versions, devices, extras and the golden case; JSON-able."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         cuda = torch.cuda.is_available()

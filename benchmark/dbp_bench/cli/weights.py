@@ -179,7 +179,7 @@ def verify(as_json: AsJson = False) -> None:
 
 
 def _problem(name: str) -> str | None:
-    """Why the checkpoint `name` in the cache can't be used; None where it can."""
+    """The fault of the checkpoint `name` in the cache; None where it can be used."""
     from dbp_bench.weights import store
 
     try:

@@ -29,7 +29,7 @@ class DataSet:
 
     @property
     def ids(self) -> Mapping[str, list[int]]:
-        """Which images each split holds, and in which order."""
+        """The images of each split, in order."""
         name = self.facts.name
         return {split: split_ids(name, split) for split in split_names(name)}
 

@@ -69,12 +69,11 @@ def parquet(files: Sequence[Path], facts: Facts) -> Source:
         BadData: A file is damaged, or has other columns.
         BadExtra: pyarrow is missing.
     """
-    failure = need("pyarrow", "reading parquet").ArrowException
     arrow = need("pyarrow.parquet", "reading parquet")
     groups: list[tuple[Path, Any, str, int]] = []
     labels = []
     for path in files:
-        with _reading(path, failure):
+        with _reading(path):
             file = arrow.ParquetFile(path)
             column, label = _columns(file.schema_arrow, facts, path)
             found = file.read(columns=[label])[label]
@@ -86,7 +85,7 @@ def parquet(files: Sequence[Path], facts: Facts) -> Source:
     @lru_cache(maxsize=1)
     def encoded(number: int) -> Any:
         path, file, column, group = groups[number]
-        with _reading(path, failure):
+        with _reading(path):
             # One array: finding a row among many chunks takes longer than decoding it.
             return file.read_row_group(group, columns=[column])[column].combine_chunks()
 
@@ -110,7 +109,7 @@ def npz(path: Path, part: str) -> Source:
     """
     names = [(f"x_{part}", f"y_{part}"), ("images", "labels")][: 2 if part == "test" else 1]
     with (
-        _reading(path, Exception),
+        _reading(path),
         path.open("rb") as file,
         # No pickles: an array of objects could run code.
         np.load(file, allow_pickle=False) as arrays,
@@ -271,13 +270,13 @@ def need(module: str, what: str) -> Any:
 
 
 @contextmanager
-def _reading(path: Path, *errors: type[Exception]) -> Iterator[None]:
-    """Turn these errors of a reader into one line that names the file."""
+def _reading(path: Path) -> Iterator[None]:
+    """Turn the errors of a reader, which can be any for a damaged file, into one line."""
     try:
         yield
+    except DbpError:
+        raise
     except Exception as error:
-        if isinstance(error, DbpError) or not isinstance(error, (*errors, OSError)):
-            raise
         cause = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise BadData(f"{path}: cannot be read ({cause}). Fetch it again.") from None
 

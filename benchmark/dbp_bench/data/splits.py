@@ -1,4 +1,4 @@
-"""Which images a split holds, and in which order: rules, and lists frozen as text.
+"""The images of a split, in order: by a rule, or from a list that is frozen as text.
 
 A list in ``assets/ids`` is the same for everyone, and is checked against the labels of the images
 it is used with: a copy of the data in another order is refused. Nothing here imports torch.

@@ -81,7 +81,7 @@ class HoUNet(nn.Module):
 
 
 class _TimeEmbedding(nn.Module):
-    """What every residual block adds its own projection of, ``(b, 4 * channels)``."""
+    """The embedding ``(b, 4 * channels)`` of which every residual block adds its own projection."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

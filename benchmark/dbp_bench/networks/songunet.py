@@ -316,7 +316,7 @@ def _averages(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _in_order(network: SongUNet) -> Iterator[tuple[str, bool]]:
-    """What score_sde numbers, in its order: a layer's or block's name here, is it attention."""
+    """Names here of the layers that score_sde numbers, in its order; True for attention."""
     yield "map_layer0", False
     yield "map_layer1", False
     for half, blocks in (("enc", network.enc), ("dec", network.dec)):

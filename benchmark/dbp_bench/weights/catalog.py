@@ -29,7 +29,7 @@ ZOOS = {
 Layout = Literal[
     "plain", "diffusers", "pesser", "score-sde", "edm", "robustbench", "deepmind", "meliketoy"
 ]
-"""Whose names the file uses; `plain` ones are the network's own. See :mod:`convert`."""
+"""The code whose names the file uses; `plain` ones are the network's own. See :mod:`convert`."""
 
 Restriction = Literal["none", "research", "non-commercial", "not stated"]
 

@@ -179,7 +179,7 @@ def _host(url: str) -> str:
 
 @contextmanager
 def _without_log() -> Iterator[None]:
-    """While it lasts, huggingface_hub doesn't log each attempt: one line follows at the end."""
+    """Keep huggingface_hub from logging each attempt: one line follows at the end."""
     from huggingface_hub.utils import logging as hub_logging
 
     verbosity = hub_logging.get_verbosity()

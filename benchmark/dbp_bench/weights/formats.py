@@ -21,7 +21,7 @@ _NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _SLACK = 1 << 20
 
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
-"""What zipfile raises for a file that is damaged."""
+"""The errors that zipfile raises for a file that is damaged."""
 
 
 class Contents(NamedTuple):

@@ -159,5 +159,5 @@ def strangers() -> list[Path]:
 
 
 def stem(name: str) -> str:
-    """How the files of the checkpoint `name` are called, without a suffix."""
+    """The name of the files of the checkpoint `name`, without a suffix."""
     return name if ":" not in name else "zoo-" + re.sub(r"[:/]", "-", name)
