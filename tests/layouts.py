@@ -1,5 +1,6 @@
 """Published layouts of weights: every name and shape, and weights drawn for them."""
 
+import os
 from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,17 @@ from torch import Tensor, nn
 from dbp_bench.networks import adm, ho, songunet, wrn
 from dbp_bench.weights import catalog
 from toys import normal, uniform
+
+
+class Malicious:
+    """Makes the folder `trace` when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.trace),))
+
 
 KEYS = Path(__file__).parent / "data" / "keys"
 Shapes = dict[str, tuple[int, ...]]

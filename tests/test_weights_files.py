@@ -13,6 +13,7 @@ from dbp_bench.errors import BadWeights
 from dbp_bench.networks.digits import DigitsCNN
 from dbp_bench.weights import files as weight_files
 from dbp_bench.weights.files import ASSETS, digest, fill, find, load, verify
+from layouts import Malicious
 
 CLASSIFIER = ASSETS / "digits-classifier.safetensors"
 NETWORK = "dbp_bench.networks.digits:DigitsCNN"
@@ -65,16 +66,6 @@ def test_one_changed_bit(copy: Path) -> None:
 def test_truncated_file_whose_sha256_matches(copy: Path, kept: int) -> None:
     copy.write_bytes(copy.read_bytes()[:kept])
     assert "not a complete safetensors file" in refused(copy)
-
-
-class Malicious:
-    """Runs code when it is unpickled."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.trace,))
 
 
 @pytest.mark.parametrize("protocol", range(6))

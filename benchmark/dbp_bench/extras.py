@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from dbp_bench.errors import DbpError, did_you_mean
@@ -214,12 +214,12 @@ _WITH_TORCHVISION = frozenset({"robustbench", "timm", "torchattacks"})
 @contextmanager
 def _stubs(extra: str) -> Iterator[None]:
     """Let an extra import what may be missing or broken."""
-    stubs: dict[str, ModuleType] = {}
-    if extra == "robustbench":
-        for names in _robustbench_needs():
-            top = next(iter(names))
-            if top not in sys.modules and importlib.util.find_spec(top) is None:
-                stubs |= names
+    stubs = {
+        name: stub
+        for name, stub in (_robustbench_needs() if extra == "robustbench" else {}).items()
+        if (top := name.partition(".")[0]) not in sys.modules
+        and importlib.util.find_spec(top) is None
+    }
     sys.modules.update(stubs)
     try:
         if extra in _WITH_TORCHVISION and importlib.util.find_spec("torchvision") is not None:
@@ -231,8 +231,8 @@ def _stubs(extra: str) -> Iterator[None]:
                 del sys.modules[name]
 
 
-def _robustbench_needs() -> list[dict[str, ModuleType]]:
-    """Modules that robustbench imports, by name; the first of each group is the package.
+def _robustbench_needs() -> dict[str, Any]:
+    """Stand-ins for modules that robustbench imports, by name.
 
     ``pkg_resources`` left setuptools in version 82; robustbench uses one function of it. Of
     ``autoattack``, it needs names: pyautoattack takes other arguments than it gives.
@@ -247,18 +247,11 @@ def _robustbench_needs() -> list[dict[str, ModuleType]]:
             "autoattack, which no package index has. Attack with dbp-bench run."
         )
 
-    def module(name: str, **members: object) -> ModuleType:
-        made = ModuleType(name)
-        vars(made).update(members)
-        return made
-
-    return [
-        {"pkg_resources": module("pkg_resources", resource_filename=resource_filename)},
-        {
-            "autoattack": module("autoattack", AutoAttack=refuse, __path__=[]),
-            "autoattack.state": module("autoattack.state", EvaluationState=refuse),
-        },
-    ]
+    return {
+        "pkg_resources": SimpleNamespace(resource_filename=resource_filename),
+        "autoattack": SimpleNamespace(AutoAttack=refuse),
+        "autoattack.state": SimpleNamespace(EvaluationState=refuse),
+    }
 
 
 _libraries: list[object] = []
