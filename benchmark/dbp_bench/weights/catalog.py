@@ -17,6 +17,9 @@ ROBUSTBENCH = Path(__file__).with_name("robustbench.yaml")
 DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="
 """The address of a file on Google Drive, but for its id."""
 
+DIFFUSERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+"""Names of the weights in a folder of diffusers, the preferred one first."""
+
 ZOOS = {
     "robustbench": (
         r"robustbench:[a-z0-9]+/[A-Za-z0-9]+/[A-Za-z0-9_-]+",
@@ -35,20 +38,16 @@ Restriction = Literal["none", "research", "non-commercial", "not stated"]
 
 
 class Hub(Strict):
-    """A file of a model on the Hugging Face Hub."""
+    """A model of diffusers on the Hugging Face Hub."""
 
     kind: Literal["hub"]
     repo: str
     revision: str
-    files: list[str] = Field(min_length=1)
-    """Names that the weights may have; the first one that is there is taken."""
-    config: str | None
-    """The file that describes the network; null where there is none."""
 
     @property
     def what(self) -> str:
         """The file, for messages."""
-        return f"{self.files[0]} of huggingface.co/{self.repo}"
+        return f"{DIFFUSERS[0]} of huggingface.co/{self.repo}"
 
 
 class Url(Strict):

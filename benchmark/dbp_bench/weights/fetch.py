@@ -46,9 +46,8 @@ def from_hub(source: Hub) -> Path:
     Raises:
         NoDownload: There is no connection, or no such file.
     """
-    if source.config is not None:
-        download.from_hub(source.repo, [source.config], source.revision)
-    return download.from_hub(source.repo, source.files, source.revision)
+    download.from_hub(source.repo, ["config.json"], source.revision)
+    return download.from_hub(source.repo, catalog.DIFFUSERS, source.revision)
 
 
 def _by_link(name: str, source: Url, keep: bool) -> store.Record:

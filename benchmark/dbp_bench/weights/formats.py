@@ -14,9 +14,7 @@ from torch import Tensor
 from dbp_bench.declaration import parse_json
 from dbp_bench.errors import BadWeights, brief
 from dbp_bench.weights import files, unpickle
-
-_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-"""Names of the weights in a folder of diffusers, the preferred one first."""
+from dbp_bench.weights.catalog import DIFFUSERS
 
 _SLACK = 1 << 20
 
@@ -75,10 +73,10 @@ def read(path: Path) -> Contents:
 
 
 def _folder(path: Path) -> Contents:
-    candidates = [folder / name for folder in (path, path / "unet") for name in _NAMES]
+    candidates = [folder / name for folder in (path, path / "unet") for name in DIFFUSERS]
     found = next((file for file in candidates if file.is_file()), None)
     if found is None:
-        raise BadWeights(f"{path}: no {' or '.join(_NAMES)} in this folder or its unet/.")
+        raise BadWeights(f"{path}: no {' or '.join(DIFFUSERS)} in this folder or its unet/.")
     if not found.with_name("config.json").is_file():
         raise BadWeights(f"{found.parent}: no config.json beside {found.name}.")
     return read(found)
@@ -87,7 +85,7 @@ def _folder(path: Path) -> Contents:
 def _config(path: Path) -> dict[str, Any] | None:
     """The description that lies beside the weights of diffusers; None where there is none."""
     beside = path.with_name("config.json")
-    if path.name not in _NAMES or not beside.is_file():
+    if path.name not in DIFFUSERS or not beside.is_file():
         return None
     try:
         config = parse_json(beside.read_bytes())
@@ -114,9 +112,9 @@ def _unpacked(path: Path, members: list[zipfile.ZipInfo]) -> Contents:
             f"{path}: a zip file of {path.stat().st_size} bytes that would unpack to {declared}: "
             "weights don't compress so well. Refused."
         )
-    found = {Path(m.filename).parent: m for m in members if Path(m.filename).name in _NAMES}
+    found = {Path(m.filename).parent: m for m in members if Path(m.filename).name in DIFFUSERS}
     if not found:
-        raise BadWeights(f"{path}: no {' or '.join(_NAMES)} in this zip file.")
+        raise BadWeights(f"{path}: no {' or '.join(DIFFUSERS)} in this zip file.")
     # Two networks in one file: which is meant isn't said.
     if len(found) > 1:
         one, other, *_ = [member.filename for member in found.values()]
@@ -128,7 +126,7 @@ def _unpacked(path: Path, members: list[zipfile.ZipInfo]) -> Contents:
         member
         for member in members
         if Path(member.filename).parent in found
-        and Path(member.filename).name in (*_NAMES, "config.json")
+        and Path(member.filename).name in (*DIFFUSERS, "config.json")
     ]
     with TemporaryDirectory() as scratch:
         try:
