@@ -221,7 +221,7 @@ def test_the_formulas_ask_for_what_score_sde_s_file_has() -> None:
 
 def test_score_sde_s_file_has_the_deep_network_s_names_and_shapes() -> None:
     network = on_meta(songunet.ddpmpp_deep_cifar10)
-    weights = songunet.from_score_sde(checkpoint(hollow(published(SCORE_SDE))))
+    weights = songunet.from_score_sde(checkpoint(hollow(published(SCORE_SDE))), network.model)
     assert shapes_of(weights) == shapes_of(network.state_dict())
     assert parameters(network) == 106_632_579
     assert parameters(on_meta(songunet.ddpmpp_small32)) == 1_754_147

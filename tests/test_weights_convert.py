@@ -518,6 +518,22 @@ def test_zip_bombs(tmp_path: Path, cache: Path, tiny: Callable[..., None]) -> No
     assert "is compressed, which torch never does" in refused("tiny", path, cache)
 
 
+def test_a_zip_file_is_unpacked_nowhere_else(
+    tmp_path: Path, tiny: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, scratch, inner = tmp_path / "f.zip", tmp_path / "a" / "b" / "c", io.BytesIO()
+    scratch.mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    torch.save(small(), inner)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("../../unet/config.json", "{}")
+        archive.writestr("../../unet/diffusion_pytorch_model.bin", inner.getvalue())
+        archive.writestr("../../unet/other", "x")
+    before = set(tmp_path.rglob("*"))
+    assert_equal(formats.read(path).values, small())
+    assert set(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     "value", [torch.zeros(2, 2).to_sparse(), torch.zeros(2, device="meta"), "text"]
 )

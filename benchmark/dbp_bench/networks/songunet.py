@@ -246,24 +246,18 @@ _RESIDUAL = {
 }
 
 
-def from_score_sde(
-    checkpoint: Mapping[str, Any], like: SongUNet | None = None
-) -> dict[str, Tensor]:
+def from_score_sde(checkpoint: Mapping[str, Any], like: SongUNet) -> dict[str, Tensor]:
     """The averaged weights of a score_sde checkpoint, in the names of :class:`DDPMpp`.
 
     Args:
         checkpoint: With ``model``, a state dict, and ``ema``, whose ``shadow_params`` is a list of
             the averaged parameters in the order of that state dict; or the state dict of a network
             that holds averages already.
-        like: The network that the checkpoint is of; without one, DDPM++ deep of CIFAR-10. Its
-            weights don't count.
+        like: The network that the checkpoint is of; its weights don't count.
 
     Raises:
         BadWeights: The checkpoint is not of this layout, or not of this network.
     """
-    if like is None:
-        with torch.device("meta"):
-            like = ddpmpp_deep_cifar10().model
     weights = _averages(checkpoint)
     renamed: dict[str, Tensor] = {}
     for index, (target, is_attention) in enumerate(_in_order(like)):
