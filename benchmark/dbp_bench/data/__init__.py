@@ -6,9 +6,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dbp_bench.data import splits
 from dbp_bench.data.catalog import CATALOG, Facts
 from dbp_bench.data.catalog import facts_of as facts_of
-from dbp_bench.data.splits import digest_of, frozen, split_names
 from dbp_bench.data.splits import split_ids as split_ids
 from dbp_bench.errors import BadData, BadRequest
 
@@ -31,7 +31,7 @@ class DataSet:
     def ids(self) -> Mapping[str, list[int]]:
         """The images of each split, in order."""
         name = self.facts.name
-        return {split: split_ids(name, split) for split in split_names(name)}
+        return {split: split_ids(name, split) for split in splits.split_names(name)}
 
     def select(self, ids: Sequence[int]) -> "tuple[Tensor, Tensor]":
         """Images ``(b, c, h, w)``, float32 in [0, 1], and labels ``(b,)``, int64, of `ids`.
@@ -98,11 +98,11 @@ class DataSet:
         Raises:
             BadData: They are, or there are too few of them.
         """
-        name, listed = self.facts.name, frozen(self.facts.name, split)
-        ids = split_ids(name, split)
+        name, listed = self.facts.name, splits.frozen(self.facts.name, split)
+        ids = splits.split_ids(name, split)
         labels = self.labels_of(ids)
         where = self._source(self._row(ids[0])[0]).where
-        if listed is not None and digest_of(labels) != listed.labels:
+        if listed is not None and splits.digest_of(labels) != listed.labels:
             raise BadData(
                 f"{where}: the labels of split {split!r} are not those of {name} in its published "
                 "order: another data set, or the images were put in another order."
