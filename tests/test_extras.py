@@ -28,7 +28,7 @@ ROBUSTBENCH = {"__init__.py": "", "eval.py": "", "model_zoo/__init__.py": ""}
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """A search path with nothing on it but the packages that the returned function writes."""
-    packages = {"autoattack", "pyautoattack", "torchattacks", "robustbench", "matplotlib", "timm"}
+    packages = {"autoattack", "pyautoattack", "torchattacks", "robustbench", "sklearn", "timm"}
     for name in list(sys.modules):
         if name.partition(".")[0] in packages:
             monkeypatch.delitem(sys.modules, name)

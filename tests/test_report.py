@@ -894,7 +894,8 @@ def test_reads_eps_as_it_is_written() -> None:
 
 def test_a_report_needs_no_torch_and_one_result_no_pandas() -> None:
     code = (
-        "import sys, dbp_bench.reporting.pool; print({'torch', 'pandas'} & set(sys.modules)); "
+        "import sys, dbp_bench.reporting.pool, dbp_bench.reporting.sanity; "
+        "print({'torch', 'pandas', 'matplotlib'} & set(sys.modules)); "
         "import dbp_bench.reporting.report; print({'torch'} & set(sys.modules))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

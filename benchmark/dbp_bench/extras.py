@@ -85,10 +85,11 @@ _EXTRAS = {
         ),
     ),
     "figures": _Extra(
-        packages=("matplotlib",),
-        requirement="matplotlib",
-        files=("__init__.py", "figure.py"),
-        note="its t-SNE view also needs scikit-learn, which the extra brings",
+        packages=("sklearn",),
+        requirement="scikit-learn",
+        files=("__init__.py", "manifold/__init__.py"),
+        modules=("manifold",),
+        note="for the t-SNE view of `analyze trajectory`, which is left out without it",
     ),
     "timm": _Extra(
         packages=("timm",),
@@ -125,7 +126,7 @@ def load_extra(name: str) -> Mapping[str, ModuleType]:
     ``autoattack`` gives ``autopgd_base``, ``fab_pt`` and ``square``, whose classes are the same
     in `autoattack` and `pyautoattack`; ``torchattacks`` gives ``torchattacks``; ``robustbench``
     gives ``robustbench``, ``model_zoo`` and ``utils``, for the model zoo only; ``figures`` gives
-    ``figures``, which is matplotlib; ``timm`` gives ``timm``.
+    ``manifold`` of scikit-learn; ``timm`` gives ``timm``.
 
     Raises:
         BadExtra: It is missing, another package shadows it, or it fails to import.
@@ -198,9 +199,9 @@ def _folders(module: str) -> list[Path]:
     return [Path(place) for place in places]
 
 
-def _version(distribution: str) -> str | None:
+def _version(package: str) -> str | None:
     try:
-        return importlib.metadata.version(distribution)
+        return importlib.metadata.version({"sklearn": "scikit-learn"}.get(package, package))
     except importlib.metadata.PackageNotFoundError:
         return None
 

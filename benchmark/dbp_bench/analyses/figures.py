@@ -1,65 +1,32 @@
-"""Draws the figure of an analysis from its record alone, as SVG and PNG.
-
-Needs the optional packages of ``dbp-bench[figures]``. Colours are those of Okabe and Ito, which
-can be told apart without full colour vision; markers and line styles differ as well.
-"""
+"""Draws the figure of an analysis from its record alone, as SVG and PNG."""
 
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from dbp_bench.analyses.efficacy import DIRECTIONS
 from dbp_bench.analyses.eot_curve import SCALES, similarity
 from dbp_bench.analyses.record import Record, Row
-from dbp_bench.extras import load_extra
+from dbp_bench.reporting.plotting import COLOURS, LINES, MARKERS, STYLE
 from dbp_bench.result import write_atomically
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#767676"
-COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
-
-_STYLE = {
-    "svg.hashsalt": "dbp-bench",
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "sans-serif"],
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5,
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
-}
 
 
 def draw(path: Path) -> list[Path]:
     """Draw the record at `path`; the figures go beside it, each all of it or nothing.
 
     Raises:
-        BadExtra: The packages that draw are not there.
         BadResult: The file is no record of an analysis.
     """
-    matplotlib = load_extra("figures")["figures"]
-    from matplotlib.figure import Figure
-
     record = Record.read(path)
     written = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(layout="constrained")
         _DRAWN[record.analysis](record, figure)
         for suffix, metadata in ((".svg", {"Date": None}), (".png", {"Software": None})):
@@ -76,7 +43,7 @@ def draw(path: Path) -> list[Path]:
 
 
 def _band(
-    axes: "Axes", rows: list[Row], label: str, number: int, scale: float = 1.0, mark: bool = True
+    axes: Axes, rows: list[Row], label: str, number: int, scale: float = 1.0, mark: bool = True
 ) -> None:
     """A curve over the first axis with its interval."""
     x = [r.at[0] for r in rows]
@@ -97,7 +64,7 @@ def _bars(value: Row, scale: float = 1.0) -> tuple[float, list[list[float]]]:
     return scale * value.value, [[scale * (value.value - low)], [scale * (high - value.value)]]
 
 
-def _size(figure: "Figure", width: float, height: float, record: Record, title: str) -> None:
+def _size(figure: Figure, width: float, height: float, record: Record, title: str) -> None:
     figure.set_size_inches(width, height)
     request = record.request
     images = "1 image" if len(record.images) == 1 else f"{len(record.images)} images"
@@ -108,7 +75,7 @@ def _size(figure: "Figure", width: float, height: float, record: Record, title: 
     )
 
 
-def _percent(axes: "Axes", label: str = "accuracy (%)") -> None:
+def _percent(axes: Axes, label: str = "accuracy (%)") -> None:
     axes.set_ylim(0, 102)
     axes.set_ylabel(label)
 
@@ -116,7 +83,7 @@ def _percent(axes: "Axes", label: str = "accuracy (%)") -> None:
 # -------------------------------------------------------------------------------- analyses
 
 
-def _stochasticity(record: Record, figure: "Figure") -> None:
+def _stochasticity(record: Record, figure: Figure) -> None:
     _size(figure, 10, 3.6, record, "Share k of the noise that is fresh: 0 DW-box, 1 white-box")
     panels = figure.subplots(1, 3)
     for number, name in enumerate(record.defenses):
@@ -138,7 +105,7 @@ def _stochasticity(record: Record, figure: "Figure") -> None:
         panel.set_ylim(bottom=0)
 
 
-def _immobilise(record: Record, figure: "Figure") -> None:
+def _immobilise(record: Record, figure: Figure) -> None:
     series = record.series(record.defenses[0], "accuracy")
     _size(
         figure, 7, 1.6 + 0.55 * len(series), record, "Accuracy where these sites' draws are known"
@@ -173,7 +140,7 @@ def _immobilise(record: Record, figure: "Figure") -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def _eot_curve(record: Record, figure: "Figure") -> None:
+def _eot_curve(record: Record, figure: Figure) -> None:
     _size(figure, 3.6 + 3.6 * len(record.defenses), 3.9, record, "What more EoT samples buy")
     panels = figure.subplots(1, 1 + len(record.defenses))
     for number, name in enumerate(record.defenses):
@@ -213,7 +180,7 @@ def _eot_curve(record: Record, figure: "Figure") -> None:
         panel.legend(loc="best")
 
 
-def _efficacy(record: Record, figure: "Figure") -> None:
+def _efficacy(record: Record, figure: Figure) -> None:
     _size(figure, 8, 1.2 + 2.9 * len(record.defenses), record, "Loss along single-step directions")
     panels = figure.subplots(len(record.defenses), 2, sharey=True, sharex=True, squeeze=False)
     for line, name in zip(panels, record.defenses, strict=True):
@@ -230,9 +197,7 @@ def _efficacy(record: Record, figure: "Figure") -> None:
     panels[0][0].legend(loc="upper left")
 
 
-def _landscape(record: Record, figure: "Figure") -> None:
-    from matplotlib.ticker import MaxNLocator
-
+def _landscape(record: Record, figure: Figure) -> None:
     _size(
         figure,
         2.2 + 3.3 * len(record.defenses),
@@ -296,7 +261,7 @@ def _surface(rows: list[Row]) -> tuple[Any, Any]:
     return np.array(axis), values
 
 
-def _point(axes: "Axes", at: tuple[float, float], text: str, marker: str, off: Any) -> None:
+def _point(axes: Axes, at: tuple[float, float], text: str, marker: str, off: Any) -> None:
     axes.plot(*at, marker=marker, color="black", markeredgecolor="white", markersize=7)
     axes.annotate(
         text,
@@ -307,7 +272,7 @@ def _point(axes: "Axes", at: tuple[float, float], text: str, marker: str, off: A
     )
 
 
-def _trajectory(record: Record, figure: "Figure") -> None:
+def _trajectory(record: Record, figure: Figure) -> None:
     views = ["plane", "known", "fresh"]
     if record.select(record.defenses[0], "tsne-x"):
         views.append("tsne")
@@ -367,8 +332,6 @@ def _in_plane(axes: Any, record: Record, name: str, image: int) -> None:
     for _, colour, (x, y, z, *_) in _runs(record, name, image, "x", "y", "loss-known"):
         axes.plot(x, y, z, color=COLOURS[colour], linestyle=LINES[colour], linewidth=1.1)
         axes.scatter(x[-1:], y[-1:], z[-1:], color=COLOURS[colour], marker=MARKERS[colour], s=22)
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     axes.set_xlabel("along DW", labelpad=-9, fontsize=7.5)
     axes.set_ylabel("EoT, beside DW", labelpad=-9, fontsize=7.5)
     axes.set_zlabel("loss, known draw", labelpad=-7, fontsize=7.5)
@@ -418,7 +381,7 @@ _PATHS: Mapping[str, Callable[[Any, Record, str, int], None]] = {
     "tsne": _embedded,
 }
 
-_DRAWN: Mapping[str, Callable[[Record, "Figure"], None]] = {
+_DRAWN: Mapping[str, Callable[[Record, Figure], None]] = {
     "trajectory": _trajectory,
     "landscape": _landscape,
     "eot-curve": _eot_curve,

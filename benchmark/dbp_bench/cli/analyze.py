@@ -66,7 +66,7 @@ def analyze(
     sets: Annotated[
         int | None, typer.Option(help="efficacy: known draws of the mean gradient.")
     ] = None,
-    figure: Annotated[bool, typer.Option(help="Also draw it; needs the extra `figures`.")] = True,
+    figure: Annotated[bool, typer.Option(help="Also draw it.")] = True,
     resume: Annotated[
         bool, typer.Option(help="Continue what is there; otherwise throw it away.")
     ] = True,
@@ -92,13 +92,6 @@ def analyze(
         "sets": sets,
     }
     given = {name: value for name, value in numbers.items() if value is not None}
-    if figure:
-        from dbp_bench.extras import BadExtra, load_extra
-
-        try:
-            load_extra("figures")
-        except BadExtra as error:
-            raise BadExtra(f"{error} Or take --no-figure: numbers only.") from None
     from dbp_bench.analyses.analyse import analyse
     from dbp_bench.analyses.record import Record
 

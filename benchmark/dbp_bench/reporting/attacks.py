@@ -1,13 +1,13 @@
 """Attacks on one defense side by side: their worst case, and third-party attacks against ours."""
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final, Literal
 
 import pandas as pd
 
 from dbp_bench.reporting.frames import Signed, cell, frame_of
-from dbp_bench.reporting.pool import Pool
+from dbp_bench.reporting.pool import Pool, strongest
 from dbp_bench.reporting.protocol import FORWARD
 from dbp_bench.reporting.statistics import Estimate, Score, proportion
 from dbp_bench.reporting.votes import worst_hidden, worst_known
@@ -99,16 +99,6 @@ def third_party(pools: Sequence[Pool], kinds: Mapping[str, Kind]) -> pd.DataFram
             }
         )
     return frame_of(rows)
-
-
-def strongest(pools: Iterable[Pool]) -> Pool | None:
-    """The attack that leaves least; of a tie, the one with fewest evaluations. None of none."""
-
-    def order(pool: Pool) -> tuple[float, float, str]:
-        evaluations = float("inf") if pool.evaluations is None else pool.evaluations
-        return float(pool.robust[0]), evaluations, pool.setting
-
-    return min(pools, key=order, default=None)
 
 
 def setting_of(pool: Pool) -> dict[str, object]:

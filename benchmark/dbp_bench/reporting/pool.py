@@ -1,6 +1,6 @@
 """The results of one defense under one threat model and attack, taken together over seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -243,6 +243,16 @@ def pooled(records: Sequence[Record]) -> list[Pool]:
         result = record.result
         groups.setdefault((result.defense, result.threat, result.label), []).append(record)
     return [Pool(groups[key]) for key in sorted(groups)]
+
+
+def strongest(pools: Iterable[Pool]) -> Pool | None:
+    """The attack that leaves least; of a tie, the one with fewest evaluations. None of none."""
+
+    def order(pool: Pool) -> tuple[float, float, str]:
+        evaluations = float("inf") if pool.evaluations is None else pool.evaluations
+        return float(pool.robust[0]), evaluations, pool.setting
+
+    return min(pools, key=order, default=None)
 
 
 def search_in_words(result: Result, effort: dict[str, object] | None = None) -> str:

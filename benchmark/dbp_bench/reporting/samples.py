@@ -5,8 +5,7 @@ They are 8-bit pictures for looking at, not data: no number comes from them. Nev
 
 import base64
 import binascii
-import struct
-import zlib
+import io
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
@@ -91,35 +90,21 @@ def samples_path(result: Path) -> Path:
     return result.with_name(f"samples-{result.name}")
 
 
-def png(rows: list[bytes], channels: int, *, stored: bool = False) -> bytes:
+def png(rows: list[bytes], channels: int) -> bytes:
     """A PNG file of 8-bit pixels, grey (one channel) or RGB (three).
 
     Args:
         rows: Rows of pixels, top to bottom, each with its channels together.
         channels: 1 or 3.
-        stored: Without compression, so that the bytes are the same whatever the zlib.
 
     Raises:
         ValueError: There are no pixels, or not the same number in every row.
     """
     if channels not in (1, 3) or not rows or len({len(row) for row in rows}) != 1 or not rows[0]:
         raise ValueError(f"{len(rows)} rows of pixels with {channels} channels: not a picture.")
-    width = len(rows[0]) // channels
-    raw = b"".join(b"\0" + row for row in rows)
-    body = _stored(raw) if stored else zlib.compress(raw, 9)
-    header = struct.pack(">IIBBBBB", width, len(rows), 8, 0 if channels == 1 else 2, 0, 0, 0)
-    return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
+    from PIL import Image
 
-
-def _chunk(kind: bytes, body: bytes) -> bytes:
-    check = struct.pack(">I", zlib.crc32(kind + body))
-    return struct.pack(">I", len(body)) + kind + body + check
-
-
-def _stored(raw: bytes) -> bytes:
-    """A zlib stream (RFC 1950) of stored blocks (RFC 1951, section 3.2.4)."""
-    blocks = [raw[i : i + 65535] for i in range(0, len(raw), 65535)]
-    out = b"\x78\x01"
-    for i, block in enumerate(blocks):
-        out += struct.pack("<BHH", i + 1 == len(blocks), len(block), len(block) ^ 0xFFFF) + block
-    return out + struct.pack(">I", zlib.adler32(raw))
+    size = (len(rows[0]) // channels, len(rows))
+    buffer = io.BytesIO()
+    Image.frombytes("RGB" if channels == 3 else "L", size, b"".join(rows)).save(buffer, "png")
+    return buffer.getvalue()

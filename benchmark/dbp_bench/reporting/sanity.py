@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dbp_bench.reporting.attacks import strongest
 from dbp_bench.reporting.findings import Findings
-from dbp_bench.reporting.pool import Pool
+from dbp_bench.reporting.pool import Pool, strongest
 from dbp_bench.reporting.protocol import KNOWN
 from dbp_bench.reporting.records import Record
 from dbp_bench.reporting.statistics import Estimate

@@ -1,417 +1,660 @@
-"""The figures of a track's page, as inline SVG. Colours are classes: the page's style says them."""
+"""The charts of a track's page, from its leaderboard; one without data says what would give it."""
 
-from base64 import b64encode
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Final, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, Final, NamedTuple
 
-from markupsafe import Markup
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator
+from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
-from dbp_bench.reporting.page.svg import CHARACTER, Box, Drawing, Scale, label, place, ticks
-from dbp_bench.reporting.samples import png
+from dbp_bench.reporting.findings import Findings
+from dbp_bench.reporting.leaderboard import Leaderboard, Row
+from dbp_bench.reporting.plotting import (
+    AMBER,
+    BLUE,
+    COLOURS,
+    GREY,
+    INK,
+    MARKERS,
+    MIST,
+    ORANGE,
+    PAPER,
+    SAND,
+    SKY,
+    on_page,
+)
+from dbp_bench.reporting.pool import Pool
+from dbp_bench.reporting.protocol import KNOWN
 from dbp_bench.reporting.statistics import Estimate
+from dbp_bench.result import Right, without_draws
 
-SHAPES: Final = 8
-"""Series that colour and shape tell apart."""
-
-
-# ------------------------------------------------------------------------------ the decomposition
+ARROWS: Final = (("ddpm", "addt"),)
+"""From a defense to the one that was trained from it."""
 
 
 @dataclass(frozen=True)
-class Split:
-    """One defense's bar, in fractions. What wasn't measured is null."""
+class Chart:
+    """One figure or several small ones under one title."""
 
-    name: str
-    clean: Estimate
-    base: float | None
-    """Accuracy of the base classifier."""
-    purification: Estimate | None
-    known: Estimate | None
-    """Accuracy with all draws known."""
-    stochasticity: Estimate | None
-    forward: float | None
-    """What hiding the forward noise adds; null where the stochasticity isn't split."""
-    reverse: float | None
-    hidden: Estimate | None
-    """Accuracy with all draws hidden."""
+    title: str
+    caption: str
+    drawings: Mapping[str, Figure]
+    """By what each shows."""
+    legend: Sequence[tuple[Artist, str]]
+    missing: str
+    """The command that gives the data, for where there is nothing to draw."""
 
 
-def decomposition(splits: Sequence[Split]) -> Markup:
-    """Stacked bars: base classifier, purification, forward and reverse noise; clean as outline."""
-    left, right, row, top = 132.0, 700.0, 34.0, 26.0
-    bottom = top + row * len(splits)
-    drawing = Drawing(
-        860, bottom + 40, "Robust accuracy split by where it comes from, one bar for each defense"
+def charts(board: Leaderboard) -> list[Chart]:
+    """All of them, in order."""
+    makers: tuple[Callable[[Leaderboard], Chart], ...] = (
+        _decomposition,
+        _hidden_against_known,
+        _eot,
+        _knowledge,
+        _image_by_image,
+        _eps,
+        _cost,
+        _effort,
     )
-    x = Scale(0, 1, left, right)
-    _hatch(drawing)
-    for tick in ticks(0, 1):
-        drawing.line(x(tick), top - 6, x(tick), bottom, "grid")
-        drawing.text(x(tick), bottom + 16, label(100 * tick), "tick", "middle")
-    drawing.text((left + right) / 2, bottom + 33, "accuracy, %", "axis", "middle")
-    drawing.text(right + 12, top - 12, "P", "head")
-    drawing.text(right + 84, top - 12, "S", "head")
-    for i, split in enumerate(splits):
-        y = top + row * i + 6
-        drawing.text(left - 10, y + 13, _short(split.name, 18), "name", "end")
-        at = 0.0
-        for kind, size in _parts(split):
-            start, end = sorted((at, at + size))
-            if end > start:
-                extra = " negative" if size < 0 else ""
-                drawing.add(
-                    "rect",
-                    x=x(start),
-                    y=y,
-                    width=x(end) - x(start),
-                    height=18,
-                    class_=f"part {kind}{extra}",
-                )
-                if size < 0:
-                    drawing.add(
-                        "rect",
-                        x=x(start),
-                        y=y,
-                        width=x(end) - x(start),
-                        height=18,
-                        fill="url(#hatch)",
-                    )
-            at += size
-        drawing.add(
-            "rect", x=x(0), y=y - 2, width=x(split.clean.value) - x(0), height=22, class_="outline"
-        )
-        if split.known is not None and split.purification is not None:
-            zero = split.known.value - split.purification.value
-            _whisker(drawing, x, split.purification, zero, y + 13)
-        if split.known is not None and split.stochasticity is not None:
-            _whisker(drawing, x, split.stochasticity, split.known.value, y + 5)
-        for place_, each in ((12, split.purification), (84, split.stochasticity)):
-            if each is not None:
-                drawing.text(right + place_, y + 13, f"{100 * each.value:.1f}", "value")
-    return drawing.markup()
+    with on_page():
+        return [make(board) for make in makers]
 
 
-def _parts(split: Split) -> list[tuple[str, float]]:
-    """Kind and size of each segment, from the left."""
-    parts: list[tuple[str, float]] = []
-    if split.base is not None and split.purification is not None:
-        parts += [("base", split.base), ("purification", split.purification.value)]
-    elif split.known is not None:
-        parts.append(("known", split.known.value))
-    if split.stochasticity is not None:
-        if split.forward is not None and split.reverse is not None:
-            parts += [("forward", split.forward), ("reverse", split.reverse)]
-        else:
-            parts.append(("unsplit", split.stochasticity.value))
-    elif split.known is None and split.hidden is not None:
-        parts.append(("unknown", split.hidden.value))
-    return parts
+def swatch(artist: Artist) -> Figure:
+    """The mark of a legend."""
+    bare = {"borderpad": 0, "borderaxespad": 0, "handletextpad": 0}
+    with on_page():
+        figure = _figure(22, 12)
+        figure.legend(handles=[artist], labels=[""], loc="center", handlelength=2, **bare)
+    return figure
 
 
-def _whisker(drawing: Drawing, x: Scale, part: Estimate, start: float, y: float) -> None:
-    low, high = x(start + part.low), x(start + part.high)
-    for kind in ("halo", "whisker"):
-        drawing.line(low, y, high, y, kind)
-        for end in (low, high):
-            drawing.line(end, y - 3, end, y + 3, kind)
+def _run(board: Leaderboard, *keys: str) -> str:
+    """The command that measures these columns."""
+    columns = {each.key: each.threat for each in board.protocol.columns}
+    threats = ",".join(columns[key] for key in keys if key in columns)
+    return f"dbp-bench run --track {board.track} --defense all --threat {threats or 'all'}"
 
 
-def _hatch(drawing: Drawing) -> None:
-    drawing.parts.append(
-        '<defs><pattern id="hatch" width="5" height="5" patternUnits="userSpaceOnUse" '
-        'patternTransform="rotate(45)"><line x1="0" y1="0" x2="0" y2="5" class="hatch"/>'
-        "</pattern></defs>"
+def _sweep(board: Leaderboard, over: str) -> str:
+    threat = next(
+        (each.threat for each in board.protocol.columns if each.key == "hidden"), "THREAT"
     )
+    return f"dbp-bench sweep DEFENSE --track {board.track} --threat {threat} --over {over}"
+
+
+# ---------------------------------------------------------------------------------------- drawing
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, in pixels of the page."""
+    return Figure(figsize=(width / 96, height / 96))
+
+
+def _axes(
+    width: float, height: float, *, left: float, right: float, top: float, bottom: float
+) -> Axes:
+    """The axes of a figure, with these margins, in pixels of the page."""
+    sides = (1 - (left + right) / width, 1 - (top + bottom) / height)
+    return _figure(width, height).add_axes((left / width, bottom / height, *sides))
+
+
+def _drawn(axes: Axes) -> Figure:
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    return figure
 
 
 def _short(name: str, most: int) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    """A name as it fits, without what no drawing can hold."""
+    shown = "".join(each if each.isprintable() else "\ufffd" for each in name)
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
-# -------------------------------------------------------------------------------------- one plane
+def _reach(estimates: Sequence[Estimate]) -> NDArray[np.float64]:
+    """How far each interval reaches below and above its value."""
+    return np.array([[e.value - e.low, e.high - e.value] for e in estimates]).T
 
 
-@dataclass(frozen=True)
-class Point:
-    """A defense in a plane, accuracies in fractions."""
+def _percent(estimate: Estimate) -> Estimate:
+    return Estimate(*(100 * each for each in (estimate.value, estimate.low, estimate.high)))
+
+
+def _look(style: int, *, joined: bool) -> dict[str, Any]:
+    """How the curve of this number is drawn."""
+    return {
+        "color": COLOURS[style % len(COLOURS)],
+        "marker": MARKERS[style % len(MARKERS)],
+        "markeredgecolor": PAPER,
+        "markeredgewidth": 0.5,
+        "linestyle": "-" if joined else "none",
+    }
+
+
+def _mark(style: int, *, joined: bool = True) -> Line2D:
+    return Line2D([], [], **_look(style, joined=joined))
+
+
+def _dashes(colour: str = INK) -> Line2D:
+    return Line2D([], [], color=colour, linestyle="--", linewidth=1)
+
+
+Bar = Mapping[str, Estimate | None]
+"""What is known of one defense, by the leaderboard's names."""
+
+_PARTS: Final = {
+    "base": (GREY, "base classifier"),
+    "purification": (BLUE, "purification, P"),
+    "known": (SKY, "left with all noise known"),
+    "forward": (AMBER, "hidden forward noise"),
+    "reverse": (SAND, "hidden reverse noise"),
+    "unsplit": (AMBER, "hidden noise, not split"),
+    "unknown": (MIST, "not split: known draws were not measured"),
+}
+"""The parts of a bar, from the left: colour, and what each is."""
+
+
+def parts(bar: Bar) -> dict[str, float]:
+    """The size of each part of a bar, from the left."""
+    known, stochasticity = bar["all_known"], bar["stochasticity"]
+    sizes = {
+        "base": bar["base"] if bar["purification"] else None,
+        "purification": bar["purification"] if bar["base"] else None,
+    }
+    if not all(sizes.values()):
+        sizes = {"known": known}
+    forward, reverse = bar["stochasticity_forward"], bar["stochasticity_reverse"]
+    if stochasticity and forward and reverse:
+        sizes |= {"forward": forward, "reverse": reverse}
+    elif stochasticity:
+        sizes |= {"unsplit": stochasticity}
+    elif not known:
+        sizes |= {"unknown": bar["hidden"]}
+    return {kind: size.value for kind, size in sizes.items() if size is not None}
+
+
+def decomposition(bars: Mapping[str, Bar]) -> Figure:
+    """A stacked bar for each defense; its clean accuracy is an outline, a negative part hatched."""
+    margins = {"left": 150.0, "right": 140.0, "top": 24.0, "bottom": 42.0}
+    axes = _axes(860, 66 + 34 * len(bars), **margins)
+    beside = axes.get_yaxis_transform()
+    for x, heading in ((1.02, "P"), (1.13, "S")):
+        axes.text(x, 1.01, heading, transform=axes.transAxes, weight="bold")
+    for y, bar in enumerate(bars.values()):
+        start = 0.0
+        for kind, size in parts(bar).items():
+            colour, hatch = _PARTS[kind][0], "////" if size < 0 else None
+            look = {"color": colour, "edgecolor": PAPER, "linewidth": 0.6, "hatch": hatch}
+            axes.barh(y, 100 * size, 0.52, left=100 * start, **look)
+            start += size
+        if (clean := bar["clean"]) is not None:
+            outline = {"facecolor": "none", "edgecolor": GREY, "linestyle": "--"}
+            axes.barh(y, 100 * clean.value, 0.66, linewidth=0.8, **outline)
+        p, s, known = bar["purification"], bar["stochasticity"], bar["all_known"]
+        for part, x, up in ((p, 1.02, 0.12), (s, 1.13, -0.12)):
+            if part is not None and known is not None:
+                end = known.value + (part.value if part is s else 0)
+                _whisker(axes, end, part, y + up)
+                axes.text(x, y, f"{100 * part.value:.1f}", transform=beside, va="center")
+    axes.set(xlim=(0, 100), ylim=(len(bars) - 0.5, -0.5), xlabel="accuracy, %")
+    axes.set_yticks(range(len(bars)), [_short(name, 18) for name in bars])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.spines["left"].set_visible(False)
+    return _drawn(axes)
+
+
+def _whisker(axes: Axes, end: float, part: Estimate, y: float) -> None:
+    """The interval of a part around its right end, on whatever colour is below."""
+    lines = axes.errorbar(
+        100 * end,
+        y,
+        xerr=100 * _reach([part]),
+        fmt="none",
+        color=INK,
+        elinewidth=1.1,
+        capsize=2,
+    )
+    for line in (*lines[1], *lines[2]):
+        line.set_path_effects([withStroke(linewidth=2.6, foreground=PAPER)])
+
+
+class Point(NamedTuple):
+    """A defense in a plane, in units of the axes."""
 
     name: str
-    x: float
+    x: Estimate
     y: Estimate
-    spread: Estimate | None = None
-    """The interval of x, where it has one."""
     control: bool = False
+
+
+_POINTS: Final = {
+    False: Line2D([], [], color=BLUE, marker="o", linestyle="none"),
+    True: Line2D([], [], color=GREY, marker="s", linestyle="none"),
+}
+"""Whether a point is a control, and its mark in a legend."""
 
 
 def plane(
     points: Sequence[Point],
-    arrows: Sequence[tuple[str, str]],
-    title: str,
     x_name: str,
     y_name: str,
     *,
-    percent: bool = True,
-) -> Markup:
-    """Points with intervals; where both axes are accuracies (`percent`), with the diagonal."""
-    drawing = Drawing(620, 430, title)
-    frame = Box(64, 14, 606, 372)
-    tops = [each.high for p in points for each in (p.y, p.spread) if each is not None]
-    top = min(1.0, max([0.05, *tops]) * 1.1)
-    y = Scale(0, top, frame.y2, frame.y1)
-    if percent:
-        x = Scale(0, top, frame.x1, frame.x2)
-    else:
-        widest = max([1.0, *(p.x for p in points)])
-        x = Scale(-0.04 * widest, 1.08 * widest, frame.x1, frame.x2)
-    factor = 100 if percent else 1
-    for tick in ticks(0, top):
-        drawing.line(frame.x1, y(tick), frame.x2, y(tick), "grid")
-        drawing.text(frame.x1 - 7, y(tick) + 4, label(100 * tick), "tick", "end")
-    for tick in ticks(0, x.high):
-        drawing.line(x(tick), frame.y1, x(tick), frame.y2, "grid")
-        drawing.text(x(tick), frame.y2 + 17, label(factor * tick), "tick", "middle")
-    drawing.text((frame.x1 + frame.x2) / 2, frame.y2 + 40, x_name, "axis", "middle")
-    drawing.add(
-        "text",
-        y_name,
-        transform=f"translate(16 {(frame.y1 + frame.y2) / 2:.0f}) rotate(-90)",
-        class_="axis",
-        text_anchor="middle",
-    )
-    if percent:
-        drawing.line(x(0), y(0), x(top), y(top), "diagonal")
-    at = {p.name: (x(p.x), y(p.y.value)) for p in points}
+    diagonal: bool = False,
+    arrows: Sequence[tuple[str, str]] = (),
+) -> Figure:
+    """Named points with intervals; both axes are alike where there is a `diagonal`."""
+    axes = _axes(620, 430, left=64, right=14, top=14, bottom=58)
+    for point in points:
+        mark = _POINTS[point.control]
+        axes.errorbar(
+            point.x.value,
+            point.y.value,
+            _reach([point.y]),
+            _reach([point.x]),
+            fmt=str(mark.get_marker()),
+            color=mark.get_color(),
+            markeredgecolor=PAPER,
+            markersize=6,
+            ecolor=GREY,
+            elinewidth=0.9,
+            clip_on=False,
+        )
+    highs = [e.high for p in points for e in ((p.x, p.y) if diagonal else (p.y,))]
+    top, wide = min(100.0, 1.1 * max(5.0, *highs)), max(1.0, *(p.x.value for p in points))
+    axes.set(ylim=(0, top), xlim=(0, top) if diagonal else (-0.04 * wide, 1.08 * wide))
+    axes.set(xlabel=x_name, ylabel=y_name)
+    axes.locator_params(steps=[1, 2, 5, 10])
+    if diagonal:
+        axes.axline((0, 0), slope=1, color=GREY, linestyle="--", linewidth=1)
+    at = {point.name: (point.x.value, point.y.value) for point in points}
     for source, target in arrows:
-        if source in at and target in at and at[source] != at[target]:
-            _arrow(drawing, at[source], at[target])
-    for p in points:
-        px, py = at[p.name]
-        drawing.line(px, y(max(0.0, p.y.low)), px, y(p.y.high), "spread")
-        if p.spread is not None:
-            drawing.line(x(max(0.0, p.spread.low)), py, x(p.spread.high), py, "spread")
-    for p in points:
-        kind = "point control" if p.control else "point"
-        drawing.mark(*at[p.name], 1 if p.control else 0, kind, 4.5)
-    texts = [_short(p.name, 24) for p in points]
-    for (px, py), text, (tx, ty, far) in zip(
-        at.values(), texts, place(list(at.values()), texts, frame), strict=True
-    ):
-        if far:
-            end = min(max(px, tx), tx + CHARACTER * len(text))
-            drawing.line(px, py, end, min(max(py, ty - 10), ty), "leader")
-        drawing.text(tx, ty, text, "label")
-    return drawing.markup()
+        look = {"arrowstyle": "->", "color": ORANGE, "linewidth": 1.5, "shrinkA": 5, "shrinkB": 5}
+        axes.annotate("", at[target], at[source], arrowprops=look)
+    _write_names(axes, at)
+    return _drawn(axes)
 
 
-def _arrow(drawing: Drawing, start: tuple[float, float], end: tuple[float, float]) -> None:
-    dx, dy = end[0] - start[0], end[1] - start[1]
-    length = (dx * dx + dy * dy) ** 0.5
-    if length < 20:
-        return
-    ux, uy = dx / length, dy / length
-    x1, y1 = start[0] + 7 * ux, start[1] + 7 * uy
-    x2, y2 = end[0] - 8 * ux, end[1] - 8 * uy
-    drawing.line(x1, y1, x2, y2, "arrow")
-    for side in (1, -1):
-        drawing.line(x2, y2, x2 - 8 * ux + side * 4 * -uy, y2 - 8 * uy + side * 4 * ux, "arrow")
+_DIRECTIONS: Final = (
+    *((1, 0), (-1, 0), (0.7, -0.7), (0.7, 0.7), (-0.7, -0.7), (-0.7, 0.7), (0, -1), (0, 1)),
+)
 
 
-# ----------------------------------------------------------------------------------- small panels
+def _write_names(axes: Axes, at: Mapping[str, tuple[float, float]]) -> None:
+    """Write each name near its point, clear of all points and of the names before."""
+    size = _drawn(axes).dpi / 72 * 4
+    centres = axes.transData.transform(list(at.values()))
+    taken = [Bbox.from_bounds(x - size, y - size, 2 * size, 2 * size) for x, y in centres]
+    for name, point in at.items():
+        text = axes.annotate(_short(name, 24), point, (8, 0), textcoords="offset points")
+        for far, (dx, dy) in product(range(8, 150, 7), _DIRECTIONS):
+            side = "left" if dx > 0 else "right" if dx < 0 else "center"
+            text.set(position=(far * dx, far * dy), ha=side, va="center")
+            box = text.get_window_extent()
+            inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
+            if inside and not box.count_overlaps(taken):
+                break
+        taken.append(box)
+        if far > 16:
+            line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+            place = text.get_position()
+            axes.annotate("", point, place, textcoords="offset points", arrowprops=line)
 
 
-@dataclass(frozen=True)
-class Series:
-    """Points of one kind, joined by a line."""
+class Curve(NamedTuple):
+    """Points of one kind: where on the axis, and the accuracy there."""
 
-    name: str
     style: int
-    """Its colour and shape: a number below :data:`SHAPES`."""
     points: Sequence[tuple[float, Estimate]]
     joined: bool = True
 
 
 @dataclass(frozen=True)
-class Level:
-    """A horizontal line to hold points against."""
+class Panel:
+    """One of several small figures."""
 
-    name: str
-    value: float
+    curves: list[Curve] = field(default_factory=list)
+    level: float | None = None
+    """A fraction to hold the curves against."""
+
+    @property
+    def xs(self) -> list[float]:
+        """Where points are."""
+        return sorted({x for curve in self.curves for x, _ in curve.points})
 
 
-Axis = Literal["linear", "log", "names"]
-
-
-def panel(
-    title: str,
-    series: Sequence[Series],
-    levels: Sequence[Level],
-    *,
-    axis: Axis,
-    x_name: str,
-    top: float,
-    names: Sequence[str] = (),
-    low: float | None = None,
-    high: float | None = None,
-) -> Markup:
-    """One of several small figures with the same axes.
+def panels(
+    found: Mapping[str, Panel], x_name: str, *, log: bool = False, names: Sequence[str] = ()
+) -> dict[str, Figure]:
+    """Small figures of one height; on a logarithmic axis, also of one width.
 
     Args:
-        title: Above the panel.
-        series: What is drawn.
-        levels: Horizontal lines.
-        axis: How x is laid out; `names`: at 0, 1, ..., with `names` below.
-        x_name: Below the axis.
-        top: The highest accuracy of all panels, a fraction.
-        names: The names of the places on an axis of names.
-        low: The least x of all panels; of this one if not given.
-        high: The largest x.
+        found: By defense.
+        x_name: What the axis is.
+        log: Whether it is logarithmic, which a zero forbids.
+        names: What the places 0, 1, ... of the axis are called, if they are no numbers.
     """
-    drawing = Drawing(272, 216, f"{title}: accuracy against {x_name}")
-    frame = Box(38, 26, 264, 168)
-    xs = [x for each in series for x, _ in each.points]
-    if axis == "names":
-        x = Scale(-0.35, len(names) - 0.65, frame.x1, frame.x2)
-    else:
-        least = min(xs) if low is None else low
-        most = max(xs) if high is None else high
-        # A logarithm has no 0; a single value has no span.
-        log = axis == "log" and least > 0
-        if most == least:
-            least, most = (least / 2, most * 2) if log else (least - 0.5, most + 0.5)
-        inset = 12.0
-        x = Scale(least, most, frame.x1 + inset, frame.x2 - inset, log)
-    y = Scale(0, top, frame.y2, frame.y1)
-    drawing.text(frame.x1, 15, _short(title, 34), "head")
-    for tick in ticks(0, top, 4):
-        drawing.line(frame.x1, y(tick), frame.x2, y(tick), "grid")
-        drawing.text(frame.x1 - 6, y(tick) + 4, label(100 * tick), "tick", "end")
-    if axis == "names":
-        for i, name in enumerate(names):
-            drawing.text(x(i), frame.y2 + 16, name, "tick", "middle")
-    else:
-        for value in _apart(_marked(xs, x), x):
-            drawing.line(x(value), frame.y2, x(value), frame.y2 + 4, "baseline")
-            drawing.text(x(value), frame.y2 + 16, label(value), "tick", "middle")
-    drawing.text((frame.x1 + frame.x2) / 2, frame.y2 + 36, x_name, "axis", "middle")
-    drawing.line(frame.x1, frame.y2, frame.x2, frame.y2, "baseline")
-    for level in levels:
-        drawing.line(frame.x1, y(level.value), frame.x2, y(level.value), "level")
-    for each in series:
-        style = f"s{each.style % SHAPES}"
-        at = [(x(value), y(estimate.value)) for value, estimate in each.points]
-        if each.joined and len(at) > 1:
-            drawing.path(at, f"curve {style}")
-        for (px, py), (_, estimate) in zip(at, each.points, strict=True):
-            drawing.line(px, y(estimate.low), px, y(estimate.high), f"spread {style}")
-            drawing.mark(px, py, each.style, f"dot {style}", 3.6)
-    return drawing.markup()
+    highs = [e.high for each in found.values() for curve in each.curves for _, e in curve.points]
+    levels = [each.level for each in found.values() if each.level is not None]
+    top = min(100.0, 108 * max([0.1, *highs, *levels]))
+    every = [x for each in found.values() for x in each.xs]
+    figures = {}
+    for name, each in found.items():
+        axes = _axes(272, 216, left=40, right=8, top=26, bottom=48)
+        axes.set_title(_short(name, 34), loc="left", weight="bold", size=9)
+        for curve in each.curves:
+            values = [_percent(estimate) for _, estimate in curve.points]
+            axes.errorbar(
+                [x for x, _ in curve.points],
+                [value.value for value in values],
+                _reach(values),
+                elinewidth=1,
+                clip_on=False,
+                **_look(curve.style, joined=curve.joined),
+            )
+        if each.level is not None:
+            axes.axhline(100 * each.level, color=INK, linestyle="--", linewidth=1)
+        if names:
+            axes.set_xlim(-0.35, len(names) - 0.65)
+            axes.set_xticks(range(len(names)), names)
+        elif log and min(every) > 0:
+            _make_logarithmic(axes, each.xs, every)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set(ylim=(0, top), xlabel=x_name)
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.grid(visible=False, axis="x")
+        figures[name] = _drawn(axes)
+    return figures
 
 
-def _marked(xs: Sequence[float], x: Scale) -> list[float]:
-    """The values that are drawn, where there are few, else round ones."""
-    values = sorted(set(xs))
-    decades = [10.0**k for k in range(-6, 13) if x.low <= 10.0**k <= x.high] if x.log else []
-    if len(decades) > 1 and not all(value in decades or value < 1e3 for value in values):
-        return decades
-    if len(values) <= 6 or x.log:
-        return values
-    return ticks(x.low, x.high, 4)
+def _make_logarithmic(axes: Axes, own: Sequence[float], every: Sequence[float]) -> None:
+    """Scale the axis of a panel from the least of all values, and name its own if they are few."""
+    least, most = min(every), max(every)
+    wide = most / least
+    axes.set(xscale="log", xlim=(least / 1.2, most * 1.2))
+    apart: list[float] = []
+    for x in reversed(own):
+        if not apart or apart[-1] / x >= wide**0.11:
+            apart.append(x)
+    few = FixedLocator(apart[::-1]) if len(own) <= 6 else None
+    axes.xaxis.set_major_locator(few or LogLocator(subs=(1,) if wide >= 30 else (1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.minorticks_off()
 
 
-def _apart(values: Sequence[float], x: Scale) -> list[float]:
-    """Those whose texts don't touch; the largest always."""
-    kept: list[float] = []
-    for value in reversed(values):
-        half = 3.4 * len(label(value)) + 3
-        if not kept or x(kept[-1]) - x(value) >= half + 3.4 * len(label(kept[-1])):
-            kept.append(value)
-    return kept[::-1]
-
-
-def swatch(style: int) -> Markup:
-    """The mark of a series, for a legend."""
-    drawing = Drawing(22, 12, "")
-    drawing.path([(0, 6), (22, 6)], f"curve s{style % SHAPES}")
-    drawing.mark(11, 6, style, f"dot s{style % SHAPES}", 3.6)
-    return _silent(drawing.markup())
-
-
-def swatch_of(kind: str) -> Markup:
-    """A patch, line or outline of the decomposition or a panel, for a legend."""
-    drawing = Drawing(22, 12, "")
-    if kind in ("level", "diagonal", "arrow"):
-        drawing.line(0, 6, 22, 6, kind)
-    elif kind == "outline":
-        drawing.add("rect", x=1, y=1, width=20, height=10, class_="outline")
-    elif kind in ("point", "point control"):
-        drawing.mark(11, 6, int(kind != "point"), kind, 4.5)
-    else:
-        drawing.add("rect", x=0, y=0, width=22, height=12, class_=f"part {kind}")
-    return _silent(drawing.markup())
-
-
-def _silent(svg: Markup) -> Markup:
-    """Without a name: the text beside a legend's mark says it."""
-    return Markup(str(svg).replace('role="img" aria-label=""', 'aria-hidden="true"'))
-
-
-# ---------------------------------------------------------------------------------- image by image
-
-WRONG: Final = (213, 94, 0)
-MIDDLE: Final = (236, 236, 236)
-RIGHT: Final = (0, 114, 178)
+_SHARES: Final = LinearSegmentedColormap.from_list("right", ["#d55e01", "#ececec", "#0072b3"])
+"""The colours of shares of draws: none, half, all. No dark page changes them, nor the picture."""
 _COLUMNS: Final = 480
 """More images than this are averaged with their neighbours."""
 
 
-def strips(title: str, rows: Mapping[str, Sequence[float]]) -> Markup:
+def strips(name: str, rows: Mapping[str, NDArray[np.float64]]) -> Figure:
     """One column for each image, one row for each setting: the share of draws that are right.
 
     Args:
-        title: The title of the figure.
-        rows: By setting; the images in the same order everywhere, best first in the first row
-            (those that tie by the next ones).
+        name: The defense.
+        rows: By setting; the images in the same order everywhere. They are drawn best first in the
+            first row, those that tie by the next ones.
     """
-    height, left, width = 15, 104.0, 490.0
-    order = sorted(
-        range(len(next(iter(rows.values())))), key=lambda i: [-v[i] for v in rows.values()]
+    shares = np.array(list(rows.values()))
+    shares = shares[:, np.lexsort(-shares[::-1])]
+    if (images := shares.shape[1]) > _COLUMNS:
+        starts = np.arange(_COLUMNS) * images // _COLUMNS
+        shares = np.add.reduceat(shares, starts, axis=1) / np.diff(starts, append=images)
+    axes = _axes(596, 26 + 16 * len(rows), left=104, right=2, top=24, bottom=2)
+    axes.set_title(_short(name, 60), loc="left", weight="bold", size=9)
+    axes.imshow(shares, _SHARES, vmin=0, vmax=1, aspect="auto", interpolation="none")
+    axes.set_yticks(range(len(rows)), [_short(name, 15) for name in rows])
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    for i in range(1, len(rows)):
+        axes.axhline(i - 0.5, color=PAPER, linewidth=1.5)
+    return _drawn(axes)
+
+
+# ----------------------------------------------------------------------------------------- charts
+
+
+def _decomposition(board: Leaderboard) -> Chart:
+    bars = {
+        row.defense: row.estimates
+        for row in board.rows
+        if row.estimates["clean"] and (row.estimates["hidden"] or row.estimates["all_known"])
+    }
+    shown = {kind for bar in bars.values() for kind in parts(bar)}
+    kinds = [(Patch(color=c), said) for kind, (c, said) in _PARTS.items() if kind in shown]
+    outline = Patch(facecolor="none", edgecolor=GREY, linestyle="--")
+    return Chart(
+        title="Where the robustness comes from",
+        caption="Each bar ends at the accuracy with no draw known. What is left with all noise "
+        "known, above the base classifier, is purification (P); what hiding the noise adds "
+        "is stochasticity (S), split between forward and all other noise by the Shapley value. "
+        "Lines: intervals of P and of S. Hatched: a negative part.",
+        drawings={"one bar for each defense": decomposition(bars)} if bars else {},
+        legend=[*kinds, (outline, "clean accuracy")],
+        missing=_run(board, *KNOWN),
     )
-    sorted_rows = [_binned([values[i] for i in order]) for values in rows.values()]
-    pixels = [b"".join(bytes(shade(value)) for value in row) for row in sorted_rows]
-    drawing = Drawing(
-        left + width + 2, 24 + height * len(rows), f"{title}: share of draws right, image by image"
+
+
+def _hidden_against_known(board: Leaderboard) -> Chart:
+    points = [
+        Point(row.defense, _percent(known), _percent(hidden), row.kind == "control")
+        for row in board.rows
+        if (hidden := row.estimates["hidden"]) and (known := row.estimates["all_known"])
+    ]
+    names = {point.name for point in points}
+    arrows = [pair for pair in ARROWS if names.issuperset(pair)]
+    axes = ("accuracy with all noise known, %", "accuracy with no draw known, %")
+    drawing = plane(points, *axes, diagonal=True, arrows=arrows) if points else None
+    said = ", ".join(" to ".join(pair) for pair in arrows)
+    return Chart(
+        title="Hidden against known",
+        caption="The height above the diagonal is what hiding the noise adds; to the right is what "
+        "purification gives by itself. Lines through the points: intervals.",
+        drawings={" against ".join(reversed(axes)): drawing} if drawing else {},
+        legend=[
+            (_POINTS[False], "defense"),
+            (_POINTS[True], "control"),
+            (_dashes(GREY), "hiding the noise adds nothing"),
+            *([(Line2D([], [], color=ORANGE), f"trained from: {said}")] if said else []),
+        ],
+        missing=_run(board, "hidden", "all_known"),
     )
-    drawing.text(0, 14, _short(title, 60), "head")
-    data = b64encode(png(pixels, 3, stored=True)).decode()
-    drawing.add(
-        "image",
-        x=left,
-        y=22,
-        width=width,
-        height=height * len(rows),
-        href=f"data:image/png;base64,{data}",
-        preserveAspectRatio="none",
-        class_="pixels",
+
+
+def _eot(board: Leaderboard) -> Chart:
+    found = {}
+    swept = False
+    for row in board.rows:
+        points = _eot_points(row, board)
+        curves = [Curve(0, points)] if len(points) > 1 else []
+        for each in board.sweeps:
+            if each.defense == row.defense and each.axis == "eot" and (at := _measured(each)):
+                swept = True
+                curves.append(Curve(1, at))
+        if curves:
+            found[row.defense] = Panel(curves, _value(row.estimates["all_known"]))
+    return Chart(
+        title="Accuracy against EoT",
+        caption="More gradient draws per step (EoT samples) bring an attacker who knows no draw "
+        "nearer to one who knows all of them. Efforts differ along the axis.",
+        drawings=panels(found, "EoT samples per step", log=True),
+        legend=[
+            (_mark(0), "results, same search but for EoT"),
+            *([(_mark(1), "sweeps, on their own images and draws")] if swept else []),
+            (_dashes(), "all noise known"),
+        ],
+        missing=_sweep(board, "eot=1,10,40"),
     )
-    for i, name in enumerate(rows):
-        drawing.text(left - 8, 22 + height * i + 11, _short(name, 15), "tick", "end")
-        if i:
-            drawing.line(left, 22 + height * i, left + width, 22 + height * i, "gap")
-    return drawing.markup()
 
 
-def shade(share: float) -> tuple[int, int, int]:
-    """The colour of a share: orange for wrong, blue for right, by way of grey."""
-    start, end, t = (WRONG, MIDDLE, 2 * share) if share < 0.5 else (MIDDLE, RIGHT, 2 * share - 1)
-    r, g, b = (round(a + (z - a) * t) for a, z in zip(start, end, strict=True))
-    return r, g, b
+def _eot_points(row: Row, board: Leaderboard) -> list[tuple[float, Estimate]]:
+    """Results that know nothing, and differ in EoT only."""
+    own = row.columns.get("hidden")
+    if own is None or not own.sites:
+        return []
+    alike = [
+        pool
+        for pool in _pools(row, board)
+        if not pool.knows
+        and (pool.any.attack, pool.any.gradient) == (own.any.attack, own.any.gradient)
+        and without_draws(pool.any.effort) == without_draws(own.any.effort)
+        and isinstance(pool.any.effort.get("eot"), int)
+    ]
+    by_eot = {pool.any.effort["eot"]: pool for pool in alike}
+    return [(eot, by_eot[eot].left) for eot in sorted(by_eot)]
 
 
-def _binned(values: Sequence[float]) -> list[float]:
-    n = len(values)
-    if n <= _COLUMNS:
-        return list(values)
-    bounds = [i * n // _COLUMNS for i in range(_COLUMNS + 1)]
-    return [sum(values[a:b]) / (b - a) for a, b in pairwise(bounds)]
+def _pools(row: Row, board: Leaderboard) -> list[Pool]:
+    """All results of a defense at the leaderboard's eps."""
+    return [
+        pool
+        for pool, _ in board.pools
+        if pool.any.defense == row.defense and pool.any.eps == board.eps > 0
+    ]
+
+
+_KNOWLEDGE: Final = dict(zip(KNOWN, ("none", "forward", "reverse", "all"), strict=True))
+
+
+def _knowledge(board: Leaderboard) -> Chart:
+    found = {}
+    for row in board.rows:
+        points = [(i, e) for i, key in enumerate(KNOWN) if (e := row.estimates[key]) is not None]
+        if row.sites and len(points) > 1:
+            found[row.defense] = Panel([Curve(0, points)], _value(row.estimates["base"]))
+    return Chart(
+        title="Accuracy against what the attacker knows",
+        caption="At equal effort. Reverse stands for all noise but the forward noise.",
+        drawings=panels(found, "noise that is known", names=list(_KNOWLEDGE.values())),
+        legend=[(_mark(0), "accuracy"), (_dashes(), "base classifier")],
+        missing=_run(board, *KNOWN),
+    )
+
+
+def _image_by_image(board: Leaderboard) -> Chart:
+    drawings = {}
+    for row in board.rows:
+        pools = {key: row.columns[key] for key in KNOWN if key in row.columns}
+        # A result that serves several columns is shown once, under its own name.
+        own_last = sorted(pools, key=lambda key: key not in row.served_by)
+        shown = {pools[key]: key for key in own_last}
+        rows = {
+            f"{_KNOWLEDGE[key]} known": _right(pool.right("adversarial"))
+            for key, pool in pools.items()
+            if shown[pool] == key
+        }
+        rows["clean"] = _right(pools.get("hidden", row.columns["clean"]).right("clean"))
+        if len(rows) > 1:
+            drawings[row.defense] = strips(row.defense, rows)
+    shares = {"right at every draw": 1.0, "at half of them": 0.5, "at none": 0.0}
+    return Chart(
+        title="Image by image",
+        caption="One column for each image, in the same order in all rows of a defense: by the "
+        "first row, then by the next ones. The colour is the share of draws at which the image is "
+        "classified right. A defense without chance makes a step, one that lives on it a slope.",
+        drawings=drawings,
+        legend=[(Patch(color=_SHARES(share)), said) for said, share in shares.items()],
+        missing=_run(board, "hidden", "all_known"),
+    )
+
+
+def _right(tables: Sequence[Right]) -> NDArray[np.float64]:
+    """The share of draws, over all seeds, at which each image is right."""
+    shares: NDArray[np.float64] = np.concatenate(tables, axis=1).mean(axis=1)
+    return shares
+
+
+def _eps(board: Leaderboard) -> Chart:
+    found: dict[str, Panel] = {}
+    settings: dict[str, int] = {}
+    for each in board.sweeps:
+        if each.axis == "eps" and (at := _measured(each)):
+            style = settings.setdefault(each.setting, len(settings))
+            before = found.get(each.defense, Panel(level=each.chance))
+            level = max(each.chance, before.level or 0.0)
+            found[each.defense] = Panel([*before.curves, Curve(style, at)], level)
+    return Chart(
+        title="Accuracy against eps",
+        caption="Down to the end point: at the largest eps any image can become plain grey, and no "
+        "more than chance may be left; more than that is a masked gradient.",
+        drawings=panels(found, f"eps, {board.norm}"),
+        legend=[
+            *((_mark(style), setting) for setting, style in settings.items()),
+            (_dashes(), "chance, where noise is hidden"),
+        ],
+        missing=_sweep(board, "eps=0.1,0.2,0.3,0.5"),
+    )
+
+
+def _cost(board: Leaderboard) -> Chart:
+    points = [
+        Point(row.defense, Estimate(*[row.nfe] * 3), _percent(hidden), row.kind == "control")
+        for row in board.rows
+        if (hidden := row.estimates["hidden"])
+    ]
+    axes = (
+        "NFE, calls of the denoising networks in one purification",
+        "accuracy with no draw known, %",
+    )
+    return Chart(
+        title="What a defense costs",
+        caption="Calls of the denoising networks to purify one image.",
+        drawings={"accuracy with no draw known against NFE": plane(points, *axes)}
+        if points
+        else {},
+        legend=[(_POINTS[False], "defense"), (_POINTS[True], "control")],
+        missing=_run(board, "hidden"),
+    )
+
+
+def _effort(board: Leaderboard) -> Chart:
+    found = {}
+    for row in board.rows:
+        points: dict[str, list[tuple[float, Estimate]]] = {}
+        for pool in _pools(row, board):
+            if pool.evaluations:
+                known = pool.knowledge if pool.knowledge in ("none", "all") else "some"
+                points.setdefault(known, []).append((pool.evaluations, pool.left))
+        panel = Panel(
+            [
+                Curve(style, points[name], joined=False)
+                for style, name in enumerate(("none", "all", "some"))
+                if name in points
+            ]
+        )
+        if len(panel.xs) > 1:
+            found[row.defense] = panel
+    legend = ("no draw known", "all noise known", "some noise known")
+    return Chart(
+        title="What an attack costs",
+        caption="Every attack that was run, by the evaluations of its search for one image, with "
+        "and without a gradient; the table of other attacks names them. Efforts differ along the "
+        "axis.",
+        drawings=panels(found, "evaluations of the search", log=True),
+        legend=[(_mark(style, joined=False), said) for style, said in enumerate(legend)],
+        missing=_run(board, "hidden", "all_known"),
+    )
+
+
+def _value(estimate: Estimate | None) -> float | None:
+    return None if estimate is None else estimate.value
+
+
+def _measured(found: Findings) -> list[tuple[float, Estimate]]:
+    """The points of a sweep that have an accuracy."""
+    return [(float(v.value), v.accuracy) for v in found.values if v.accuracy is not None]

@@ -16,7 +16,8 @@ from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult
 from dbp_bench.reporting.leaderboard import BASE, NULL, Leaderboard, Row
 from dbp_bench.reporting.literature import Paper, Published, published
-from dbp_bench.reporting.page.figures import figures
+from dbp_bench.reporting.page.charts import charts, swatch
+from dbp_bench.reporting.plotting import dark_css, to_svg
 from dbp_bench.reporting.pool import Pool, search_in_words
 from dbp_bench.reporting.protocol import KNOWN
 from dbp_bench.reporting.records import Record
@@ -90,7 +91,7 @@ def to_html(
     board: Leaderboard, material: Material | None = None, registry: Registry | None = None
 ) -> str:
     """The page of a track, which needs nothing but itself; every name in it is escaped."""
-    style, script = (_text(name) for name in ("style.css", "script.js"))
+    style, script = _text("style.css") + dark_css(), _text("script.js")
     page = _Page(board, material or Material(), registry or Registry())
     return _template().render(
         board=board,
@@ -104,7 +105,9 @@ def to_html(
         groups=_groups(board),
         lines=[page.line(row) for row in board.rows],
         sites=sorted({site for row in board.rows for site in row.sites}),
-        figures=figures(board),
+        charts=charts(board),
+        to_svg=to_svg,
+        swatch=swatch,
         others=page.others(),
         draws=_draws(board),
         metrics=_metric_names(board),
