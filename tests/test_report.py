@@ -14,8 +14,9 @@ from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult, NotComparable
 from dbp_bench.reporting import rendering
 from dbp_bench.reporting.badge import Compared, Verification
+from dbp_bench.reporting.columns import derived
 from dbp_bench.reporting.frames import read_csv, to_csv
-from dbp_bench.reporting.leaderboard import Leaderboard, Row, decompose, leaderboard
+from dbp_bench.reporting.leaderboard import Leaderboard, Row, leaderboard
 from dbp_bench.reporting.pool import accuracies
 from dbp_bench.reporting.records import load
 from dbp_bench.reporting.report import outcomes_csv, write_leaderboards
@@ -88,11 +89,14 @@ def row_of(board: Leaderboard, defense: str) -> Row:
 
 # --- Decomposition --------------------------------------------------------------------------------
 
+SPLIT = ("base", "hidden", "forward_known", "reverse_known", "all_known")
+
 
 def test_the_papers_numbers() -> None:
     """DDPM on CIFAR-10 in the paper that introduced DW-box, on a classifier that keeps nothing."""
     constant = [np.full(3, x) for x in (0.0, 47.27, 45.41, 35.25, 16.80)]
-    parts = {key: float(x[0]) for key, x in decompose(*constant).items() if x is not None}
+    found = derived(dict(zip(SPLIT, constant, strict=True)))
+    parts = {key: float(x[0]) for key, x in found.items() if x is not None}
     assert parts == pytest.approx(
         {
             "purification": 16.80,
@@ -110,7 +114,7 @@ def test_parts_add_up_in_every_resample() -> None:
     bootstrap = Bootstrap(50)
     quantities = [bootstrap.mean(rng.integers(0, 4, 50), 3) for _ in range(5)]
     zero, hidden, _, _, known = quantities
-    parts = decompose(*quantities)
+    parts = derived(dict(zip(SPLIT, quantities, strict=True)))
     purification, s = parts["purification"], parts["stochasticity"]
     forward, reverse = parts["stochasticity_forward"], parts["stochasticity_reverse"]
     assert purification is not None

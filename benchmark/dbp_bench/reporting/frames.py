@@ -124,7 +124,7 @@ def to_markdown(frame: pd.DataFrame) -> list[str]:
             return percent(each) + (" =" if isinstance(each, Shared) else "")
         return str(each) if isinstance(each, Marked) else md(_plain(each))
 
-    headings = [_symbols(str(name), r"\1<sub>\2</sub>") for name in frame.columns]
+    headings = [symbols(str(name), r"\1<sub>\2</sub>") for name in frame.columns]
     sides = ["--:" if _numeric(column) else ":--" for _, column in frame.items()]
     cells = [[text(each) for each in row] for row in frame.itertuples(index=False)]
     return [*(f"| {' | '.join(line)} |" for line in (headings, sides, *cells)), ""]
@@ -141,7 +141,7 @@ def to_latex(frame: pd.DataFrame, rules: Collection[int] = ()) -> list[str]:
         return rf"{value}{same} {{\scriptsize {interval}}}" if value else ""
 
     sides = "".join("r" if _numeric(column) else "l" for _, column in frame.items())
-    heads = [_symbols(str(name).replace("%", r"\%"), r"$\1_{\2}$") for name in frame.columns]
+    heads = [symbols(str(name).replace("%", r"\%"), r"$\1_{\2}$") for name in frame.columns]
     lines = [
         rf"\begin{{tabular}}{{{sides}}}",
         r"\toprule",
@@ -170,7 +170,7 @@ def _numeric(column: pd.Series) -> bool:
     return all(isinstance(each, Estimate | int | float) or _missing(each) for each in column)
 
 
-def _symbols(heading: str, indexed: str) -> str:
+def symbols(heading: str, indexed: str) -> str:
     """A heading whose symbols are written as ``R_WB``, with their indices as they should be."""
     return re.sub(r"\b([A-Z])_([A-Z0-9]+)\b", indexed, heading)
 

@@ -15,13 +15,14 @@ from dbp_bench.entries.track import Track
 from dbp_bench.errors import NotComparable
 from dbp_bench.reporting.attacks import Kind, attacks, third_party
 from dbp_bench.reporting.badge import Badge, badge_of
+from dbp_bench.reporting.columns import NULL, Column, columns_of, derived
 from dbp_bench.reporting.findings import Findings
 from dbp_bench.reporting.pool import Pool, pooled
-from dbp_bench.reporting.protocol import KNOWN, Column, Protocol, shipped
+from dbp_bench.reporting.protocol import Protocol, shipped
 from dbp_bench.reporting.ranking import Standing, ranks_with_ties
 from dbp_bench.reporting.records import Record, check_comparable
 from dbp_bench.reporting.sanity import FEW_DRAWS, Check, checks
-from dbp_bench.reporting.statistics import Estimate, Replicates, ratio
+from dbp_bench.reporting.statistics import Estimate
 from dbp_bench.reporting.votes import Account
 from dbp_bench.result import Result
 
@@ -29,18 +30,6 @@ Sort = Literal["hidden", "known"]
 
 BASE: Final = "none"
 """The defense without a purifier, whose robust accuracy is the zero of the scale."""
-
-NULL: Final = "null"
-"""The column of the null attack, whatever its threat model is called."""
-
-PARTS: Final = (
-    "purification",
-    "stochasticity",
-    "share",
-    "stochasticity_forward",
-    "stochasticity_reverse",
-)
-"""What :func:`decompose` gives."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +41,7 @@ class Row:
     defense: str
     kind: Kind
     estimates: Mapping[str, Estimate | None]
-    """By name, one of the leaderboard's quantities; null where something that it needs was not
-    measured."""
+    """By column; null where something that it needs was not measured."""
     columns: Mapping[str, Pool]
     """The results behind the columns, `clean` and the null attack among them."""
     served_by: Mapping[str, str]
@@ -111,8 +99,8 @@ class Leaderboard:
     protocol: Protocol
     reference: Result | None
     """A result of the columns at equal effort, for how it searched; null where there is none."""
-    extra: Mapping[str, str]
-    """The protocol's other columns, by key, as they are headed."""
+    columns: Sequence[Column]
+    """What is said of each defense."""
     rows: Sequence[Row]
     pools: Sequence[tuple[Pool, Kind]]
     """All that was measured."""
@@ -132,11 +120,6 @@ class Leaderboard:
     def demonstration(self) -> bool:
         """Whether the numbers stand for nothing but the method."""
         return self.entry is not None and self.entry.demonstration
-
-    @property
-    def quantities(self) -> Sequence[str]:
-        """What is said of each defense, each with an interval."""
-        return ("clean", "base", *KNOWN, *PARTS, "fresh", *self.extra, NULL)
 
     @property
     def eot(self) -> object:
@@ -169,28 +152,29 @@ def leaderboard(
         raise NotComparable(f"one leaderboard per track, not one of {', '.join(tracks) or 'none'}.")
     check_comparable(records, protocol)
     pools = pooled(records)
-    names = sorted({pool.any.defense for pool in pools})
-    kinds = {name: _kind(registry, name) for name in names}
     main = [pool for pool in pools if protocol.holds(pool.any)]
     searches = [pool.any for pool in main if pool.any.threat != protocol.null]
     reference = _reference([each for each in searches if each.threat in protocol.equal])
-    own = {
-        each.key: _reference([s for s in searches if s.threat == each.threat])
+    like = {each.key: reference for each in protocol.columns} | {
+        each.key: _reference([found for found in searches if found.threat == each.threat])
         for each in protocol.extra
     }
     first = reference or (main or pools)[0].any
     eps = searches[0].eps if searches else next((p.any.eps for p in pools if p.any.eps), first.eps)
-    columns = {
-        name: _columns(
-            [pool for pool in main if pool.any.defense == name], protocol, reference, own
-        )
+    at_eps = [pool for pool in pools if pool.any.eps == eps > 0]
+    names = sorted({pool.any.defense for pool in pools})
+    kinds = {name: _kind(registry, name) for name in names}
+    eot = reference.effort.get("eot") if reference else None
+    columns = columns_of(eot, {e.key: _heading(e.key, like[e.key]) for e in protocol.extra})
+    serving = {
+        name: _serving([pool for pool in main if pool.any.defense == name], protocol, like)
         for name in names
     }
-    at_eps = [pool for pool in pools if pool.any.eps == eps > 0]
-    zero = columns.get(BASE, {}).get("hidden")
+    zero = serving.get(BASE, {}).get("hidden")
     rows = [
         _row(
-            columns[name],
+            columns,
+            serving[name],
             [pool for pool in pools if pool.any.defense == name],
             [pool for pool in at_eps if pool.any.defense == name],
             kinds[name],
@@ -209,10 +193,10 @@ def leaderboard(
         images=len(first.ids),
         protocol=protocol,
         reference=reference,
-        extra={each.key: _heading(each, own[each.key]) for each in protocol.extra},
+        columns=columns,
         rows=_ranked(rows, sort),
         pools=[(pool, kinds[pool.any.defense]) for pool in pools],
-        attacks=attacks(at_eps, columns, kinds),
+        attacks=attacks(at_eps, serving, kinds),
         third_party=third_party(at_eps, kinds),
         sweeps=findings,
     )
@@ -223,40 +207,44 @@ def _reference(results: Sequence[Result]) -> Result | None:
     return min(results, key=lambda result: set(result.knows) == set(result.sites), default=None)
 
 
-def _heading(column: Column, result: Result | None) -> str:
-    eot = result.effort.get("eot") if result else None
-    return column.threat if eot is None else f"{column.threat}, EoT-{eot}"
+def _heading(threat: str, like: Result | None) -> str:
+    eot = like.effort.get("eot") if like else None
+    return threat if eot is None else f"{threat}, EoT-{eot}"
 
 
-def _columns(
-    pools: Sequence[Pool],
-    protocol: Protocol,
-    reference: Result | None,
-    own: Mapping[str, Result | None],
+def _serving(
+    pools: Sequence[Pool], protocol: Protocol, like: Mapping[str, Result | None]
 ) -> dict[str, Pool]:
-    """The results of one defense that serve the columns; a column without one isn't there."""
-    columns = {}
+    """The results of one defense that serve the columns; a column without one isn't there.
+
+    Args:
+        pools: Of the defense and the protocol.
+        protocol: The threat models.
+        like: By column, a result that searched as hard as it should.
+    """
+    serving = {}
     for column in (*protocol.columns, *protocol.extra):
-        like = own.get(column.key, reference)
+        model = like[column.key]
         fitting = [
             pool
             for pool in pools
-            if like is not None
+            if model is not None
             and pool.any.threat != protocol.null
             and pool.knows == column.knows(pool.sites)
-            and (pool.any.attack, pool.any.gradient) == (like.attack, like.gradient)
-            and pool.effort == pool.searched(like.effort)
+            and (pool.any.attack, pool.any.gradient) == (model.attack, model.gradient)
+            and pool.effort == pool.searched(model.effort)
         ]
         # Its own result where there is one, else that of a setting that is the same.
         fitting.sort(key=lambda pool: (pool.any.threat != column.threat, pool.any.threat))
         if fitting:
-            columns[column.key] = fitting[0]
+            serving[column.key] = fitting[0]
     null = [pool for pool in pools if pool.any.threat == protocol.null and pool.any.eps == 0]
-    return columns | ({NULL: null[0]} if null else {})
+    return serving | ({NULL: null[0]} if null else {})
 
 
 def _row(
-    columns: Mapping[str, Pool],
+    columns: Sequence[Column],
+    serving: Mapping[str, Pool],
     pools: Sequence[Pool],
     at_eps: Sequence[Pool],
     kind: Kind,
@@ -268,52 +256,46 @@ def _row(
     own = [pool for pool in pools if protocol.holds(pool.any)] or list(pools)
     # A defense is as clean in every setting; the one with most draws tells it best.
     clean = max(own, key=lambda pool: pool.draws)
-    found: dict[str, Replicates | None] = {key: pool.robust for key, pool in columns.items()}
-    found["base"] = zero.robust if zero else None
-    parts = decompose(*(found.get(key) for key in ("base", *KNOWN)))
-    accuracies = {
-        **{key: pool.left for key, pool in columns.items()},
-        "clean": clean.kept,
-        "base": zero.left if zero else None,
-        "fresh": columns["all_known"].fresh if "all_known" in columns else None,
-    }
-    extra = [column.key for column in protocol.extra]
+    attacked = {**serving, **({"base": zero} if zero else {})}
+    parts = derived({key: pool.robust for key, pool in attacked.items()})
     estimates = {
-        key: accuracies.get(key, clean.estimate(parts.get(key)))
-        for key in ("clean", "base", *KNOWN, *PARTS, "fresh", *extra, NULL)
+        **dict.fromkeys(column.key for column in columns),
+        **{key: clean.estimate(part) for key, part in parts.items()},
+        **{key: pool.left for key, pool in attacked.items()},
+        "clean": clean.kept,
+        "fresh": serving["all_known"].fresh if "all_known" in serving else None,
     }
     share = estimates["share"]
     if share is not None and not 0 <= share.value <= 1:
         estimates["share"] = None  # a part below 0 makes it a share of nothing
     # Clean images are evaluated with the draws that evaluate the adversarial ones.
-    first = columns.get("hidden", clean)
+    first = serving.get("hidden", clean)
     accounts = {"clean": (first, first.account("clean"))}
     for key in ("hidden", NULL):
-        if key in columns:
-            accounts[key] = (columns[key], columns[key].account("adversarial"))
-    made = checks(columns, at_eps, findings, estimates["stochasticity"])
-    preferred = {column.key: column.threat for column in (*protocol.columns, *protocol.extra)}
-    row = Row(
+        if key in serving:
+            accounts[key] = (serving[key], serving[key].account("adversarial"))
+    made = checks(serving, at_eps, findings, estimates["stochasticity"])
+    flags = [flag for check in made for flag in check.flags] + _below_zero(estimates)
+    known = next((pool.draws for pool in serving.values() if pool.knows), None)
+    if known is not None and known < FEW_DRAWS:
+        flags.append(f"fewer than {FEW_DRAWS} known draws")
+    return Row(
         rank=None,
         defense=clean.any.defense,
         kind=kind,
         estimates=estimates,
-        columns={"clean": clean, **columns},
+        columns={"clean": clean, **serving},
         served_by={
-            key: columns[key].any.threat
-            for key, threat in preferred.items()
-            if key in columns and columns[key].any.threat != threat
+            column.key: serving[column.key].any.threat
+            for column in (*protocol.columns, *protocol.extra)
+            if column.key in serving and serving[column.key].any.threat != column.threat
         },
         accounts=accounts,
         pools=own,
-        flags=[flag for check in made for flag in check.flags],
+        flags=flags,
         checks=made,
         badge=badge_of(clean.records[0].defense_folder),
     )
-    row = replace(row, flags=[*row.flags, *_below_zero(estimates)])
-    if row.known_draws is not None and row.known_draws < FEW_DRAWS:
-        row = replace(row, flags=[*row.flags, f"fewer than {FEW_DRAWS} known draws"])
-    return row
 
 
 def _below_zero(estimates: Mapping[str, Estimate | None]) -> list[str]:
@@ -349,38 +331,6 @@ _BELOW_ZERO: Final = {
     "stochasticity_reverse": (_OF_S.format("reverse"), ""),
 }
 """By part, what it means where its interval is below 0, and where that reaches above."""
-
-
-def decompose(
-    base: Replicates | None,
-    hidden: Replicates | None,
-    forward_known: Replicates | None,
-    reverse_known: Replicates | None,
-    all_known: Replicates | None,
-) -> dict[str, Replicates | None]:
-    """Robust accuracy split into what purification and what hidden draws give.
-
-    Purification is what is left with all draws known, above the base classifier;
-    stochasticity is what hiding them adds. The latter is split between the forward noise and all
-    other noise by the Shapley value: each site's gain when hidden first and when hidden last,
-    averaged, so that the order doesn't matter and the two parts add up.
-    """
-    parts: dict[str, Replicates | None] = dict.fromkeys(PARTS)
-    if all_known is not None and base is not None:
-        parts["purification"] = all_known - base
-    if hidden is None or all_known is None:
-        return parts
-    parts["stochasticity"] = hidden - all_known
-    if base is not None:
-        parts["share"] = ratio(hidden - all_known, hidden - base)
-    if forward_known is not None and reverse_known is not None:
-        parts["stochasticity_forward"] = (
-            (hidden - forward_known) + (reverse_known - all_known)
-        ) / 2
-        parts["stochasticity_reverse"] = (
-            (hidden - reverse_known) + (forward_known - all_known)
-        ) / 2
-    return parts
 
 
 def _ranked(rows: Sequence[Row], sort: Sort) -> list[Row]:

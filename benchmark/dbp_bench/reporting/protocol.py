@@ -38,8 +38,8 @@ def knowledge(result: Result) -> str:
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column of the leaderboard: what one threat model of the protocol leaves."""
+class ThreatColumn:
+    """A column of the leaderboard with results of its own: what one threat model leaves."""
 
     key: str
     """Its name in tables: one of :data:`KNOWN`, else that of the threat model."""
@@ -55,9 +55,9 @@ class Column:
 class Protocol:
     """The threat models that a leaderboard is made of. Others are attacks to hold against it."""
 
-    columns: Sequence[Column]
+    columns: Sequence[ThreatColumn]
     """Those of :data:`KNOWN`, at equal effort."""
-    extra: Sequence[Column]
+    extra: Sequence[ThreatColumn]
     """Those that know something else, or search with another effort, such as another EoT."""
     null: str | None
     """The threat model with eps = 0."""
@@ -74,14 +74,14 @@ class Protocol:
         for name in equal:
             by_knowledge.setdefault(frozenset(attacking[name].sites(sorted(_SITES))), name)
         columns = [
-            Column(key, by_knowledge[known], attacking[by_knowledge[known]])
+            ThreatColumn(key, by_knowledge[known], attacking[by_knowledge[known]])
             for key, known in KNOWN.items()
             if known in by_knowledge
         ]
         taken = {column.threat for column in columns}
         return cls(
             columns=columns,
-            extra=[Column(n, n, entry) for n, entry in attacking.items() if n not in taken],
+            extra=[ThreatColumn(n, n, entry) for n, entry in attacking.items() if n not in taken],
             null=next((name for name in declared if name not in attacking), None),
             attacks={name: entry.attack for name, entry in declared.items()},
         )

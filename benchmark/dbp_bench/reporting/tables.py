@@ -9,6 +9,7 @@ import pandas as pd
 
 from dbp_bench.reporting.attacks import how, setting_of
 from dbp_bench.reporting.badge import BADGES
+from dbp_bench.reporting.columns import CHECKS, NULL, SECTIONS
 from dbp_bench.reporting.frames import (
     Marked,
     Shared,
@@ -19,9 +20,8 @@ from dbp_bench.reporting.frames import (
     to_latex,
     to_markdown,
 )
-from dbp_bench.reporting.leaderboard import BASE, NULL, Leaderboard
+from dbp_bench.reporting.leaderboard import BASE, Leaderboard
 from dbp_bench.reporting.pool import Pool, search_in_words
-from dbp_bench.reporting.protocol import KNOWN
 from dbp_bench.reporting.ranking import ALPHA
 from dbp_bench.reporting.rendering import listed, md, note, shown_eps, tex
 from dbp_bench.reporting.sanity import COSINE, ERROR, EXACT, Check
@@ -32,37 +32,8 @@ _NAMED: Final = 4
 """How many names a cell of a table holds."""
 
 
-# --- What the columns are called
-
-
-def headings(board: Leaderboard) -> dict[str, str]:
-    """What each column of a leaderboard is called, symbols included."""
-    eot = "" if board.eot is None else f", EoT-{board.eot}"
-    return {
-        "clean": "Clean",
-        "hidden": f"Hidden, R_WB{eot}",
-        "forward_known": "Forward known, R_F",
-        "reverse_known": "Reverse known, R_R",
-        "all_known": "All known, R_DW",
-        "base": "Base classifier, R_0",
-        "purification": "Purification, P",
-        "stochasticity": "Stochasticity, S",
-        "share": "Share of S, %",
-        "stochasticity_forward": "S, forward noise",
-        "stochasticity_reverse": "S, reverse noise",
-        "fresh": "Known-draw images on fresh draws",
-        **board.extra,
-        NULL: "Null attack, eps = 0",
-        "nfe": "NFE",
-        "draws": "Draws hidden / known",
-    }
-
-
-_ACCURACIES: Final = ("clean", *KNOWN)
-_PARTS: Final = (
-    *("base", "purification", "stochasticity", "share"),
-    *("stochasticity_forward", "stochasticity_reverse"),
-)
+COST: Final = {"nfe": "NFE", "draws": "Draws hidden / known"}
+"""What is said of each defense beside its columns."""
 IMAGES: Final = {"clean": "clean", "hidden": "attacked, draws hidden", NULL: "null attack"}
 
 
@@ -99,8 +70,10 @@ def rows_frame(board: Leaderboard) -> pd.DataFrame:
             "kind": row.kind,
             "seeds": _joined(row.pools[0].seeds),
             **{
-                key: cell(row.estimates[key], Shared if key in row.served_by else Estimate)
-                for key in board.quantities
+                (key := column.key): cell(
+                    row.estimates[key], Shared if key in row.served_by else Estimate
+                )
+                for column in board.columns
             },
             "attack": search.label if search else None,
             "effort": json.dumps(search.effort) if search else None,
@@ -198,18 +171,13 @@ def _said(check: Check) -> str:
 
 def sections(board: Leaderboard) -> dict[str, pd.DataFrame]:
     """The tables of a leaderboard by title, with the headings that readers see."""
-    titles = headings(board)
     frame = rows_frame(board)
     frame["draws"] = [f"{row.hidden_draws or '-'} / {row.known_draws or '-'}" for row in board.rows]
-    tables = {
-        "Accuracy, by what the attacker knows": _ACCURACIES,
-        "Where the robustness comes from": _PARTS,
-        "Checks and cost": ("fresh", *board.extra, NULL, "nfe", "draws"),
-    }
-    shown = {
-        title: frame[["rank", "defense", *keys]].rename(columns=titles)
-        for title, keys in tables.items()
-    }
+    shown = {}
+    for section in SECTIONS:
+        titles = {c.key: c.heading for c in board.columns if c.section == section}
+        titles |= COST if section == CHECKS else {}
+        shown[section] = frame[["rank", "defense", *titles]].rename(columns=titles)
     draws = draws_frame(board)
     draws["images_of"] = draws["images_of"].map(IMAGES)
     draws["draws"] = [many(each) for row in board.rows for _, each in row.accounts.values()]
@@ -370,6 +338,6 @@ def _measured(board: Leaderboard) -> str:
 def _meanings(board: Leaderboard) -> list[str]:
     """What each column is."""
     titles = {column.key: column.entry.title for column in board.protocol.extra}
-    extra = [f"{heading}: {titles[key]}." for key, heading in board.extra.items()]
+    extra = [f"{c.heading}: {titles[c.key]}." for c in board.columns if c.key in titles]
     parts = note("parts", base=repr(BASE))
     return [note("hidden"), parts, note("checks"), *extra, note("votes")]

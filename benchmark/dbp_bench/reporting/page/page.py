@@ -2,20 +2,22 @@
 
 import shlex
 from base64 import b64encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult
-from dbp_bench.reporting.leaderboard import BASE, NULL, Leaderboard, Row
-from dbp_bench.reporting.literature import Paper, Published, published
+from dbp_bench.reporting.columns import SECTIONS, Column
+from dbp_bench.reporting.frames import symbols
+from dbp_bench.reporting.leaderboard import BASE, Leaderboard, Row
+from dbp_bench.reporting.literature import Published, published
 from dbp_bench.reporting.page.charts import charts, swatch
 from dbp_bench.reporting.plotting import dark_css, to_svg
 from dbp_bench.reporting.pool import Pool, search_in_words
@@ -31,31 +33,6 @@ from dbp_bench.result import Result
 
 FOLDER: Final = Path(__file__).parent
 
-ACCURACIES: Final = {
-    "clean": "Clean",
-    **dict(zip(KNOWN, ("No draw", "Forward noise", "Reverse noise", "All noise"), strict=True)),
-}
-PARTS: Final = {
-    "purification": "Purification, P",
-    "stochasticity": "Stochasticity, S",
-    "share": "Share of S, %",
-    "stochasticity_forward": "S, forward",
-    "stochasticity_reverse": "S, reverse",
-}
-CHECKS: Final = {
-    "fresh": "On fresh draws",
-    NULL: "Null attack, eps = 0",
-}
-_FROM: Final[Mapping[str, tuple[str, ...]]] = {
-    "purification": ("all_known", "base"),
-    "stochasticity": ("hidden", "all_known"),
-    "share": ("hidden", "all_known", "base"),
-    "stochasticity_forward": tuple(KNOWN),
-    "stochasticity_reverse": tuple(KNOWN),
-    "fresh": ("all_known",),
-}
-"""Columns that a derived number follows from; the others are columns themselves."""
-
 
 @dataclass(frozen=True)
 class Material:
@@ -66,16 +43,7 @@ class Material:
     published: Published = field(default_factory=published)
 
 
-@dataclass(frozen=True)
-class Link:
-    """To where a number comes from."""
-
-    text: str
-    href: str
-
-
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A number of a table."""
 
     value: str = ""
@@ -92,9 +60,9 @@ def to_html(
 ) -> str:
     """The page of a track, which needs nothing but itself; every name in it is escaped."""
     style, script = _text("style.css") + dark_css(), _text("script.js")
-    page = _Page(board, material or Material(), registry or Registry())
     return _template().render(
         board=board,
+        page=_Page(board, material or Material(), registry or Registry()),
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; "
         f"script-src '{_hash(script)}'",
         style=Markup(style),  # our own file
@@ -102,21 +70,10 @@ def to_html(
         protocol=protocol(board),
         ranking=ranking(board),
         note=note,
-        groups=_groups(board),
-        lines=[page.line(row) for row in board.rows],
-        sites=sorted({site for row in board.rows for site in row.sites}),
         charts=charts(board),
         to_svg=to_svg,
         swatch=swatch,
-        others=page.others(),
-        draws=_draws(board),
-        metrics=_metric_names(board),
-        details=[page.details(row) for row in board.rows],
-        sources=[page.source(record, pool) for pool, _ in board.pools for record in pool.records],
-        published=page.material.published,
-        bootstrap=note("bootstrap"),
         level=f"{100 * LEVEL:.0f}",
-        same=any(row.served_by for row in board.rows),
     )
 
 
@@ -167,128 +124,134 @@ def command_of(record: Record, registry: Registry) -> str:
 
 
 class _Page:
-    """Parts of the page that link to one another."""
+    """What the template asks for, beside what the leaderboard holds."""
 
     def __init__(self, board: Leaderboard, material: Material, registry: Registry) -> None:
-        self.board, self.material, self.registry = board, material, registry
-        self.records = [record for pool, _ in board.pools for record in pool.records]
-        # Numbers, since a name of an entry may hold anything.
-        self.anchors = {record.name: f"result-{i}" for i, record in enumerate(self.records, 1)}
-        self.rows = {row.defense: f"defense-{i}" for i, row in enumerate(board.rows, 1)}
-
-    def line(self, row: Row) -> dict[str, Any]:
-        """A row of the leaderboard."""
-        anchor = self.rows[row.defense]
-        cells = []
-        for key in (*ACCURACIES, *PARTS, *CHECKS):
-            pool = None if key in _FROM else row.columns.get(key)
-            href = self._href(pool) if pool else f"#{anchor}"
-            cells.append(_cell(row.estimates[key], href, same=key in row.served_by))
-        rank = row.rank
-        return {
-            "row": row,
-            "anchor": anchor,
-            "rank": "" if rank is None else str(rank),
-            "rank_sort": "" if rank is None else f"{rank.best}.{rank.worst:04d}",
-            "sites": " ".join(row.sites),
-            "cells": cells,
-            "draws": f"{row.hidden_draws or '-'} / {row.known_draws or '-'}",
+        self.board, self.registry = board, registry
+        self.published, self.samples = material.published, material.samples
+        self.records = [(record, pool) for pool, _ in board.pools for record in pool.records]
+        unequal = {column.key for column in board.protocol.extra}  # among the other attacks
+        self.sections = {
+            section: [c for c in board.columns if c.section == section and c.key not in unequal]
+            for section in SECTIONS
         }
+        self.sites = sorted({site for row in board.rows for site in row.sites})
+        # Numbers, since a name of an entry may hold anything.
+        self.results = {record.name: f"result-{i}" for i, (record, _) in enumerate(self.records, 1)}
+        self.defenses = {row.defense: f"defense-{i}" for i, row in enumerate(board.rows, 1)}
 
-    def others(self) -> list[dict[str, Any]]:
-        """Results at the leaderboard's eps that serve no column of equal effort."""
+    def link(self, record: Record) -> str:
+        """To the line of a result file."""
+        return f"#{self.results[record.name]}"
+
+    def heading(self, column: Column) -> Markup:
+        """Its name, with the indices of its symbols."""
+        return Markup(symbols(escape(column.heading), r"\1<sub>\2</sub>"))
+
+    def cells(self, row: Row) -> list[list[Cell]]:
+        """The numbers of a defense, by section; each leads to what it follows from."""
+        found = []
+        for columns in self.sections.values():
+            found.append([])
+            for column in columns:
+                pool = None if column.of else row.columns.get(column.key)
+                href = self.link(pool.records[0]) if pool else f"#{self.defenses[row.defense]}"
+                same = column.key in row.served_by
+                found[-1].append(cell(row.estimates[column.key], href, same=same))
+        return found
+
+    def others(self) -> list[tuple[Pool, str, Cell]]:
+        """Results at the leaderboard's eps that serve no column of equal effort.
+
+        Each with the ratio of its evaluations to those of the column that knows the same.
+        """
         found = []
         for row in self.board.rows:
             own = {row.columns[key].knows: row.columns[key] for key in KNOWN if key in row.columns}
             for pool, _ in self.board.pools:
                 here = pool.any.defense == row.defense and pool.any.eps == self.board.eps
-                if not here or pool in own.values():
-                    continue
-                mine = pool.evaluations
-                first = own[pool.knows].evaluations if pool.knows in own else None
-                found.append(
-                    {
-                        "defense": row.defense,
-                        "threat": pool.any.threat,
-                        "attack": pool.any.label,
-                        "knows": _knowledge(pool),
-                        "effort": pool.search,
-                        "evaluations": "" if mine is None else f"{mine:.0f}",
-                        "ratio": f"{mine / first:.2g}" if first and mine is not None else "",
-                        "cell": _cell(pool.left, self._href(pool)),
-                    }
-                )
+                if here and pool not in own.values():
+                    first = own[pool.knows].evaluations if pool.knows in own else None
+                    measured = first and pool.evaluations is not None
+                    ratio = f"{pool.evaluations / first:.2g}" if measured else ""
+                    found.append((pool, ratio, cell(pool.left, self.link(pool.records[0]))))
         return found
 
+    def draws(self) -> list[tuple[str, str, str, list[Cell]]]:
+        """One draw, votes and worst cases."""
+        return [
+            (
+                *(row.defense, IMAGES[key], many(account)),
+                [cell(account.estimates[metric]) for metric in METRICS],
+            )
+            for row in self.board.rows
+            for key, (_, account) in row.accounts.items()
+        ]
+
+    def metrics(self) -> list[str]:
+        """The columns of the table of draws."""
+        accounts = [account for row in self.board.rows for _, account in row.accounts.values()]
+        account = next((each for each in accounts if each.draws), accounts[0])
+        return [describe(metric, account).capitalize() for metric in METRICS]
+
+    def numbers(self, row: Row) -> list[tuple[Markup, str, list[Record]]]:
+        """Each number of a defense, and the results that it follows from."""
+        zero = next((each for each in self.board.rows if each.defense == BASE), None)
+        lines = []
+        for column in (each for columns in self.sections.values() for each in columns):
+            estimate = row.estimates[column.key]
+            if estimate is None:
+                continue
+            records: list[Record] = []
+            for key in column.of or (column.key,):
+                owner, place = (zero, "hidden") if key == "base" else (row, key)
+                pool = owner.columns.get(place) if owner else None
+                records += pool.records if pool else ()
+            lines.append((self.heading(column), estimate.percent(), records))
+        return lines
+
     def details(self, row: Row) -> dict[str, Any]:
-        """What a row opens to."""
+        """What a row opens to, beside its numbers."""
         known = row.defense in self.registry.defenses
         entry = self.registry.defense(row.defense).entry if known else None
         url = entry.paper if entry else None
-        paper = self.material.published.paper(url)
-        records = [record for record in self.records if record.result.defense == row.defense]
-        pictures = f"results/{records[0].name}"
+        paper = self.published.paper(url)
+        records = [record for record, _ in self.records if record.result.defense == row.defense]
+        made = [record.result.provenance for record in records]
         return {
-            "row": row,
-            "anchor": self.rows[row.defense],
             "title": entry.title if entry else "",
-            "sites": ", ".join(row.sites) or "nowhere",
             "options": [f"{key}: {value}" for key, value in row.pools[0].any.options.items()],
-            "paper": _paper(url, paper),
+            "paper": f"{paper.title} ({paper.year})" if paper else url,
+            # An entry is anyone's: only an address that a browser reads and doesn't run.
+            "url": url if url and url.startswith(("https://", "http://")) else "",
             "bibtex": paper.bibtex() if paper else "",
-            "numbers": self._numbers(row),
-            "galleries": [
-                (record.setting, self._link(record), self.material.samples[record.name])
-                for record in records
-                if record.name in self.material.samples
-            ],
-            "samples_command": shlex.join(["dbp-bench", "verify", pictures, "--pictures"]),
-            "commands": [command_of(record, self.registry) for record in records],
-            "environments": sorted({_environment(record.result) for record in records}),
+            "galleries": [r for r in records if r.name in self.samples],
+            "samples": shlex.join(["dbp-bench", "verify", f"results/{records[0].name}"]),
+            "commands": [self.command(record) for record in records],
+            "environments": sorted({environment_of(record.result) for record in records}),
             "weights": sorted(
-                {pair for record in records for pair in record.result.provenance.weights.items()}
-                | {("data", record.result.provenance.data) for record in records}
+                {pair for each in made for pair in each.weights.items()}
+                | {("data", each.data) for each in made}
             ),
         }
 
-    def source(self, record: Record, pool: Pool) -> dict[str, Any]:
-        """A result file."""
+    def command(self, record: Record) -> str:
+        """What makes a result again."""
+        return command_of(record, self.registry)
+
+    def made(self, record: Record, pool: Pool) -> str:
+        """How a result came about, in words."""
         result = record.result
-        draws = f"{len(result.draws)} known draws" if result.knows else f"{len(result.draws)} draws"
-        return {
-            "anchor": self.anchors[record.name],
-            "result": result,
-            "file": record.name,
-            "sha256": record.sha256,
-            "protocol": f"knows {_knowledge(pool)}; {search_in_words(result)}; {result.norm}, eps "
-            f"= {shown_eps(result.eps)}; {len(result.ids)} images, {draws}, seed {result.seed}",
-            "command": command_of(record, self.registry),
-            "code": _code(result),
-        }
+        draws = f"{len(result.draws)} {'known ' if result.knows else ''}draws"
+        return (
+            f"knows {self.knows(pool)}; {search_in_words(result)}; {result.norm}, eps = "
+            f"{shown_eps(result.eps)}; {len(result.ids)} images, {draws}, seed {result.seed}; "
+            f"{_code(result)}"
+        )
 
-    def _numbers(self, row: Row) -> list[tuple[str, str, list[Link]]]:
-        """Each number of a row, and the results that it follows from."""
-        zero = next((each for each in self.board.rows if each.defense == BASE), None)
-        lines = []
-        names = ACCURACIES | {"base": "Base classifier"} | PARTS | CHECKS
-        for key, name in names.items():
-            estimate = row.estimates[key]
-            if estimate is None:
-                continue
-            links = []
-            for column in _FROM.get(key, (key,)):
-                owner, place = (zero, "hidden") if column == "base" else (row, column)
-                pool = owner.columns.get(place) if owner else None
-                links += [Link(r.name, self._link(r)) for r in (pool.records if pool else ())]
-            title = f"{name} known" if key in KNOWN else name
-            lines.append((title, estimate.percent(), links))
-        return lines
-
-    def _href(self, pool: Pool) -> str:
-        return self._link(pool.records[0])
-
-    def _link(self, record: Record) -> str:
-        return f"#{self.anchors[record.name]}"
+    def knows(self, pool: Pool) -> str:
+        """What the attacker knows, in words."""
+        return pool.knowledge if pool.sites else "all (there is no noise)"
 
 
 def _text(name: str) -> str:
@@ -299,48 +262,16 @@ def _hash(text: str) -> str:
     return f"sha256-{b64encode(sha256(text.encode()).digest()).decode()}"
 
 
-def _groups(board: Leaderboard) -> list[tuple[str, list[str]]]:
-    known = "Accuracy, %, by what the attacker knows; equal effort"
-    return [
-        (known + ("" if board.eot is None else f" (EoT-{board.eot})"), list(ACCURACIES.values())),
-        ("Where the robustness comes from, points", list(PARTS.values())),
-        ("Checks, %", list(CHECKS.values())),
-    ]
-
-
-def _cell(estimate: Estimate | None, href: str, *, same: bool = False) -> Cell:
+def cell(estimate: Estimate | None, href: str = "", *, same: bool = False) -> Cell:
+    """The cell of a number that leads to `href`; blank where it was not measured."""
     if estimate is None:
         return Cell()
     value, interval = estimate.percent().split(" ", 1)
     return Cell(value, interval, f"{estimate.value:.6f}", href, same)
 
 
-def _knowledge(pool: Pool) -> str:
-    """What the attacker knows, in words."""
-    return "all (there is no noise)" if not pool.sites else pool.knowledge
-
-
-def _draws(board: Leaderboard) -> list[tuple[str, str, str, list[Cell]]]:
-    """One draw, votes and worst cases."""
-    return [
-        (
-            *(row.defense, IMAGES[key], many(account)),
-            [_cell(account.estimates[metric], "") for metric in METRICS],
-        )
-        for row in board.rows
-        for key, (_, account) in row.accounts.items()
-    ]
-
-
-def _paper(url: str | None, paper: Paper | None) -> Link | None:
-    if url is None:
-        return None
-    # An entry is anyone's: only an address that a browser reads and doesn't run.
-    safe = url.startswith(("https://", "http://"))
-    return Link(f"{paper.title} ({paper.year})" if paper else url, url if safe else "")
-
-
-def _environment(result: Result) -> str:
+def environment_of(result: Result) -> str:
+    """What a result was made with, and where."""
     where = result.provenance
     packages = ", ".join(f"{name} {version}" for name, version in sorted(where.packages.items()))
     return (
@@ -355,10 +286,3 @@ def _code(result: Result) -> str:
     if where.commit is None:
         return "commit not known"
     return f"commit {where.commit[:12]}{', with changes' if where.dirty else ''}"
-
-
-def _metric_names(board: Leaderboard) -> Sequence[str]:
-    """The columns of the table of draws."""
-    accounts = [account for row in board.rows for _, account in row.accounts.values()]
-    account = next((each for each in accounts if each.draws), accounts[0])
-    return [describe(metric, account).capitalize() for metric in METRICS]

@@ -1,0 +1,121 @@
+"""The columns of a leaderboard, declared once: here a column is added, renamed or moved."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from dbp_bench.reporting.statistics import Replicates, ratio
+
+NULL: Final = "null"
+"""The column of the null attack, whatever its threat model is called."""
+
+ACCURACY: Final = "Accuracy, by what the attacker knows"
+PARTS: Final = "Where the robustness comes from"
+CHECKS: Final = "Checks and cost"
+SECTIONS: Final = (ACCURACY, PARTS, CHECKS)
+"""The tables of a leaderboard, by title."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number with its interval that is said of every defense."""
+
+    key: str
+    """Its name in CSV files."""
+    heading: str
+    """Its name for readers; ``R_WB`` is a symbol with an index."""
+    section: str
+    """One of :data:`SECTIONS`."""
+    of: tuple[str, ...] = ()
+    """The columns whose results it follows from; none where it has results of its own."""
+    formula: Callable[..., Replicates | None] | None = None
+    """What it is of the robust accuracies of those columns; null where it is an accuracy."""
+
+
+def _shapley(
+    hidden: Replicates, known: Replicates, other_known: Replicates, all_known: Replicates
+) -> Replicates:
+    """What hiding the noise at one place adds: its gain when hidden last and first, averaged.
+
+    This is its Shapley value: the order doesn't matter, and the parts of two places add up to what
+    hiding both adds.
+    """
+    share: Replicates = ((hidden - known) + (other_known - all_known)) / 2
+    return share
+
+
+COLUMNS: Final = (
+    Column("clean", "Clean", ACCURACY),
+    Column("base", "Base classifier, R_0", PARTS),
+    Column("hidden", "Hidden, R_WB", ACCURACY),
+    Column("forward_known", "Forward known, R_F", ACCURACY),
+    Column("reverse_known", "Reverse known, R_R", ACCURACY),
+    Column("all_known", "All known, R_DW", ACCURACY),
+    # What is left with all draws known, above the base classifier.
+    Column(
+        "purification",
+        "Purification, P",
+        PARTS,
+        ("all_known", "base"),
+        lambda all_known, base: all_known - base,
+    ),
+    # What hiding the draws adds.
+    Column(
+        "stochasticity",
+        "Stochasticity, S",
+        PARTS,
+        ("hidden", "all_known"),
+        lambda hidden, all_known: hidden - all_known,
+    ),
+    Column(
+        "share",
+        "Share of S, %",
+        PARTS,
+        ("hidden", "all_known", "base"),
+        lambda hidden, all_known, base: ratio(hidden - all_known, hidden - base),
+    ),
+    Column(
+        "stochasticity_forward",
+        "S, forward noise",
+        PARTS,
+        ("hidden", "forward_known", "reverse_known", "all_known"),
+        _shapley,
+    ),
+    Column(
+        "stochasticity_reverse",
+        "S, reverse noise",
+        PARTS,
+        ("hidden", "reverse_known", "forward_known", "all_known"),
+        _shapley,
+    ),
+    Column("fresh", "Known-draw images on fresh draws", CHECKS, ("all_known",)),
+    Column(NULL, "Null attack, eps = 0", CHECKS),
+)
+"""Each in the order of CSV files; the tables show those of their section in this order."""
+
+
+def columns_of(eot: object, extra: Mapping[str, str]) -> list[Column]:
+    """The columns of one leaderboard.
+
+    Args:
+        eot: EoT samples at equal effort, where they are recorded.
+        extra: The protocol's other columns, by key, as they are headed.
+    """
+    columns = []
+    for column in COLUMNS:
+        if column.key == NULL:
+            columns += [Column(key, heading, CHECKS) for key, heading in extra.items()]
+        said = f", EoT-{eot}" if column.key == "hidden" and eot is not None else ""
+        columns.append(replace(column, heading=column.heading + said))
+    return columns
+
+
+def derived(robust: Mapping[str, Replicates]) -> dict[str, Replicates | None]:
+    """The columns with a formula, from the robust accuracies of others; null where one lacks."""
+    return {
+        column.key: column.formula(*(robust[key] for key in column.of))
+        if all(key in robust for key in column.of)
+        else None
+        for column in COLUMNS
+        if column.formula
+    }
