@@ -67,7 +67,7 @@ def test_permutation_by_chance_agrees_with_the_sign_test() -> None:
 
 def test_two_threats_of_a_defense(results: Path) -> None:
     (pair,) = between("both/eot", "both/dwbox", results).pairs
-    assert [pair.a.left.value, pair.b.left.value] == [0.65, 0.25]
+    assert [pair.a.robust.estimate.value, pair.b.robust.estimate.value] == [0.65, 0.25]
     assert pair.difference.value == pytest.approx(0.4)
     assert pair.difference.low < 0.4 < pair.difference.high
     assert pair.clean.value == 0

@@ -354,9 +354,9 @@ def test_a_vote_is_over_classes(tmp_path: Path) -> None:
         label = record["labels"][i]
         others = [1, 2, 3] if i < 10 else [1, 1, 1] if i < 30 else [1, 1, 2]
         row[2:] = [(label + shift) % 10 for shift in others]
-    account = row_of(board_of(tmp_path, signed(record)), "both").accounts["hidden"][1]
-    assert account.votes == 5
-    vote = account.estimates["plurality"]
+    tally = row_of(board_of(tmp_path, signed(record)), "both").tallies["hidden"][1]
+    assert tally.votes == 5
+    vote = tally.estimates["plurality"]
     assert vote is not None
     assert vote.value == 10 / IMAGES
 
@@ -364,10 +364,10 @@ def test_a_vote_is_over_classes(tmp_path: Path) -> None:
 def test_a_vote_is_blank_where_a_class_was_not_recorded(tmp_path: Path) -> None:
     record = make("both", "eot", 0.65).model_dump(by_alias=True)
     record["predicted"]["adversarial"][-1][0] = -2
-    accounts = row_of(board_of(tmp_path, signed(record)), "both").accounts
-    assert accounts["hidden"][1].estimates["plurality"] is None
-    assert accounts["hidden"][1].estimates["worst_3"] is not None
-    assert accounts["clean"][1].estimates["plurality"] is not None
+    tallies = row_of(board_of(tmp_path, signed(record)), "both").tallies
+    assert tallies["hidden"][1].estimates["plurality"] is None
+    assert tallies["hidden"][1].estimates["worst_3"] is not None
+    assert tallies["clean"][1].estimates["plurality"] is not None
 
 
 def test_null_attack_that_changes_votes_only_is_flagged(tmp_path: Path) -> None:

@@ -179,8 +179,7 @@ def test_intervals_hold_near_0_and_100_percent(kind: str, images: int) -> None:
     for _ in range(times):
         right = rng.binomial(draws, _images(kind, images, rng)).tolist()
         for m, expected in truth.items():
-            metric = worst(m, draws)
-            score = Score([metric.numerators[count] for count in right], metric.denominator)
-            found = proportion(score, draws)
+            numerators, whole = worst(m, draws)
+            found = proportion(Score([numerators[count] for count in right], whole), draws)
             covered[m] += found.low <= expected <= found.high
     assert min(covered.values()) >= 0.93 * times, covered

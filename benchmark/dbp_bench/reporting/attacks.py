@@ -9,7 +9,7 @@ import pandas as pd
 from dbp_bench.reporting.frames import Signed, cell, frame_of
 from dbp_bench.reporting.pool import Pool, strongest
 from dbp_bench.reporting.protocol import FORWARD
-from dbp_bench.reporting.statistics import Estimate, Score, proportion
+from dbp_bench.reporting.statistics import Score, proportion
 from dbp_bench.reporting.votes import worst_hidden, worst_known
 
 Kind = Literal["control", "defense"]
@@ -53,12 +53,12 @@ def attacks(
                 **setting_of(pool),
                 "own": pool in own,
                 "draws": pool.draws,
-                "robust": pool.left,
+                "robust": pool.robust.estimate,
                 "search": pool.search,
                 **how(pool),
                 "ratio": _ratio(pool, first),
-                "package_verdict": cell(pool.package_score and proportion(pool.package_score)),
-                "package_gap": cell(_package_gap(pool), Signed),
+                "package_verdict": cell(pool.package and pool.package.estimate),
+                "package_gap": cell(pool.package and pool.package.above(pool.robust), Signed),
                 "worst_case": cell(worst and proportion(worst, draws)),
                 "worst_case_draws": draws,
                 "results": " ".join(record.name for record in pool.records),
@@ -82,7 +82,7 @@ def third_party(pools: Sequence[Pool], kinds: Mapping[str, Kind]) -> pd.DataFram
     rows = []
     for theirs in (pool for pool in pools if pool.third_party):
         ours, why = _ours(theirs, pools)
-        gap = theirs.estimate(None if ours is None else theirs.robust - ours.robust)
+        gap = ours and theirs.robust.above(ours.robust)
         rows.append(
             {
                 "defense": theirs.any.defense,
@@ -127,7 +127,7 @@ def _side(prefix: str, pool: Pool | None) -> dict[str, object]:
     keys = ("threat", "attack", "gradient_evaluations", "forward_evaluations", "evaluations")
     cells = {**setting_of(pool), **how(pool)} if pool else {}
     side = {f"{prefix}{key}": cells.get(key) for key in keys}
-    return {**side, f"{prefix}robust": cell(pool.left if pool else None)}
+    return {**side, f"{prefix}robust": cell(pool and pool.robust.estimate)}
 
 
 def _ours(theirs: Pool, pools: Sequence[Pool]) -> tuple[Pool | None, str]:
@@ -148,10 +148,6 @@ def _ours(theirs: Pool, pools: Sequence[Pool]) -> tuple[Pool | None, str]:
 
 def _ratio(pool: Pool, first: float | None) -> float | None:
     return round(pool.evaluations / first, 6) if first and pool.evaluations is not None else None
-
-
-def _package_gap(pool: Pool) -> Estimate | None:
-    return pool.estimate(None if pool.package is None else pool.package - pool.robust)
 
 
 def _worst_case(pools: Collection[Pool]) -> tuple[Score | None, int]:

@@ -184,12 +184,12 @@ def _pair(a: Pool, b: Pool) -> Comparison:
             f"{a.records[0].path} and {b.records[0].path} cannot be compared: seeds {a.seeds} and "
             f"{b.seeds}. Run the missing ones."
         )
-    p = permutation(a.score, b.score)
+    p = permutation(a.robust.score, b.robust.score)
     return Comparison(
         a=a,
         b=b,
-        difference=a.bootstrap.estimate(a.robust - b.robust),
-        clean=a.bootstrap.estimate(a.clean - b.clean),
+        difference=a.robust.above(b.robust),
+        clean=a.clean.above(b.clean),
         permutation=p,
         adjusted=p,
         mcnemar=mcnemar(a.any.ids, *(_verdicts(pool) for pool in (a, b))),
@@ -252,7 +252,7 @@ def _known(result: Result) -> str:
 
 def _verdicts(pool: Pool) -> list[bool]:
     """Whether each image was right in more than half of its draws, over all seeds."""
-    return [2 * count > pool.score.trials for count in pool.score.right]
+    return [2 * count > pool.robust.score.trials for count in pool.robust.score.right]
 
 
 def mcnemar(ids: Sequence[int], a: Sequence[bool], b: Sequence[bool]) -> McNemar:
@@ -300,7 +300,7 @@ def _side_of(pool: Pool) -> dict[str, object]:
         "seeds": pool.seeds,
         "draws": len(result.draws),
         "results": [str(record.path) for record in pool.records],
-        "robust": asdict(pool.left),
+        "robust": asdict(pool.robust.estimate),
     }
 
 
@@ -316,8 +316,8 @@ def in_words(found: Comparisons, ids: int = 12) -> list[str]:
         test = pair.mcnemar
         lines += [
             "",
-            f"A {a}: {pair.a.left.percent()}",
-            f"B {b}: {pair.b.left.percent()}",
+            f"A {a}: {pair.a.robust.estimate.percent()}",
+            f"B {b}: {pair.b.robust.estimate.percent()}",
             (
                 f"A - B: {pair.difference.percent(sign=True)}, paired over "
                 f"{len(pair.a.any.ids)} images; permutation test {_p(pair.permutation)}{adjusted}"

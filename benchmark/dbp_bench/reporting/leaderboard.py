@@ -22,8 +22,8 @@ from dbp_bench.reporting.protocol import Protocol, shipped
 from dbp_bench.reporting.ranking import Standing, ranks_with_ties
 from dbp_bench.reporting.records import Record, check_comparable
 from dbp_bench.reporting.sanity import FEW_DRAWS, Check, checks
-from dbp_bench.reporting.statistics import Estimate
-from dbp_bench.reporting.votes import Account
+from dbp_bench.reporting.statistics import Bootstrap, Estimate
+from dbp_bench.reporting.votes import Tally
 from dbp_bench.result import Result
 
 Sort = Literal["hidden", "known"]
@@ -46,7 +46,7 @@ class Row:
     """The results behind the columns, `clean` and the null attack among them."""
     served_by: Mapping[str, str]
     """For columns that another threat model's result serves: which."""
-    accounts: Mapping[str, tuple[Pool, Account]]
+    tallies: Mapping[str, tuple[Pool, Tally]]
     """What the draws say of `clean`, `hidden` and `null`, by column, and whose draws they are."""
     pools: Sequence[Pool]
     """All that was measured of the protocol; where nothing was, all that was measured."""
@@ -257,27 +257,29 @@ def _row(
     # A defense is as clean in every setting; the one with most draws tells it best.
     clean = max(own, key=lambda pool: pool.draws)
     attacked = {**serving, **({"base": zero} if zero else {})}
-    parts = derived({key: pool.robust for key, pool in attacked.items()})
+    parts = derived({key: pool.robust.replicates for key, pool in attacked.items()})
+    known = serving.get("all_known")
+    bootstrap = Bootstrap.of(len(clean.any.ids))
     estimates = {
         **dict.fromkeys(column.key for column in columns),
-        **{key: clean.estimate(part) for key, part in parts.items()},
-        **{key: pool.left for key, pool in attacked.items()},
-        "clean": clean.kept,
-        "fresh": serving["all_known"].fresh if "all_known" in serving else None,
+        **{key: bootstrap.estimate(part) for key, part in parts.items() if part is not None},
+        **{key: pool.robust.estimate for key, pool in attacked.items()},
+        "clean": clean.clean.estimate,
+        "fresh": known.fresh.estimate if known and known.fresh else None,
     }
     share = estimates["share"]
     if share is not None and not 0 <= share.value <= 1:
         estimates["share"] = None  # a part below 0 makes it a share of nothing
     # Clean images are evaluated with the draws that evaluate the adversarial ones.
     first = serving.get("hidden", clean)
-    accounts = {"clean": (first, first.account("clean"))}
+    tallies = {"clean": (first, first.tally("clean"))}
     for key in ("hidden", NULL):
         if key in serving:
-            accounts[key] = (serving[key], serving[key].account("adversarial"))
+            tallies[key] = (serving[key], serving[key].tally("adversarial"))
     made = checks(serving, at_eps, findings, estimates["stochasticity"])
     flags = [flag for check in made for flag in check.flags] + _below_zero(estimates)
-    known = next((pool.draws for pool in serving.values() if pool.knows), None)
-    if known is not None and known < FEW_DRAWS:
+    draws = next((pool.draws for pool in serving.values() if pool.knows), None)
+    if draws is not None and draws < FEW_DRAWS:
         flags.append(f"fewer than {FEW_DRAWS} known draws")
     return Row(
         rank=None,
@@ -290,7 +292,7 @@ def _row(
             for column in (*protocol.columns, *protocol.extra)
             if column.key in serving and serving[column.key].any.threat != column.threat
         },
-        accounts=accounts,
+        tallies=tallies,
         pools=own,
         flags=flags,
         checks=made,
@@ -343,7 +345,7 @@ def _ranked(rows: Sequence[Row], sort: Sort) -> list[Row]:
 
     standings = ranks_with_ties(
         {
-            row.defense: row.columns[column].score
+            row.defense: row.columns[column].robust.score
             for row in rows
             if row.kind == "defense" and column in row.columns
         }

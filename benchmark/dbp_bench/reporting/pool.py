@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -12,11 +12,39 @@ from dbp_bench.reporting.protocol import knowledge
 from dbp_bench.reporting.records import Record, fresh_draws
 from dbp_bench.reporting.rendering import in_words
 from dbp_bench.reporting.statistics import Bootstrap, Estimate, Replicates, Score, proportion
-from dbp_bench.reporting.votes import Account, Tally, account
+from dbp_bench.reporting.votes import Tally
 from dbp_bench.result import Kind, Result, Right, searched_effort
 
 THIRD_PARTY: Final = ("autoattack", "torchattacks")
 """Packages whose own searches are attacks here, under names such as ``torchattacks:PGD``."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How often each image was right."""
+
+    score: Score
+
+    @classmethod
+    def of(cls, tables: Sequence[Right]) -> "Accuracy":
+        """Over all columns of all `tables` of the same images."""
+        right = np.concatenate(tables, axis=1)
+        return cls(Score(right.sum(1).tolist(), right.shape[1]))
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        """The mean with its interval."""
+        return proportion(self.score)
+
+    @cached_property
+    def replicates(self) -> Replicates:
+        """The mean on each resample of the images, the same ones for all accuracies."""
+        return Bootstrap.of(len(self.score.right)).mean(*self.score)
+
+    def above(self, other: "Accuracy") -> Estimate:
+        """This minus the `other` of the same images, paired by image."""
+        bootstrap = Bootstrap.of(len(self.score.right))
+        return bootstrap.estimate(self.replicates - other.replicates)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +52,11 @@ class Pool:
     """The results of one defense under one threat model and attack: one for each seed."""
 
     records: Sequence[Record]
+
+    @classmethod
+    def of(cls, result: Result) -> "Pool":
+        """One `result`, wherever it lies."""
+        return cls([Record(Path(), "", "", result)])
 
     @cached_property
     def any(self) -> Result:
@@ -127,87 +160,44 @@ class Pool:
 
     # --- Outcomes
 
-    @property
-    def bootstrap(self) -> Bootstrap:
-        """The resamples that all reports on these images share."""
-        return Bootstrap.of(len(self.any.ids))
-
     def right(self, kind: Kind) -> list[Right]:
         """Whether each prediction is right, one table for each seed."""
         return [record.result.right(kind) for record in self.records]
 
     def tally(self, kind: Literal["clean", "adversarial"]) -> Tally:
-        """The predictions on `kind` images, seed by seed."""
-        tables = [record.result.classes(kind) for record in self.records]
-        return Tally(tables, self.any.labels, noisy=bool(self.sites))
-
-    def account(self, kind: Literal["clean", "adversarial"]) -> Account:
         """What the draws say of `kind`, seed by seed: the mean, votes and worst cases."""
-        if kind not in self._accounts:
-            self._accounts[kind] = account(self.tally(kind))
-        return self._accounts[kind]
+        if kind not in self._tallies:
+            tables = [record.result.classes(kind) for record in self.records]
+            self._tallies[kind] = Tally(tables, self.any.labels, noisy=bool(self.sites))
+        return self._tallies[kind]
 
     @cached_property
-    def _accounts(self) -> dict[str, Account]:
+    def _tallies(self) -> dict[str, Tally]:
         return {}
 
     @cached_property
-    def clean_score(self) -> Score:
-        """How often each clean image was right, over the draws of all seeds."""
-        return _score(self.right("clean"))
+    def clean(self) -> Accuracy:
+        """On clean images, over the draws of all seeds."""
+        return Accuracy.of(self.right("clean"))
 
     @cached_property
-    def score(self) -> Score:
-        """How often each adversarial image was right, over the draws of all seeds."""
-        return _score(self.right("adversarial"))
+    def robust(self) -> Accuracy:
+        """On adversarial images, over the draws of all seeds: what the attack left standing."""
+        return Accuracy.of(self.right("adversarial"))
 
     @cached_property
-    def fresh_score(self) -> Score | None:
-        """How often images made for a known draw were right on draws that no attacker was shown."""
+    def fresh(self) -> Accuracy | None:
+        """Of images made for a known draw, on draws that no attacker was shown."""
         if not self.fresh_draws:
             return None
-        return _score([t.reshape(len(t), -1) for t in self.right("fresh")])
+        return Accuracy.of([table.reshape(len(table), -1) for table in self.right("fresh")])
 
     @cached_property
-    def package_score(self) -> Score | None:
-        """How often the attack's own package calls each image robust; None if it doesn't say."""
+    def package(self) -> Accuracy | None:
+        """How often the attack's own package calls images robust; None if it doesn't say."""
         tables = [record.result.package_robust for record in self.records]
         found = [np.array(table) for table in tables if table is not None]
-        return _score(found) if len(found) == len(tables) else None
-
-    @cached_property
-    def clean(self) -> Replicates:
-        """Accuracy on clean images."""
-        return self.bootstrap.mean(*self.clean_score)
-
-    @cached_property
-    def robust(self) -> Replicates:
-        """Accuracy on adversarial images."""
-        return self.bootstrap.mean(*self.score)
-
-    @cached_property
-    def package(self) -> Replicates | None:
-        """The share of images that the attack's own package calls robust; None if it doesn't."""
-        return self.package_score and self.bootstrap.mean(*self.package_score)
-
-    def estimate(self, quantity: Replicates | None) -> Estimate | None:
-        """Value and interval of a difference, if there is one."""
-        return None if quantity is None else self.bootstrap.estimate(quantity)
-
-    @cached_property
-    def left(self) -> Estimate:
-        """Accuracy on adversarial images, with its interval: what the attack left standing."""
-        return proportion(self.score)
-
-    @cached_property
-    def kept(self) -> Estimate:
-        """Accuracy on clean images, with its interval."""
-        return proportion(self.clean_score)
-
-    @cached_property
-    def fresh(self) -> Estimate | None:
-        """Accuracy of images made for a known draw on fresh ones, with its interval."""
-        return self.fresh_score and proportion(self.fresh_score)
+        return Accuracy.of(found) if len(found) == len(tables) else None
 
     def zero_gradients(self) -> int | None:
         """Images that stay right in some draw and met no gradient but zero, in the worst seed.
@@ -221,8 +211,7 @@ class Pool:
         return max(found) if len(found) == len(zero) else None
 
 
-@dataclass(frozen=True)
-class Accuracies:
+class Accuracies(NamedTuple):
     """Accuracies of one result, with intervals; `fresh` is null where no draw was known."""
 
     clean: Estimate
@@ -232,8 +221,8 @@ class Accuracies:
 
 def accuracies(result: Result) -> Accuracies:
     """Clean, robust and fresh-draw accuracy of one result."""
-    pool = Pool([Record(Path(), "", "", result)])
-    return Accuracies(pool.kept, pool.left, pool.fresh)
+    pool = Pool.of(result)
+    return Accuracies(pool.clean.estimate, pool.robust.estimate, pool.fresh and pool.fresh.estimate)
 
 
 def pooled(records: Sequence[Record]) -> list[Pool]:
@@ -250,7 +239,7 @@ def strongest(pools: Iterable[Pool]) -> Pool | None:
 
     def order(pool: Pool) -> tuple[float, float, str]:
         evaluations = float("inf") if pool.evaluations is None else pool.evaluations
-        return float(pool.robust[0]), evaluations, pool.setting
+        return float(pool.robust.replicates[0]), evaluations, pool.setting
 
     return min(pools, key=order, default=None)
 
@@ -260,9 +249,3 @@ def search_in_words(result: Result, effort: dict[str, object] | None = None) -> 
     gradient = f"gradient {result.gradient}" if result.gradient else "no gradient"
     options = in_words(result.effort if effort is None else effort)
     return ", ".join(filter(None, [result.label, options, gradient]))
-
-
-def _score(tables: Sequence[Right]) -> Score:
-    """How often each image was right, over all columns of all `tables` of the same images."""
-    right = np.concatenate(tables, axis=1)
-    return Score(right.sum(1).tolist(), right.shape[1])

@@ -6,15 +6,12 @@ Each check says what it tested, so that no flag isn't mistaken for not tested (A
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from dbp_bench.reporting.findings import Findings
 from dbp_bench.reporting.pool import Pool, strongest
 from dbp_bench.reporting.protocol import KNOWN
-from dbp_bench.reporting.records import Record
 from dbp_bench.reporting.statistics import Estimate
-from dbp_bench.reporting.votes import Account
 from dbp_bench.result import Result
 
 FEW_DRAWS: Final = 3
@@ -64,9 +61,7 @@ def checks(
         _zero_gradients(columns, pools),
         _conformance(pools),
         _gradient(pools),
-        _black_box(columns, pools),
-        _more_effort(columns, pools),
-        _other_attacks(columns, pools),
+        *_stronger(columns, pools),
         Check(
             "sweeps",
             [f"{each.setting} {each.axis}" for each in findings],
@@ -81,7 +76,7 @@ def checks(
 
 def doubts(result: Result) -> list[str]:
     """What should be known wherever the accuracies of one `result` are printed."""
-    pool = Pool([Record(Path(), "", "", result)])
+    pool = Pool.of(result)
     made = [_zero_gradients({}, [pool]), _conformance([pool]), _gradient([pool])]
     if result.eps == 0:
         made.append(_null(pool))
@@ -127,7 +122,7 @@ def _zero_gradients(columns: Mapping[str, Pool], pools: Sequence[Pool]) -> Check
         "zero gradients",
         [pool.setting for pool, count in counts.items() if count is not None],
         [
-            f"no gradient, or none but zero, at any step on {count} of {pool.bootstrap.images} "
+            f"no gradient, or none but zero, at any step on {count} of {len(pool.any.ids)} "
             f"images, which stay right ({served.get(id(pool), pool.setting)})"
             for pool, count in counts.items()
             if count
@@ -182,64 +177,46 @@ def _gradient(pools: Sequence[Pool]) -> Check:
     )
 
 
-def _black_box(columns: Mapping[str, Pool], pools: Sequence[Pool]) -> Check:
-    """Attacks without gradients, against those with gradients that know the same."""
-    cases: list[_Case] = []
-    for pool in (pool for pool in pools if pool.black_box):
-        best = strongest(p for p in pools if p.knows == pool.knows and not p.black_box)
-        if best is None:
+def _stronger(columns: Mapping[str, Pool], pools: Sequence[Pool]) -> list[Check]:
+    """Attacks that leave less than others should, by more than the paired interval."""
+    names = ("black box", "more effort", "other attacks")
+    tested: dict[str, list[str]] = {name: [] for name in names}
+    flags: dict[str, list[str]] = {name: [] for name in names}
+    for pool in pools:
+        own = _own(columns, pool)
+        at = pool.setting
+        # Whom this attack should not be below, and what to say if it is.
+        rivals: list[tuple[Pool, str]] = []
+        if pool.black_box:
+            name = "black box"
+            best = strongest(p for p in pools if p.knows == pool.knows and not p.black_box)
+            if best is None:
+                continue
+            masked = (
+                f"{at}, which follows no gradient, finds {{}} points against {best.setting}, the "
+                "strongest attack along gradients that knows the same: the gradient is masked, or "
+                "its use too weak"
+            )
+            weak = f"its search has not converged: {at}, which follows no gradient,"
+            rivals = [(best, masked)]
+            rivals += [(own, f"{own.setting}: {weak} finds {{}} points")] if own else []
+        elif own is None:
             continue
-        masked = (
-            f"{pool.setting}, which follows no gradient, finds {{}} points against {best.setting}, "
-            "the strongest attack along gradients that knows the same: the gradient is masked, or "
-            "its use too weak"
-        )
-        weak = f"its search has not converged: {pool.setting}, which follows no gradient,"
-        own = _own(columns, pool)
-        mine = [(own, f"{own.setting}: {weak} finds {{}} points")] if own else []
-        cases.append((pool, [(best, masked), *mine]))
-    return _compared("black box", cases)
-
-
-def _more_effort(columns: Mapping[str, Pool], pools: Sequence[Pool]) -> Check:
-    """The leaderboard's own attack with more gradient evaluations."""
-    cases: list[_Case] = []
-    for pool in pools:
-        own = _own(columns, pool)
-        if own is not None and _more(pool, own):
+        elif _more(pool, own):
+            name = "more effort"
             counts = [f"{each.gradient_evaluations:.0f}" for each in (pool, own)]
-            weak = f"{own.setting}: its search has not converged: {pool.setting}, with {counts[0]} "
-            weak += f"gradient evaluations against {counts[1]}, finds {{}} points"
-            cases.append((pool, [(own, weak)]))
-    return _compared("more effort", cases)
-
-
-def _other_attacks(columns: Mapping[str, Pool], pools: Sequence[Pool]) -> Check:
-    """Other attacks along gradients, whatever their effort, against the leaderboard's own."""
-    cases: list[_Case] = []
-    for pool in pools:
-        own = _own(columns, pool)
-        known = own is None or pool in columns.values() or pool.black_box
-        if own is not None and not known and not _more(pool, own):
-            weak = f"{own.setting}: another attack, {pool.setting}, finds {{}} points"
-            cases.append((pool, [(own, weak)]))
-    return _compared("other attacks", cases)
-
-
-_Case = tuple[Pool, Sequence[tuple[Pool, str]]]
-"""An attack, and those it should not be below, each with the flag to raise if it is."""
-
-
-def _compared(name: str, cases: Sequence[_Case]) -> Check:
-    """Flag each attack that leaves less than another by more than the paired interval."""
-    flags = []
-    for pool, others in cases:
-        for other, flag in others:
-            gap = pool.bootstrap.estimate(pool.robust - other.robust)
-            if gap.high < 0:
-                flags.append(flag.format(gap.percent(sign=True)))
-                break
-    return Check(name, [pool.setting for pool, _ in cases], flags)
+            weak = f"{own.setting}: its search has not converged: {at}, with {counts[0]} gradient "
+            rivals = [(own, f"{weak}evaluations against {counts[1]}, finds {{}} points")]
+        elif pool not in columns.values():
+            name = "other attacks"
+            rivals = [(own, f"{own.setting}: another attack, {at}, finds {{}} points")]
+        else:
+            continue
+        tested[name].append(at)
+        gaps = ((pool.robust.above(rival.robust), flag) for rival, flag in rivals)
+        found = [flag.format(gap.percent(sign=True)) for gap, flag in gaps if gap.high < 0]
+        flags[name] += found[:1]
+    return [Check(name, tested[name], flags[name]) for name in names]
 
 
 def _own(columns: Mapping[str, Pool], pool: Pool) -> Pool | None:
@@ -255,14 +232,3 @@ def _more(pool: Pool, own: Pool) -> bool:
     if mine is None or theirs is None or theirs <= mine:
         return False
     return (pool.any.attack, pool.any.gradient) == (own.any.attack, own.any.gradient)
-
-
-def describe(metric: str, account: Account) -> str:
-    """A metric of :data:`METRICS` in words, for this many draws."""
-    words = {"mean": "one draw", "plurality": "plurality vote", "worst_all": "worst of all"}
-    if account.draws is not None:
-        words |= {
-            "plurality": f"plurality of {account.votes}",
-            "worst_all": f"worst of {account.draws}",
-        }
-    return words.get(metric, metric.replace("_", " of "))

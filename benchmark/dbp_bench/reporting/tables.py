@@ -26,7 +26,7 @@ from dbp_bench.reporting.ranking import ALPHA
 from dbp_bench.reporting.rendering import listed, md, note, shown_eps, tex
 from dbp_bench.reporting.sanity import COSINE, ERROR, EXACT, Check
 from dbp_bench.reporting.statistics import LEVEL, Estimate
-from dbp_bench.reporting.votes import FEW, METRICS, Account
+from dbp_bench.reporting.votes import FEW, METRICS, Tally
 
 _NAMED: Final = 4
 """How many names a cell of a table holds."""
@@ -99,9 +99,9 @@ def results_frame(board: Leaderboard) -> pd.DataFrame:
 
 def _result(pool: Pool, kind: str) -> dict[str, object]:
     results = [record.result for record in pool.records]
-    account = pool.account("adversarial")
+    tally = pool.tally("adversarial")
     # Where draws are known each has images of its own, on which no vote is taken.
-    found = {**account.estimates, **({"plurality": None} if pool.knows else {})}
+    found = {**tally.estimates, **({"plurality": None} if pool.knows else {})}
     return {
         "defense": pool.any.defense,
         "kind": kind,
@@ -112,11 +112,11 @@ def _result(pool: Pool, kind: str) -> dict[str, object]:
         "seeds": _joined(pool.seeds),
         "draws": pool.draws,
         "fresh_draws": pool.fresh_draws,
-        "robust": pool.left,
-        "clean": cell(pool.kept),
-        "fresh": cell(pool.fresh),
-        "plurality_of": None if pool.knows else account.votes,
-        "worst_all_of": account.draws,
+        "robust": pool.robust.estimate,
+        "clean": cell(pool.clean.estimate),
+        "fresh": cell(pool.fresh and pool.fresh.estimate),
+        "plurality_of": None if pool.knows else tally.votes,
+        "worst_all_of": tally.draws,
         **{key: cell(found[key]) for key in METRICS[1:]},
         **how(pool),
         "overrides": _joined(pool.any.overrides),
@@ -144,13 +144,13 @@ def draws_frame(board: Leaderboard) -> pd.DataFrame:
                 row.columns.get("hidden" if key == "clean" else key, row.columns["clean"])
             ),
             "eps": board.eps if key == "hidden" else 0.0,
-            "draws": account.draws,
-            "plurality_of": account.votes,
-            "worst_all_of": account.draws,
-            **{metric: cell(account.estimates[metric]) for metric in METRICS},
+            "draws": tally.draws,
+            "plurality_of": tally.votes,
+            "worst_all_of": tally.draws,
+            **{metric: cell(tally.estimates[metric]) for metric in METRICS},
         }
         for row in board.rows
-        for key, (pool, account) in row.accounts.items()
+        for key, (pool, tally) in row.tallies.items()
     )
 
 
@@ -180,30 +180,26 @@ def sections(board: Leaderboard) -> dict[str, pd.DataFrame]:
         shown[section] = frame[["rank", "defense", *titles]].rename(columns=titles)
     draws = draws_frame(board)
     draws["images_of"] = draws["images_of"].map(IMAGES)
-    draws["draws"] = [many(each) for row in board.rows for _, each in row.accounts.values()]
+    draws["draws"] = [many(each) for row in board.rows for _, each in row.tallies.values()]
     shown["One draw, votes and worst cases"] = draws[
         ["rank", "defense", "images_of", "draws", *METRICS]
-    ].rename(columns=_DRAWS)
+    ].rename(columns=DRAWS)
     return {
         title: each.rename(columns={"rank": "", "defense": "Defense"})
         for title, each in shown.items()
     }
 
 
-_DRAWS: Final = {
+DRAWS: Final = {
     "images_of": "Images",
     "draws": "Draws M",
-    **dict(
-        zip(
-            METRICS,
-            ("One draw", "Plurality of k", f"Worst of {FEW}", "Worst of M"),
-            strict=True,
-        )
-    ),
+    **{"mean": "One draw", "plurality": "Plurality of k"},
+    **{f"worst_{FEW}": f"Worst of {FEW}", "worst_all": "Worst of M"},
 }
+"""What the columns of the table of draws are called."""
 
 
-def many(found: Account) -> str:
+def many(found: Tally) -> str:
     """How many draws, and of how many the vote is where that is another number."""
     if found.draws is None:
         return "any"

@@ -2,8 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import comb, lcm
 from typing import Any, Final
 
@@ -23,35 +22,20 @@ Classes = NDArray[np.int64]
 """Predicted classes (image x draw)."""
 
 
-@dataclass(frozen=True)
-class Metric:
-    """An unbiased estimate, for one image, from how many of its M draws were right."""
-
-    numerators: Sequence[int]
-    """``(M + 1,)``, by the number of right draws."""
-    denominator: int
-
-    def __call__(self, right: int) -> float:
-        """The estimate for an image that was right in `right` draws."""
-        return self.numerators[right] / self.denominator
-
-
-def mean(draws: int) -> Metric:
-    """The accuracy at one draw."""
-    return Metric(range(draws + 1), draws)
-
-
-def worst(m: int, draws: int) -> Metric:
+def worst(m: int, draws: int) -> tuple[list[int], int]:
     """The chance that `m` draws are all right: C(right, m) / C(M, m), where M = `draws`.
 
     It is that of `m` of the M draws without replacement, hence unbiased for p^m, where each draw is
     right with probability p (a U-statistic; Hoeffding 1948).
 
+    Returns:
+        The numerator for each number of right draws, 0 ... M, and the denominator.
+
     Raises:
         ValueError: `m` isn't in 1 ... M.
     """
     _check(m, draws)
-    return Metric([comb(right, m) for right in range(draws + 1)], comb(draws, m))
+    return [comb(right, m) for right in range(draws + 1)], comb(draws, m)
 
 
 def plurality(predicted: Sequence[int], label: int, k: int) -> int:
@@ -107,33 +91,11 @@ def _check(number: int, draws: int) -> None:
         raise ValueError(f"{number} of {draws} draws: at least 1, and no more than there are.")
 
 
-@dataclass(frozen=True)
-class Account:
-    """What one setting's draws say."""
-
-    draws: int | None
-    """M, of each seed; null where no noise is drawn, so that any number of draws is alike."""
-    votes: int | None
-    """k of the vote; null where `draws` is."""
-    estimates: Mapping[str, Estimate | None]
-    """By name, all of :data:`METRICS`; null where there are too few draws, or where a vote needs a
-    class that was not recorded."""
-
-
-def account(tally: "Tally") -> Account:
-    """The metrics of the draws in `tally`, with 95 % intervals."""
-    return Account(
-        draws=tally.draws if tally.noisy else None,
-        votes=votes(tally.draws) if tally.noisy else None,
-        estimates={name: tally.estimate(name) for name in METRICS},
-    )
-
-
 class Tally:
-    """What each image's draws predict: one table of classes (image x draw) for each seed.
+    """What the draws of one setting predict, and what that says beyond their mean.
 
     Args:
-        tables: Predicted classes; each seed was attacked anew.
+        tables: Predicted classes (image x draw), one table for each seed, which attacked anew.
         labels: The right classes.
         noisy: Whether noise is drawn. Without, one draw is as good as any number, and every metric
             is the mean.
@@ -143,41 +105,46 @@ class Tally:
     """
 
     def __init__(self, tables: Sequence[Classes], labels: Sequence[int], *, noisy: bool) -> None:
-        classes = _stacked(tables)
-        self.classes, self.labels, self.noisy = classes, labels, noisy
-        self.seeds, self.images, self.draws = classes.shape
-        self.right: Counts = (classes == np.asarray(labels)[:, None]).sum(2).T
-        """``(images, seeds)``, in 0 ... draws: how many draws are right."""
+        self._classes, self._labels, self._noisy = _stacked(tables), labels, noisy
+        self._seeds, _, self._each = self._classes.shape
+        right = self._classes == np.asarray(labels)[:, None]
+        self._right: list[list[int]] = right.sum(2).T.tolist()  # image x seed: right draws
+
+    @property
+    def draws(self) -> int | None:
+        """M, of each seed; None where no noise is drawn: any number of draws is alike."""
+        return self._each if self._noisy else None
+
+    @property
+    def votes(self) -> int | None:
+        """The draws of a vote, k; None where :attr:`draws` is."""
+        return votes(self._each) if self._noisy else None
 
     def score(self, name: str) -> Score | None:
-        """The metric `name` of each image, over its seeds: exact. None where it has none."""
-        if name == "plurality" and self.noisy:
-            return self._vote()
-        metric = self._by_right(name)
-        if metric is None:
+        """The metric `name` of each image, over its seeds: exact.
+
+        None where there are too few draws, or where a vote needs a class that was not recorded.
+        """
+        m = {"mean": 1, "plurality": votes(self._each), "worst_all": self._each}.get(name, FEW)
+        m = m if self._noisy else 1
+        if m > self._each:
             return None
-        right = [sum(metric.numerators[count] for count in row) for row in self.right.tolist()]
-        return Score(right, metric.denominator * self.seeds)
+        if name == "plurality" and self._noisy:
+            if (self._classes == NOT_RECORDED).any():
+                return None
+            images = zip(self._classes.transpose(1, 0, 2).tolist(), self._labels, strict=True)
+            wins = [sum(plurality(row, label, m) for row in seeds) for seeds, label in images]
+            return Score(wins, comb(self._each, m) * self._seeds)
+        numerators, whole = worst(m, self._each)
+        right = [sum(numerators[count] for count in seeds) for seeds in self._right]
+        return Score(right, whole * self._seeds)
 
-    def estimate(self, name: str) -> Estimate | None:
-        """The metric `name` with its interval, from image to image; None where it has none."""
-        score = self.score(name)
-        return score and proportion(score, self.draws * self.seeds)
-
-    def _by_right(self, name: str) -> Metric | None:
-        """The metric `name`, of those that the number of right draws decides."""
-        if name == "mean" or not self.noisy:
-            return mean(self.draws)
-        m = self.draws if name == "worst_all" else FEW
-        return worst(m, self.draws) if m <= self.draws else None
-
-    def _vote(self) -> Score | None:
-        if (self.classes == NOT_RECORDED).any():
-            return None
-        k = votes(self.draws)
-        images = zip(self.classes.transpose(1, 0, 2).tolist(), self.labels, strict=True)
-        wins = [sum(plurality(row, label, k) for row in seeds) for seeds, label in images]
-        return Score(wins, comb(self.draws, k) * self.seeds)
+    @cached_property
+    def estimates(self) -> Mapping[str, Estimate | None]:
+        """All of :data:`METRICS` by name, with their intervals from image to image."""
+        scores = {name: self.score(name) for name in METRICS}
+        draws = self._each * self._seeds
+        return {name: score and proportion(score, draws) for name, score in scores.items()}
 
 
 def worst_hidden(attacks: Sequence[Right]) -> Score:

@@ -516,7 +516,7 @@ def _eot_points(row: Row, board: Leaderboard) -> list[tuple[float, Estimate]]:
         and isinstance(pool.any.effort.get("eot"), int)
     ]
     by_eot = {pool.any.effort["eot"]: pool for pool in alike}
-    return [(eot, by_eot[eot].left) for eot in sorted(by_eot)]
+    return [(eot, by_eot[eot].robust.estimate) for eot in sorted(by_eot)]
 
 
 def _pools(row: Row, board: Leaderboard) -> list[Pool]:
@@ -629,7 +629,7 @@ def _effort(board: Leaderboard) -> Chart:
         for pool in _pools(row, board):
             if pool.evaluations:
                 known = pool.knowledge if pool.knowledge in ("none", "all") else "some"
-                points.setdefault(known, []).append((pool.evaluations, pool.left))
+                points.setdefault(known, []).append((pool.evaluations, pool.robust.estimate))
         panel = Panel(
             [
                 Curve(style, points[name], joined=False)

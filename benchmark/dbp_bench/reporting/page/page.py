@@ -25,9 +25,8 @@ from dbp_bench.reporting.protocol import KNOWN
 from dbp_bench.reporting.records import Record
 from dbp_bench.reporting.rendering import note, shown_eps
 from dbp_bench.reporting.samples import Samples, samples_path
-from dbp_bench.reporting.sanity import describe
 from dbp_bench.reporting.statistics import LEVEL, Estimate
-from dbp_bench.reporting.tables import IMAGES, many, protocol, ranking
+from dbp_bench.reporting.tables import DRAWS, IMAGES, many, protocol, ranking
 from dbp_bench.reporting.votes import METRICS
 from dbp_bench.result import Result
 
@@ -69,6 +68,7 @@ def to_html(
         script=Markup(script),
         protocol=protocol(board),
         ranking=ranking(board),
+        draws=DRAWS,
         note=note,
         charts=charts(board),
         to_svg=to_svg,
@@ -174,25 +174,21 @@ class _Page:
                     first = own[pool.knows].evaluations if pool.knows in own else None
                     measured = first and pool.evaluations is not None
                     ratio = f"{pool.evaluations / first:.2g}" if measured else ""
-                    found.append((pool, ratio, cell(pool.left, self.link(pool.records[0]))))
+                    found.append(
+                        (pool, ratio, cell(pool.robust.estimate, self.link(pool.records[0])))
+                    )
         return found
 
     def draws(self) -> list[tuple[str, str, str, list[Cell]]]:
         """One draw, votes and worst cases."""
         return [
             (
-                *(row.defense, IMAGES[key], many(account)),
-                [cell(account.estimates[metric]) for metric in METRICS],
+                *(row.defense, IMAGES[key], many(tally)),
+                [cell(tally.estimates[metric]) for metric in METRICS],
             )
             for row in self.board.rows
-            for key, (_, account) in row.accounts.items()
+            for key, (_, tally) in row.tallies.items()
         ]
-
-    def metrics(self) -> list[str]:
-        """The columns of the table of draws."""
-        accounts = [account for row in self.board.rows for _, account in row.accounts.values()]
-        account = next((each for each in accounts if each.draws), accounts[0])
-        return [describe(metric, account).capitalize() for metric in METRICS]
 
     def numbers(self, row: Row) -> list[tuple[Markup, str, list[Record]]]:
         """Each number of a defense, and the results that it follows from."""
