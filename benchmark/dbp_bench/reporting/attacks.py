@@ -1,47 +1,75 @@
-"""Attacks on one defense side by side: their worst case, and third-party attacks against ours."""
+"""Attacks other than the leaderboard's own, as CSV and Markdown: side by side, with what they cost.
 
-import json
-from collections.abc import Collection, Mapping, Sequence
-from typing import Final, Literal
+Their worst case, third-party attacks against ours, and what sweeps found.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any, Final
 
 import pandas as pd
 
-from dbp_bench.reporting.frames import Signed, cell, frame_of
+from dbp_bench.reporting.findings import Findings
+from dbp_bench.reporting.frames import (
+    Marked,
+    Signed,
+    cell,
+    frame_of,
+    named,
+    percent,
+    to_csv,
+    to_markdown,
+)
+from dbp_bench.reporting.leaderboard import Leaderboard
 from dbp_bench.reporting.pool import Pool, strongest
 from dbp_bench.reporting.protocol import FORWARD
+from dbp_bench.reporting.rendering import md, note, shown_eps
 from dbp_bench.reporting.statistics import Score, proportion
+from dbp_bench.reporting.tables import how, of_track, setting_of
 from dbp_bench.reporting.votes import worst_hidden, worst_known
-
-Kind = Literal["control", "defense"]
 
 _ORDER: Final = ("none", FORWARD, f"all but {FORWARD}", "all")
 """What attackers know, in order of tables."""
+_KNOWS: Final = {"none": "no draw", "all": "all draws"}
+"""The same in titles, where it is said otherwise."""
+_UNEQUAL: Final = 0.02
+"""From this share of evaluations on, two attacks are marked as of unequal effort."""
 
 
-def attacks(
-    pools: Sequence[Pool], columns: Mapping[str, Mapping[str, Pool]], kinds: Mapping[str, Kind]
-) -> pd.DataFrame:
+def attack_files(board: Leaderboard) -> dict[str, str]:
+    """The files on other attacks, by how their names end; those that have something to say."""
+    attacks, third_party = _attacks_frame(board), _third_party_frame(board)
+    frames = {
+        "-third-party.csv": of_track(third_party, board),
+        "-sweeps.csv": _sweeps_frame(board.sweeps),
+        "-attacks.csv": of_track(attacks.drop(columns="search", errors="ignore"), board),
+    }
+    found = {end: to_csv(frame) for end, frame in frames.items() if "defense" in frame}
+    if found:
+        found["-attacks.md"] = _markdown(board, attacks, third_party)
+    return found
+
+
+# --- Frames
+
+
+def _attacks_frame(board: Leaderboard) -> pd.DataFrame:
     """A row for each attack, by defense and by what is known; no rows where only our own ran.
 
     `own` says whether it is the leaderboard's; `ratio` is of its evaluations to those of the
     leaderboard's own. Where the attack's package gives a verdict, the share of images that it
     calls robust is there, and how much that is above our accuracy (paired by image). The worst case
     is that of all rows of the defense and knowledge.
-
-    Args:
-        pools: All results of a track at the leaderboard's eps, in order.
-        columns: By defense, the results behind the leaderboard's columns, those at equal effort
-            first.
-        kinds: Whether each defense is a control.
     """
     groups: dict[tuple[str, str], list[Pool]] = {}
-    for pool in pools:
+    for pool in _at_eps(board):
         groups.setdefault((pool.any.defense, pool.knowledge), []).append(pool)
     order = {name: i for i, name in enumerate(_ORDER)}
+    by_name = {row.defense: row for row in board.rows}
     rows: list[dict[str, object]] = []
     for defense, knows in sorted(groups, key=lambda key: (key[0], order.get(key[1], 9), key[1])):
-        group = groups[defense, knows]
-        own = [pool for pool in dict.fromkeys(columns[defense].values()) if pool in group]
+        group, row = groups[defense, knows], by_name[defense]
+        serving = dict.fromkeys(pool for key, pool in row.columns.items() if key != "clean")
+        own = [pool for pool in serving if pool in group]
         ordered = [*own, *(pool for pool in group if pool not in own)]
         if len(own) == len(group):
             continue
@@ -49,14 +77,16 @@ def attacks(
         first = own[0].evaluations if own else None
         rows += [
             {
-                **{"defense": defense, "kind": kinds[defense], "knows": knows},
+                **{"defense": defense, "kind": row.kind, "knows": knows},
                 **setting_of(pool),
                 "own": pool in own,
                 "draws": pool.draws,
                 "robust": pool.robust.estimate,
                 "search": pool.search,
                 **how(pool),
-                "ratio": _ratio(pool, first),
+                "ratio": round(count / first, 6)
+                if first and (count := pool.evaluations) is not None
+                else None,
                 "package_verdict": cell(pool.package and pool.package.estimate),
                 "package_gap": cell(pool.package and pool.package.above(pool.robust), Signed),
                 "worst_case": cell(worst and proportion(worst, draws)),
@@ -68,17 +98,20 @@ def attacks(
     return frame_of(rows)
 
 
-def third_party(pools: Sequence[Pool], kinds: Mapping[str, Kind]) -> pd.DataFrame:
+def _at_eps(board: Leaderboard) -> list[Pool]:
+    """All results at the leaderboard's eps, in order."""
+    return [pool for pool, _ in board.pools if pool.any.eps == board.eps > 0]
+
+
+def _third_party_frame(board: Leaderboard) -> pd.DataFrame:
     """A row for each third-party attack, with the strongest of ours on that defense.
 
     Of ours that know the same and take at most as many evaluations; `why` says why there is none.
     `lower` is whether the third party's leaves less by more than the interval of the difference,
     which is theirs minus ours, paired by image.
-
-    Args:
-        pools: All results of a track at the leaderboard's eps, in order.
-        kinds: Whether each defense is a control.
     """
+    kinds = {row.defense: row.kind for row in board.rows}
+    pools = _at_eps(board)
     rows = []
     for theirs in (pool for pool in pools if pool.third_party):
         ours, why = _ours(theirs, pools)
@@ -91,7 +124,7 @@ def third_party(pools: Sequence[Pool], kinds: Mapping[str, Kind]) -> pd.DataFram
                 **_side("", theirs),
                 **_side("ours_", ours),
                 "difference": cell(gap, Signed),
-                "lower": None if gap is None else gap.high < 0,
+                "lower": gap and gap.high < 0,
                 "why": why or None,
                 "results": " ".join(
                     record.name for pool in (theirs, ours) if pool for record in pool.records
@@ -99,27 +132,6 @@ def third_party(pools: Sequence[Pool], kinds: Mapping[str, Kind]) -> pd.DataFram
             }
         )
     return frame_of(rows)
-
-
-def setting_of(pool: Pool) -> dict[str, object]:
-    """The threat model and the attack, as cells."""
-    return {"threat": pool.any.threat, "attack": pool.any.label}
-
-
-def how(pool: Pool) -> dict[str, object]:
-    """How the attack searched, and the evaluations of one attack on one image, as cells."""
-    counts = {
-        "gradient_evaluations": pool.gradient_evaluations,
-        "forward_evaluations": pool.forward_evaluations,
-        "evaluations": pool.evaluations,
-    }
-    return {
-        "effort": json.dumps(pool.any.effort),
-        "gradient": pool.any.gradient,
-        **{key: None if count is None else round(count, 6) for key, count in counts.items()},
-        "nfe": pool.any.evaluations.nfe,
-        "searched_nfe": pool.any.evaluations.searched_nfe,
-    }
 
 
 def _side(prefix: str, pool: Pool | None) -> dict[str, object]:
@@ -146,10 +158,6 @@ def _ours(theirs: Pool, pools: Sequence[Pool]) -> tuple[Pool | None, str]:
     return ours, why
 
 
-def _ratio(pool: Pool, first: float | None) -> float | None:
-    return round(pool.evaluations / first, 6) if first and pool.evaluations is not None else None
-
-
 def _worst_case(pools: Collection[Pool]) -> tuple[Score | None, int]:
     """The worst case over attacks, on the seeds and draws they share, and how many draws."""
     known = all(pool.all_known for pool in pools)
@@ -168,3 +176,165 @@ def _worst_case(pools: Collection[Pool]) -> tuple[Score | None, int]:
         scores.append(worst_known(tables) if known else worst_hidden(tables))
     right = [sum(each) for each in zip(*(score.right for score in scores), strict=True)]
     return Score(right, scores[0].trials * len(seeds)), len(draws)
+
+
+def _sweeps_frame(findings: Sequence[Findings]) -> pd.DataFrame:
+    """A row for each value that was swept over."""
+    return frame_of(
+        {
+            **{"track": found.track, "defense": found.defense, "threat": found.threat},
+            **{
+                "attack": found.attack,
+                "seed": found.seed,
+                "axis": found.axis,
+                "value": value.value,
+            },
+            **{"standard": found.standard, "images": found.images, "draws": found.draws},
+            "accuracy": cell(value.accuracy),
+            "fall": cell(value.fall),
+            "zero_gradient": value.zero_gradient,
+            "chance": round(found.chance, 6),
+            "flags": "; ".join(f"{flag.name}: {flag.message}" for flag in found.flags) or None,
+            "notes": "; ".join(found.notes) or None,
+        }
+        for found in findings
+        for value in found.values
+    )
+
+
+# --- Markdown
+
+
+def _markdown(board: Leaderboard, attacks: pd.DataFrame, third_party: pd.DataFrame) -> str:
+    """For reading on a page: attacks side by side, their worst case, and what each one cost."""
+    text = [f"# Attacks on {md(board.title)}", ""]
+    if not attacks.empty:
+        text += _side_by_side(board, attacks)
+        text += _verdicts(attacks)
+    if not third_party.empty:
+        text += _third_party(third_party)
+    text += _sweeps(board)
+    if not attacks.empty:
+        text += _efforts(attacks)
+    return "\n".join([*text, note("bootstrap")]) + "\n"
+
+
+def _titled(frame: pd.DataFrame) -> pd.DataFrame:
+    """The columns that are shown by name, with the defenses that are controls marked."""
+    names = [named(*pair) for pair in zip(frame["defense"], frame["kind"], strict=True)]
+    frame = frame.assign(defense=pd.Series(names, index=frame.index, dtype=object))
+    return frame.rename(columns=lambda name: name.replace("_", " ").capitalize())
+
+
+def _side_by_side(board: Leaderboard, attacks: pd.DataFrame) -> list[str]:
+    """By what is known, a table of attacks by defenses."""
+    said = note("beside", norm=board.norm, eps=shown_eps(board.eps), images=board.images)
+    text = [said, ""]
+    frame = _titled(attacks)
+    frame["cell"] = pd.Series([_left(row) for _, row in attacks.iterrows()], dtype=object)
+    setting = ["Threat", "Attack"]
+    frame["Other"] = ~frame.groupby(["Knows", *setting])["Own"].transform("max").astype(bool)
+    for knows, group in frame.groupby("Knows", sort=False):
+        table = group.pivot(index=["Other", *setting], columns="Defense", values="cell")
+        worst = group.drop_duplicates("Defense").set_index("Defense")["Worst case"]
+        last = frame_of([{"Threat": "worst case", "Attack": "any of these", **worst}])
+        table = pd.concat([table.reset_index(), last]).drop(columns="Other")
+        text += [f"## Attacks that know {_KNOWS.get(str(knows), knows)}", "", *to_markdown(table)]
+    return [*text, note("worst"), ""]
+
+
+def _left(row: Any) -> Marked:
+    """What an attack left standing, and how its effort compares where it isn't equal."""
+    if row.gradient_evaluations == row.forward_evaluations == 0:
+        return Marked(f"{percent(row.robust)} (no query)")
+    unequal = row.ratio is not None and abs(row.ratio - 1) > _UNEQUAL
+    return Marked(percent(row.robust) + (f" ({row.ratio:.2g}x)" if unequal else ""))
+
+
+def _verdicts(frame: pd.DataFrame) -> list[str]:
+    """What packages say of themselves, beside what we say."""
+    shown = _titled(frame[[percent(each) != "" for each in frame["package_verdict"]]])
+    if shown.empty:
+        return []
+    columns = ["Defense", "Knows", "Threat", "Attack", "Package verdict", "Robust", "Package gap"]
+    return ["## AutoAttack's own verdict", "", *to_markdown(shown[columns]), note("verdict"), ""]
+
+
+def _third_party(frame: pd.DataFrame) -> list[str]:
+    """Third-party attacks against ours."""
+    shown = _titled(frame)
+    compared = frame["lower"].notna()
+    for key in ("Evaluations", "Ours evaluations"):
+        shown[key] = [None if count is None else round(count) for count in shown[key]]
+    shown["Lower"] = frame["lower"].map({True: Marked("**yes**"), False: "no"}).astype(object)
+    shown.loc[~compared, "Ours attack"] = frame["why"]
+    columns = ["Defense", "Knows", "Threat", "Attack", "Robust", "Evaluations"]
+    columns += ["Ours threat", "Ours attack", "Ours robust", "Ours evaluations"]
+    table = to_markdown(shown[[*columns, "Difference", "Lower"]])
+    total = (
+        f"Of {compared.sum()} comparisons, the third-party attack leaves less by more than the "
+        f"interval in {frame['lower'].eq(True).sum()}."
+    )
+    return ["## Third-party attacks against ours", "", *table, f"{total} {note('third_party')}", ""]
+
+
+def _sweeps(board: Leaderboard) -> list[str]:
+    """What was swept over, and what that said."""
+    if not board.sweeps:
+        return ["## Sweeps", "", "None was run. `dbp-bench sweep` runs some.", ""]
+    table = frame_of(
+        {
+            "Defense": found.defense,
+            "Threat": found.threat,
+            "Attack": found.attack,
+            "Seed": found.seed,
+            "Over": found.axis,
+            "Images x draws": f"{found.images} x {found.draws}",
+            "Left at each value": Marked("; ".join(_swept(found))),
+            "Said": Marked("; ".join(_findings(found)) or "no flag"),
+        }
+        for found in board.sweeps
+    )
+    own = "Its own: the value that the threat model says."
+    return ["## Sweeps", "", *to_markdown(table), own, ""]
+
+
+def _findings(found: Findings) -> list[str]:
+    said = [f"**{flag.name}**: {md(flag.message)}" for flag in found.flags]
+    return said + [f"undecided: {md(note)}" for note in found.notes]
+
+
+def _swept(found: Findings) -> list[str]:
+    """Each value, and the accuracy there."""
+    cells = []
+    for each in found.values:
+        value = each.value if isinstance(each.value, str) else f"{each.value:g}"
+        left = percent(each.accuracy) or "zero gradients only"
+        cells.append(f"{md(value)}{' (its own)' if each.value == found.standard else ''}: {left}")
+    return cells
+
+
+def _efforts(frame: pd.DataFrame) -> list[str]:
+    """How each attack searched, and what that took on each defense."""
+    setting = ["Knows", "Threat", "Attack", "Effort"]
+    long = _titled(frame).assign(
+        Effort=frame["search"],
+        Cost=[_cost(row) for _, row in frame.iterrows()],
+        Defense=frame["defense"],
+    )
+    folded = long.groupby([*setting, "Cost"], sort=False)["Defense"].agg(", ".join).reset_index()
+    column = "Gradient + forward evaluations"
+    folded[column] = folded["Defense"] + ": " + folded["Cost"]
+    table = folded.groupby(setting, sort=False)[column].agg("; ".join).reset_index()
+    return ["## Effort", "", *to_markdown(table.astype(object)), note("evaluations"), ""]
+
+
+def _cost(row: Any) -> str:
+    if row.gradient_evaluations is None:
+        return "not recorded"
+    if row.gradient_evaluations == row.forward_evaluations == 0:
+        return "no query"
+    cost = f"{row.gradient_evaluations:.0f} + {row.forward_evaluations:.0f}"
+    if row.searched_nfe in (None, row.nfe):
+        return cost
+    return f"{cost}, of {row.searched_nfe} NFE in place of {row.nfe}"

@@ -8,12 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-import pandas as pd
-
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.track import Track
 from dbp_bench.errors import NotComparable
-from dbp_bench.reporting.attacks import Kind, attacks, third_party
 from dbp_bench.reporting.badge import Badge, badge_of
 from dbp_bench.reporting.columns import NULL, Column, columns_of, derived
 from dbp_bench.reporting.findings import Findings
@@ -21,12 +18,14 @@ from dbp_bench.reporting.pool import Pool, pooled
 from dbp_bench.reporting.protocol import Protocol, shipped
 from dbp_bench.reporting.ranking import Standing, ranks_with_ties
 from dbp_bench.reporting.records import Record, check_comparable
+from dbp_bench.reporting.rendering import note
 from dbp_bench.reporting.sanity import FEW_DRAWS, Check, checks
 from dbp_bench.reporting.statistics import Bootstrap, Estimate
 from dbp_bench.reporting.votes import Tally
 from dbp_bench.result import Result
 
 Sort = Literal["hidden", "known"]
+Kind = Literal["control", "defense"]
 
 BASE: Final = "none"
 """The defense without a purifier, whose robust accuracy is the zero of the scale."""
@@ -104,10 +103,6 @@ class Leaderboard:
     rows: Sequence[Row]
     pools: Sequence[tuple[Pool, Kind]]
     """All that was measured."""
-    attacks: pd.DataFrame
-    """The attacks on each defense, where others than the leaderboard's own were run."""
-    third_party: pd.DataFrame
-    """Every third-party attack, against ours."""
     sweeps: Sequence[Findings]
     """What was swept over."""
 
@@ -196,8 +191,6 @@ def leaderboard(
         columns=columns,
         rows=_ranked(rows, sort),
         pools=[(pool, kinds[pool.any.defense]) for pool in pools],
-        attacks=attacks(at_eps, serving, kinds),
-        third_party=third_party(at_eps, kinds),
         sweeps=findings,
     )
 
@@ -301,38 +294,23 @@ def _row(
 
 
 def _below_zero(estimates: Mapping[str, Estimate | None]) -> list[str]:
-    """What parts of the robustness mean that are below 0."""
+    """What parts of the robustness mean that are below 0, and those that may be."""
     said = []
-    for key, (shown, unclear) in _BELOW_ZERO.items():
+    for key, texts in _BELOW_ZERO.items():
         found = estimates[key]
-        if found is not None and found.value < 0:
-            text = shown if found.high < 0 else unclear
-            said += [text.format(found.percent(sign=True))] if text else []
+        text = texts.get("shown" if found and found.high < 0 else "unclear")
+        if found is not None and found.value < 0 and text:
+            said.append(note(text, part=found.percent(sign=True), noise=key.rpartition("_")[2]))
     return said
 
 
-_OF_S: Final = (
-    "the {} noise's part of S is negative ({{}}): the attack that knows it leaves more than one "
-    "that guesses it"
-)
-_P_NEGATIVE: Final = (
-    "purification P is negative ({}): with its draws known, the defense is less robust than the "
-    "base classifier; a share of S would be above 100 % and is blank"
-)
-_P_UNCLEAR: Final = (
-    "purification P is below 0, within its interval ({}): with its draws known, the defense is not "
-    "shown to be more robust than the base classifier; a share of S is blank"
-)
 _BELOW_ZERO: Final = {
-    "purification": (_P_NEGATIVE, _P_UNCLEAR),
-    "stochasticity": (
-        "",  # flagged among the checks: more knowledge
-        "stochasticity S is below 0, within its interval ({}): no gain by hiding draws is shown",
-    ),
-    "stochasticity_forward": (_OF_S.format("forward"), ""),
-    "stochasticity_reverse": (_OF_S.format("reverse"), ""),
+    "purification": {"shown": "purification_below", "unclear": "purification_unclear"},
+    "stochasticity": {"unclear": "stochasticity_unclear"},  # below: a check, more knowledge
+    "stochasticity_forward": {"shown": "noise_below"},
+    "stochasticity_reverse": {"shown": "noise_below"},
 }
-"""By part, what it means where its interval is below 0, and where that reaches above."""
+"""By part, the note where its interval is below 0, and where that reaches above."""
 
 
 def _ranked(rows: Sequence[Row], sort: Sort) -> list[Row]:

@@ -8,12 +8,13 @@ import pandas as pd
 
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult
-from dbp_bench.reporting import attacktable, tables
+from dbp_bench.reporting.attacks import attack_files
 from dbp_bench.reporting.findings import load_findings
 from dbp_bench.reporting.frames import csv_name
-from dbp_bench.reporting.leaderboard import Leaderboard, Sort, leaderboard
+from dbp_bench.reporting.leaderboard import Sort, leaderboard
 from dbp_bench.reporting.page import Material, load_samples, to_html
 from dbp_bench.reporting.records import load
+from dbp_bench.reporting.tables import csv_tables, leaderboard_latex, leaderboard_markdown
 from dbp_bench.result import NOT_RECORDED, Kind, Result, write_atomically
 from dbp_bench.writing import write_together
 
@@ -57,23 +58,16 @@ def write_leaderboards(
         swept = [each for each in findings if each.track == name]
         board = leaderboard(its_own, registry, sort, swept)
         page = to_html(board, Material(load_samples(its_own)), registry)
-        for end, content in {".html": page, **_tables(board)}.items():
-            files[f"{name}{end}"] = content
+        contents = {
+            ".html": page,
+            **csv_tables(board),
+            ".md": leaderboard_markdown(board),
+            ".tex": leaderboard_latex(board),
+            **attack_files(board),
+        }
+        files |= {f"{name}{end}": content for end, content in contents.items()}
     write_together(out, files)
     return [out / name for name in files]
-
-
-def _tables(board: Leaderboard) -> dict[str, str]:
-    """The other files of a track, by how their names end."""
-    found = {
-        **tables.csv_tables(board),
-        ".md": tables.leaderboard_markdown(board),
-        ".tex": tables.leaderboard_latex(board),
-        **attacktable.csv_tables(board),
-    }
-    if any(end in found for end in ("-attacks.csv", "-third-party.csv", "-sweeps.csv")):
-        found["-attacks.md"] = attacktable.attacks_markdown(board)
-    return found
 
 
 def outcomes_csv(results: Sequence[Path], out: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import pandas as pd
 
-from dbp_bench.reporting.attacks import how, setting_of
 from dbp_bench.reporting.badge import BADGES
 from dbp_bench.reporting.columns import CHECKS, NULL, SECTIONS
 from dbp_bench.reporting.frames import (
@@ -126,6 +125,27 @@ def _result(pool: Pool, kind: str) -> dict[str, object]:
         "results": _joined(record.name for record in pool.records),
         "sha256": _joined(record.sha256 for record in pool.records),
         "digest": _joined(result.digest for result in results),
+    }
+
+
+def setting_of(pool: Pool) -> dict[str, object]:
+    """The threat model and the attack, as cells."""
+    return {"threat": pool.any.threat, "attack": pool.any.label}
+
+
+def how(pool: Pool) -> dict[str, object]:
+    """How the attack searched, and the evaluations of one attack on one image, as cells."""
+    counts = {
+        "gradient_evaluations": pool.gradient_evaluations,
+        "forward_evaluations": pool.forward_evaluations,
+        "evaluations": pool.evaluations,
+    }
+    return {
+        "effort": json.dumps(pool.any.effort),
+        "gradient": pool.any.gradient,
+        **{key: None if count is None else round(count, 6) for key, count in counts.items()},
+        "nfe": pool.any.evaluations.nfe,
+        "searched_nfe": pool.any.evaluations.searched_nfe,
     }
 
 

@@ -1,7 +1,7 @@
 """The charts of a track's page, from its leaderboard; one without data says what would give it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, Final, NamedTuple
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
@@ -35,6 +35,7 @@ from dbp_bench.reporting.plotting import (
 )
 from dbp_bench.reporting.pool import Pool
 from dbp_bench.reporting.protocol import KNOWN
+from dbp_bench.reporting.rendering import note
 from dbp_bench.reporting.statistics import Estimate
 from dbp_bench.result import Right, without_draws
 
@@ -75,7 +76,7 @@ def swatch(artist: Artist) -> Figure:
     """The mark of a legend."""
     bare = {"borderpad": 0, "borderaxespad": 0, "handletextpad": 0}
     with on_page():
-        figure = _figure(22, 12)
+        figure = Figure(figsize=(22 / 96, 12 / 96))
         figure.legend(handles=[artist], labels=[""], loc="center", handlelength=2, **bare)
     return figure
 
@@ -97,23 +98,12 @@ def _sweep(board: Leaderboard, over: str) -> str:
 # ---------------------------------------------------------------------------------------- drawing
 
 
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure, in pixels of the page."""
-    return Figure(figsize=(width / 96, height / 96))
-
-
-def _axes(
-    width: float, height: float, *, left: float, right: float, top: float, bottom: float
-) -> Axes:
-    """The axes of a figure, with these margins, in pixels of the page."""
+def _axes(width: float, height: float, *margins: float) -> tuple[Figure, Axes]:
+    """A figure and its axes, with `margins` left, right, above and below; in pixels of a page."""
+    figure = Figure(figsize=(width / 96, height / 96))
+    left, right, top, bottom = margins
     sides = (1 - (left + right) / width, 1 - (top + bottom) / height)
-    return _figure(width, height).add_axes((left / width, bottom / height, *sides))
-
-
-def _drawn(axes: Axes) -> Figure:
-    figure = axes.figure
-    assert isinstance(figure, Figure)
-    return figure
+    return figure, figure.add_axes((left / width, bottom / height, *sides))
 
 
 def _short(name: str, most: int) -> str:
@@ -186,8 +176,7 @@ def parts(bar: Bar) -> dict[str, float]:
 
 def decomposition(bars: Mapping[str, Bar]) -> Figure:
     """A stacked bar for each defense; its clean accuracy is an outline, a negative part hatched."""
-    margins = {"left": 150.0, "right": 140.0, "top": 24.0, "bottom": 42.0}
-    axes = _axes(860, 66 + 34 * len(bars), **margins)
+    figure, axes = _axes(860, 66 + 34 * len(bars), 150, 140, 24, 42)
     beside = axes.get_yaxis_transform()
     for x, heading in ((1.02, "P"), (1.13, "S")):
         axes.text(x, 1.01, heading, transform=axes.transAxes, weight="bold")
@@ -201,33 +190,22 @@ def decomposition(bars: Mapping[str, Bar]) -> Figure:
         if (clean := bar["clean"]) is not None:
             outline = {"facecolor": "none", "edgecolor": GREY, "linestyle": "--"}
             axes.barh(y, 100 * clean.value, 0.66, linewidth=0.8, **outline)
-        p, s, known = bar["purification"], bar["stochasticity"], bar["all_known"]
-        for part, x, up in ((p, 1.02, 0.12), (s, 1.13, -0.12)):
-            if part is not None and known is not None:
-                end = known.value + (part.value if part is s else 0)
-                _whisker(axes, end, part, y + up)
+        known = bar["all_known"]
+        for key, x, up in (("purification", 1.02, 0.12), ("stochasticity", 1.13, -0.12)):
+            if (part := bar[key]) is not None and known is not None:
+                # A part ends where the next begins; its interval is that of its size.
+                start = 100 * (known.value - (part.value if key == "purification" else 0))
+                ends = [start + 100 * part.low, start + 100 * part.high]
+                halo = [withStroke(linewidth=2.8, foreground=PAPER)]
+                look = {"color": INK, "marker": "|", "linewidth": 1.1, "path_effects": halo}
+                axes.plot(ends, [y + up] * 2, **look)
                 axes.text(x, y, f"{100 * part.value:.1f}", transform=beside, va="center")
     axes.set(xlim=(0, 100), ylim=(len(bars) - 0.5, -0.5), xlabel="accuracy, %")
     axes.set_yticks(range(len(bars)), [_short(name, 18) for name in bars])
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
-    return _drawn(axes)
-
-
-def _whisker(axes: Axes, end: float, part: Estimate, y: float) -> None:
-    """The interval of a part around its right end, on whatever colour is below."""
-    lines = axes.errorbar(
-        100 * end,
-        y,
-        xerr=100 * _reach([part]),
-        fmt="none",
-        color=INK,
-        elinewidth=1.1,
-        capsize=2,
-    )
-    for line in (*lines[1], *lines[2]):
-        line.set_path_effects([withStroke(linewidth=2.6, foreground=PAPER)])
+    return figure
 
 
 class Point(NamedTuple):
@@ -255,7 +233,7 @@ def plane(
     arrows: Sequence[tuple[str, str]] = (),
 ) -> Figure:
     """Named points with intervals; both axes are alike where there is a `diagonal`."""
-    axes = _axes(620, 430, left=64, right=14, top=14, bottom=58)
+    figure, axes = _axes(620, 430, 64, 14, 14, 58)
     for point in points:
         mark = _POINTS[point.control]
         axes.errorbar(
@@ -282,8 +260,8 @@ def plane(
     for source, target in arrows:
         look = {"arrowstyle": "->", "color": ORANGE, "linewidth": 1.5, "shrinkA": 5, "shrinkB": 5}
         axes.annotate("", at[target], at[source], arrowprops=look)
-    _write_names(axes, at)
-    return _drawn(axes)
+    _write_names(axes, at, 4 * figure.dpi / 72)
+    return figure
 
 
 _DIRECTIONS: Final = (
@@ -291,9 +269,8 @@ _DIRECTIONS: Final = (
 )
 
 
-def _write_names(axes: Axes, at: Mapping[str, tuple[float, float]]) -> None:
-    """Write each name near its point, clear of all points and of the names before."""
-    size = _drawn(axes).dpi / 72 * 4
+def _write_names(axes: Axes, at: Mapping[str, tuple[float, float]], size: float) -> None:
+    """Write each name near its point, clear of all points of this size and of names before."""
     centres = axes.transData.transform(list(at.values()))
     taken = [Bbox.from_bounds(x - size, y - size, 2 * size, 2 * size) for x, y in centres]
     for name, point in at.items():
@@ -320,18 +297,17 @@ class Curve(NamedTuple):
     joined: bool = True
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One of several small figures."""
 
-    curves: list[Curve] = field(default_factory=list)
+    curves: Sequence[Curve]
     level: float | None = None
     """A fraction to hold the curves against."""
 
     @property
-    def xs(self) -> list[float]:
+    def xs(self) -> set[float]:
         """Where points are."""
-        return sorted({x for curve in self.curves for x, _ in curve.points})
+        return {x for curve in self.curves for x, _ in curve.points}
 
 
 def panels(
@@ -351,7 +327,7 @@ def panels(
     every = [x for each in found.values() for x in each.xs]
     figures = {}
     for name, each in found.items():
-        axes = _axes(272, 216, left=40, right=8, top=26, bottom=48)
+        figure, axes = _axes(272, 216, 40, 8, 26, 48)
         axes.set_title(_short(name, 34), loc="left", weight="bold", size=9)
         for curve in each.curves:
             values = [_percent(estimate) for _, estimate in curve.points]
@@ -369,29 +345,19 @@ def panels(
             axes.set_xlim(-0.35, len(names) - 0.65)
             axes.set_xticks(range(len(names)), names)
         elif log and min(every) > 0:
-            _make_logarithmic(axes, each.xs, every)
+            least, most = min(every), max(every)
+            beside = 1.2 if most > least else 2
+            axes.set(xscale="log", xlim=(least / beside, most * beside))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.minorticks_off()
         else:
             axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set(ylim=(0, top), xlabel=x_name)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.grid(visible=False, axis="x")
-        figures[name] = _drawn(axes)
+        figures[name] = figure
     return figures
-
-
-def _make_logarithmic(axes: Axes, own: Sequence[float], every: Sequence[float]) -> None:
-    """Scale the axis of a panel from the least of all values, and name its own if they are few."""
-    least, most = min(every), max(every)
-    wide = most / least
-    axes.set(xscale="log", xlim=(least / 1.2, most * 1.2))
-    apart: list[float] = []
-    for x in reversed(own):
-        if not apart or apart[-1] / x >= wide**0.11:
-            apart.append(x)
-    few = FixedLocator(apart[::-1]) if len(own) <= 6 else None
-    axes.xaxis.set_major_locator(few or LogLocator(subs=(1,) if wide >= 30 else (1, 2, 5)))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.minorticks_off()
 
 
 _SHARES: Final = LinearSegmentedColormap.from_list("right", ["#d55e01", "#ececec", "#0072b3"])
@@ -413,7 +379,7 @@ def strips(name: str, rows: Mapping[str, NDArray[np.float64]]) -> Figure:
     if (images := shares.shape[1]) > _COLUMNS:
         starts = np.arange(_COLUMNS) * images // _COLUMNS
         shares = np.add.reduceat(shares, starts, axis=1) / np.diff(starts, append=images)
-    axes = _axes(596, 26 + 16 * len(rows), left=104, right=2, top=24, bottom=2)
+    figure, axes = _axes(596, 26 + 16 * len(rows), 104, 2, 24, 2)
     axes.set_title(_short(name, 60), loc="left", weight="bold", size=9)
     axes.imshow(shares, _SHARES, vmin=0, vmax=1, aspect="auto", interpolation="none")
     axes.set_yticks(range(len(rows)), [_short(name, 15) for name in rows])
@@ -423,7 +389,7 @@ def strips(name: str, rows: Mapping[str, NDArray[np.float64]]) -> Figure:
     axes.spines[:].set_visible(False)
     for i in range(1, len(rows)):
         axes.axhline(i - 0.5, color=PAPER, linewidth=1.5)
-    return _drawn(axes)
+    return figure
 
 
 # ----------------------------------------------------------------------------------------- charts
@@ -440,10 +406,7 @@ def _decomposition(board: Leaderboard) -> Chart:
     outline = Patch(facecolor="none", edgecolor=GREY, linestyle="--")
     return Chart(
         title="Where the robustness comes from",
-        caption="Each bar ends at the accuracy with no draw known. What is left with all noise "
-        "known, above the base classifier, is purification (P); what hiding the noise adds "
-        "is stochasticity (S), split between forward and all other noise by the Shapley value. "
-        "Lines: intervals of P and of S. Hatched: a negative part.",
+        caption=note("chart_decomposition"),
         drawings={"one bar for each defense": decomposition(bars)} if bars else {},
         legend=[*kinds, (outline, "clean accuracy")],
         missing=_run(board, *KNOWN),
@@ -463,8 +426,7 @@ def _hidden_against_known(board: Leaderboard) -> Chart:
     said = ", ".join(" to ".join(pair) for pair in arrows)
     return Chart(
         title="Hidden against known",
-        caption="The height above the diagonal is what hiding the noise adds; to the right is what "
-        "purification gives by itself. Lines through the points: intervals.",
+        caption=note("chart_hidden_against_known"),
         drawings={" against ".join(reversed(axes)): drawing} if drawing else {},
         legend=[
             (_POINTS[False], "defense"),
@@ -490,8 +452,7 @@ def _eot(board: Leaderboard) -> Chart:
             found[row.defense] = Panel(curves, _value(row.estimates["all_known"]))
     return Chart(
         title="Accuracy against EoT",
-        caption="More gradient draws per step (EoT samples) bring an attacker who knows no draw "
-        "nearer to one who knows all of them. Efforts differ along the axis.",
+        caption=note("chart_eot"),
         drawings=panels(found, "EoT samples per step", log=True),
         legend=[
             (_mark(0), "results, same search but for EoT"),
@@ -539,7 +500,7 @@ def _knowledge(board: Leaderboard) -> Chart:
             found[row.defense] = Panel([Curve(0, points)], _value(row.estimates["base"]))
     return Chart(
         title="Accuracy against what the attacker knows",
-        caption="At equal effort. Reverse stands for all noise but the forward noise.",
+        caption=note("chart_knowledge"),
         drawings=panels(found, "noise that is known", names=list(_KNOWLEDGE.values())),
         legend=[(_mark(0), "accuracy"), (_dashes(), "base classifier")],
         missing=_run(board, *KNOWN),
@@ -564,9 +525,7 @@ def _image_by_image(board: Leaderboard) -> Chart:
     shares = {"right at every draw": 1.0, "at half of them": 0.5, "at none": 0.0}
     return Chart(
         title="Image by image",
-        caption="One column for each image, in the same order in all rows of a defense: by the "
-        "first row, then by the next ones. The colour is the share of draws at which the image is "
-        "classified right. A defense without chance makes a step, one that lives on it a slope.",
+        caption=note("chart_image_by_image"),
         drawings=drawings,
         legend=[(Patch(color=_SHARES(share)), said) for said, share in shares.items()],
         missing=_run(board, "hidden", "all_known"),
@@ -585,13 +544,12 @@ def _eps(board: Leaderboard) -> Chart:
     for each in board.sweeps:
         if each.axis == "eps" and (at := _measured(each)):
             style = settings.setdefault(each.setting, len(settings))
-            before = found.get(each.defense, Panel(level=each.chance))
+            before = found.get(each.defense, Panel([], each.chance))
             level = max(each.chance, before.level or 0.0)
             found[each.defense] = Panel([*before.curves, Curve(style, at)], level)
     return Chart(
         title="Accuracy against eps",
-        caption="Down to the end point: at the largest eps any image can become plain grey, and no "
-        "more than chance may be left; more than that is a masked gradient.",
+        caption=note("chart_eps"),
         drawings=panels(found, f"eps, {board.norm}"),
         legend=[
             *((_mark(style), setting) for setting, style in settings.items()),
@@ -613,7 +571,7 @@ def _cost(board: Leaderboard) -> Chart:
     )
     return Chart(
         title="What a defense costs",
-        caption="Calls of the denoising networks to purify one image.",
+        caption=note("chart_cost"),
         drawings={"accuracy with no draw known against NFE": plane(points, *axes)}
         if points
         else {},
@@ -642,9 +600,7 @@ def _effort(board: Leaderboard) -> Chart:
     legend = ("no draw known", "all noise known", "some noise known")
     return Chart(
         title="What an attack costs",
-        caption="Every attack that was run, by the evaluations of its search for one image, with "
-        "and without a gradient; the table of other attacks names them. Efforts differ along the "
-        "axis.",
+        caption=note("chart_effort"),
         drawings=panels(found, "evaluations of the search", log=True),
         legend=[(_mark(style, joined=False), said) for style, said in enumerate(legend)],
         missing=_run(board, "hidden", "all_known"),
