@@ -96,8 +96,8 @@ def test_what_was_not_measured_is_not_drawn() -> None:
 
 def test_intervals_lie_at_the_ends_of_their_parts() -> None:
     figure = decomposition({"d": bar()})
-    found = [path.vertices[:, 0] for c in axes_of(figure).collections for path in c.get_paths()]
-    assert [x.round().tolist() for x in map(np.asarray, found)] == [[23, 27], [63, 67]]
+    found = [np.asarray(line.get_xdata()).round().tolist() for line in axes_of(figure).lines]
+    assert found == [[23, 27], [63, 67]]
     assert {"20.0", "40.0"} <= {text.get_text() for text in axes_of(figure).texts}
 
 
@@ -147,15 +147,13 @@ def shown(axes: Axes) -> list[str]:
     ]
 
 
-def test_a_logarithmic_axis_names_its_values() -> None:
+def test_a_logarithmic_axis() -> None:
     axes = panel([(1.0, exactly(0.5)), (10.0, exactly(0.4)), (10100.0, exactly(0.3))], log=True)
     assert axes.get_xscale() == "log"
-    assert shown(axes) == ["1", "10", "10.1k"]
+    assert shown(axes) == ["1", "3", "10", "30", "100", "300", "1k", "3k", "10k"]
     assert axes.get_ylim() == (0, pytest.approx(56.16))
     (level,) = [line for line in axes.lines if line.get_linestyle() == "--"]
     assert np.asarray(level.get_ydata()).tolist() == [20, 20]
-    near = [(1.0, exactly(0.5)), (39.0, exactly(0.4)), (40.0, exactly(0.4))]
-    assert shown(panel(near, log=True)) == ["1", "40"]
 
 
 def test_axes_that_have_little_to_show() -> None:

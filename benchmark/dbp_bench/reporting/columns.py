@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from operator import sub
 from typing import Final
 
 from dbp_bench.reporting.statistics import Replicates, ratio
@@ -32,6 +33,11 @@ class Column:
     """What it is of the robust accuracies of those columns; null where it is an accuracy."""
 
 
+def _share(hidden: Replicates, all_known: Replicates, base: Replicates) -> Replicates | None:
+    """The part of the robustness that hiding the draws gives."""
+    return ratio(hidden - all_known, hidden - base)
+
+
 def _shapley(
     hidden: Replicates, known: Replicates, other_known: Replicates, all_known: Replicates
 ) -> Replicates:
@@ -40,9 +46,12 @@ def _shapley(
     This is its Shapley value: the order doesn't matter, and the parts of two places add up to what
     hiding both adds.
     """
-    share: Replicates = ((hidden - known) + (other_known - all_known)) / 2
-    return share
+    part: Replicates = ((hidden - known) + (other_known - all_known)) / 2
+    return part
 
+
+_FORWARD: Final = ("hidden", "forward_known", "reverse_known", "all_known")
+_REVERSE: Final = ("hidden", "reverse_known", "forward_known", "all_known")
 
 COLUMNS: Final = (
     Column("clean", "Clean", ACCURACY),
@@ -51,43 +60,12 @@ COLUMNS: Final = (
     Column("forward_known", "Forward known, R_F", ACCURACY),
     Column("reverse_known", "Reverse known, R_R", ACCURACY),
     Column("all_known", "All known, R_DW", ACCURACY),
-    # What is left with all draws known, above the base classifier.
-    Column(
-        "purification",
-        "Purification, P",
-        PARTS,
-        ("all_known", "base"),
-        lambda all_known, base: all_known - base,
-    ),
-    # What hiding the draws adds.
-    Column(
-        "stochasticity",
-        "Stochasticity, S",
-        PARTS,
-        ("hidden", "all_known"),
-        lambda hidden, all_known: hidden - all_known,
-    ),
-    Column(
-        "share",
-        "Share of S, %",
-        PARTS,
-        ("hidden", "all_known", "base"),
-        lambda hidden, all_known, base: ratio(hidden - all_known, hidden - base),
-    ),
-    Column(
-        "stochasticity_forward",
-        "S, forward noise",
-        PARTS,
-        ("hidden", "forward_known", "reverse_known", "all_known"),
-        _shapley,
-    ),
-    Column(
-        "stochasticity_reverse",
-        "S, reverse noise",
-        PARTS,
-        ("hidden", "reverse_known", "forward_known", "all_known"),
-        _shapley,
-    ),
+    # What is left with all draws known, above the base classifier; what hiding the draws adds.
+    Column("purification", "Purification, P", PARTS, ("all_known", "base"), sub),
+    Column("stochasticity", "Stochasticity, S", PARTS, ("hidden", "all_known"), sub),
+    Column("share", "Share of S, %", PARTS, ("hidden", "all_known", "base"), _share),
+    Column("stochasticity_forward", "S, forward noise", PARTS, _FORWARD, _shapley),
+    Column("stochasticity_reverse", "S, reverse noise", PARTS, _REVERSE, _shapley),
     Column("fresh", "Known-draw images on fresh draws", CHECKS, ("all_known",)),
     Column(NULL, "Null attack, eps = 0", CHECKS),
 )

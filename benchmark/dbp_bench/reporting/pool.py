@@ -47,61 +47,39 @@ class Accuracy:
         return bootstrap.estimate(self.replicates - other.replicates)
 
 
-@dataclass(frozen=True, eq=False)
 class Pool:
     """The results of one defense under one threat model and attack: one for each seed."""
 
-    records: Sequence[Record]
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
+        self.any = result = records[0].result
+        """One of them, for what they have in common."""
+        self.setting = records[0].setting
+        """The threat model and the attack, as texts name them: ``eot/pgd``."""
+        self.sites, self.knows = frozenset(result.sites), frozenset(result.knows)
+        """Where the defense draws noise, and where the attacker was shown it."""
+        self.knowledge = knowledge(result)
+        self.all_known = self.knows == self.sites
+        self.seeds = [record.result.seed for record in records]
+        self.draws = sum(len(record.result.draws) for record in records)
+        """Draws of all seeds."""
+        self.fresh_draws = fresh_draws(result)
+        """Fresh draws for each known draw."""
+        self.effort = self.searched(result.effort)
+        """The part of the effort that counts for this defense and this knowledge."""
+        self.third_party = result.attack.partition(":")[0] in THIRD_PARTY
+        self.gradient_evaluations = self._per_attack("gradient")
+        self.forward_evaluations = self._per_attack("forward")
+        """Of one attack on one image, on average; None where not recorded."""
+        count, others = self.gradient_evaluations, self.forward_evaluations
+        self.evaluations = None if count is None or others is None else count + others
+        self.black_box = result.gradient is None if count is None else count == 0
+        """Whether the attack follows no gradient of the defense."""
 
     @classmethod
     def of(cls, result: Result) -> "Pool":
         """One `result`, wherever it lies."""
         return cls([Record(Path(), "", "", result)])
-
-    @cached_property
-    def any(self) -> Result:
-        """One of them, for what they have in common."""
-        return self.records[0].result
-
-    @property
-    def setting(self) -> str:
-        """The threat model and the attack, as texts name them: ``eot/pgd``."""
-        return self.records[0].setting
-
-    @property
-    def sites(self) -> frozenset[str]:
-        """Where the defense draws noise."""
-        return frozenset(self.any.sites)
-
-    @property
-    def knows(self) -> frozenset[str]:
-        """Sites whose draws the attacker was shown."""
-        return frozenset(self.any.knows)
-
-    @property
-    def knowledge(self) -> str:
-        """What the attacker was shown, in words."""
-        return knowledge(self.any)
-
-    @property
-    def draws(self) -> int:
-        """Draws of all seeds."""
-        return sum(len(record.result.draws) for record in self.records)
-
-    @property
-    def fresh_draws(self) -> int | None:
-        """Fresh draws for each known draw."""
-        return fresh_draws(self.any)
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seeds, in order."""
-        return [record.result.seed for record in self.records]
-
-    @property
-    def effort(self) -> dict[str, object]:
-        """The part of the effort that counts for this defense and this knowledge."""
-        return self.searched(self.any.effort)
 
     def searched(self, effort: dict[str, object]) -> dict[str, object]:
         """The part of another `effort` that would count here."""
@@ -112,53 +90,12 @@ class Pool:
         """The attack and how it searched, in words."""
         return search_in_words(self.any, self.effort)
 
-    @property
-    def all_known(self) -> bool:
-        """Whether nothing is hidden from the attacker."""
-        return self.knows == self.sites
-
-    @property
-    def third_party(self) -> bool:
-        """Whether the search is a package's, not one of our own."""
-        return self.any.attack.partition(":")[0] in THIRD_PARTY
-
-    # --- Effort
-
-    @property
-    def gradient_evaluations(self) -> float | None:
-        """Gradient evaluations of one attack on one image, on average; None: not recorded."""
-        return self._per_attack("gradient")
-
-    @property
-    def forward_evaluations(self) -> float | None:
-        """Forward evaluations of the search on one image, on average; None: not recorded."""
-        return self._per_attack("forward")
-
-    @cached_property
-    def evaluations(self) -> float | None:
-        """Gradient and forward evaluations together; None where not recorded."""
-        counts = [self.gradient_evaluations, self.forward_evaluations]
-        return sum(c for c in counts if c is not None) if None not in counts else None
-
     def _per_attack(self, kind: Literal["gradient", "forward"]) -> float | None:
         # The seeds have as many images; where draws are known, each is attacked anew.
         counts = [record.result.evaluations_per_image(kind) for record in self.records]
         if any(count is None for count in counts):
             return None
         return sum(c for c in counts if c is not None) / (self.draws if self.knows else len(counts))
-
-    @property
-    def black_box(self) -> bool:
-        """Whether the attack follows no gradient of the defense."""
-        count = self.gradient_evaluations
-        return self.any.gradient is None if count is None else count == 0
-
-    @property
-    def queries(self) -> bool:
-        """Whether the attack ever evaluates the defense: a transfer attack doesn't."""
-        return self.evaluations != 0
-
-    # --- Outcomes
 
     def right(self, kind: Kind) -> list[Right]:
         """Whether each prediction is right, one table for each seed."""
