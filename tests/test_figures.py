@@ -113,7 +113,7 @@ def test_points_arrows_and_a_diagonal() -> None:
     marks = {line.get_marker(): line.get_xydata() for line in axes.lines}
     assert np.array_equal(marks["o"], [[40, 40]])
     assert np.array_equal(marks["s"], [[20, 50]])
-    assert axes.get_xlim() == axes.get_ylim() == (0, pytest.approx(1.1 * 55))
+    assert axes.get_xlim() == axes.get_ylim() == pytest.approx((0, 1.1 * 55))
     assert [text.get_text() for text in axes.texts] == ["", "on", "above"]
     assert axes_of(plane(points, "x", "y")).get_xlim() == pytest.approx((-1.6, 43.2))
 
@@ -138,6 +138,7 @@ def panel(points: Sequence[tuple[float, Estimate]], **options: object) -> Axes:
 
 
 def shown(axes: Axes) -> list[str]:
+    assert isinstance(axes.figure, Figure)
     axes.figure.draw_without_rendering()
     low, high = axes.get_xlim()
     return [
@@ -151,7 +152,7 @@ def test_a_logarithmic_axis() -> None:
     axes = panel([(1.0, exactly(0.5)), (10.0, exactly(0.4)), (10100.0, exactly(0.3))], log=True)
     assert axes.get_xscale() == "log"
     assert shown(axes) == ["1", "3", "10", "30", "100", "300", "1k", "3k", "10k"]
-    assert axes.get_ylim() == (0, pytest.approx(56.16))
+    assert axes.get_ylim() == pytest.approx((0, 56.16))
     (level,) = [line for line in axes.lines if line.get_linestyle() == "--"]
     assert np.asarray(level.get_ydata()).tolist() == [20, 20]
 
@@ -191,7 +192,7 @@ def image_of(rows: dict[str, list[float]]) -> list[list[tuple[int, ...]]]:
 
 
 def near(found: Sequence[tuple[int, ...]], wanted: Sequence[tuple[int, ...]]) -> bool:
-    return np.abs(np.array(found) - np.array(wanted)).max() <= 2
+    return bool(np.abs(np.array(found) - np.array(wanted)).max() <= 2)
 
 
 def test_images_stand_in_one_order() -> None:

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dbp_bench.declaration import read_yaml
@@ -261,7 +262,7 @@ def test_only_eot_differs_along_a_line(tmp_path: Path) -> None:
     )
     (chart,) = [c for c in charts(board) if c.title == "Accuracy against EoT"]
     (axes,) = chart.drawings["both"].axes
-    assert list(axes.lines[0].get_xdata()) == [1, 10, 30]
+    assert np.asarray(axes.lines[0].get_xdata()).tolist() == [1, 10, 30]
 
 
 def test_sites_that_are_not_there_have_no_strip_twice(tmp_path: Path) -> None:

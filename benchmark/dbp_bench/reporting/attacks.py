@@ -87,13 +87,13 @@ def _attacks_frame(board: Leaderboard) -> pd.DataFrame:
                 "ratio": round(count / first, 6)
                 if first and (count := pool.evaluations) is not None
                 else None,
-                "package_verdict": cell(pool.package and pool.package.estimate),
-                "package_gap": cell(pool.package and pool.package.above(pool.robust), Signed),
+                "package_verdict": cell(package.estimate if package else None),
+                "package_gap": cell(package.above(pool.robust) if package else None, Signed),
                 "worst_case": cell(worst and proportion(worst, draws)),
                 "worst_case_draws": draws,
                 "results": " ".join(record.name for record in pool.records),
             }
-            for pool in ordered
+            for pool, package in ((pool, pool.package) for pool in ordered)
         ]
     return frame_of(rows)
 
@@ -115,7 +115,7 @@ def _third_party_frame(board: Leaderboard) -> pd.DataFrame:
     rows = []
     for theirs in (pool for pool in pools if pool.third_party):
         ours, why = _ours(theirs, pools)
-        gap = ours and theirs.robust.above(ours.robust)
+        gap = theirs.robust.above(ours.robust) if ours else None
         rows.append(
             {
                 "defense": theirs.any.defense,
@@ -124,7 +124,7 @@ def _third_party_frame(board: Leaderboard) -> pd.DataFrame:
                 **_side("", theirs),
                 **_side("ours_", ours),
                 "difference": cell(gap, Signed),
-                "lower": gap and gap.high < 0,
+                "lower": gap.high < 0 if gap else None,
                 "why": why or None,
                 "results": " ".join(
                     record.name for pool in (theirs, ours) if pool for record in pool.records
@@ -139,7 +139,7 @@ def _side(prefix: str, pool: Pool | None) -> dict[str, object]:
     keys = ("threat", "attack", "gradient_evaluations", "forward_evaluations", "evaluations")
     cells = {**setting_of(pool), **how(pool)} if pool else {}
     side = {f"{prefix}{key}": cells.get(key) for key in keys}
-    return {**side, f"{prefix}robust": cell(pool and pool.robust.estimate)}
+    return {**side, f"{prefix}robust": cell(pool.robust.estimate if pool else None)}
 
 
 def _ours(theirs: Pool, pools: Sequence[Pool]) -> tuple[Pool | None, str]:

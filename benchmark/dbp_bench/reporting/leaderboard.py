@@ -216,7 +216,7 @@ def _serving(
         like: By column, a result that searched as hard as it should.
     """
     serving = {}
-    for column in (*protocol.columns, *protocol.extra):
+    for column in protocol.every:
         model = like[column.key]
         fitting = [
             pool
@@ -282,7 +282,7 @@ def _row(
         columns={"clean": clean, **serving},
         served_by={
             column.key: serving[column.key].any.threat
-            for column in (*protocol.columns, *protocol.extra)
+            for column in protocol.every
             if column.key in serving and serving[column.key].any.threat != column.threat
         },
         tallies=tallies,

@@ -41,7 +41,7 @@ ON_DARK: Final[Mapping[str, str]] = {
 }
 """What a page shows in place of a colour where the reader asks for a dark one."""
 
-STYLE: Final[Mapping[str, Any]] = {
+STYLE: Final[dict[Any, Any]] = {
     "svg.hashsalt": "dbp-bench",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -61,7 +61,7 @@ STYLE: Final[Mapping[str, Any]] = {
     "axes.facecolor": PAPER,
 }
 
-_ON_PAGE: Final[Mapping[str, Any]] = {
+_ON_PAGE: Final[dict[Any, Any]] = {
     "axes.axisbelow": True,
     "figure.facecolor": "none",
     "axes.facecolor": "none",

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
 import numpy as np
 
@@ -148,7 +148,8 @@ class Pool:
         return max(found) if len(found) == len(zero) else None
 
 
-class Accuracies(NamedTuple):
+@dataclass(frozen=True)
+class Accuracies:
     """Accuracies of one result, with intervals; `fresh` is null where no draw was known."""
 
     clean: Estimate
@@ -159,7 +160,9 @@ class Accuracies(NamedTuple):
 def accuracies(result: Result) -> Accuracies:
     """Clean, robust and fresh-draw accuracy of one result."""
     pool = Pool.of(result)
-    return Accuracies(pool.clean.estimate, pool.robust.estimate, pool.fresh and pool.fresh.estimate)
+    return Accuracies(
+        pool.clean.estimate, pool.robust.estimate, pool.fresh.estimate if pool.fresh else None
+    )
 
 
 def pooled(records: Sequence[Record]) -> list[Pool]:

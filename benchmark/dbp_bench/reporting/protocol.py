@@ -87,10 +87,14 @@ class Protocol:
         )
 
     @property
+    def every(self) -> Sequence[ThreatColumn]:
+        """All of them but the null attack."""
+        return (*self.columns, *self.extra)
+
+    @property
     def equal(self) -> frozenset[str]:
         """The threat models compared at equal effort."""
-        every = (*self.columns, *self.extra)
-        return frozenset(column.threat for column in every if not self.free(column.threat))
+        return frozenset(each.threat for each in self.every if not self.free(each.threat))
 
     def holds(self, result: Result) -> bool:
         """Whether `result` is of the protocol: one of its threat models, with its own attack."""

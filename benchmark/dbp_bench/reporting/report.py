@@ -52,7 +52,7 @@ def write_leaderboards(
     records = load(places, track)
     tracks = sorted({record.result.track for record in records})
     findings = [each for place in places for each in load_findings(place, tracks)]
-    files = {}
+    files: dict[str, str] = {}
     for name in tracks:
         its_own = [record for record in records if record.result.track == name]
         swept = [each for each in findings if each.track == name]

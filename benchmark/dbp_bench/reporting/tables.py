@@ -113,7 +113,7 @@ def _result(pool: Pool, kind: str) -> dict[str, object]:
         "fresh_draws": pool.fresh_draws,
         "robust": pool.robust.estimate,
         "clean": cell(pool.clean.estimate),
-        "fresh": cell(pool.fresh and pool.fresh.estimate),
+        "fresh": cell(pool.fresh.estimate if pool.fresh else None),
         "plurality_of": None if pool.knows else tally.votes,
         "worst_all_of": tally.draws,
         **{key: cell(found[key]) for key in METRICS[1:]},

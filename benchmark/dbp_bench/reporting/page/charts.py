@@ -184,12 +184,20 @@ def decomposition(bars: Mapping[str, Bar]) -> Figure:
         start = 0.0
         for kind, size in parts(bar).items():
             colour, hatch = _PARTS[kind][0], "////" if size < 0 else None
-            look = {"color": colour, "edgecolor": PAPER, "linewidth": 0.6, "hatch": hatch}
-            axes.barh(y, 100 * size, 0.52, left=100 * start, **look)
+            axes.barh(
+                y,
+                100 * size,
+                0.52,
+                left=100 * start,
+                color=colour,
+                edgecolor=PAPER,
+                linewidth=0.6,
+                hatch=hatch,
+            )
             start += size
         if (clean := bar["clean"]) is not None:
-            outline = {"facecolor": "none", "edgecolor": GREY, "linestyle": "--"}
-            axes.barh(y, 100 * clean.value, 0.66, linewidth=0.8, **outline)
+            width = 100 * clean.value
+            axes.barh(y, width, 0.66, fill=False, edgecolor=GREY, linestyle="--", linewidth=0.8)
         known = bar["all_known"]
         for key, x, up in (("purification", 1.02, 0.12), ("stochasticity", 1.13, -0.12)):
             if (part := bar[key]) is not None and known is not None:
@@ -197,8 +205,7 @@ def decomposition(bars: Mapping[str, Bar]) -> Figure:
                 start = 100 * (known.value - (part.value if key == "purification" else 0))
                 ends = [start + 100 * part.low, start + 100 * part.high]
                 halo = [withStroke(linewidth=2.8, foreground=PAPER)]
-                look = {"color": INK, "marker": "|", "linewidth": 1.1, "path_effects": halo}
-                axes.plot(ends, [y + up] * 2, **look)
+                axes.plot(ends, [y + up] * 2, INK, marker="|", linewidth=1.1, path_effects=halo)
                 axes.text(x, y, f"{100 * part.value:.1f}", transform=beside, va="center")
     axes.set(xlim=(0, 100), ylim=(len(bars) - 0.5, -0.5), xlabel="accuracy, %")
     axes.set_yticks(range(len(bars)), [_short(name, 18) for name in bars])

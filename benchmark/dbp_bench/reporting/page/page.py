@@ -150,7 +150,7 @@ class _Page:
 
     def cells(self, row: Row) -> list[list[Cell]]:
         """The numbers of a defense, by section; each leads to what it follows from."""
-        found = []
+        found: list[list[Cell]] = []
         for columns in self.sections.values():
             found.append([])
             for column in columns:
@@ -171,9 +171,9 @@ class _Page:
             for pool, _ in self.board.pools:
                 here = pool.any.defense == row.defense and pool.any.eps == self.board.eps
                 if here and pool not in own.values():
+                    count = pool.evaluations
                     first = own[pool.knows].evaluations if pool.knows in own else None
-                    measured = first and pool.evaluations is not None
-                    ratio = f"{pool.evaluations / first:.2g}" if measured else ""
+                    ratio = "" if count is None or not first else f"{count / first:.2g}"
                     found.append(
                         (pool, ratio, cell(pool.robust.estimate, self.link(pool.records[0])))
                     )
