@@ -16,7 +16,7 @@ from dbp_bench.errors import BadEntry, BadResult, NotComparable
 from dbp_bench.reporting.findings import Findings, Measured
 from dbp_bench.reporting.leaderboard import Leaderboard, leaderboard
 from dbp_bench.reporting.literature import Published, published
-from dbp_bench.reporting.page import Material, load_samples, to_html
+from dbp_bench.reporting.page import load_samples, to_html
 from dbp_bench.reporting.page.charts import charts
 from dbp_bench.reporting.page.page import command_of
 from dbp_bench.reporting.records import load
@@ -203,6 +203,7 @@ def test_numbers_of_other_efforts_stand_apart_and_say_so(text: str) -> None:
     assert f'#{whitebox[1]}"' in other
     assert f'#{whitebox[1]}"' not in main
     assert "equal effort (EoT-10)" in main
+    assert ">Hidden, R<sub>WB</sub>, EoT-10</th>" in main
 
 
 def test_ranks_have_ties(tmp_path: Path) -> None:
@@ -373,7 +374,7 @@ def test_pictures_are_shown_with_their_result(tmp_path: Path) -> None:
     path = folder / TRACK / "both" / "eot" / "pgd" / "seed-0.json"
     samples_of(path).write(samples_path(path))
     records = load(folder)
-    page = Page(to_html(leaderboard(records), Material(load_samples(records))))
+    page = Page(to_html(leaderboard(records), load_samples(records)))
     assert len([i for i in page.of("img") if i["src"].startswith("data:image/png;base64,")]) == 3
     assert "89 of 90 outcomes" in page.words
     assert (

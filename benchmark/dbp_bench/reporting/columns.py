@@ -1,6 +1,6 @@
 """The columns of a leaderboard, declared once: here a column is added, renamed or moved."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from operator import sub
 from typing import Final
@@ -72,20 +72,20 @@ COLUMNS: Final = (
 """Each in the order of CSV files; the tables show those of their section in this order."""
 
 
-def columns_of(eot: object, extra: Mapping[str, str]) -> list[Column]:
+def columns_of(extra: Iterable[str], eot: Mapping[str, object]) -> list[Column]:
     """The columns of one leaderboard.
 
     Args:
-        eot: EoT samples at equal effort, where they are recorded.
-        extra: The protocol's other columns, by key, as they are headed.
+        extra: The protocol's other columns, which are named as their threat models are.
+        eot: By column, the EoT samples of its attack, where that is said in its heading.
     """
-    columns = []
-    for column in COLUMNS:
-        if column.key == NULL:
-            columns += [Column(key, heading, CHECKS) for key, heading in extra.items()]
-        said = f", EoT-{eot}" if column.key == "hidden" and eot is not None else ""
-        columns.append(replace(column, heading=column.heading + said))
-    return columns
+    others = [Column(key, key, CHECKS) for key in extra]
+    return [
+        replace(column, heading=f"{column.heading}, EoT-{eot[column.key]}")
+        if eot.get(column.key) is not None
+        else column
+        for column in (*COLUMNS[:-1], *others, COLUMNS[-1])
+    ]
 
 
 def derived(robust: Mapping[str, Replicates]) -> dict[str, Replicates | None]:

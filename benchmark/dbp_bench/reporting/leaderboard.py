@@ -119,7 +119,7 @@ class Leaderboard:
     @property
     def eot(self) -> object:
         """EoT samples of the columns at equal effort; null where that isn't recorded."""
-        return self.reference.effort.get("eot") if self.reference else None
+        return _eot(self.reference)
 
 
 def leaderboard(
@@ -159,8 +159,8 @@ def leaderboard(
     at_eps = [pool for pool in pools if pool.any.eps == eps > 0]
     names = sorted({pool.any.defense for pool in pools})
     kinds = {name: _kind(registry, name) for name in names}
-    eot = reference.effort.get("eot") if reference else None
-    columns = columns_of(eot, {e.key: _heading(e.key, like[e.key]) for e in protocol.extra})
+    extra = [each.key for each in protocol.extra]
+    columns = columns_of(extra, {key: _eot(like.get(key)) for key in ("hidden", *extra)})
     serving = {
         name: _serving([pool for pool in main if pool.any.defense == name], protocol, like)
         for name in names
@@ -200,9 +200,8 @@ def _reference(results: Sequence[Result]) -> Result | None:
     return min(results, key=lambda result: set(result.knows) == set(result.sites), default=None)
 
 
-def _heading(threat: str, like: Result | None) -> str:
-    eot = like.effort.get("eot") if like else None
-    return threat if eot is None else f"{threat}, EoT-{eot}"
+def _eot(result: Result | None) -> object:
+    return result.effort.get("eot") if result else None
 
 
 def _serving(

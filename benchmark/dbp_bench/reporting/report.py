@@ -12,7 +12,7 @@ from dbp_bench.reporting.attacks import attack_files
 from dbp_bench.reporting.findings import load_findings
 from dbp_bench.reporting.frames import csv_name
 from dbp_bench.reporting.leaderboard import Sort, leaderboard
-from dbp_bench.reporting.page import Material, load_samples, to_html
+from dbp_bench.reporting.page import load_samples, to_html
 from dbp_bench.reporting.records import load
 from dbp_bench.reporting.tables import csv_tables, leaderboard_latex, leaderboard_markdown
 from dbp_bench.result import NOT_RECORDED, Kind, Result, write_atomically
@@ -57,7 +57,7 @@ def write_leaderboards(
         its_own = [record for record in records if record.result.track == name]
         swept = [each for each in findings if each.track == name]
         board = leaderboard(its_own, registry, sort, swept)
-        page = to_html(board, Material(load_samples(its_own)), registry)
+        page = to_html(board, load_samples(its_own), registry)
         contents = {
             ".html": page,
             **csv_tables(board),

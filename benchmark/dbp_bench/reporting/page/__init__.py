@@ -1,5 +1,5 @@
 """The page of a track: one HTML file that needs nothing else."""
 
-from dbp_bench.reporting.page.page import Material, load_samples, to_html
+from dbp_bench.reporting.page.page import load_samples, to_html
 
-__all__ = ["Material", "load_samples", "to_html"]
+__all__ = ["load_samples", "to_html"]

@@ -3,7 +3,6 @@
 import shlex
 from base64 import b64encode
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +16,7 @@ from dbp_bench.errors import BadResult
 from dbp_bench.reporting.columns import SECTIONS, Column
 from dbp_bench.reporting.frames import symbols
 from dbp_bench.reporting.leaderboard import BASE, Leaderboard, Row
-from dbp_bench.reporting.literature import Published, published
+from dbp_bench.reporting.literature import published
 from dbp_bench.reporting.page.charts import charts, swatch
 from dbp_bench.reporting.plotting import dark_css, to_svg
 from dbp_bench.reporting.pool import Pool, search_in_words
@@ -33,15 +32,6 @@ from dbp_bench.result import Result
 FOLDER: Final = Path(__file__).parent
 
 
-@dataclass(frozen=True)
-class Material:
-    """What a page takes beside the leaderboard."""
-
-    samples: Mapping[str, Samples] = field(default_factory=dict)
-    """By the name of their result."""
-    published: Published = field(default_factory=published)
-
-
 class Cell(NamedTuple):
     """A number of a table."""
 
@@ -55,13 +45,21 @@ class Cell(NamedTuple):
 
 
 def to_html(
-    board: Leaderboard, material: Material | None = None, registry: Registry | None = None
+    board: Leaderboard,
+    samples: Mapping[str, Samples] | None = None,
+    registry: Registry | None = None,
 ) -> str:
-    """The page of a track, which needs nothing but itself; every name in it is escaped."""
+    """The page of a track, which needs nothing but itself; every name in it is escaped.
+
+    Args:
+        board: The leaderboard.
+        samples: Pictures, by the name of their result.
+        registry: Where titles and papers come from; the package's own entries if not given.
+    """
     style, script = _text("style.css") + dark_css(), _text("script.js")
     return _template().render(
         board=board,
-        page=_Page(board, material or Material(), registry or Registry()),
+        page=_Page(board, samples or {}, registry or Registry()),
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; "
         f"script-src '{_hash(script)}'",
         style=Markup(style),  # our own file
@@ -126,9 +124,11 @@ def command_of(record: Record, registry: Registry) -> str:
 class _Page:
     """What the template asks for, beside what the leaderboard holds."""
 
-    def __init__(self, board: Leaderboard, material: Material, registry: Registry) -> None:
-        self.board, self.registry = board, registry
-        self.published, self.samples = material.published, material.samples
+    def __init__(
+        self, board: Leaderboard, samples: Mapping[str, Samples], registry: Registry
+    ) -> None:
+        self.board, self.samples, self.registry = board, samples, registry
+        self.published = published()
         self.records = [(record, pool) for pool, _ in board.pools for record in pool.records]
         unequal = {column.key for column in board.protocol.extra}  # among the other attacks
         self.sections = {
@@ -146,7 +146,7 @@ class _Page:
 
     def heading(self, column: Column) -> Markup:
         """Its name, with the indices of its symbols."""
-        return Markup(symbols(escape(column.heading), r"\1<sub>\2</sub>"))
+        return Markup(symbols(str(escape(column.heading)), r"\1<sub>\2</sub>"))
 
     def cells(self, row: Row) -> list[list[Cell]]:
         """The numbers of a defense, by section; each leads to what it follows from."""
