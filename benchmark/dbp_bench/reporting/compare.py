@@ -1,7 +1,7 @@
 """Two results, defenses or threat models side by side, image by image."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import comb
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from dbp_bench.reporting.records import (
     track_facts,
 )
 from dbp_bench.reporting.statistics import Estimate
-from dbp_bench.result import Result, without_draws
+from dbp_bench.result import without_draws
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,26 @@ def compare(a: Side, b: Side) -> Comparisons:
     common = [names for names in mine if names in theirs]
     if not common:
         raise NotComparable(f"{a.name} and {b.name} have no setting in common: {_listing(a, b)}.")
-    pairs = [_pair(mine[names], theirs[names]) for names in sorted(common)]
-    adjusted = holm([pair.permutation for pair in pairs])
+    pairs = [(mine[names], theirs[names]) for names in sorted(common)]
+    for pair in pairs:
+        _refuse_pools(*pair)
+    found = [permutation(first.robust.score, second.robust.score) for first, second in pairs]
     return Comparisons(
         a=a,
         b=b,
-        pairs=[replace(pair, adjusted=p) for pair, p in zip(pairs, adjusted, strict=True)],
+        pairs=[
+            Comparison(
+                a=first,
+                b=second,
+                difference=first.robust.above(second.robust),
+                clean=first.clean.above(second.clean),
+                permutation=p,
+                adjusted=adjusted,
+                mcnemar=mcnemar(first.any.ids, _verdicts(first), _verdicts(second)),
+                notes=_notes(first, second),
+            )
+            for (first, second), p, adjusted in zip(pairs, found, holm(found), strict=True)
+        ],
         unmatched=[
             f"{'/'.join(names)}, only in {each.name}"
             for each, of, other in ((a, mine, theirs), (b, theirs, mine))
@@ -177,24 +191,13 @@ def _listing(*sides: Side) -> str:
     return "; ".join(said)
 
 
-def _pair(a: Pool, b: Pool) -> Comparison:
+def _refuse_pools(a: Pool, b: Pool) -> None:
     _refuse(a.records[0], b.records[0], draws=False)
     if a.seeds != b.seeds:
         raise NotComparable(
             f"{a.records[0].path} and {b.records[0].path} cannot be compared: seeds {a.seeds} and "
             f"{b.seeds}. Run the missing ones."
         )
-    p = permutation(a.robust.score, b.robust.score)
-    return Comparison(
-        a=a,
-        b=b,
-        difference=a.robust.above(b.robust),
-        clean=a.clean.above(b.clean),
-        permutation=p,
-        adjusted=p,
-        mcnemar=mcnemar(a.any.ids, *(_verdicts(pool) for pool in (a, b))),
-        notes=_notes(a, b),
-    )
 
 
 def _refuse(a: Record, b: Record, *, draws: bool) -> None:
@@ -229,7 +232,8 @@ def _notes(a: Pool, b: Pool) -> list[str]:
     """In what two settings differ that should be said beside their difference."""
     notes = []
     if a.knows != b.knows:
-        notes.append(f"the attacker knows {_known(a.any)} of A, {_known(b.any)} of B")
+        known = [" and ".join(pool.any.knows) or "no draw" for pool in (a, b)]
+        notes.append(f"the attacker knows {known[0]} of A, {known[1]} of B")
     if len(a.any.draws) != len(b.any.draws):
         notes.append(
             f"A is evaluated on {len(a.any.draws)} draws, B on {len(b.any.draws)}: means by image"
@@ -240,14 +244,10 @@ def _notes(a: Pool, b: Pool) -> list[str]:
         mine, theirs = without_draws(mine), without_draws(theirs)
     if found := differences(mine, theirs):
         notes.append(f"unequal effort: {'; '.join(found)} (A and B)")
-    mine_of, theirs_of = a.evaluations, b.evaluations
-    if mine_of and theirs_of and abs(mine_of / theirs_of - 1) > 0.02:
-        notes.append(f"evaluations of the search per attack: {mine_of:.0f} and {theirs_of:.0f}")
+    counts = a.evaluations, b.evaluations
+    if counts[0] and counts[1] and abs(counts[0] / counts[1] - 1) > 0.02:
+        notes.append(f"evaluations of the search per attack: {counts[0]:.0f} and {counts[1]:.0f}")
     return notes
-
-
-def _known(result: Result) -> str:
-    return " and ".join(result.knows) or "no draw"
 
 
 def _verdicts(pool: Pool) -> list[bool]:

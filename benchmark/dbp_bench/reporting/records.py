@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import permutations
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -221,11 +222,9 @@ def _defense_facts(result: Result, _: object = None) -> _Facts:
     """What must be equal for two results to be of the same defense, whatever it is called."""
     return {
         "sites": sorted(result.sites),
-        **{f"options.{key}": value for key, value in result.options.items()},
-        **{f"provenance.weights.{key}": value for key, value in result.provenance.weights.items()},
-        **{
-            f"provenance.code.{key}": value for key, value in (result.provenance.code or {}).items()
-        },
+        **_below("options", result.options),
+        **_below("provenance.weights", result.provenance.weights),
+        **_below("provenance.code", result.provenance.code or {}),
         "evaluations.nfe": result.evaluations.nfe,
     }
 
@@ -242,8 +241,11 @@ def _only_of_the_attack(result: Result) -> set[str]:
 
 def _search_facts(result: Result, effort: Mapping[str, object]) -> _Facts:
     """How the attack searched."""
-    options = {f"effort.{key}": value for key, value in effort.items()}
-    return {"attack": result.attack, "gradient": result.gradient, **options}
+    return {"attack": result.attack, "gradient": result.gradient, **_below("effort", effort)}
+
+
+def _below(name: str, values: Mapping[str, object]) -> _Facts:
+    return {f"{name}.{key}": value for key, value in values.items()}
 
 
 def _draw_facts(result: Result, _: object = None) -> _Facts:
@@ -261,17 +263,11 @@ def _check_seeds(records: Sequence[Record]) -> None:
     seeds: dict[str, dict[int, Record]] = {}
     for record in records:
         seeds.setdefault(record.result.threat, {})[record.result.seed] = record
-    for threat, found in seeds.items():
-        for other, others in seeds.items():
-            missing = sorted(set(found) - set(others))
-            if missing:
-                here, there = found[missing[0]], others[min(others)]
-                raise NotComparable(
-                    f"{here.path} and {there.path} cannot stand in one leaderboard: seeds "
-                    f"{_seeds(found)} for {threat!r}, {_seeds(others)} for {other!r}. Run "
-                    f"{other!r} with seed {missing[0]} too."
-                )
-
-
-def _seeds(seeds: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(seeds)))
+    for (threat, found), (other, others) in permutations(seeds.items(), 2):
+        if missing := sorted(set(found) - set(others)):
+            here, there = found[missing[0]], others[min(others)]
+            mine, theirs = (", ".join(map(str, sorted(each))) for each in (found, others))
+            raise NotComparable(
+                f"{here.path} and {there.path} cannot stand in one leaderboard: seeds {mine} for "
+                f"{threat!r}, {theirs} for {other!r}. Run {other!r} with seed {missing[0]} too."
+            )

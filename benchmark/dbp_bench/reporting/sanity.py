@@ -11,6 +11,7 @@ from typing import Final
 from dbp_bench.reporting.findings import Findings
 from dbp_bench.reporting.pool import Pool, strongest
 from dbp_bench.reporting.protocol import KNOWN
+from dbp_bench.reporting.rendering import note
 from dbp_bench.reporting.statistics import Estimate
 from dbp_bench.result import Result
 
@@ -66,7 +67,7 @@ def checks(
             "sweeps",
             [f"{each.setting} {each.axis}" for each in findings],
             [
-                f"sweep of {each.setting} over {each.axis}: {flag.message}"
+                note("flag_sweep", at=each.setting, axis=each.axis, said=flag.message)
                 for each in findings
                 for flag in each.flags
             ],
@@ -94,11 +95,7 @@ def _null(pool: Pool | None) -> Check:
         if not result.classes_recorded:
             other = result.right("clean") != result.right("adversarial")
         outcomes, differing = outcomes + other.size, differing + int(other.sum())
-    flag = (
-        f"the null attack changes {differing} of {outcomes} outcomes, where image and draw are the "
-        "same: something else than the attack is measured, such as noise that the defense draws on "
-        "its own"
-    )
+    flag = note("flag_null", differing=differing, outcomes=outcomes)
     return Check("null attack", [pool.setting], [flag] if differing else [])
 
 
@@ -106,24 +103,19 @@ def _more_knowledge(columns: Mapping[str, Pool], stochasticity: Estimate | None)
     hidden, known = columns.get("hidden"), columns.get("all_known")
     if stochasticity is None or hidden is None or known is None or hidden is known:
         return Check("more knowledge", [], [])
-    flag = "knowing the draws did not help the attack: its search has not converged"
-    return Check(
-        "more knowledge",
-        [hidden.setting, known.setting],
-        [flag] if stochasticity.high < 0 else [],
-    )
+    flags = [note("flag_knowledge")] if stochasticity.high < 0 else []
+    return Check("more knowledge", [hidden.setting, known.setting], flags)
 
 
 def _zero_gradients(columns: Mapping[str, Pool], pools: Sequence[Pool]) -> Check:
     """Images that stay right and met no gradient but zero."""
-    served = {id(pool): key.replace("_", " ") for key, pool in reversed(list(columns.items()))}
+    served = {pool: key.replace("_", " ") for key, pool in reversed(list(columns.items()))}
     counts = {pool: pool.zero_gradients() for pool in pools}
     return Check(
         "zero gradients",
         [pool.setting for pool, count in counts.items() if count is not None],
         [
-            f"no gradient, or none but zero, at any step on {count} of {len(pool.any.ids)} "
-            f"images, which stay right ({served.get(id(pool), pool.setting)})"
+            note("flag_zero", count=count, of=len(pool.any.ids), at=served.get(pool, pool.setting))
             for pool, count in counts.items()
             if count
         ],
@@ -140,41 +132,33 @@ def _conformance(pools: Sequence[Pool]) -> Check:
         if checks:
             tested.append(pool.setting)
         failed |= {f"{name}: {reason}": pool.setting for name, reason in checks if reason != "pass"}
-    flags = [
-        f"the defense fails a conformance check in {at}: {text}" for text, at in failed.items()
-    ]
+    flags = [note("flag_conformance", at=at, said=said) for said, at in failed.items()]
     return Check("conformance", tested, flags)
 
 
 def _gradient(pools: Sequence[Pool]) -> Check:
     """The quick gradient check that each run of an attack with gradients stores."""
     tested: list[str] = []
-    wrong: dict[str, list[str]] = {}
+    wrong: dict[tuple[str, str], list[str]] = {}
     for pool in pools:
-        records = [r.result.conformance for r in pool.records]
+        records = [record.result.conformance for record in pool.records]
         found = [record.gradient for record in records if record and record.gradient]
         if not found:
             continue
-        tested.append(pool.setting)
+        at, mode = pool.setting, pool.any.gradient or "exact"
+        tested.append(at)
         errors = [error for check in found for error in check.difference_errors]
         cosines = [cosine for check in found for cosine in check.cosine]
-        mode = pool.any.gradient or "exact"
         large = [error for error in errors if error is not None and error > ERROR]
         low = [c for c in cosines if c is not None and c < (EXACT if mode == "exact" else COSINE)]
         if large:
-            text = "the exact gradient is off from finite differences by {}, relative to their size"
-            wrong.setdefault(text, []).append(f"{max(large):.2g} in {pool.setting}")
+            wrong.setdefault(("flag_difference", ""), []).append(f"{max(large):.2g} in {at}")
         if low:
-            text = f"the {mode} gradient, which the attack followed, has a cosine with the exact "
-            wrong.setdefault(text + "one of only {}", []).append(
-                f"{min(low):.2g} in {pool.setting}"
-            )
+            wrong.setdefault(("flag_cosine", mode), []).append(f"{min(low):.2g} in {at}")
         if None in errors or None in cosines:
-            text = "no gradient on images where it was checked: it is zero, or there is none ({})"
-            wrong.setdefault(text, []).append(pool.setting)
-    return Check(
-        "gradient check", tested, [text.format(", ".join(found)) for text, found in wrong.items()]
-    )
+            wrong.setdefault(("flag_no_gradient", ""), []).append(at)
+    flags = [note(name, mode=mode, found=", ".join(each)) for (name, mode), each in wrong.items()]
+    return Check("gradient check", tested, flags)
 
 
 def _stronger(columns: Mapping[str, Pool], pools: Sequence[Pool]) -> list[Check]:
@@ -184,38 +168,31 @@ def _stronger(columns: Mapping[str, Pool], pools: Sequence[Pool]) -> list[Check]
     flags: dict[str, list[str]] = {name: [] for name in names}
     for pool in pools:
         own = _own(columns, pool)
-        at = pool.setting
         # Whom this attack should not be below, and what to say if it is.
-        rivals: list[tuple[Pool, str]] = []
+        rivals: list[tuple[str, Pool]] = []
         if pool.black_box:
             name = "black box"
             best = strongest(p for p in pools if p.knows == pool.knows and not p.black_box)
             if best is None:
                 continue
-            masked = (
-                f"{at}, which follows no gradient, finds {{}} points against {best.setting}, the "
-                "strongest attack along gradients that knows the same: the gradient is masked, or "
-                "its use too weak"
-            )
-            weak = f"its search has not converged: {at}, which follows no gradient,"
-            rivals = [(best, masked)]
-            rivals += [(own, f"{own.setting}: {weak} finds {{}} points")] if own else []
+            rivals = [("flag_masked", best), *([("flag_black_box", own)] if own else [])]
         elif own is None:
             continue
         elif _more(pool, own):
-            name = "more effort"
-            counts = [f"{each.gradient_evaluations:.0f}" for each in (pool, own)]
-            weak = f"{own.setting}: its search has not converged: {at}, with {counts[0]} gradient "
-            rivals = [(own, f"{weak}evaluations against {counts[1]}, finds {{}} points")]
+            name, rivals = "more effort", [("flag_effort", own)]
         elif pool not in columns.values():
-            name = "other attacks"
-            rivals = [(own, f"{own.setting}: another attack, {at}, finds {{}} points")]
+            name, rivals = "other attacks", [("flag_other", own)]
         else:
             continue
-        tested[name].append(at)
-        gaps = ((pool.robust.above(rival.robust), flag) for rival, flag in rivals)
-        found = [flag.format(gap.percent(sign=True)) for gap, flag in gaps if gap.high < 0]
-        flags[name] += found[:1]
+        tested[name].append(pool.setting)
+        for flag, rival in rivals:
+            gap = pool.robust.above(rival.robust)
+            if gap.high < 0:
+                counts = [f"{p.gradient_evaluations or 0:.0f}" for p in (pool, rival)]
+                texts = {"at": pool.setting, "rival": rival.setting, "more": counts[0]}
+                gain = gap.percent(sign=True)
+                flags[name].append(note(flag, gap=gain, fewer=counts[1], **texts))
+                break
     return [Check(name, tested[name], flags[name]) for name in names]
 
 

@@ -31,9 +31,9 @@ _NAMED: Final = 4
 """How many names a cell of a table holds."""
 
 
-COST: Final = {"nfe": "NFE", "draws": "Draws hidden / known"}
+_COST: Final = {"nfe": "NFE", "draws": "Draws hidden / known"}
 """What is said of each defense beside its columns."""
-IMAGES: Final = {"clean": "clean", "hidden": "attacked, draws hidden", NULL: "null attack"}
+_IMAGES: Final = {"clean": "clean", "hidden": "attacked, draws hidden", NULL: "null attack"}
 
 
 # --- Frames
@@ -196,30 +196,31 @@ def sections(board: Leaderboard) -> dict[str, pd.DataFrame]:
     shown = {}
     for section in SECTIONS:
         titles = {c.key: c.heading for c in board.columns if c.section == section}
-        titles |= COST if section == CHECKS else {}
-        shown[section] = frame[["rank", "defense", *titles]].rename(columns=titles)
-    draws = draws_frame(board)
-    draws["images_of"] = draws["images_of"].map(IMAGES)
-    draws["draws"] = [many(each) for row in board.rows for _, each in row.tallies.values()]
-    shown["One draw, votes and worst cases"] = draws[
-        ["rank", "defense", "images_of", "draws", *METRICS]
-    ].rename(columns=DRAWS)
-    return {
-        title: each.rename(columns={"rank": "", "defense": "Defense"})
-        for title, each in shown.items()
-    }
+        titles = {**_NAMES, **titles, **(_COST if section == CHECKS else {})}
+        shown[section] = frame[list(titles)].rename(columns=titles)
+    return {**shown, "One draw, votes and worst cases": draws_table(board)}
 
 
-DRAWS: Final = {
+def draws_table(board: Leaderboard) -> pd.DataFrame:
+    """What one draw, votes and the worst of several say, with the headings that readers see."""
+    frame = draws_frame(board)
+    frame["images_of"] = frame["images_of"].map(_IMAGES)
+    frame["draws"] = [_many(each) for row in board.rows for _, each in row.tallies.values()]
+    return frame[list(_DRAWS)].rename(columns=_DRAWS)
+
+
+_NAMES: Final = {"rank": "", "defense": "Defense"}
+_DRAWS: Final = {
+    **_NAMES,
     "images_of": "Images",
     "draws": "Draws M",
     **{"mean": "One draw", "plurality": "Plurality of k"},
     **{f"worst_{FEW}": f"Worst of {FEW}", "worst_all": "Worst of M"},
 }
-"""What the columns of the table of draws are called."""
+"""What the columns of the table of draws are called; the metrics are those of METRICS."""
 
 
-def many(found: Tally) -> str:
+def _many(found: Tally) -> str:
     """How many draws, and of how many the vote is where that is another number."""
     if found.draws is None:
         return "any"

@@ -5,6 +5,7 @@ from base64 import b64encode
 from collections.abc import Iterable, Mapping
 from functools import cache
 from hashlib import sha256
+from math import isnan
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -25,8 +26,7 @@ from dbp_bench.reporting.records import Record
 from dbp_bench.reporting.rendering import note, shown_eps
 from dbp_bench.reporting.samples import Samples, samples_path
 from dbp_bench.reporting.statistics import LEVEL, Estimate
-from dbp_bench.reporting.tables import DRAWS, IMAGES, many, protocol, ranking
-from dbp_bench.reporting.votes import METRICS
+from dbp_bench.reporting.tables import draws_table, protocol, ranking
 from dbp_bench.result import Result
 
 FOLDER: Final = Path(__file__).parent
@@ -66,11 +66,13 @@ def to_html(
         script=Markup(script),
         protocol=protocol(board),
         ranking=ranking(board),
-        draws=DRAWS,
+        draws=draws_table(board),
         note=note,
         charts=charts(board),
         to_svg=to_svg,
         swatch=swatch,
+        cell=cell,
+        is_number=lambda each: isinstance(each, Estimate),
         level=f"{100 * LEVEL:.0f}",
     )
 
@@ -179,17 +181,6 @@ class _Page:
                     )
         return found
 
-    def draws(self) -> list[tuple[str, str, str, list[Cell]]]:
-        """One draw, votes and worst cases."""
-        return [
-            (
-                *(row.defense, IMAGES[key], many(tally)),
-                [cell(tally.estimates[metric]) for metric in METRICS],
-            )
-            for row in self.board.rows
-            for key, (_, tally) in row.tallies.items()
-        ]
-
     def numbers(self, row: Row) -> list[tuple[Markup, str, list[Record]]]:
         """Each number of a defense, and the results that it follows from."""
         zero = next((each for each in self.board.rows if each.defense == BASE), None)
@@ -260,7 +251,7 @@ def _hash(text: str) -> str:
 
 def cell(estimate: Estimate | None, href: str = "", *, same: bool = False) -> Cell:
     """The cell of a number that leads to `href`; blank where it was not measured."""
-    if estimate is None:
+    if estimate is None or isnan(estimate.value):
         return Cell()
     value, interval = estimate.percent().split(" ", 1)
     return Cell(value, interval, f"{estimate.value:.6f}", href, same)
