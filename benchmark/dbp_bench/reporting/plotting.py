@@ -82,6 +82,11 @@ def dark_css() -> str:
     return f"@media (prefers-color-scheme: dark) {{\n{''.join(rules)}}}\n"
 
 
+def look(number: int) -> dict[str, Any]:
+    """The colour and the marker of a curve."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
 @contextmanager
 def on_page(salt: str = "") -> Iterator[None]:
     """While it lasts, figures are those of a page; `salt` goes into their ids."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -22,15 +23,14 @@ from dbp_bench.reporting.leaderboard import Leaderboard, Row
 from dbp_bench.reporting.plotting import (
     AMBER,
     BLUE,
-    COLOURS,
     GREY,
     INK,
-    MARKERS,
     MIST,
     ORANGE,
     PAPER,
     SAND,
     SKY,
+    look,
     on_page,
 )
 from dbp_bench.reporting.pool import Pool
@@ -112,28 +112,24 @@ def _short(name: str, most: int) -> str:
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
-def _reach(estimates: Sequence[Estimate]) -> NDArray[np.float64]:
-    """How far each interval reaches below and above its value."""
-    return np.array([[e.value - e.low, e.high - e.value] for e in estimates]).T
-
-
 def _percent(estimate: Estimate) -> Estimate:
     return Estimate(*(100 * each for each in (estimate.value, estimate.low, estimate.high)))
 
 
-def _look(style: int, *, joined: bool) -> dict[str, Any]:
-    """How the curve of this number is drawn."""
-    return {
-        "color": COLOURS[style % len(COLOURS)],
-        "marker": MARKERS[style % len(MARKERS)],
-        "markeredgecolor": PAPER,
-        "markeredgewidth": 0.5,
-        "linestyle": "-" if joined else "none",
-    }
+def _exactly(value: float) -> Estimate:
+    return Estimate(value, value, value)
 
 
-def _mark(style: int, *, joined: bool = True) -> Line2D:
-    return Line2D([], [], **_look(style, joined=joined))
+def _draw(axes: Axes, xs: Sequence[Estimate], ys: Sequence[Estimate], **look: Any) -> None:
+    """Draw points with their intervals."""
+    reach = [np.array([[e.value - e.low, e.high - e.value] for e in es]).T for es in (ys, xs)]
+    values = [[estimate.value for estimate in estimates] for estimates in (xs, ys)]
+    axes.errorbar(*values, *reach, markeredgecolor=PAPER, clip_on=False, **look)
+
+
+def _mark(number: int, line: str = "-") -> Line2D:
+    """The mark of a curve in a legend."""
+    return Line2D([], [], markeredgecolor=PAPER, linestyle=line, **look(number))
 
 
 def _dashes(colour: str = INK) -> Line2D:
@@ -224,11 +220,16 @@ class Point(NamedTuple):
     control: bool = False
 
 
-_POINTS: Final = {
-    False: Line2D([], [], color=BLUE, marker="o", linestyle="none"),
-    True: Line2D([], [], color=GREY, marker="s", linestyle="none"),
+_POINTS: Final[Mapping[bool, dict[str, Any]]] = {
+    False: {"color": BLUE, "marker": "o", "linestyle": "none"},
+    True: {"color": GREY, "marker": "s", "linestyle": "none"},
 }
-"""Whether a point is a control, and its mark in a legend."""
+"""Whether a point is a control, and how it looks."""
+_KINDS: Final = [
+    (Line2D([], [], **style), "control" if control else "defense")
+    for control, style in _POINTS.items()
+]
+"""The same, for a legend."""
 
 
 def plane(
@@ -241,21 +242,10 @@ def plane(
 ) -> Figure:
     """Named points with intervals; both axes are alike where there is a `diagonal`."""
     figure, axes = _axes(620, 430, 64, 14, 14, 58)
-    for point in points:
-        mark = _POINTS[point.control]
-        axes.errorbar(
-            point.x.value,
-            point.y.value,
-            _reach([point.y]),
-            _reach([point.x]),
-            fmt=str(mark.get_marker()),
-            color=mark.get_color(),
-            markeredgecolor=PAPER,
-            markersize=6,
-            ecolor=GREY,
-            elinewidth=0.9,
-            clip_on=False,
-        )
+    for control, style in _POINTS.items():
+        these = [point for point in points if point.control == control]
+        lines = {"markersize": 6, "ecolor": GREY, "elinewidth": 0.9}
+        _draw(axes, [point.x for point in these], [point.y for point in these], **style, **lines)
     highs = [e.high for p in points for e in ((p.x, p.y) if diagonal else (p.y,))]
     top, wide = min(100.0, 1.1 * max(5.0, *highs)), max(1.0, *(p.x.value for p in points))
     axes.set(ylim=(0, top), xlim=(0, top) if diagonal else (-0.04 * wide, 1.08 * wide))
@@ -265,8 +255,8 @@ def plane(
         axes.axline((0, 0), slope=1, color=GREY, linestyle="--", linewidth=1)
     at = {point.name: (point.x.value, point.y.value) for point in points}
     for source, target in arrows:
-        look = {"arrowstyle": "->", "color": ORANGE, "linewidth": 1.5, "shrinkA": 5, "shrinkB": 5}
-        axes.annotate("", at[target], at[source], arrowprops=look)
+        arrow = {"arrowstyle": "->", "color": ORANGE, "linewidth": 1.5, "shrinkA": 5, "shrinkB": 5}
+        axes.annotate("", at[target], at[source], arrowprops=arrow)
     _write_names(axes, at, 4 * figure.dpi / 72)
     return figure
 
@@ -299,9 +289,10 @@ def _write_names(axes: Axes, at: Mapping[str, tuple[float, float]], size: float)
 class Curve(NamedTuple):
     """Points of one kind: where on the axis, and the accuracy there."""
 
-    style: int
+    number: int
+    """Of its colour and marker."""
     points: Sequence[tuple[float, Estimate]]
-    joined: bool = True
+    line: str = "-"
 
 
 class Panel(NamedTuple):
@@ -337,15 +328,10 @@ def panels(
         figure, axes = _axes(272, 216, 40, 8, 26, 48)
         axes.set_title(_short(name, 34), loc="left", weight="bold", size=9)
         for curve in each.curves:
-            values = [_percent(estimate) for _, estimate in curve.points]
-            axes.errorbar(
-                [x for x, _ in curve.points],
-                [value.value for value in values],
-                _reach(values),
-                elinewidth=1,
-                clip_on=False,
-                **_look(curve.style, joined=curve.joined),
-            )
+            xs, ys = zip(*curve.points, strict=True)
+            style = {"linestyle": curve.line, "elinewidth": 1, "markeredgewidth": 0.5}
+            points = [_exactly(x) for x in xs], [_percent(y) for y in ys]
+            _draw(axes, *points, **look(curve.number), **style)
         if each.level is not None:
             axes.axhline(100 * each.level, color=INK, linestyle="--", linewidth=1)
         if names:
@@ -355,7 +341,7 @@ def panels(
             least, most = min(every), max(every)
             beside = 1.2 if most > least else 2
             axes.set(xscale="log", xlim=(least / beside, most * beside))
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if most < 1000 * least else (1,)))
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.minorticks_off()
         else:
@@ -436,8 +422,7 @@ def _hidden_against_known(board: Leaderboard) -> Chart:
         caption=note("chart_hidden_against_known"),
         drawings={" against ".join(reversed(axes)): drawing} if drawing else {},
         legend=[
-            (_POINTS[False], "defense"),
-            (_POINTS[True], "control"),
+            *_KINDS,
             (_dashes(GREY), "hiding the noise adds nothing"),
             *([(Line2D([], [], color=ORANGE), f"trained from: {said}")] if said else []),
         ],
@@ -449,14 +434,26 @@ def _eot(board: Leaderboard) -> Chart:
     found = {}
     swept = False
     for row in board.rows:
-        points = _eot_points(row, board)
-        curves = [Curve(0, points)] if len(points) > 1 else []
+        own = row.columns.get("hidden")
+        # Results that know nothing, and differ in EoT only.
+        alike = {
+            pool.any.effort["eot"]: pool.robust.estimate
+            for pool in _pools(row, board)
+            if own is not None
+            and own.sites
+            and not pool.knows
+            and (pool.any.attack, pool.any.gradient) == (own.any.attack, own.any.gradient)
+            and without_draws(pool.any.effort) == without_draws(own.any.effort)
+            and isinstance(pool.any.effort.get("eot"), int)
+        }
+        curves = [Curve(0, sorted(alike.items(), key=itemgetter(0)))] if len(alike) > 1 else []
         for each in board.sweeps:
             if each.defense == row.defense and each.axis == "eot" and (at := _measured(each)):
                 swept = True
                 curves.append(Curve(1, at))
         if curves:
-            found[row.defense] = Panel(curves, _value(row.estimates["all_known"]))
+            known = row.estimates["all_known"]
+            found[row.defense] = Panel(curves, known.value if known else None)
     return Chart(
         title="Accuracy against EoT",
         caption=note("chart_eot"),
@@ -468,23 +465,6 @@ def _eot(board: Leaderboard) -> Chart:
         ],
         missing=_sweep(board, "eot=1,10,40"),
     )
-
-
-def _eot_points(row: Row, board: Leaderboard) -> list[tuple[float, Estimate]]:
-    """Results that know nothing, and differ in EoT only."""
-    own = row.columns.get("hidden")
-    if own is None or not own.sites:
-        return []
-    alike = [
-        pool
-        for pool in _pools(row, board)
-        if not pool.knows
-        and (pool.any.attack, pool.any.gradient) == (own.any.attack, own.any.gradient)
-        and without_draws(pool.any.effort) == without_draws(own.any.effort)
-        and isinstance(pool.any.effort.get("eot"), int)
-    ]
-    by_eot = {pool.any.effort["eot"]: pool for pool in alike}
-    return [(eot, by_eot[eot].robust.estimate) for eot in sorted(by_eot)]
 
 
 def _pools(row: Row, board: Leaderboard) -> list[Pool]:
@@ -504,7 +484,8 @@ def _knowledge(board: Leaderboard) -> Chart:
     for row in board.rows:
         points = [(i, e) for i, key in enumerate(KNOWN) if (e := row.estimates[key]) is not None]
         if row.sites and len(points) > 1:
-            found[row.defense] = Panel([Curve(0, points)], _value(row.estimates["base"]))
+            base = row.estimates["base"]
+            found[row.defense] = Panel([Curve(0, points)], base.value if base else None)
     return Chart(
         title="Accuracy against what the attacker knows",
         caption=note("chart_knowledge"),
@@ -568,7 +549,7 @@ def _eps(board: Leaderboard) -> Chart:
 
 def _cost(board: Leaderboard) -> Chart:
     points = [
-        Point(row.defense, Estimate(*[row.nfe] * 3), _percent(hidden), row.kind == "control")
+        Point(row.defense, _exactly(row.nfe), _percent(hidden), row.kind == "control")
         for row in board.rows
         if (hidden := row.estimates["hidden"])
     ]
@@ -582,7 +563,7 @@ def _cost(board: Leaderboard) -> Chart:
         drawings={"accuracy with no draw known against NFE": plane(points, *axes)}
         if points
         else {},
-        legend=[(_POINTS[False], "defense"), (_POINTS[True], "control")],
+        legend=_KINDS,
         missing=_run(board, "hidden"),
     )
 
@@ -595,27 +576,18 @@ def _effort(board: Leaderboard) -> Chart:
             if pool.evaluations:
                 known = pool.knowledge if pool.knowledge in ("none", "all") else "some"
                 points.setdefault(known, []).append((pool.evaluations, pool.robust.estimate))
-        panel = Panel(
-            [
-                Curve(style, points[name], joined=False)
-                for style, name in enumerate(("none", "all", "some"))
-                if name in points
-            ]
-        )
-        if len(panel.xs) > 1:
+        numbered = enumerate(("none", "all", "some"))
+        curves = [Curve(i, points[name], "none") for i, name in numbered if name in points]
+        if len((panel := Panel(curves)).xs) > 1:
             found[row.defense] = panel
     legend = ("no draw known", "all noise known", "some noise known")
     return Chart(
         title="What an attack costs",
         caption=note("chart_effort"),
         drawings=panels(found, "evaluations of the search", log=True),
-        legend=[(_mark(style, joined=False), said) for style, said in enumerate(legend)],
+        legend=[(_mark(style, "none"), said) for style, said in enumerate(legend)],
         missing=_run(board, "hidden", "all_known"),
     )
-
-
-def _value(estimate: Estimate | None) -> float | None:
-    return None if estimate is None else estimate.value
 
 
 def _measured(found: Findings) -> list[tuple[float, Estimate]]:
