@@ -116,7 +116,7 @@ def test_list_imports_no_torch() -> None:
         "import sys; sys.argv = ['dbp-bench', 'list']\n"
         "from dbp_bench.cli import main\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
-        "heavy = {'torch', 'numpy', 'pandas', 'safetensors'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'pandas', 'matplotlib', 'safetensors'} & set(sys.modules)\n"
         "sys.exit(f'imported: {sorted(heavy)}' if heavy else 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

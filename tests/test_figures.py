@@ -5,6 +5,7 @@ from base64 import b64decode
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
@@ -245,6 +246,12 @@ def test_a_figure_is_text_and_attributes_in_the_same_bytes() -> None:
         assert f'aria-label="figure {i}"' in svg
         assert set(re.findall(r'(?:url\(|href=")#(\w+)', svg)) <= set(ids)
     assert 'aria-hidden="true"' in to_svg(drawn()[-1], "silent", silent=True)
+
+
+def test_a_user_s_own_settings_change_nothing() -> None:
+    usual = to_svg(drawn()[1], "plane")
+    with matplotlib.rc_context({"font.size": 20, "axes.linewidth": 5, "text.usetex": True}):
+        assert to_svg(drawn()[1], "plane") == usual
 
 
 def test_a_dark_page_changes_every_colour() -> None:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from dbp_bench.analyses.efficacy import DIRECTIONS
 from dbp_bench.analyses.eot_curve import SCALES, similarity
 from dbp_bench.analyses.record import Record, Row
-from dbp_bench.reporting.plotting import COLOURS, LINES, MARKERS, STYLE
+from dbp_bench.reporting.plotting import COLOURS, LINES, MARKERS, styled
 from dbp_bench.result import write_atomically
 
 
@@ -26,7 +25,7 @@ def draw(path: Path) -> list[Path]:
     """
     record = Record.read(path)
     written = []
-    with matplotlib.rc_context(STYLE):
+    with styled():
         figure = Figure(layout="constrained")
         _DRAWN[record.analysis](record, figure)
         for suffix, metadata in ((".svg", {"Date": None}), (".png", {"Software": None})):

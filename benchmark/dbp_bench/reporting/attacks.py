@@ -77,7 +77,9 @@ def _attacks_frame(board: Leaderboard) -> pd.DataFrame:
         first = own[0].evaluations if own else None
         rows += [
             {
-                **{"defense": defense, "kind": row.kind, "knows": knows},
+                "defense": defense,
+                "kind": row.kind,
+                "knows": knows,
                 **setting_of(pool),
                 "own": pool in own,
                 "draws": pool.draws,
@@ -182,14 +184,16 @@ def _sweeps_frame(findings: Sequence[Findings]) -> pd.DataFrame:
     """A row for each value that was swept over."""
     return frame_of(
         {
-            **{"track": found.track, "defense": found.defense, "threat": found.threat},
-            **{
-                "attack": found.attack,
-                "seed": found.seed,
-                "axis": found.axis,
-                "value": value.value,
-            },
-            **{"standard": found.standard, "images": found.images, "draws": found.draws},
+            "track": found.track,
+            "defense": found.defense,
+            "threat": found.threat,
+            "attack": found.attack,
+            "seed": found.seed,
+            "axis": found.axis,
+            "value": value.value,
+            "standard": found.standard,
+            "images": found.images,
+            "draws": found.draws,
             "accuracy": cell(value.accuracy),
             "fall": cell(value.fall),
             "zero_gradient": value.zero_gradient,

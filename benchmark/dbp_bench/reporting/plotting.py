@@ -9,7 +9,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 from xml.etree import ElementTree
 
@@ -88,13 +88,19 @@ def look(number: int) -> dict[str, Any]:
 
 
 @contextmanager
-def on_page(salt: str = "") -> Iterator[None]:
-    """While it lasts, figures are those of a page; `salt` goes into their ids."""
-    changes = {**STYLE, **_ON_PAGE, "svg.hashsalt": salt}
-    with matplotlib.rc_context(changes), warnings.catch_warnings():
+def styled(**changes: Any) -> Iterator[None]:
+    """While it lasts, figures have :data:`STYLE` and these `changes`, whatever a user has set."""
+    with matplotlib.rc_context(), warnings.catch_warnings():
         # The font that measures may lack a letter of a name; the reader's shows it.
         warnings.filterwarnings("ignore", "Glyph")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({**STYLE, **changes})
         yield
+
+
+def on_page(salt: str = "") -> AbstractContextManager[None]:
+    """While it lasts, figures are those of a page; `salt` goes into their ids."""
+    return styled(**_ON_PAGE, **{"svg.hashsalt": salt})
 
 
 def to_svg(figure: Figure, label: str, *, silent: bool = False) -> Markup:
