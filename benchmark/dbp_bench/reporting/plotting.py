@@ -82,25 +82,26 @@ def dark_css() -> str:
     return f"@media (prefers-color-scheme: dark) {{\n{''.join(rules)}}}\n"
 
 
-def look(number: int) -> dict[str, Any]:
-    """The colour and the marker of a curve."""
-    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+def look(number: int, *, joined: bool = True) -> dict[str, Any]:
+    """How the curve of this number is drawn, or its points alone."""
+    marks = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+    return {**marks, "markeredgecolor": PAPER, "linestyle": "-" if joined else "none"}
 
 
 @contextmanager
-def styled(**changes: Any) -> Iterator[None]:
-    """While it lasts, figures have :data:`STYLE` and these `changes`, whatever a user has set."""
+def styled(changes: dict[Any, Any] | None = None) -> Iterator[None]:
+    """While it lasts, figures have :data:`STYLE` and `changes`, whatever a user has set."""
     with matplotlib.rc_context(), warnings.catch_warnings():
         # The font that measures may lack a letter of a name; the reader's shows it.
         warnings.filterwarnings("ignore", "Glyph")
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({**STYLE, **changes})
+        matplotlib.rcParams.update(STYLE | (changes or {}))
         yield
 
 
 def on_page(salt: str = "") -> AbstractContextManager[None]:
     """While it lasts, figures are those of a page; `salt` goes into their ids."""
-    return styled(**_ON_PAGE, **{"svg.hashsalt": salt})
+    return styled(_ON_PAGE | {"svg.hashsalt": salt})
 
 
 def to_svg(figure: Figure, label: str, *, silent: bool = False) -> Markup:

@@ -120,16 +120,15 @@ def _exactly(value: float) -> Estimate:
     return Estimate(value, value, value)
 
 
-def _draw(axes: Axes, xs: Sequence[Estimate], ys: Sequence[Estimate], **look: Any) -> None:
+def _draw(axes: Axes, xs: Sequence[Estimate], ys: Sequence[Estimate], **style: Any) -> None:
     """Draw points with their intervals."""
-    reach = [np.array([[e.value - e.low, e.high - e.value] for e in es]).T for es in (ys, xs)]
-    values = [[estimate.value for estimate in estimates] for estimates in (xs, ys)]
-    axes.errorbar(*values, *reach, markeredgecolor=PAPER, clip_on=False, **look)
+    up, along = (np.array([[e.value - e.low, e.high - e.value] for e in es]).T for es in (ys, xs))
+    axes.errorbar([x.value for x in xs], [y.value for y in ys], up, along, clip_on=False, **style)
 
 
-def _mark(number: int, line: str = "-") -> Line2D:
+def _mark(number: int, *, joined: bool = True) -> Line2D:
     """The mark of a curve in a legend."""
-    return Line2D([], [], markeredgecolor=PAPER, linestyle=line, **look(number))
+    return Line2D([], [], **look(number, joined=joined))
 
 
 def _dashes(colour: str = INK) -> Line2D:
@@ -242,10 +241,11 @@ def plane(
 ) -> Figure:
     """Named points with intervals; both axes are alike where there is a `diagonal`."""
     figure, axes = _axes(620, 430, 64, 14, 14, 58)
-    for control, style in _POINTS.items():
+    for control, mark in _POINTS.items():
         these = [point for point in points if point.control == control]
-        lines = {"markersize": 6, "ecolor": GREY, "elinewidth": 0.9}
-        _draw(axes, [point.x for point in these], [point.y for point in these], **style, **lines)
+        style = mark | {"markersize": 6, "markeredgecolor": PAPER, "ecolor": GREY}
+        xs, ys = [point.x for point in these], [point.y for point in these]
+        _draw(axes, xs, ys, elinewidth=0.9, **style)
     highs = [e.high for p in points for e in ((p.x, p.y) if diagonal else (p.y,))]
     top, wide = min(100.0, 1.1 * max(5.0, *highs)), max(1.0, *(p.x.value for p in points))
     axes.set(ylim=(0, top), xlim=(0, top) if diagonal else (-0.04 * wide, 1.08 * wide))
@@ -292,7 +292,7 @@ class Curve(NamedTuple):
     number: int
     """Of its colour and marker."""
     points: Sequence[tuple[float, Estimate]]
-    line: str = "-"
+    joined: bool = True
 
 
 class Panel(NamedTuple):
@@ -329,9 +329,9 @@ def panels(
         axes.set_title(_short(name, 34), loc="left", weight="bold", size=9)
         for curve in each.curves:
             xs, ys = zip(*curve.points, strict=True)
-            style = {"linestyle": curve.line, "elinewidth": 1, "markeredgewidth": 0.5}
-            points = [_exactly(x) for x in xs], [_percent(y) for y in ys]
-            _draw(axes, *points, **look(curve.number), **style)
+            style = look(curve.number, joined=curve.joined) | {"markeredgewidth": 0.5}
+            places, shown = [_exactly(x) for x in xs], [_percent(y) for y in ys]
+            _draw(axes, places, shown, elinewidth=1, **style)
         if each.level is not None:
             axes.axhline(100 * each.level, color=INK, linestyle="--", linewidth=1)
         if names:
@@ -577,7 +577,7 @@ def _effort(board: Leaderboard) -> Chart:
                 known = pool.knowledge if pool.knowledge in ("none", "all") else "some"
                 points.setdefault(known, []).append((pool.evaluations, pool.robust.estimate))
         numbered = enumerate(("none", "all", "some"))
-        curves = [Curve(i, points[name], "none") for i, name in numbered if name in points]
+        curves = [Curve(i, points[name], joined=False) for i, name in numbered if name in points]
         if len((panel := Panel(curves)).xs) > 1:
             found[row.defense] = panel
     legend = ("no draw known", "all noise known", "some noise known")
@@ -585,7 +585,7 @@ def _effort(board: Leaderboard) -> Chart:
         title="What an attack costs",
         caption=note("chart_effort"),
         drawings=panels(found, "evaluations of the search", log=True),
-        legend=[(_mark(style, "none"), said) for style, said in enumerate(legend)],
+        legend=[(_mark(style, joined=False), said) for style, said in enumerate(legend)],
         missing=_run(board, "hidden", "all_known"),
     )
 
