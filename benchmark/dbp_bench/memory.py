@@ -94,6 +94,11 @@ def checkpointing(by_step: bool, counter: CallCounter) -> Iterator[None]:
         _counter.reset(tokens[1])
 
 
+def running_counter() -> CallCounter | None:
+    """The call counter of the defense that runs now."""
+    return _counter.get()
+
+
 @contextmanager
 def recording() -> Iterator[list[State]]:
     """The states after the reverse steps that run inside, in order, with their graphs.

@@ -1,0 +1,81 @@
+"""The generators of the process: their states, and how they are put into one and restored."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dbp_bench.noise import seeded
+
+
+def device_of(given: Mapping[str, Any]) -> torch.device:
+    """Where an operation with these arguments draws."""
+    device = given.get("device")
+    if device is None:
+        tensors = (value for value in given.values() if isinstance(value, Tensor))
+        device = next((tensor.device for tensor in tensors), "cpu")
+    return torch.device(device)
+
+
+def generator_of(given: Mapping[str, Any]) -> tuple[torch.Generator, bool]:
+    """The generator that an operation draws from, and whether it is its device's default."""
+    device = device_of(given)
+    default = torch.default_generator
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        default = torch.cuda.default_generators[index]
+    generator = given.get("generator")
+    return (default, True) if generator is None else (generator, generator is default)
+
+
+def digest(state: Tensor) -> bytes:
+    """A short name of a generator's state; on CUDA that is its seed and its offset."""
+    return blake2b(state.numpy().tobytes(), digest_size=16).digest()
+
+
+def just_seeded(generator: torch.Generator, state: Tensor) -> bool:
+    """Whether `state` is the one in which its seed puts it."""
+    fresh = torch.Generator(generator.device)
+    return torch.equal(state, fresh.manual_seed(generator.initial_seed()).get_state())
+
+
+def as_elsewhere(draw: Callable[[], Any], generator: torch.Generator, state: Tensor) -> Any:
+    """What `draw` gives in another state than `state`; the generator stays where it is."""
+    after = generator.get_state()
+    generator.manual_seed(int.from_bytes(digest(state)[:7], "little"))
+    try:
+        return draw()
+    finally:
+        generator.set_state(after)
+
+
+@contextmanager
+def generators(seed: int) -> Iterator[Callable[[], set[str]]]:
+    """Every generator of the process in a state of `seed` inside, restored after.
+
+    Yields:
+        What tells which generators beside torch's have moved.
+    """
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with seeded(seed):
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        before = _others()
+        try:
+            yield lambda: {name for name, state in _others().items() if state != before[name]}
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002
+
+
+def _others() -> dict[str, Any]:
+    legacy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
+    return {
+        "Python's random": random.getstate(),
+        "NumPy's global generator": (legacy["key"].tobytes(), legacy["pos"]),
+    }

@@ -1,0 +1,70 @@
+"""Where in somebody's source a draw is made: the lines that led to it, innermost first."""
+
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from sysconfig import get_path
+from types import CodeType
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+Whose = Literal["own", "library", "machinery"]
+
+
+class Place(NamedTuple):
+    """The lines of source that lead to a draw. Two draws of one place are drawn alike."""
+
+    lines: tuple[str, ...]
+    """``file.py:line``, innermost first. Lines of the author's own code; where there is none,
+    the innermost line of each file of the libraries that were called."""
+    inside: str = ""
+    """The line of a library that draws, where it isn't the first of `lines`."""
+
+    def __str__(self) -> str:
+        """The line that a user would look at."""
+        return self.lines[0]
+
+
+def place_of_draw(ends: frozenset[CodeType]) -> Place:
+    """The place of the draw that is made now, up to the call of a function of code in `ends`."""
+    frames = list(_frames(ends))
+    own = tuple(dict.fromkeys(line for whose, _, line in frames if whose == "own"))
+    inside = frames[0][2] if frames else ""
+    if own:
+        return Place(own, "" if inside == own[0] else inside)
+    # Libraries recurse as deep as it takes (trees of noise): one line of each file stands for it.
+    files: dict[str, str] = {}
+    for _, file, line in frames:
+        files.setdefault(file, line)
+    return Place(tuple(files.values()) or ("torch",))
+
+
+def _frames(ends: frozenset[CodeType]) -> Iterator[tuple[Whose, str, str]]:
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code not in ends:
+        whose, name = _file(frame.f_code.co_filename)
+        if whose != "machinery":
+            yield whose, name, f"{name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+_HERE = str(Path(__file__).parent)
+_STDLIB = get_path("stdlib")
+_MACHINERY = tuple(str(Path(file).parent) for file in (torch.__file__, np.__file__))
+
+
+@lru_cache(maxsize=4096)
+def _file(path: str) -> tuple[Whose, str]:
+    """Whose a file is, and its short name, the same on every machine."""
+    if path.startswith((_HERE, *_MACHINERY, "<frozen")):
+        return "machinery", path
+    parts = Path(path).parts
+    for i, part in enumerate(parts):
+        if part.endswith("-packages"):
+            return "library", "/".join(parts[i + 1 :])
+    if path.startswith(_STDLIB):
+        return "machinery", path
+    return "own", parts[-1] if parts else path

@@ -1,0 +1,449 @@
+"""The probe: what a module draws, and whether it may be believed under a tape.
+
+It runs the module on a few images at several batch sizes, with and without a gradient, under equal
+and unequal noise and seeds, and settles for each line of source, once, what it draws. Nothing is
+decided by the shape of a draw while a defense is evaluated: at another batch size a draw that the
+batch shares can look like one row for each image.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
+from typing import Any, NoReturn
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from dbp_bench.errors import DbpError, NotConforming, did_you_mean, place_of
+from dbp_bench.noise import FORWARD, REVERSE, Noise, Site, Tape
+from dbp_bench.taped.mode import Log, Met, Plan, Where
+from dbp_bench.taped.purifier import Module, freeze, run
+from dbp_bench.taped.record import Drawn, Kind, Record
+from dbp_bench.threat import Revealed
+
+ROWS = ((0, 1, 2, 3, 4), (1, 3), (2,))
+"""The images of each batch that is tried."""
+
+TOLERANCE = 1e-4
+"""How far rounding may move a purified pixel when the batch size changes."""
+
+TRIES = 8
+"""Draws after which a line that changes nothing is called unused: a coin may fall the same way."""
+
+
+def probe(
+    module: Module, images: Tensor, sites: Mapping[str, str], one_at_a_time: bool | None
+) -> Record:
+    """What `module` draws, settled on `images` ``(b, c, h, w)``.
+
+    Args:
+        module: Maps images to images.
+        images: In [0, 1]; the first five are taken, or fewer again and again.
+        sites: By ``file.py:line`` the site of what is drawn there.
+        one_at_a_time: Whether each image is run alone; None: where it must be.
+
+    Raises:
+        NotConforming: The module can't be believed under a tape.
+    """
+    if images.dim() != 4 or not len(images) or not images.is_floating_point():
+        raise NotConforming(
+            f"the probe was given {tuple(images.shape)} {images.dtype}: it takes a few images "
+            "(b, c, h, w) of floating-point numbers in [0, 1]."
+        )
+    some = images.detach()[torch.arange(len(ROWS[0])) % len(images)]
+    with _no_processes(), _named():
+        called = _modules_called(module, some)
+        together = _Probe(module, some, sites, called, alone=False)
+        if one_at_a_time:
+            return replace(together, alone=True, why="it was asked for").record()
+        try:
+            return together.record()
+        except _Shared as shared:
+            if one_at_a_time is False:
+                raise NotConforming(
+                    f"{shared}: an attacker can be shown it only if each image is run alone "
+                    "(one_at_a_time=None or True), 5 to 20 times as slow."
+                ) from None
+            return replace(together, alone=True, why=str(shared)).record()
+
+
+class _Shared(Exception):
+    """Images of a batch share something, or meet: only alone they can be told apart."""
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """One purification of the probe."""
+
+    out: Tensor
+    gradient: Tensor | None
+    """Of a weighted sum; None where none reaches the images."""
+    logs: Sequence[Log]
+    """One of the batch, or one of each image."""
+
+    @property
+    def met(self) -> list[Met]:
+        """Every draw."""
+        return [met for log in self.logs for met in log.met]
+
+    @property
+    def wheres(self) -> list[Where]:
+        """Every place, in the order in which they were met."""
+        return list(dict.fromkeys(met.where for met in self.met))
+
+    def at(self, where: Where) -> list[Met]:
+        """What was met at a place."""
+        return [met for met in self.met if met.where == where]
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """What is tried, together or alone."""
+
+    module: Module
+    images: Tensor
+    sites: Mapping[str, str]
+    called: Sequence[nn.Module]
+    alone: bool
+    why: str = ""
+
+    def go(
+        self,
+        plan: Plan | None,
+        rows: Sequence[int] = ROWS[0],
+        *,
+        other: Site | None = None,
+        draw: int = 1,
+        entropy: int = 1,
+        gradient: bool = False,
+        seeds: bool = False,
+        disturbed: Where | None = None,
+    ) -> _Ran:
+        """One purification of the images `rows`, with another draw at the site `other`."""
+        x, logs = self.images[list(rows)], list[Log]()
+        tape = Tape.make(0, "probe", rows)
+        noise: Noise = tape
+        if other is not None:
+            noise = Revealed(Tape.make(0, "probe", rows, draw), tape, frozenset({other}))
+        with torch.set_grad_enabled(gradient):
+            out = run(
+                self.module,
+                x.requires_grad_(gradient),
+                noise,
+                plan,
+                alone=self.alone,
+                seeds=seeds,
+                entropy=entropy,
+                disturbed=frozenset([disturbed] if disturbed else []),
+                logs=logs,
+            )
+            found = None
+            if out.requires_grad:
+                weights = tape.normal(Site("weights"), 0, out)
+                (found,) = torch.autograd.grad((weights * out).sum(), x, materialize_grads=True)
+        return _Ran(out.detach(), found, logs)
+
+    def record(self) -> Record:
+        """Everything that is to be known.
+
+        Raises:
+            _Shared: Images must be run alone.
+            NotConforming: That would not do either.
+        """
+        seen = [self.go(None), self.go(None, entropy=2), self.go(None, gradient=True)]
+        sizes = [self.go(None, rows) for rows in ROWS[1:]]
+        wheres = list(dict.fromkeys(where for ran in seen for where in ran.wheres))
+        kinds: dict[Where, Kind] = {w: self._kind(w, seen, sizes) for w in wheres}
+        # Each place at a site of its own, to see what each does.
+        own: Plan = {w: Site(str(i)) if kinds[w] == "image" else None for i, w in enumerate(wheres)}
+        first = self._replayed(own, seeds=False)
+        seeds = self._depends_on_seeds(own, first)
+        if seeds:
+            first = self._replayed(own, seeds=True)
+            kinds |= {where: "seeded" for where, kind in kinds.items() if kind == "shared"}
+        for where, site in own.items():
+            if site is not None and not self._is_used(own, site, first, seeds):
+                kinds[where] = "unused"
+        plan = self._plan(kinds, seen[0])
+        final = self._replayed(plan, seeds)
+        self._check_images_apart(plan, final, seeds)
+        gradient = self._check_gradient(plan, final, seeds)
+        return Record(
+            lines=tuple(
+                self._drawn(where, kinds[where], plan, final, gradient) for where in wheres
+            ),
+            one_at_a_time=self.alone,
+            why=self.why,
+            seeds=seeds,
+            gradient=gradient.gradient is not None,
+            notes=tuple(self._notes(kinds, seen, gradient)),
+            batches=tuple(map(len, ROWS)),
+            image=tuple(self.images.shape[1:]),
+            torch=torch.__version__,
+        )
+
+    def _kind(self, where: Where, seen: Sequence[_Ran], sizes: Sequence[_Ran]) -> Kind:
+        """What a place draws, from what it drew while all was left as it is."""
+        first, other = seen[0].at(where), seen[1].at(where)
+        rans = (*seen, *sizes)
+        met = [m for ran in rans for m in ran.at(where)]
+        # A state that stays when every seed of the process changes comes from the module.
+        same = [a.state == b.state for a, b in zip(first, other, strict=False)]
+        if not any(m.moved for m in met) or (same and all(same)):
+            return "constant"
+        if any(same):
+            raise NotConforming(
+                f"{where} is seeded with a constant at times and at times not: no rule holds for "
+                "what this line draws. Seed all of it, or nothing."
+            )
+        if not all(m.answerable for m in met):
+            return "shared"
+        if self.alone:
+            return "image"
+        rows = all(m.shape[:1] == (len(ran.out),) for ran in rans for m in ran.at(where))
+        rest = {frozenset(m.shape[1:] for m in ran.at(where)) for ran in rans if ran.at(where)}
+        return "image" if rows and len(rest) == 1 else "shared"
+
+    def _replayed(self, plan: Plan, seeds: bool) -> _Ran:
+        """A purification, which must give the same twice."""
+        first = self.go(plan, seeds=seeds)
+        if not _same(first.out, self.go(plan, seeds=seeds).out):
+            self._must_be_alone(
+                "two purifications with the same noise differ: it keeps something between calls, "
+                "or draws from what has no seed (numpy.random.default_rng(), os.urandom, a "
+                "generator that it keeps). Draw from torch's own generator at each call"
+            )
+        return first
+
+    def _depends_on_seeds(self, plan: Plan, first: _Ran) -> bool:
+        """Whether something that doesn't come from the noise changes what is purified."""
+        if _same(first.out, self.go(plan, entropy=2).out):
+            return False
+        if not self.alone:
+            raise _Shared(f"{self._culprit(plan, first)} is drawn for the whole batch")
+        return True
+
+    def _culprit(self, plan: Plan, first: _Ran) -> str:
+        """What isn't drawn for each image, and changes it."""
+        for where, site in plan.items():
+            if site is None and not _same(first.out, self.go(plan, disturbed=where).out):
+                return f"{where} {_shape(first.at(where))}".rstrip()
+        moved = sorted({name for log in first.logs for name in log.libraries})
+        if moved:
+            return f"what {' and '.join(moved)} draws"
+        return "what is drawn in a thread, another process or compiled code, where torch can't say,"
+
+    def _is_used(self, plan: Plan, site: Site, before: _Ran, seeds: bool) -> bool:
+        """Whether another draw of one place changes what is purified, or its gradient."""
+        for draw in range(1, 1 + TRIES):
+            if not _same(before.out, self.go(plan, other=site, draw=draw, seeds=seeds).out):
+                return True
+        one, two = (self.go(plan, other=s, gradient=True, seeds=seeds) for s in (site, None))
+        if one.gradient is None or two.gradient is None:
+            return False
+        return not _same(one.gradient, two.gradient)
+
+    def _plan(self, kinds: Mapping[Where, Kind], seen: _Ran) -> Plan:
+        """The site of each place: as the user says, or forward for the first and reverse after."""
+        drawing = [where for where, kind in kinds.items() if kind == "image"]
+        lines = {line for where in drawing for line in where.place.lines}
+        for line in self.sites:
+            if line not in lines:
+                raise NotConforming(
+                    f"sites: nothing that comes from the noise is drawn at {line!r}."
+                    f"{did_you_mean(line, lines)}"
+                )
+        # Where all draws come from one line (a helper), the lines that call it tell them apart.
+        depth, deepest = 0, max((len(w.place.lines) for w in drawing), default=1)
+
+        def line_of(where: Where, depth: int) -> str:
+            return where.place.lines[min(depth, len(where.place.lines) - 1)]
+
+        while depth < deepest and len({line_of(w, depth) for w in drawing}) == 1:
+            depth += 1
+        depth = depth if depth < deepest else 0
+        # A tree of noise is no forward process.
+        tree = bool(drawing) and sum(m.keyed for m in seen.at(drawing[0])) > 1
+        start = line_of(drawing[0], depth) if drawing and not tree else None
+        plan: dict[Where, Site | None] = dict.fromkeys(kinds)
+        for where in drawing:
+            default = FORWARD if line_of(where, depth) == start else REVERSE
+            named = (self.sites[line] for line in where.place.lines if line in self.sites)
+            plan[where] = Site(next(named, default))
+        return plan
+
+    def _check_images_apart(self, plan: Plan, whole: _Ran, seeds: bool) -> None:
+        """An image is purified alike in any batch."""
+        for rows in ROWS[1:]:
+            part = self.go(plan, rows, seeds=seeds)
+            gap = float((part.out - whole.out[list(rows)]).abs().max())
+            if not gap <= TOLERANCE:
+                self._must_be_alone(
+                    f"a purified image moves by {gap:.2g} with the other images of its batch"
+                )
+
+    def _check_gradient(self, plan: Plan, final: _Ran, seeds: bool) -> _Ran:
+        """The gradient replays, and what is purified is the same with it."""
+        first, again, other = (
+            self.go(plan, gradient=True, seeds=seeds, entropy=n) for n in (1, 1, 2)
+        )
+        gap = float((first.out - final.out).abs().max())
+        if not gap <= TOLERANCE:
+            raise NotConforming(
+                f"purified images move by {gap:.2g} when a gradient is asked for: what is attacked "
+                "would not be what is evaluated. Run the same steps in both cases."
+            )
+        if first.gradient is None or again.gradient is None or other.gradient is None:
+            return first
+        if not _same(first.gradient, again.gradient):
+            raise NotConforming(
+                "two gradients with the same noise differ: its backward pass draws what no tape "
+                "gives, or keeps something between calls."
+            )
+        if not seeds and not _same(first.gradient, other.gradient):
+            self._must_be_alone("a draw in the backward pass is shared by the images of a batch")
+        return first
+
+    def _must_be_alone(self, reason: str) -> NoReturn:
+        if not self.alone:
+            raise _Shared(reason)
+        raise NotConforming(f"{reason}. That is so one image at a time too.")
+
+    def _drawn(self, where: Where, kind: Kind, plan: Plan, final: _Ran, gradient: _Ran) -> Drawn:
+        log = next((r.logs[0] for r in (final, gradient) if r.at(where)), None)
+        met = [] if log is None else [m for m in log.met if m.where == where]
+        shape = met[0].shape if met else ()
+        by_row = kind in ("image", "unused") and not self.alone
+        return Drawn(
+            line=str(where.place),
+            callers=where.place.lines[1:],
+            inside=where.place.inside,
+            operation=where.operation,
+            kind=kind,
+            site=plan[where],
+            shape=shape[1:] if by_row else shape,
+            count=len(met),
+            steps=tuple(log.steps.get(where, ())) if log else (),
+        )
+
+    def _notes(
+        self, kinds: Mapping[Where, Kind], seen: Sequence[_Ran], gradient: _Ran
+    ) -> Iterator[str]:
+        for where, kind in kinds.items():
+            if kind == "constant":
+                yield f"{where} draws a constant, as a fixed seed does: it hides nothing."
+            elif kind == "image" and sum(m.keyed for m in seen[0].at(where)) > 1:
+                yield (
+                    f"{where} draws a tree of noise: its steps number the points of a path in the "
+                    "order in which they are asked for, not the time."
+                )
+        dropout = [m for m in self.called if isinstance(m, nn.modules.dropout._DropoutNd)]
+        if any(m.training for m in dropout):
+            yield "Dropout draws, in training mode: call .eval() where that isn't the defense."
+        elif dropout and "image" not in kinds.values():
+            yield "Its dropout is off: a defense by dropout needs .train() on its dropout layers."
+        if "image" not in kinds.values() and not self.alone:
+            yield "Nothing is drawn: the purifier is deterministic."
+        if gradient.gradient is None:
+            yield (
+                "No gradient reaches the images (no_grad, detach or numpy on the way): attack it "
+                "with `gradient: bpda`, or take the no_grad away."
+            )
+        if self.alone:
+            yield "Cost: a pass for each image, 5 to 20 times as slow as a batch of 16."
+
+
+def _shape(met: Sequence[Met]) -> str:
+    return f"{met[0].shape}" if met else ""
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether every number is equal, NaN to NaN."""
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def _modules_called(module: Module, images: Tensor) -> list[nn.Module]:
+    """The torch modules that a call runs, whose weights are frozen; two first calls are compared.
+
+    Raises:
+        NotConforming: One normalises by its batch, or the first call draws what no later one does.
+    """
+    called: dict[nn.Module, None] = {}
+
+    def note(one: nn.Module, _: Any) -> None:
+        called.setdefault(one)
+
+    handle = nn.modules.module.register_module_forward_pre_hook(note)
+    logs: list[Log] = []
+    try:
+        for _ in range(2):
+            with torch.no_grad():
+                run(
+                    module,
+                    images,
+                    Tape.make(0, "probe", range(len(images))),
+                    None,
+                    alone=False,
+                    logs=logs,
+                )
+    finally:
+        handle.remove()
+    for one in called:
+        freeze(one)
+        if isinstance(one, nn.modules.batchnorm._BatchNorm) and one.training:
+            raise NotConforming(
+                f"{type(one).__name__} in training mode mixes the images of a batch and keeps "
+                "their statistics: call .eval(), and then .train() on dropout layers alone, where "
+                "these are the defense."
+            )
+    first, later = (dict.fromkeys(met.where for met in log.met) for log in logs)
+    only = [where for where in first if where not in later]
+    if only:
+        raise NotConforming(
+            f"{only[0]} draws in the first call and not in later ones: it imports something that "
+            "draws, or keeps what it made at random. Call it once before the probe, after "
+            "torch.manual_seed, or keep nothing."
+        )
+    return list(called)
+
+
+@contextmanager
+def _no_processes() -> Iterator[None]:
+    """Inside, processes can't be started: what they draw can't be seen."""
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise NotConforming(
+            "the module starts a process, whose draws can't be seen: run it in this process "
+            "(num_workers=0)."
+        )
+
+    with patch.object(os, "fork", refuse, create=True), patch.object(BaseProcess, "start", refuse):
+        yield
+
+
+_DEVICE = re.compile(r"cuda|device|NVIDIA", re.IGNORECASE)
+_DTYPE = re.compile(r"dtype|scalar type|bias type|Half|BFloat16|Float but found", re.IGNORECASE)
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Whatever the module raises is said on one line, with its place."""
+    try:
+        yield
+    except (DbpError, _Shared):
+        raise
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), "")
+        at = f" ({place})" if (place := place_of(error)) else ""
+        hint = ""
+        if _DTYPE.search(first):
+            hint = " Take the type of the images (images.dtype) in place of a fixed one."
+        elif _DEVICE.search(first):
+            hint = " Take the device of the images (images.device) in place of a fixed one."
+        raise NotConforming(
+            f"the module stopped with {type(error).__name__}: {first}{at}.{hint}"
+        ) from error
