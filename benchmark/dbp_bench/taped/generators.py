@@ -1,9 +1,11 @@
 """The generators of the process: their states, and how they are put into one and restored."""
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dbp_bench.noise import seeded
+from dbp_bench.taped.lines import file_of
 
 
 def device_of(given: Mapping[str, Any]) -> torch.device:
@@ -71,6 +74,33 @@ def generators(seed: int) -> Iterator[Callable[[], set[str]]]:
         finally:
             random.setstate(python)
             np.random.set_state(legacy)  # noqa: NPY002
+
+
+def moved_at(call: Callable[[], object]) -> dict[str, str]:
+    """By generator beside torch's, the first line of the author's code that moves it in `call`."""
+    found: dict[str, str] = {}
+    before, last = _others(), ""
+
+    def follow(frame: FrameType, _event: str, _: Any) -> Any:
+        nonlocal before, last
+        now = _others()
+        for name, state in now.items():
+            if state != before[name] and last:
+                found.setdefault(name, last)
+        before, last = now, f"{file_of(frame.f_code.co_filename)[1]}:{frame.f_lineno}"
+        return follow
+
+    def enter(frame: FrameType, event: str, _: Any) -> Any:
+        own = file_of(frame.f_code.co_filename)[0] == "own"
+        return follow(frame, event, None) if own else None
+
+    tracing = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        call()
+    finally:
+        sys.settrace(tracing)
+    return found
 
 
 def _others() -> dict[str, Any]:

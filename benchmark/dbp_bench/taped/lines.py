@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+import dbp_bench
+
 Whose = Literal["own", "library", "machinery"]
 
 
@@ -45,26 +47,25 @@ def place_of_draw(ends: frozenset[CodeType]) -> Place:
 def _frames(ends: frozenset[CodeType]) -> Iterator[tuple[Whose, str, str]]:
     frame = sys._getframe(2)
     while frame is not None and frame.f_code not in ends:
-        whose, name = _file(frame.f_code.co_filename)
+        whose, name = file_of(frame.f_code.co_filename)
         if whose != "machinery":
             yield whose, name, f"{name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
 
 
-_HERE = str(Path(__file__).parent)
-_STDLIB = get_path("stdlib")
-_MACHINERY = tuple(str(Path(file).parent) for file in (torch.__file__, np.__file__))
+_PACKAGES = (dbp_bench.__file__, torch.__file__, np.__file__)
+_MACHINERY = tuple(f"{Path(file).parent}/" for file in _PACKAGES)
 
 
 @lru_cache(maxsize=4096)
-def _file(path: str) -> tuple[Whose, str]:
+def file_of(path: str) -> tuple[Whose, str]:
     """Whose a file is, and its short name, the same on every machine."""
-    if path.startswith((_HERE, *_MACHINERY, "<frozen")):
+    if path.startswith((*_MACHINERY, "<frozen")):
         return "machinery", path
     parts = Path(path).parts
     for i, part in enumerate(parts):
         if part.endswith("-packages"):
             return "library", "/".join(parts[i + 1 :])
-    if path.startswith(_STDLIB):
+    if path.startswith(get_path("stdlib")):
         return "machinery", path
     return "own", parts[-1] if parts else path

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dbp_bench.errors import DbpError, NotConforming, did_you_mean, place_of
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site, Tape
+from dbp_bench.taped.generators import moved_at
 from dbp_bench.taped.mode import Log, Met, Plan, Where
 from dbp_bench.taped.purifier import Module, freeze, run
 from dbp_bench.taped.record import Drawn, Kind, Record
@@ -37,8 +38,8 @@ TRIES = 8
 
 def probe(
     module: Module, images: Tensor, sites: Mapping[str, str], one_at_a_time: bool | None
-) -> Record:
-    """What `module` draws, settled on `images` ``(b, c, h, w)``.
+) -> tuple[Record, Sequence[nn.Module]]:
+    """What `module` draws, settled on `images` ``(b, c, h, w)``, and the torch modules it calls.
 
     Args:
         module: Maps images to images.
@@ -59,16 +60,16 @@ def probe(
         called = _modules_called(module, some)
         together = _Probe(module, some, sites, called, alone=False)
         if one_at_a_time:
-            return replace(together, alone=True, why="it was asked for").record()
+            return replace(together, alone=True, why="it was asked for").record(), called
         try:
-            return together.record()
+            return together.record(), called
         except _Shared as shared:
             if one_at_a_time is False:
                 raise NotConforming(
                     f"{shared}: an attacker can be shown it only if each image is run alone "
                     "(one_at_a_time=None or True), 5 to 20 times as slow."
                 ) from None
-            return replace(together, alone=True, why=str(shared)).record()
+            return replace(together, alone=True, why=str(shared)).record(), called
 
 
 class _Shared(Exception):
@@ -234,7 +235,8 @@ class _Probe:
                 return f"{where} {_shape(first.at(where))}".rstrip()
         moved = sorted({name for log in first.logs for name in log.libraries})
         if moved:
-            return f"what {' and '.join(moved)} draws"
+            lines = moved_at(lambda: self.go(plan))
+            return " and ".join(f"what {m} draws at {lines.get(m, 'some line')}" for m in moved)
         return "what is drawn in a thread, another process or compiled code, where torch can't say,"
 
     def _is_used(self, plan: Plan, site: Site, before: _Ran, seeds: bool) -> bool:
@@ -267,7 +269,7 @@ class _Probe:
             depth += 1
         depth = depth if depth < deepest else 0
         # A tree of noise is no forward process.
-        tree = bool(drawing) and sum(m.keyed for m in seen.at(drawing[0])) > 1
+        tree = bool(drawing) and _is_tree(seen.at(drawing[0]))
         start = line_of(drawing[0], depth) if drawing and not tree else None
         plan: dict[Where, Site | None] = dict.fromkeys(kinds)
         for where in drawing:
@@ -334,13 +336,14 @@ class _Probe:
         self, kinds: Mapping[Where, Kind], seen: Sequence[_Ran], gradient: _Ran
     ) -> Iterator[str]:
         for where, kind in kinds.items():
-            if kind == "constant":
+            if kind == "constant" and any(m.moved for ran in seen for m in ran.at(where)):
                 yield f"{where} draws a constant, as a fixed seed does: it hides nothing."
-            elif kind == "image" and sum(m.keyed for m in seen[0].at(where)) > 1:
-                yield (
-                    f"{where} draws a tree of noise: its steps number the points of a path in the "
-                    "order in which they are asked for, not the time."
-                )
+        trees = [w for w, kind in kinds.items() if kind == "image" and _is_tree(seen[0].at(w))]
+        if trees:
+            yield (
+                f"{trees[0]} draws a tree of noise: its steps number the points of a path in the "
+                "order in which they are asked for, not the time."
+            )
         dropout = [m for m in self.called if isinstance(m, nn.modules.dropout._DropoutNd)]
         if any(m.training for m in dropout):
             yield "Dropout draws, in training mode: call .eval() where that isn't the defense."
@@ -355,6 +358,11 @@ class _Probe:
             )
         if self.alone:
             yield "Cost: a pass for each image, 5 to 20 times as slow as a batch of 16."
+
+
+def _is_tree(met: Sequence[Met]) -> bool:
+    """Whether a generator is seeded for each number, as for the points of a Brownian path."""
+    return sum(m.keyed for m in met) > 1
 
 
 def _shape(met: Sequence[Met]) -> str:

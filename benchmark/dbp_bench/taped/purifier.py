@@ -54,6 +54,7 @@ class Taped:
         self.names = dict(sites or {})
         self.one_at_a_time = one_at_a_time
         self._record = record
+        self._modes: list[tuple[nn.Module, bool]] = []
 
     @property
     def record(self) -> Record:
@@ -82,19 +83,32 @@ class Taped:
         """
         from dbp_bench.taped.probe import probe
 
-        self._record = probe(self.module, images, self.names, self.one_at_a_time)
+        self._record, called = probe(self.module, images, self.names, self.one_at_a_time)
+        self._modes = [(module, module.training) for module in called]
         return self._record
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
         """Purified images ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1].
 
         Raises:
-            NotConforming: The module hasn't been probed, or draws what the probe did not meet.
+            NotConforming: The module hasn't been probed, or has been put into another mode since, or
+                draws what the probe did not meet.
         """
         record = self.record
+        for module, training in self._modes:
+            if module.training != training:
+                raise NotConforming(
+                    f"{type(module).__name__} was in {_mode(training)} mode when it was probed, and "
+                    f"is now in {_mode(not training)} mode: put it back. A defense sets the "
+                    "networks that it lists to eval mode; list none whose dropout is the defense."
+                )
         return run(
             self.module, images, noise, record.plan, alone=record.one_at_a_time, seeds=record.seeds
         )
+
+
+def _mode(training: bool) -> str:
+    return "training" if training else "eval"
 
 
 def freeze(module: nn.Module) -> None:
