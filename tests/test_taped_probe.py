@@ -351,10 +351,11 @@ def test_module_that_draws_once_and_keeps_it_is_refused() -> None:
 
 def test_dropout_is_said_where_it_draws_and_where_it_is_off() -> None:
     module = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Dropout(0.2), nn.Sigmoid())
-    on = taped(module)
+    on = taped(lambda images: module.to(images.dtype)(images))
     assert on.sites == {FORWARD}
     assert "call .eval() where that isn't the defense" in str(on.record)
     assert not failed(on)
+    module.float()
     with pytest.raises(NotConforming, match="list none whose dropout is the defense"):
         Defense(on, Small(), [module]).logits(IMAGES, TAPE)
     assert "needs .train() on its dropout layers" in str(taped(module.eval()).record)

@@ -60,7 +60,8 @@ _MACHINERY = tuple(f"{Path(file).parent}/" for file in _PACKAGES)
 @lru_cache(maxsize=4096)
 def file_of(path: str) -> tuple[Whose, str]:
     """Whose a file is, and its short name, the same on every machine."""
-    if path.startswith((*_MACHINERY, "<frozen")):
+    generated = path.startswith("<") and not path.startswith(("<stdin", "<ipython"))
+    if generated or path.startswith(_MACHINERY):
         return "machinery", path
     parts = Path(path).parts
     for i, part in enumerate(parts):

@@ -163,6 +163,8 @@ class Draws(TorchDispatchMode):
         if not may_draw(func):
             if self._wide and func is _CAST and _is_asked_for(kwargs.get("dtype")):
                 kwargs = {**kwargs, "dtype": torch.float64}
+            if func is _ITEM and not isinstance(args[0], Tensor):
+                return args[0]  # a number of a traced module, which torch has unpacked already
             return func(*args, **kwargs)
         name, given = name_of(func), arguments(func, args, kwargs)
         if draws_nothing(name, given) or device_of(given).type == "meta":
@@ -237,6 +239,7 @@ class Draws(TorchDispatchMode):
 
 
 _CAST = torch.ops.aten._to_copy.default
+_ITEM = torch.ops.aten._local_scalar_dense.default
 
 
 def _is_asked_for(dtype: torch.dtype | None) -> bool:

@@ -91,15 +91,15 @@ class Taped:
         """Purified images ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1].
 
         Raises:
-            NotConforming: The module hasn't been probed, or has been put into another mode since, or
-                draws what the probe did not meet.
+            NotConforming: The module hasn't been probed, was put into another mode since, or draws
+                what the probe did not meet.
         """
         record = self.record
         for module, training in self._modes:
             if module.training != training:
                 raise NotConforming(
-                    f"{type(module).__name__} was in {_mode(training)} mode when it was probed, and "
-                    f"is now in {_mode(not training)} mode: put it back. A defense sets the "
+                    f"{type(module).__name__} was in {_mode(training)} mode when it was probed, "
+                    f"and is now in {_mode(not training)} mode: put it back. A defense sets the "
                     "networks that it lists to eval mode; list none whose dropout is the defense."
                 )
         return run(
