@@ -65,7 +65,7 @@ class DDPMLoop(nn.Module):
         beta, bar = self.betas[t], self.alphas_bar[t]
         mean = (z - beta / (1 - bar).sqrt() * eps) / (1 - beta).sqrt()
         noise = torch.randn_like(z)
-        return mean + (t > 0) * beta.sqrt() * noise
+        return mean + (t > 0) * beta.sqrt() * noise  # type: ignore[no-any-return]
 
     def forward(self, img: Tensor) -> Tensor:
         z = self.q_sample(2 * img - 1, self.t_star)

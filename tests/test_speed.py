@@ -409,7 +409,7 @@ def test_the_tool_measures_and_refuses(
 
 def test_what_is_measured_unless_asked() -> None:
     assert tool.parsed(["--device", "cpu"]).subjects == ["digits"]
-    assert tool.parsed(["--device", "cuda"]).subjects == ["digits", "precision", "cifar10"]
+    assert tool.parsed(["--device", "cuda"]).subjects == ["digits", "precision", "taped", "cifar10"]
     asked = tool.parsed(["--device", "cuda"])
     assert (asked.images, asked.steps, asked.compile) == (64, 20, True)
     assert tool.parsed(["--device", "cpu", "--compile"]).compile

@@ -1,4 +1,4 @@
-"""``python -m speed [digits] [precision] [cifar10]``: measure, and print tables or JSON."""
+"""``python -m speed [digits] [precision] [taped] [cifar10]``: measure, and print tables or JSON."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from dbp_bench.runs.provenance import device_name
-from speed import digits, network, precision
+from speed import digits, network, precision, taped
 from speed.contenders import T_STAR
 from speed.network import Setting
 from speed.timing import Row
@@ -19,6 +19,8 @@ ABOUT = {
     "are within a round, to the loop by hand or to the attack without retirement; medians.",
     "precision": "The ddpm of the digits in each precision, attacked and evaluated in itself, and "
     "re-evaluated in fp32. Gradients are compared with fp32 at the same draws.",
+    "taped": f"ddpm on a tiny U-Net, {taped.IMAGES} images of 3 x 32 x 32, {taped.STEPS} draws, as "
+    "a module that draws by itself. Ratios are within a round, to that module without a tape.",
     "cifar10": "One attack step of ddpm on networks of published size, one draw an image. Ratios "
     "are within a round, to the loop by hand; gradients are compared with fp32, not compiled.",
 }
@@ -84,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 found[subject] = digits.measure(asked.device, asked.rounds)
         elif subject == "precision":
             found[subject] = precision.outcomes(asked.device)
+        elif subject == "taped":
+            found[subject] = taped.measure(asked.device, asked.rounds)
         else:
             networks, whose = network.published()
             about[subject] += f" {whose}. {asked.images} images, {asked.steps} reverse steps."

@@ -123,7 +123,7 @@ class Log:
     """Other generators of the process that moved."""
 
 
-class Draws(TorchDispatchMode):
+class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Answers what a module draws from `source`, as the `plan` says.
 
     The address of a draw is its site and its number there. A recomputation is known by the state
@@ -147,7 +147,7 @@ class Draws(TorchDispatchMode):
         wide: bool = False,
         disturbed: frozenset[Where] = frozenset(),
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.log = Log()
         self.backward = False
         self._source, self._plan, self._ends = source, plan, ends
@@ -174,7 +174,7 @@ class Draws(TorchDispatchMode):
         real = func(*args, **kwargs)  # It moves the generator on, as the module expects.
         drawn = tensor_of(name, real)
         if drawn is None:
-            law, shape = None, ()
+            law, shape = None, tuple[int, ...]()
         elif drawn.numel() == 0:
             return real
         else:

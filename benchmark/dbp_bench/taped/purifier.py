@@ -243,7 +243,7 @@ class _Held(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         if ctx.out is None:
             raise RuntimeError("the graph of the module was freed: pass retain_graph=True.")
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
         run: _Run = ctx.run
         counting: AbstractContextManager[None] = (
             ctx.counter.recomputing() if ctx.counter else nullcontext()
