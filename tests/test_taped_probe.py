@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dbp_bench.defense import Defense
 from dbp_bench.errors import NotConforming
 from dbp_bench.noise import FORWARD, Tape
-from dbp_bench.taped import Taped
+from dbp_bench.taped import Record, Taped
 from dbp_bench.taped.record import SEEDS
 from test_taped import IMAGES, TAPE, failed, gradient, taped
 from toys import Small, SmallDenoiser, uniform
@@ -59,6 +59,22 @@ def copies_first(images: Tensor) -> Tensor:
     z = images.repeat(2, 1, 1, 1)
     z = z + 0.1 * torch.randn_like(z)
     return z.unflatten(0, (2, -1)).mean(0).clamp(0, 1)
+
+
+def copies_last(images: Tensor) -> Tensor:
+    """Two copies of each image, one after another."""
+    z = images.repeat_interleave(2, 0)
+    z = z + 0.1 * torch.randn_like(z)
+    return z.unflatten(0, (-1, 2)).mean(1).clamp(0, 1)
+
+
+def test_rows_may_be_several_for_each_image() -> None:
+    purifier = taped(copies_last)
+    assert not purifier.record.one_at_a_time
+    assert "2 of 1 x 8 x 8" in str(purifier.record)
+    assert not failed(purifier)
+    record = Taped(copies_last, record=Record.from_json(purifier.record.to_json()))
+    assert torch.equal(record(IMAGES, TAPE), purifier(IMAGES, TAPE))
 
 
 @pytest.mark.parametrize("module", [shared_row, shared_image, looped, copies_first])
@@ -356,7 +372,7 @@ def test_dropout_is_said_where_it_draws_and_where_it_is_off() -> None:
     assert "call .eval() where that isn't the defense" in str(on.record)
     assert not failed(on)
     module.float()
-    with pytest.raises(NotConforming, match="list none whose dropout is the defense"):
+    with pytest.raises(NotConforming, match=r"bernoulli_ at .* in eval mode: put it back"):
         Defense(on, Small(), [module]).logits(IMAGES, TAPE)
     assert "needs .train() on its dropout layers" in str(taped(module.eval()).record)
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dbp_bench.noise import seeded
 from dbp_bench.taped.lines import file_of
 
 
@@ -58,22 +57,31 @@ def as_elsewhere(draw: Callable[[], Any], generator: torch.Generator, state: Ten
 
 
 @contextmanager
-def generators(seed: int) -> Iterator[Callable[[], set[str]]]:
-    """Every generator of the process in a state of `seed` inside, restored after.
+def generators(seed: int, device: torch.device) -> Iterator[Callable[[], set[str]]]:
+    """The global generators of the process in a state of `seed` inside, restored after.
+
+    Args:
+        seed: In 0 ... 2^32 - 1.
+        device: Beside that of the processor, torch's generator of this device is set.
 
     Yields:
         What tells which generators beside torch's have moved.
     """
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with seeded(seed):
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
-        before = _others()
-        try:
-            yield lambda: {name for name, state in _others().items() if state != before[name]}
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)  # noqa: NPY002
+    default, _ = generator_of({"device": device})
+    states = {each: each.get_state() for each in (torch.default_generator, default)}
+    for each in states:
+        each.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    before = _others()
+    try:
+        yield lambda: {name for name, state in _others().items() if state != before[name]}
+    finally:
+        for each, state in states.items():
+            each.set_state(state)
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
 
 
 def moved_at(call: Callable[[], object]) -> dict[str, str]:

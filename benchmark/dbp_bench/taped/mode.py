@@ -51,8 +51,16 @@ class Met(NamedTuple):
     """Whether the generator moved on."""
 
 
-Plan = Mapping[Where, Site | None]
-"""At which site each place draws; None where its numbers are left as they are."""
+class Seat(NamedTuple):
+    """Where the numbers of a place come from."""
+
+    site: Site
+    each: int = 1
+    """Rows of a draw for each image, one after another."""
+
+
+Plan = Mapping[Where, Seat | None]
+"""The seat of each place; None where its numbers are left as they are."""
 
 
 class Source(Protocol):
@@ -107,8 +115,8 @@ class _Draw:
     """A draw that was met, and where its numbers come from."""
 
     where: Where
-    site: Site | None
-    step: int
+    seat: Seat | None = None
+    step: int = 0
     kept: Tensor | None = None
 
 
@@ -189,7 +197,7 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._known[key] = draw
         if draw.where in self._disturbed:
             return as_elsewhere(lambda: func(*args, **kwargs), generator, state)
-        if draw.site is None or drawn is None or law is None:
+        if draw.seat is None or drawn is None or law is None:
             return real
         write(name, given, real, self._made(draw, law, drawn, keyed))
         return real
@@ -204,33 +212,37 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         self.log.met.append(met)
         if self._plan is None:
-            return _Draw(met.where, None, 0)
+            return _Draw(met.where)
         if met.where not in self._plan:
             raise NotConforming(
                 f"{met.where} draws what the probe did not meet: probe it with images that take "
                 "this branch, in the mode that is used."
             )
-        site = self._plan[met.where]
-        if site is None:
-            return _Draw(met.where, None, 0)
+        seat = self._plan[met.where]
+        if seat is None:
+            return _Draw(met.where)
         images = self._source.images
-        if images is not None and met.shape[:1] != (images,):
+        if images is not None and met.shape[:1] != (images * seat.each,):
             raise NotConforming(
-                f"{met.where} gave one row for each image when it was probed, and now "
+                f"{met.where} gave {seat.each} rows for each image when it was probed, and now "
                 f"{met.shape} for {images} images: run one image at a time (one_at_a_time=True)."
             )
-        step = self._steps[site] = self._steps.get(site, -1) + 1
+        step = self._steps[seat.site] = self._steps.get(seat.site, -1) + 1
         self.log.steps.setdefault(met.where, []).append(step)
-        return _Draw(met.where, site, step)
+        return _Draw(met.where, seat, step)
 
     def _made(self, draw: _Draw, law: Law, like: Tensor, keyed: bool) -> Tensor:
         """The numbers of a draw."""
         if draw.kept is not None:
             return draw.kept
 
+        seat, images = draw.seat, self._source.images
+        assert seat is not None
+
         def normals(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            assert draw.site is not None
-            return self._source.normal(draw.site, draw.step, shape, like.new_empty(0, dtype=dtype))
+            rows = (images, seat.each, *shape[1:]) if images and seat.each > 1 else shape
+            like_rows = like.new_empty(0, dtype=dtype)
+            return self._source.normal(seat.site, draw.step, rows, like_rows).reshape(shape)
 
         made = law(normals)
         if keyed:  # A tree of noise asks for a point of its path again and again.

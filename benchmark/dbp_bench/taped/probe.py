@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dbp_bench.errors import DbpError, NotConforming, did_you_mean, place_of
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site, Tape
 from dbp_bench.taped.generators import moved_at
-from dbp_bench.taped.mode import Log, Met, Plan, Where
+from dbp_bench.taped.mode import Log, Met, Plan, Seat, Where
 from dbp_bench.taped.purifier import Module, freeze, run
 from dbp_bench.taped.record import Drawn, Kind, Record
 from dbp_bench.threat import Revealed
@@ -56,7 +56,7 @@ def probe(
             "(b, c, h, w) of floating-point numbers in [0, 1]."
         )
     some = images.detach()[torch.arange(len(ROWS[0])) % len(images)]
-    with _no_processes(), _named():
+    with _no_processes():
         called = _modules_called(module, some)
         together = _Probe(module, some, sites, called, alone=False)
         if one_at_a_time:
@@ -130,7 +130,7 @@ class _Probe:
         noise: Noise = tape
         if other is not None:
             noise = Revealed(Tape.make(0, "probe", rows, draw), tape, frozenset({other}))
-        with torch.set_grad_enabled(gradient):
+        with _named(), torch.set_grad_enabled(gradient):
             out = run(
                 self.module,
                 x.requires_grad_(gradient),
@@ -158,18 +158,22 @@ class _Probe:
         seen = [self.go(None), self.go(None, entropy=2), self.go(None, gradient=True)]
         sizes = [self.go(None, rows) for rows in ROWS[1:]]
         wheres = list(dict.fromkeys(where for ran in seen for where in ran.wheres))
-        kinds: dict[Where, Kind] = {w: self._kind(w, seen, sizes) for w in wheres}
+        each = {w: self._rows(w, (*seen, *sizes)) for w in wheres}
+        kinds = {w: self._kind(w, each[w], seen, sizes) for w in wheres}
         # Each place at a site of its own, to see what each does.
-        own: Plan = {w: Site(str(i)) if kinds[w] == "image" else None for i, w in enumerate(wheres)}
+        own: Plan = {
+            w: Seat(Site(str(i)), each[w]) if kinds[w] == "image" else None
+            for i, w in enumerate(wheres)
+        }
         first = self._replayed(own, seeds=False)
         seeds = self._depends_on_seeds(own, first)
         if seeds:
             first = self._replayed(own, seeds=True)
             kinds |= {where: "seeded" for where, kind in kinds.items() if kind == "shared"}
-        for where, site in own.items():
-            if site is not None and not self._is_used(own, site, first, seeds):
+        for where, seat in own.items():
+            if seat is not None and not self._is_used(own, seat.site, first, seeds):
                 kinds[where] = "unused"
-        plan = self._plan(kinds, seen[0])
+        plan = self._plan(kinds, each, seen[0])
         final = self._replayed(plan, seeds)
         self._check_images_apart(plan, final, seeds)
         gradient = self._check_gradient(plan, final, seeds)
@@ -187,11 +191,20 @@ class _Probe:
             torch=torch.__version__,
         )
 
-    def _kind(self, where: Where, seen: Sequence[_Ran], sizes: Sequence[_Ran]) -> Kind:
+    def _rows(self, where: Where, rans: Sequence[_Ran]) -> int:
+        """Rows of a place's draws for each image; 0 where their number has another rule."""
+        if self.alone:
+            return 1
+        met = [(len(ran.out), m.shape) for ran in rans for m in ran.at(where)]
+        each = {shape[0] / images if shape else 0.0 for images, shape in met}
+        rest = {frozenset(m.shape[1:] for m in ran.at(where)) for ran in rans if ran.at(where)}
+        fits = len(each) == 1 and len(rest) == 1 and min(each).is_integer()
+        return int(min(each)) if fits else 0
+
+    def _kind(self, where: Where, each: int, seen: Sequence[_Ran], sizes: Sequence[_Ran]) -> Kind:
         """What a place draws, from what it drew while all was left as it is."""
         first, other = seen[0].at(where), seen[1].at(where)
-        rans = (*seen, *sizes)
-        met = [m for ran in rans for m in ran.at(where)]
+        met = [m for ran in (*seen, *sizes) for m in ran.at(where)]
         # A state that stays when every seed of the process changes comes from the module.
         same = [a.state == b.state for a, b in zip(first, other, strict=False)]
         if not any(m.moved for m in met) or (same and all(same)):
@@ -201,13 +214,7 @@ class _Probe:
                 f"{where} is seeded with a constant at times and at times not: no rule holds for "
                 "what this line draws. Seed all of it, or nothing."
             )
-        if not all(m.answerable for m in met):
-            return "shared"
-        if self.alone:
-            return "image"
-        rows = all(m.shape[:1] == (len(ran.out),) for ran in rans for m in ran.at(where))
-        rest = {frozenset(m.shape[1:] for m in ran.at(where)) for ran in rans if ran.at(where)}
-        return "image" if rows and len(rest) == 1 else "shared"
+        return "image" if each and all(m.answerable for m in met) else "shared"
 
     def _replayed(self, plan: Plan, seeds: bool) -> _Ran:
         """A purification, which must give the same twice."""
@@ -230,8 +237,8 @@ class _Probe:
 
     def _culprit(self, plan: Plan, first: _Ran) -> str:
         """What isn't drawn for each image, and changes it."""
-        for where, site in plan.items():
-            if site is None and not _same(first.out, self.go(plan, disturbed=where).out):
+        for where, seat in plan.items():
+            if seat is None and not _same(first.out, self.go(plan, disturbed=where).out):
                 return f"{where} {_shape(first.at(where))}".rstrip()
         moved = sorted({name for log in first.logs for name in log.libraries})
         if moved:
@@ -249,7 +256,7 @@ class _Probe:
             return False
         return not _same(one.gradient, two.gradient)
 
-    def _plan(self, kinds: Mapping[Where, Kind], seen: _Ran) -> Plan:
+    def _plan(self, kinds: Mapping[Where, Kind], each: Mapping[Where, int], seen: _Ran) -> Plan:
         """The site of each place: as the user says, or forward for the first and reverse after."""
         drawing = [where for where, kind in kinds.items() if kind == "image"]
         lines = {line for where in drawing for line in where.place.lines}
@@ -271,11 +278,11 @@ class _Probe:
         # A tree of noise is no forward process.
         tree = bool(drawing) and _is_tree(seen.at(drawing[0]))
         start = line_of(drawing[0], depth) if drawing and not tree else None
-        plan: dict[Where, Site | None] = dict.fromkeys(kinds)
+        plan: dict[Where, Seat | None] = dict.fromkeys(kinds)
         for where in drawing:
             default = FORWARD if line_of(where, depth) == start else REVERSE
             named = (self.sites[line] for line in where.place.lines if line in self.sites)
-            plan[where] = Site(next(named, default))
+            plan[where] = Seat(Site(next(named, default)), each[where])
         return plan
 
     def _check_images_apart(self, plan: Plan, whole: _Ran, seeds: bool) -> None:
@@ -284,8 +291,12 @@ class _Probe:
             part = self.go(plan, rows, seeds=seeds)
             gap = float((part.out - whole.out[list(rows)]).abs().max())
             if not gap <= TOLERANCE:
+                several = [w for w, seat in plan.items() if seat is not None and seat.each > 1]
+                order = (
+                    f", as the rows of {several[0]} may not be in their order" if several else ""
+                )
                 self._must_be_alone(
-                    f"a purified image moves by {gap:.2g} with the other images of its batch"
+                    f"a purified image moves by {gap:.2g} with the other images of its batch{order}"
                 )
 
     def _check_gradient(self, plan: Plan, final: _Ran, seeds: bool) -> _Ran:
@@ -318,7 +329,7 @@ class _Probe:
     def _drawn(self, where: Where, kind: Kind, plan: Plan, final: _Ran, gradient: _Ran) -> Drawn:
         log = next((r.logs[0] for r in (final, gradient) if r.at(where)), None)
         met = [] if log is None else [m for m in log.met if m.where == where]
-        shape = met[0].shape if met else ()
+        shape, seat = met[0].shape if met else (), plan[where]
         by_row = kind in ("image", "unused") and not self.alone
         return Drawn(
             line=str(where.place),
@@ -326,7 +337,9 @@ class _Probe:
             inside=where.place.inside,
             operation=where.operation,
             kind=kind,
-            site=plan[where],
+            backward=not final.at(where),
+            site=seat.site if seat else None,
+            each=seat.each if seat else 1,
             shape=shape[1:] if by_row else shape,
             count=len(met),
             steps=tuple(log.steps.get(where, ())) if log else (),
@@ -389,7 +402,7 @@ def _modules_called(module: Module, images: Tensor) -> list[nn.Module]:
     logs: list[Log] = []
     try:
         for _ in range(2):
-            with torch.no_grad():
+            with _named(), torch.no_grad():
                 run(
                     module,
                     images,
@@ -442,7 +455,7 @@ def _named() -> Iterator[None]:
     """Whatever the module raises is said on one line, with its place."""
     try:
         yield
-    except (DbpError, _Shared):
+    except DbpError:
         raise
     except Exception as error:
         first = next(iter(str(error).splitlines()), "")

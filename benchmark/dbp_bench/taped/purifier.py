@@ -94,21 +94,32 @@ class Taped:
             NotConforming: The module hasn't been probed, was put into another mode since, or draws
                 what the probe did not meet.
         """
-        record = self.record
-        for module, training in self._modes:
-            if module.training != training:
-                raise NotConforming(
-                    f"{type(module).__name__} was in {_mode(training)} mode when it was probed, "
-                    f"and is now in {_mode(not training)} mode: put it back. A defense sets the "
-                    "networks that it lists to eval mode; list none whose dropout is the defense."
-                )
-        return run(
-            self.module, images, noise, record.plan, alone=record.one_at_a_time, seeds=record.seeds
+        record, logs = self.record, list[Log]()
+        purified = run(
+            self.module,
+            images,
+            noise,
+            record.plan,
+            alone=record.one_at_a_time,
+            seeds=record.seeds,
+            logs=logs,
         )
+        changed = [module for module, training in self._modes if module.training != training]
+        if changed:
+            self._check_draws_stay(changed[0], {met.where for log in logs for met in log.met})
+            self._modes = [(module, module.training) for module, _ in self._modes]
+        return purified
 
-
-def _mode(training: bool) -> str:
-    return "training" if training else "eval"
+    def _check_draws_stay(self, changed: nn.Module, met: set[Where]) -> None:
+        """That the module draws what it drew before some part of it was put into another mode."""
+        for line in self.record.lines:
+            if line.kind == "image" and not line.backward and line.where not in met:
+                raise NotConforming(
+                    f"{line.where} drew when the module was probed, and does not now that "
+                    f"{type(changed).__name__} is in {'training' if changed.training else 'eval'} "
+                    "mode: put it back. A defense sets the networks that it lists to eval mode: "
+                    "list none whose dropout is the defense."
+                )
 
 
 def freeze(module: nn.Module) -> None:
@@ -174,15 +185,15 @@ class _Run:
 
     def __call__(self, images: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and images.requires_grad):
-            with self.inside(self.seed):
+            with self.inside(self.seed, images.device):
                 return _call(self.module, images)
         out: Tensor = _Held.apply(images, self)  # type: ignore[no-untyped-call]
         return out
 
     @contextmanager
-    def inside(self, seed: int) -> Iterator[None]:
-        """The mode, with generators of the process at `seed`."""
-        with generators(seed) as moved, self.mode:
+    def inside(self, seed: int, device: torch.device) -> Iterator[None]:
+        """The mode, with generators of the process, and of the device, at `seed`."""
+        with generators(seed, device) as moved, self.mode:
             try:
                 yield
             finally:
@@ -229,7 +240,7 @@ class _Held(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, run: _Run) -> Tensor:
-        with torch.enable_grad(), run.inside(run.seed):
+        with torch.enable_grad(), run.inside(run.seed, images.device):
             ctx.leaf = images.detach().requires_grad_()
             ctx.out = _call(run.module, ctx.leaf)
         ctx.run, ctx.counter = run, memory.running_counter()
@@ -254,7 +265,7 @@ class _Held(torch.autograd.Function):
         # A reentrant checkpoint refuses to run below autograd.grad, which might lose gradients of
         # weights. Here none is wanted, and the pass is one of backward().
         valid = patch.object(torch.autograd, "_is_checkpoint_valid", lambda: True)
-        with run.inside(run.seed ^ _BACKWARD), counting, valid:
+        with run.inside(run.seed ^ _BACKWARD, gradient.device), counting, valid:
             _go_back(ctx.out, gradient, keep)
         leaf = ctx.leaf
         found = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

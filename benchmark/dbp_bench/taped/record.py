@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dbp_bench.noise import Site
 from dbp_bench.taped.lines import Place
-from dbp_bench.taped.mode import Plan, Where
+from dbp_bench.taped.mode import Plan, Seat, Where
 
 Kind = Literal["image", "shared", "seeded", "constant", "unused"]
 
@@ -39,10 +39,14 @@ class Drawn:
     kind: Kind
     """Each image's own; shared by the batch, and harmless; from a generator that the noise seeds; a
     constant; or never used."""
+    backward: bool
+    """Whether it draws in the backward pass alone, as a tree of noise may."""
     site: str | None
     """Where it draws; None where its numbers don't come from the noise."""
+    each: int
+    """Rows of a draw for each image."""
     shape: tuple[int, ...]
-    """Shape of the first draw, for one image."""
+    """Shape of a row; of the whole first draw where it isn't made of rows."""
     count: int
     """Draws in one purification."""
     steps: tuple[int, ...]
@@ -85,8 +89,8 @@ class Record:
 
     @cached_property
     def plan(self) -> Plan:
-        """At which site each place draws."""
-        return {d.where: None if d.site is None else Site(d.site) for d in self.lines}
+        """Where the numbers of each place come from."""
+        return {d.where: Seat(Site(d.site), d.each) if d.site else None for d in self.lines}
 
     def to_json(self) -> str:
         """The record as JSON."""
@@ -113,9 +117,11 @@ class Record:
 
 def _row(drawn: Drawn) -> tuple[str, ...]:
     shape = " x ".join(map(str, drawn.shape)) or "1"
+    shape = f"{drawn.each} of {shape}" if drawn.each > 1 else shape
     line = drawn.line + (f" (in {drawn.inside})" if drawn.inside else "")
     what = f"{drawn.count} {drawn.operation}"
-    return line, what, shape, drawn.site or "-", _ranges(drawn.steps), _MEANING[drawn.kind]
+    meaning = _MEANING[drawn.kind] or ("in the backward pass" if drawn.backward else "")
+    return line, what, shape, drawn.site or "-", _ranges(drawn.steps), meaning
 
 
 def _ranges(steps: tuple[int, ...]) -> str:
