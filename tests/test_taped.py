@@ -1,7 +1,9 @@
 """A module that draws by itself is the same defense under a tape as one written for it."""
 
+import re
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.checks.conformance import AS_RUN, IN_FLOAT64, fault
+from dbp_bench.checks.record import Case, examine
 from dbp_bench.defense import Defense, Purifier
 from dbp_bench.errors import NotConforming
 from dbp_bench.evaluate import attack, predict
 from dbp_bench.noise import FORWARD, REVERSE, Site, Tape
 from dbp_bench.taped import Record, Taped
+from dbp_bench.taped.generators import generator_of
 from dbp_bench.taped.operations import uniform as uniform_of
 from dbp_bench.threat import Linf
 from foreign import DDPMLoop, Guided, HiddenDDPM, ReverseSDE
@@ -75,7 +79,7 @@ def test_attack_and_evaluation_are_those_of_the_native_purifier(
     reentrant: bool | None, knows: frozenset[Site]
 ) -> None:
     network, images = SmallDenoiser(), group(4, size=8)
-    found = []
+    found: list[list[Tensor]] = []
     for purifier in (sampler("ddpm", network), taped(HiddenDDPM(network, reentrant))):
         defense = Defense(purifier, Small(), [network])
         attacked = attack(
@@ -89,9 +93,9 @@ def test_attack_and_evaluation_are_those_of_the_native_purifier(
             max_batch=8,
         )
         classes = [predict(defense, attacked.images, images.ids, seed=0, draw=d) for d in (0, 7)]
-        found.append((attacked.images, *classes, defense.counter.images))
+        found.append([attacked.images, *classes, torch.tensor(defense.counter.images)])
     for native, hidden in zip(*found, strict=True):
-        assert torch.equal(torch.as_tensor(native), torch.as_tensor(hidden))
+        assert torch.equal(native, hidden)
     assert not torch.equal(found[0][0], images.images)
 
 
@@ -152,6 +156,13 @@ def test_purification_without_a_backward_pass_keeps_nothing() -> None:
     del out
     gc.collect()
     assert node() is None
+
+
+def test_record_that_a_run_makes_finds_no_fault() -> None:
+    network, images = SmallDenoiser(), group(4, size=8)
+    defense = Defense(taped(HiddenDDPM(network, False)), Small(), [network])
+    case = Case(defense, defense, images.images, images.labels, samples=2, max_batch=8)
+    assert set(examine(case).values()) == {"pass"}
 
 
 def test_memory_counted_is_that_of_the_native_purifier() -> None:
@@ -297,7 +308,7 @@ def test_what_draws_nothing_is_let_through() -> None:
 def test_scripted_and_traced_modules_draw_from_the_noise() -> None:
     plain = taped(lambda images: images + 0.1 * torch.randn_like(images))
     scripted = torch.jit.script(Noisy())
-    traced = torch.jit.trace(Noisy(), IMAGES, check_trace=False)
+    traced = torch.jit.trace(Noisy(), IMAGES, check_trace=False)  # type: ignore[no-untyped-call]
     for module in (scripted, traced):
         assert torch.equal(taped(module)(IMAGES, TAPE), plain(IMAGES, TAPE))
 
@@ -315,10 +326,25 @@ def test_compiled_modules_draw_from_the_noise(backend: str) -> None:
     assert torch.equal(taped(compiled)(IMAGES, TAPE), taped(Noisy())(IMAGES, TAPE))
 
 
+def test_default_generator_of_a_device_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, default = torch.Generator(), torch.Generator()
+    monkeypatch.setattr("torch.cuda.default_generators", (None, default))
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    for device in ("cuda", "cuda:1"):
+        assert generator_of({"device": torch.device(device)}) == (default, True)
+        assert generator_of({"device": torch.device(device), "generator": own}) == (own, False)
+    assert generator_of({"self": IMAGES}) == (torch.default_generator, True)
+
+
 def test_casts_to_float32_are_wide_where_images_are() -> None:
-    purifier = taped(lambda x: (x.float() + 0.1 * torch.randn_like(x).float()).to(x.dtype))
+    def module(images: Tensor) -> Tensor:
+        x = images.float() if images.dtype == torch.float64 else images
+        return (x.sin() + 0.1 * torch.randn_like(x)).to(images.dtype).clamp(0, 1)
+
+    purifier = taped(module)
+    assert not failed(purifier)
     wide = purifier(IMAGES.double(), TAPE)
-    assert torch.equal(wide.float().double(), wide) is False
+    assert not torch.equal(wide, wide.float().double())
 
 
 # ------------------------------------------------------------------------------- sites and records
@@ -384,6 +410,16 @@ def test_trace_names_lines_shapes_and_steps() -> None:
     assert " ".join(second.split()[1:]) == "5 randn_like 1 x 8 x 8 reverse 0-4"
     assert first.startswith("foreign.py:")
     assert not rest
+
+
+def test_page_shows_code_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "bring-your-own.md").read_text()
+    network = SmallDenoiser()
+    names = {"purify": DDPMLoop(network), "images": IMAGES, "classifier": Small()}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    assert "randn_like" in capsys.readouterr().out
+    assert cast(Defense, names["defense"]).logits(IMAGES, TAPE).shape == (5, 2)
 
 
 def test_nothing_runs_before_the_probe() -> None:

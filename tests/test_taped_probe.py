@@ -58,14 +58,14 @@ def copies_first(images: Tensor) -> Tensor:
     """Two copies of each image: copies before images."""
     z = images.repeat(2, 1, 1, 1)
     z = z + 0.1 * torch.randn_like(z)
-    return z.unflatten(0, (2, -1)).mean(0).clamp(0, 1)
+    return z.view(2, *images.shape).mean(0).clamp(0, 1)
 
 
 def copies_last(images: Tensor) -> Tensor:
     """Two copies of each image, one after another."""
     z = images.repeat_interleave(2, 0)
     z = z + 0.1 * torch.randn_like(z)
-    return z.unflatten(0, (-1, 2)).mean(1).clamp(0, 1)
+    return z.view(-1, 2, *images.shape[1:]).mean(1).clamp(0, 1)
 
 
 def test_rows_may_be_several_for_each_image() -> None:
@@ -105,7 +105,8 @@ def test_one_at_a_time_gives_the_images_of_a_batch() -> None:
 
     def module(images: Tensor) -> Tensor:
         z = images + 0.1 * torch.randn_like(images)
-        return z - 0.1 * network(z, torch.full((len(z),), 10.0)) + 0.1 * torch.rand_like(z)
+        out: Tensor = z - 0.1 * network(z, torch.full((len(z),), 10.0)) + 0.1 * torch.rand_like(z)
+        return out
 
     together, alone = taped(module), taped(module, one_at_a_time=True)
     assert torch.allclose(together(IMAGES, TAPE), alone(IMAGES, TAPE), atol=1e-6)
@@ -187,16 +188,27 @@ def test_generator_that_is_kept_draws_from_the_noise() -> None:
     assert torch.equal(purifier(IMAGES, TAPE), purifier(IMAGES, TAPE))
 
 
+def by_the_system(images: Tensor) -> Tensor:
+    scale = 0.1 * np.random.default_rng().random()
+    return images + scale * torch.randn_like(images)
+
+
+def by_a_state(images: Tensor, kept: list[int] = []) -> Tensor:  # noqa: B006
+    kept.append(0)
+    return images + 0.01 * len(kept)
+
+
 @pytest.mark.parametrize(
-    "module",
+    ("module", "why"),
     [
-        lambda x: x + 0.1 * float(np.random.default_rng().random()) + 0.1 * torch.randn_like(x),
-        lambda x, kept=[]: x + 0.01 * len(kept.append(0) or kept),
+        (by_the_system, "draws from the system's entropy at test_taped_probe.py:"),
+        (by_a_state, "it keeps something between calls"),
     ],
-    ids=["system entropy", "state"],
 )
-def test_what_does_not_replay_is_refused(module: Module) -> None:
-    assert "two purifications with the same noise differ" in refused(module)
+def test_what_does_not_replay_is_refused(module: Module, why: str) -> None:
+    said = refused(module)
+    assert "two purifications with the same noise differ" in said
+    assert why in said
 
 
 # -------------------------------------------------------------------------- constants, and no use
@@ -262,7 +274,7 @@ def test_noise_on_a_gradient_is_refused() -> None:
     def module(images: Tensor) -> Tensor:
         x = images + 0.1 * torch.randn_like(images)
         if x.requires_grad:
-            x.register_hook(lambda g: g + torch.randn_like(g))
+            x.register_hook(lambda g: g + torch.randn_like(g))  # type: ignore[no-untyped-call]
         return x
 
     said = refused(module)
@@ -314,7 +326,7 @@ def test_calls_of_a_network_in_a_recomputation_do_not_count() -> None:
     defense.counter.images = 0
     x = IMAGES.clone().requires_grad_()
     defense.policy = "none"
-    defense.logits(x, TAPE).sum().backward()
+    torch.autograd.grad(defense.logits(x, TAPE).sum(), x)
     assert defense.counter.images == len(IMAGES)
 
 

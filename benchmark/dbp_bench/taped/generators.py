@@ -1,5 +1,6 @@
 """The generators of the process: their states, and how they are put into one and restored."""
 
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -109,6 +111,25 @@ def moved_at(call: Callable[[], object]) -> dict[str, str]:
     finally:
         sys.settrace(tracing)
     return found
+
+
+def entropy_at(call: Callable[[], object]) -> str | None:
+    """The first line of the author's code that asks the system for random bytes in `call`."""
+    found: list[str] = []
+    bytes_of = os.urandom
+
+    def urandom(size: int) -> bytes:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and not found:
+            whose, name = file_of(frame.f_code.co_filename)
+            found.extend([f"{name}:{frame.f_lineno}"] if whose == "own" else [])
+            frame = frame.f_back
+        return bytes_of(size)
+
+    # NumPy and the standard library ask through the module `random`.
+    with patch.object(os, "urandom", urandom), patch.object(random, "_urandom", urandom):
+        call()
+    return found[0] if found else None
 
 
 def _others() -> dict[str, Any]:

@@ -103,7 +103,7 @@ class Alone:
 
     def normal(self, site: Site, step: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Standard normals of `shape`, typed and placed like `like`."""
-        address = (site, step, shape, like.dtype)
+        address = (site, step, shape, like.dtype, like.device)
         if address not in self._held:
             whole = like.new_empty(self._images, *shape)
             self._held[address] = self._noise.normal(site, step, whole)

@@ -8,6 +8,7 @@ batch shares can look like one row for each image.
 
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from dbp_bench.errors import DbpError, NotConforming, did_you_mean, place_of
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site, Tape
-from dbp_bench.taped.generators import moved_at
+from dbp_bench.taped.generators import entropy_at, moved_at
 from dbp_bench.taped.mode import Log, Met, Plan, Seat, Where
 from dbp_bench.taped.purifier import Module, freeze, run
 from dbp_bench.taped.record import Drawn, Kind, Record
@@ -220,10 +221,15 @@ class _Probe:
         """A purification, which must give the same twice."""
         first = self.go(plan, seeds=seeds)
         if not _same(first.out, self.go(plan, seeds=seeds).out):
+            line = entropy_at(lambda: self.go(plan, seeds=seeds))
+            cause = (
+                f"it draws from the system's entropy at {line}"
+                if line
+                else "it keeps something between calls, or draws from a generator without a seed"
+            )
             self._must_be_alone(
-                "two purifications with the same noise differ: it keeps something between calls, "
-                "or draws from what has no seed (numpy.random.default_rng(), os.urandom, a "
-                "generator that it keeps). Draw from torch's own generator at each call"
+                f"two purifications with the same noise differ: {cause}. Draw with torch.randn or "
+                "from a generator that torch.randint seeds, at each call"
             )
         return first
 
@@ -402,7 +408,9 @@ def _modules_called(module: Module, images: Tensor) -> list[nn.Module]:
     logs: list[Log] = []
     try:
         for _ in range(2):
-            with _named(), torch.no_grad():
+            with _named(), torch.no_grad(), warnings.catch_warnings():
+                # A compiled module is noted twice, which doesn't matter.
+                warnings.filterwarnings("ignore", "Using `torch.compile")
                 run(
                     module,
                     images,
