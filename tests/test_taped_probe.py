@@ -408,6 +408,17 @@ def test_site_of_no_line_is_refused() -> None:
     assert "Known: test_taped_probe.py:" in said
 
 
+def test_draw_of_one_batch_size_is_no_constant() -> None:
+    def module(images: Tensor) -> Tensor:
+        x = images + 0.1 * torch.randn_like(images)
+        return x + 0.1 * torch.rand_like(x) if len(x) == 2 else x
+
+    # An image is purified in another way in such a batch, and alone in one way.
+    purifier = taped(module)
+    assert purifier.record.one_at_a_time
+    assert kinds(purifier) == {"randn_like": "image"}
+
+
 def test_another_batch_size_that_gives_no_row_is_refused() -> None:
     def module(images: Tensor) -> Tensor:
         rows = 1 if len(images) == 4 else len(images)

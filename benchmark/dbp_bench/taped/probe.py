@@ -6,24 +6,19 @@ decided by the shape of a draw while a defense is evaluated: at another batch si
 batch shares can look like one row for each image.
 """
 
-import os
-import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing.process import BaseProcess
-from typing import Any, NoReturn
-from unittest.mock import patch
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from dbp_bench.errors import DbpError, NotConforming, did_you_mean, place_of
+from dbp_bench.errors import NotConforming, did_you_mean
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site, Tape
 from dbp_bench.taped.generators import entropy_at, moved_at
+from dbp_bench.taped.guards import modules_called, named, no_processes
 from dbp_bench.taped.mode import Log, Met, Plan, Seat, Where
-from dbp_bench.taped.purifier import Module, freeze, run
+from dbp_bench.taped.purifier import Module, run
 from dbp_bench.taped.record import Drawn, Kind, Record
 from dbp_bench.threat import Revealed
 
@@ -57,8 +52,8 @@ def probe(
             "(b, c, h, w) of floating-point numbers in [0, 1]."
         )
     some = images.detach()[torch.arange(len(ROWS[0])) % len(images)]
-    with _no_processes():
-        called = _modules_called(module, some)
+    with no_processes():
+        called = modules_called(module, some)
         together = _Probe(module, some, sites, called, alone=False)
         if one_at_a_time:
             return replace(together, alone=True, why="it was asked for").record(), called
@@ -131,7 +126,7 @@ class _Probe:
         noise: Noise = tape
         if other is not None:
             noise = Revealed(Tape.make(0, "probe", rows, draw), tape, frozenset({other}))
-        with _named(), torch.set_grad_enabled(gradient):
+        with named(), torch.set_grad_enabled(gradient):
             out = run(
                 self.module,
                 x.requires_grad_(gradient),
@@ -156,11 +151,14 @@ class _Probe:
             _Shared: Images must be run alone.
             NotConforming: That would not do either.
         """
-        seen = [self.go(None), self.go(None, entropy=2), self.go(None, gradient=True)]
-        sizes = [self.go(None, rows) for rows in ROWS[1:]]
+        # All is left as it is, with two seeds of the process, and at several batch sizes.
+        first_seed, second_seed = (
+            [self.go(None, entropy=n), self.go(None, entropy=n, gradient=True)] for n in (1, 2)
+        )
+        seen = [*first_seed, *second_seed, *(self.go(None, rows) for rows in ROWS[1:])]
         wheres = list(dict.fromkeys(where for ran in seen for where in ran.wheres))
-        each = {w: self._rows(w, (*seen, *sizes)) for w in wheres}
-        kinds = {w: self._kind(w, each[w], seen, sizes) for w in wheres}
+        each = {w: self._rows(w, seen) for w in wheres}
+        kinds = {w: self._kind(w, each[w], seen, first_seed, second_seed) for w in wheres}
         # Each place at a site of its own, to see what each does.
         own: Plan = {
             w: Seat(Site(str(i)), each[w]) if kinds[w] == "image" else None
@@ -176,6 +174,8 @@ class _Probe:
                 kinds[where] = "unused"
         plan = self._plan(kinds, each, seen[0])
         final = self._replayed(plan, seeds)
+        if not seeds and not _same(final.out, self.go(plan, entropy=2).out):
+            self._must_be_alone("a line that seems to be drawn and never used is used at times")
         self._check_images_apart(plan, final, seeds)
         gradient = self._check_gradient(plan, final, seeds)
         return Record(
@@ -186,7 +186,7 @@ class _Probe:
             why=self.why,
             seeds=seeds,
             gradient=gradient.gradient is not None,
-            notes=tuple(self._notes(kinds, seen, gradient)),
+            notes=tuple(self._notes(kinds, seeds, seen, gradient)),
             batches=tuple(map(len, ROWS)),
             image=tuple(self.images.shape[1:]),
             torch=torch.__version__,
@@ -202,12 +202,20 @@ class _Probe:
         fits = len(each) == 1 and len(rest) == 1 and min(each).is_integer()
         return int(min(each)) if fits else 0
 
-    def _kind(self, where: Where, each: int, seen: Sequence[_Ran], sizes: Sequence[_Ran]) -> Kind:
-        """What a place draws, from what it drew while all was left as it is."""
-        first, other = seen[0].at(where), seen[1].at(where)
-        met = [m for ran in (*seen, *sizes) for m in ran.at(where)]
+    def _kind(
+        self,
+        where: Where,
+        each: int,
+        seen: Sequence[_Ran],
+        first: Sequence[_Ran],
+        second: Sequence[_Ran],
+    ) -> Kind:
+        """What a place draws, from what was seen of it while all was left as it is."""
+        before, after, met = (
+            [m for ran in rans for m in ran.at(where)] for rans in (first, second, seen)
+        )
         # A state that stays when every seed of the process changes comes from the module.
-        same = [a.state == b.state for a, b in zip(first, other, strict=False)]
+        same = [a.state == b.state for a, b in zip(before, after, strict=False)]
         if not any(m.moved for m in met) or (same and all(same)):
             return "constant"
         if any(same):
@@ -352,7 +360,7 @@ class _Probe:
         )
 
     def _notes(
-        self, kinds: Mapping[Where, Kind], seen: Sequence[_Ran], gradient: _Ran
+        self, kinds: Mapping[Where, Kind], seeds: bool, seen: Sequence[_Ran], gradient: _Ran
     ) -> Iterator[str]:
         for where, kind in kinds.items():
             if kind == "constant" and any(m.moved for ran in seen for m in ran.at(where)):
@@ -368,8 +376,8 @@ class _Probe:
             yield "Dropout draws, in training mode: call .eval() where that isn't the defense."
         elif dropout and "image" not in kinds.values():
             yield "Its dropout is off: a defense by dropout needs .train() on its dropout layers."
-        if "image" not in kinds.values() and not self.alone:
-            yield "Nothing is drawn: the purifier is deterministic."
+        if "image" not in kinds.values() and not seeds:
+            yield "Nothing is drawn from the noise: the purifier is deterministic."
         if gradient.gradient is None:
             yield (
                 "No gradient reaches the images (no_grad, detach or numpy on the way): attack it "
@@ -391,88 +399,3 @@ def _shape(met: Sequence[Met]) -> str:
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether every number is equal, NaN to NaN."""
     return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-
-
-def _modules_called(module: Module, images: Tensor) -> list[nn.Module]:
-    """The torch modules that a call runs, whose weights are frozen; two first calls are compared.
-
-    Raises:
-        NotConforming: One normalises by its batch, or the first call draws what no later one does.
-    """
-    called: dict[nn.Module, None] = {}
-
-    def note(one: nn.Module, _: Any) -> None:
-        called.setdefault(one)
-
-    handle = nn.modules.module.register_module_forward_pre_hook(note)
-    logs: list[Log] = []
-    try:
-        for _ in range(2):
-            with _named(), torch.no_grad(), warnings.catch_warnings():
-                # A compiled module is noted twice, which doesn't matter.
-                warnings.filterwarnings("ignore", "Using `torch.compile")
-                run(
-                    module,
-                    images,
-                    Tape.make(0, "probe", range(len(images))),
-                    None,
-                    alone=False,
-                    logs=logs,
-                )
-    finally:
-        handle.remove()
-    for one in called:
-        freeze(one)
-        if isinstance(one, nn.modules.batchnorm._BatchNorm) and one.training:
-            raise NotConforming(
-                f"{type(one).__name__} in training mode mixes the images of a batch and keeps "
-                "their statistics: call .eval(), and then .train() on dropout layers alone, where "
-                "these are the defense."
-            )
-    first, later = (dict.fromkeys(met.where for met in log.met) for log in logs)
-    only = [where for where in first if where not in later]
-    if only:
-        raise NotConforming(
-            f"{only[0]} draws in the first call and not in later ones: it imports something that "
-            "draws, or keeps what it made at random. Call it once before the probe, after "
-            "torch.manual_seed, or keep nothing."
-        )
-    return list(called)
-
-
-@contextmanager
-def _no_processes() -> Iterator[None]:
-    """Inside, processes can't be started: what they draw can't be seen."""
-
-    def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise NotConforming(
-            "the module starts a process, whose draws can't be seen: run it in this process "
-            "(num_workers=0)."
-        )
-
-    with patch.object(os, "fork", refuse, create=True), patch.object(BaseProcess, "start", refuse):
-        yield
-
-
-_DEVICE = re.compile(r"cuda|device|NVIDIA", re.IGNORECASE)
-_DTYPE = re.compile(r"dtype|scalar type|bias type|Half|BFloat16|Float but found", re.IGNORECASE)
-
-
-@contextmanager
-def _named() -> Iterator[None]:
-    """Whatever the module raises is said on one line, with its place."""
-    try:
-        yield
-    except DbpError:
-        raise
-    except Exception as error:
-        first = next(iter(str(error).splitlines()), "")
-        at = f" ({place})" if (place := place_of(error)) else ""
-        hint = ""
-        if _DTYPE.search(first):
-            hint = " Take the type of the images (images.dtype) in place of a fixed one."
-        elif _DEVICE.search(first):
-            hint = " Take the device of the images (images.device) in place of a fixed one."
-        raise NotConforming(
-            f"the module stopped with {type(error).__name__}: {first}{at}.{hint}"
-        ) from error

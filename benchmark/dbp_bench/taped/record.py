@@ -90,7 +90,7 @@ class Record:
     @cached_property
     def plan(self) -> Plan:
         """Where the numbers of each place come from."""
-        return {d.where: Seat(Site(d.site), d.each) if d.site else None for d in self.lines}
+        return {d.where: None if d.site is None else Seat(Site(d.site), d.each) for d in self.lines}
 
     def to_json(self) -> str:
         """The record as JSON."""
