@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,32 +16,33 @@ from dbp_bench.purifiers.schedule import LINEAR, Diffusion, to_diffusion, to_ima
 class HiddenDDPM(nn.Module):
     """The package's ddpm with the same arithmetic, but draws of its own.
 
-    `reentrant` says which of torch's two checkpoints runs each step; None: neither.
+    `reentrant` says which of torch's two checkpoints runs each pair of steps, so that the noise of
+    the first shapes the gradient of the second when they are run again; None: neither.
     """
 
-    def __init__(self, network: nn.Module, reentrant: bool | None = None, **options: Any) -> None:
+    def __init__(self, network: nn.Module, reentrant: bool | None = None) -> None:
         super().__init__()
-        self.network, self.reentrant, self.options = network, reentrant, options
+        self.network, self.reentrant = network, reentrant
 
     def forward(self, images: Tensor) -> Tensor:
         x = to_diffusion(images)
         grid = LINEAR.grid(60, 4)
         z = Diffusion(LINEAR.signal(), x, torch.randn_like(x))(grid[0][0])
-        for t, s in grid:
-
-            def step(z: Tensor, t: int = t, s: int = s) -> Tensor:
-                x0, _, share = denoise(self.network, z, t, True)
-                law = Posterior.between(t, s, "large")
-                mean = law.mean(x0, z)
-                if s == 0:
-                    return mean
-                return mean + law.deviation(share) * torch.randn_like(z)
-
+        for steps in (grid[:2], grid[2:]):
             if self.reentrant is None:
-                z = step(z)
+                z = self.reverse(z, steps)
             else:
-                z = checkpoint(step, z, use_reentrant=self.reentrant, **self.options)
+                z = checkpoint(self.reverse, z, steps, use_reentrant=self.reentrant)
         return to_images(z, True)
+
+    def reverse(self, z: Tensor, steps: Sequence[tuple[int, int]]) -> Tensor:
+        for t, s in steps:
+            x0, _, share = denoise(self.network, z, t, True)
+            law = Posterior.between(t, s, "large")
+            z = law.mean(x0, z)
+            if s > 0:
+                z = z + law.deviation(share) * torch.randn_like(z)
+        return z
 
 
 class DDPMLoop(nn.Module):

@@ -21,7 +21,7 @@ from dbp_bench.noise import ATTACKER, FORWARD, REVERSE, Tape, seeded
 from dbp_bench.threat import AttackerView
 from dbp_bench.weights import catalog, convert, store
 from speed import __main__ as tool
-from speed import contenders, digits, network, precision, timing
+from speed import contenders, digits, network, precision, taped, timing
 from speed.network import Pair, Setting
 from speed.precision import Lowered, Precision, agreement, arithmetic
 from toys import Small, SmallDenoiser, uniform
@@ -462,3 +462,19 @@ def test_memory_of_a_gpu_is_said_in_its_row() -> None:
         assert by_step["problem"] is None
         assert by_step["gradients per s"] > 0
         assert by_step["cosine"] is not None
+
+
+# -------------------------------------------------------------------------------- under a tape
+
+
+def test_what_a_tape_costs_is_measured_on_equal_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taped, "OPERATIONS", 3)
+    monkeypatch.setattr(taped, "HoUNet", lambda **_: SmallDenoiser(3))
+    operation, *rows = taped.measure("cpu", 1, images=1, steps=2)
+    assert operation["ratio"] > 1
+    assert [row["measured"].partition(", ")[2] for row in rows] == 2 * [
+        taped.ALONE,
+        taped.HAND,
+        taped.TAPED,
+        taped.ONE,
+    ]
