@@ -396,7 +396,7 @@ def test_the_tool_measures_and_refuses(
     assert f"torch {torch.__version__}" in shown
     assert "dbp-bench, checkpointed" in shown
     for arguments, message in [
-        (["mnist"], "'mnist': one of digits, precision, cifar10"),
+        (["mnist"], "'mnist': one of digits, precision, taped, cifar10"),
         (["--images", "0"], "--images: 0: 1 to any number"),
         (["--steps", "101"], "--steps: 101: 1 to 100"),
         (["--rounds", "x"], "--rounds: invalid"),
