@@ -17,12 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dbp_bench import evaluate
+from dbp_bench.checks.record import Memo, record
 from dbp_bench.data import load_data
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import AttackFailed, BadRequest, BadWeights
 from dbp_bench.evaluate import Attacked
 from dbp_bench.memory import Policy
-from dbp_bench.result import Conformance, Result, json_schema, write_atomically
+from dbp_bench.result import Result, json_schema, write_atomically
 from dbp_bench.runs import execute as runner
 from dbp_bench.runs.execute import Progress, execute
 from dbp_bench.runs.job import Job, Overrides, resolve
@@ -64,23 +65,14 @@ def _no_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def records() -> dict[str, Conformance]:
-    """The conformance record of every request so far."""
-    return {}
+def memo() -> Memo:
+    """The conformance records of all tests: they are functions of the request."""
+    return Memo()
 
 
 @pytest.fixture(autouse=True)
-def _one_record_each(monkeypatch: pytest.MonkeyPatch, records: dict[str, Conformance]) -> None:
-    """The conformance record is a function of the request: it is made once for each."""
-    from dbp_bench.checks.record import record as make
-
-    def record(asked: Job) -> Conformance:
-        key = json.dumps(asked.identity())
-        if key not in records:
-            records[key] = make(asked)
-        return records[key]
-
-    monkeypatch.setattr(runner, "record", record)
+def _one_record_each(monkeypatch: pytest.MonkeyPatch, memo: Memo) -> None:
+    monkeypatch.setattr(runner, "record", lambda *asked: record(*asked[:3], memo))
 
 
 @pytest.fixture(scope="module")

@@ -153,6 +153,7 @@ def _run_all(
     save_adversarial: bool,
     as_json: bool,
 ) -> None:
+    from dbp_bench.checks.record import Memo
     from dbp_bench.runs.execute import execute, is_complete
     from dbp_bench.runs.job import why_same
     from dbp_bench.runs.saved import adversarial_path
@@ -162,6 +163,7 @@ def _run_all(
         item.job.identity()  # weights that must be fetched are missed before anything has begun
         if not resume and item.instead is None:
             _keep_larger(item.job, out)
+    memo = Memo()
     done: list[tuple[Path, Result]] = []
     busy: list[Planned] = []
 
@@ -200,6 +202,7 @@ def _run_all(
                     save_adversarial=save_adversarial,
                     wait=wait,
                     progress=progress,
+                    memo=memo,
                 )
             except AttackFailed as error:
                 raise type(error)(f"{job.label}: {error}") from error

@@ -78,6 +78,7 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Look for a weak attack or a masked gradient: more steps, larger eps."""
+    from dbp_bench.checks.record import Memo
     from dbp_bench.runs import sweep as sweeps
     from dbp_bench.runs.execute import execute
     from dbp_bench.runs.job import Overrides
@@ -100,9 +101,11 @@ def sweep(
     if not planned:
         raise BadRequest("--over names nothing. Write it as steps=20,40,100.")
 
+    memo = Memo()
+
     def run_one(job: "Job", folder: Path) -> Path:
         with progress_bar(say, f"{job.label} / {folder.name}") as progress:
-            return execute(job, folder, progress=progress)
+            return execute(job, folder, progress=progress, memo=memo)
 
     found = [sweeps.run(item, out, run_one) for item in planned]
     if as_json:

@@ -129,9 +129,8 @@ def _probe(job: Job, policy: Policy) -> _Probe:
         subject=job.subject.with_random_weights(),
         sources={name: source.with_random_weights() for name, source in job.sources.items()},
     )
-    defended = job.defense(policy=policy)
-    others = list(job.other_defenses(policy=policy).values())
-    searched = others[0] if others else job.searched(defended, policy=policy)
+    defended, searched = job.built(policy=policy)
+    searched = next(iter(job.other_defenses(policy=policy).values()), searched)
     image = stand_in(track.entry.data, 1)[0].to(device)
     free = memory.free_bytes(device)
     networks = searched.networks or defended.networks

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dbp_bench import evaluate
-from dbp_bench.checks.record import record
+from dbp_bench.checks.record import Memo, record
 from dbp_bench.data import DataSet
 from dbp_bench.declaration import parse_json
 from dbp_bench.defense import Defense
@@ -158,6 +158,7 @@ def execute(
     save_adversarial: bool = False,
     wait: bool = False,
     progress: Progress | None = None,
+    memo: Memo | None = None,
 ) -> Path:
     """Run `job`, or what is missing of it, and write its result below `out`.
 
@@ -169,6 +170,7 @@ def execute(
         save_adversarial: Also write the adversarial images, as safetensors.
         wait: Until another command that is at work on it is done.
         progress: Told how far the job is.
+        memo: What the conformance records of this command share.
 
     Returns:
         The path of the result file.
@@ -203,7 +205,7 @@ def execute(
         digest = data.digest(job.track_ids[: job.examples])
         pieces = _Pieces.read(job, work)
         _complete(pieces, job, data, policy, progress or Progress())
-        result = _assemble(job, identity, pieces, data, digest)
+        result = _assemble(job, identity, pieces, data, digest, memo)
         if save_adversarial or saved.is_file():
             write_atomically(saved, pack(job, pieces.images()))
         result.write(path)
@@ -378,10 +380,8 @@ class _Run:
         """Everything that `job` names, on its device."""
         # float32 means float32: no shortened products in convolutions.
         torch.backends.cudnn.allow_tf32 = False
-        defense = job.defense(policy=policy)
         return cls(
-            defense,
-            job.searched(defense, policy=policy),
+            *job.built(policy=policy),
             job.other_defenses(policy=policy),
             job.attack(),
             job.budget(),
@@ -439,7 +439,12 @@ class _Run:
 
 
 def _assemble(
-    job: Job, identity: dict[str, Any], pieces: _Pieces, data: DataSet, digest: str
+    job: Job,
+    identity: dict[str, Any],
+    pieces: _Pieces,
+    data: DataSet,
+    digest: str,
+    memo: Memo | None,
 ) -> Result:
     """The result of a job whose `pieces` are all there; `digest` is that of its images."""
     ids = job.track_ids[: pieces.examples]
@@ -469,7 +474,7 @@ def _assemble(
             nfe=max(state.nfe for state in pieces.states),
             searched_nfe=max(state.searched_nfe for state in pieces.states),
         ),
-        conformance=record(job),
+        conformance=record(job.built, job.first_images(data), job.approach, memo),
         arithmetic=Arithmetic(
             device=torch.device(identity["device"]).type,  # type: ignore[arg-type]
             dtype="float32",

@@ -22,8 +22,10 @@ from dbp_bench.result import Result, attack_label, result_path, searched_effort
 if TYPE_CHECKING:
     import torch
 
+    from dbp_bench.checks.record import Approach
     from dbp_bench.data import DataSet
     from dbp_bench.defense import Defense
+    from dbp_bench.evaluate import Group
     from dbp_bench.memory import Policy
     from dbp_bench.threat import Attack, Budget, Evaluations, Setup
 
@@ -99,17 +101,17 @@ class Job:
         """The defense that is evaluated, on the job's device."""
         return self.subject.defense(device=self.device, policy=policy, dtype=dtype)
 
-    def searched(
-        self,
-        evaluated: "Defense",
-        *,
-        policy: "Policy" = "auto",
-        dtype: "torch.dtype | None" = None,
-    ) -> "Defense":
-        """What the attack differentiates in place of the `evaluated` defense; often the same."""
+    def built(
+        self, dtype: "torch.dtype | None" = None, policy: "Policy" = "auto"
+    ) -> "tuple[Defense, Defense]":
+        """The defense that is evaluated, and what the attack differentiates in its place.
+
+        Often the two are the same object.
+        """
+        defense = self.defense(policy=policy, dtype=dtype)
         gradient = self.search.gradient or "exact"
-        return self.subject.searched(
-            evaluated, gradient, device=self.device, policy=policy, dtype=dtype
+        return defense, self.subject.searched(
+            defense, gradient, device=self.device, policy=policy, dtype=dtype
         )
 
     def other_defenses(self, *, policy: "Policy" = "auto") -> dict[str, "Defense"]:
@@ -130,6 +132,31 @@ class Job:
     def attack(self) -> "Attack":
         """The attack."""
         return self.search.attack
+
+    def first_images(self, data: "DataSet") -> "Group":
+        """The first images of the track, on which the defense's conformance is checked."""
+        from dbp_bench.evaluate import Group
+
+        ids = self.track_ids[: max(2, self.batch_size)]
+        images, labels = data.select(ids)
+        return Group(images.to(self.device), labels.to(self.device), ids)
+
+    @property
+    def approach(self) -> "Approach":
+        """What the conformance record of the defense depends on."""
+        from dbp_bench.checks.record import Approach
+        from dbp_bench.noise import Site
+
+        return Approach(
+            defense=(self.subject.track.path, self.subject.entry.path, self.device),
+            knows=frozenset(Site(site) for site in self.knows),
+            gradient=self.search.gradient,
+            loss=str(self.search.effort.get("loss")),
+            samples=self.samples,
+            batch_size=self.batch_size,
+            max_batch=self.max_batch,
+            seed=self.seed,
+        )
 
     # ------------------------------------------------------------------------- what it counts
 
