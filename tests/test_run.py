@@ -72,7 +72,9 @@ def memo() -> Memo:
 
 @pytest.fixture(autouse=True)
 def _one_record_each(monkeypatch: pytest.MonkeyPatch, memo: Memo) -> None:
-    monkeypatch.setattr(runner, "record", lambda *asked: record(*asked[:3], memo))
+    monkeypatch.setattr(
+        runner, "record", lambda build, group, approach, _: record(build, group, approach, memo)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -231,10 +233,12 @@ def test_stopped_at_every_piece_of_work(
             if count > k:
                 raise Killed
 
-        monkeypatch.setattr(runner, "write_atomically", stop)
+        for module in ("pieces", "saved"):
+            monkeypatch.setattr(f"dbp_bench.runs.{module}.write_atomically", stop)
         with pytest.raises(Killed):
             execute(asked, out, save_adversarial=True)
-        monkeypatch.setattr(runner, "write_atomically", write)
+        for module in ("pieces", "saved"):
+            monkeypatch.setattr(f"dbp_bench.runs.{module}.write_atomically", write)
         assert not asked.path(out).exists()
         started: list[int] = []
         progress = Progress(start=started.append)
@@ -242,8 +246,8 @@ def test_stopped_at_every_piece_of_work(
         assert path.read_bytes() == once(asked)
         assert adversarial_path(path).is_file()
         # Attacks, of 4 x 2 gradient evaluations each, and evaluations take turns.
-        pieces = min(max(0, k - (when == "before")), PIECES)
-        assert started == [(PIECES // 2 - (pieces + 1) // 2) * 4 * 2]
+        there = min(max(0, k - (when == "before")), PIECES)
+        assert started == [(PIECES // 2 - (there + 1) // 2) * 4 * 2]
 
 
 def test_stopped_within_a_piece_of_work(
@@ -280,16 +284,16 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 STOPS_ITSELF = """
 import os, signal, sys
 from dbp_bench.cli import main
-from dbp_bench.runs import execute
+from dbp_bench.runs import pieces
 
-write, number = execute.write_atomically, signal.Signals[sys.argv.pop(1)]
+write, number = pieces.write_atomically, signal.Signals[sys.argv.pop(1)]
 
 def write_and_stop(path, content):
     write(path, content)
     if path.name.startswith("group-"):
         os.kill(os.getpid(), number)
 
-execute.write_atomically = write_and_stop
+pieces.write_atomically = write_and_stop
 signal.signal(signal.SIGINT, signal.default_int_handler)  # A job in the background ignores it.
 main()
 """

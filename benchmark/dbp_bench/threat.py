@@ -186,6 +186,19 @@ def budget(norm: Norm, eps: float) -> Budget:
     return Linf(eps) if norm == "linf" else L2(eps)
 
 
+SLACK = 1e-6
+"""By how much rounding in float32 may leave a budget."""
+
+
+def is_inside(ball: Budget, images: Tensor, clean: Tensor) -> bool:
+    """Whether all `images` are inside the ball around the `clean` ones and in [0, 1].
+
+    NaN is not.
+    """
+    inside = bool(((images >= 0) & (images <= 1)).all())
+    return inside and float(ball.size(images - clean).max()) <= ball.eps + SLACK
+
+
 @dataclass(frozen=True, slots=True)
 class Revealed:
     """An attacker's noise: the victim's own draws at `sites`, a guess everywhere else."""

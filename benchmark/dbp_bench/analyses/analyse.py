@@ -190,4 +190,4 @@ def _target(job: Job, store: Pieces) -> tuple[Target, Provenance]:
         groups.append(Group(images, labels, part))
     name, defense = job.subject.name, job.defense()
     target = Target(name, defense, groups, job.budget(), job.seed, job.max_batch, store)
-    return target, provenance(job, data.digest(ids))
+    return target, provenance(job.identity(), job.entry_digests(), data.digest(ids))
