@@ -171,7 +171,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DBP_BENCH_CACHE", str(tmp_path / "cache"))
     # Made by every run, and tested elsewhere.
     none = Conformance(checks={}, gradient=None)
-    monkeypatch.setattr("dbp_bench.runs.execute.record", lambda _: none)
+    monkeypatch.setattr("dbp_bench.runs.execute.record", lambda *_: none)
     for defense in ("none", "ddpm", "addt"):
         folder = Path("results/digits-linf") / defense
         for path in (TOP / folder).glob("*/pgd/seed-0.json"):

@@ -469,7 +469,7 @@ def every_data_set() -> list[Any]:
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs make no conformance record, which is many passes; other tests are about it."""
     empty = Conformance(checks={}, gradient=None)
-    monkeypatch.setattr("dbp_bench.runs.execute.record", lambda _: empty)
+    monkeypatch.setattr("dbp_bench.runs.execute.record", lambda *_: empty)
 
 
 @pytest.mark.parametrize(("name", "track", "attack", "gradient"), every_data_set())
@@ -548,7 +548,7 @@ def test_a_plan_counts_the_calls_of_the_run(
     assert counts.gradient == [2] * IMAGES
     assert counts.searched_nfe is not None
     # Two steps, and clean and adversarial images evaluated at one draw.
-    assert cost.calls == 2 * IMAGES * (counts.searched_nfe + counts.nfe)
+    assert cost.nfe == 2 * IMAGES * (counts.searched_nfe + counts.nfe)
 
 
 @pytest.mark.parametrize(
@@ -586,7 +586,7 @@ def test_a_plan_without_weights_says_so(
     job = job_of(registry, "ddim", "cifar10-linf", steps=2)
     cost = estimate(job, tmp_path, "none")
     assert cost.random_weights == ("cifar10-ddpm-ema", "cifar10-wrn-28-10")
-    assert cost.calls == 3 * IMAGES * (2 + 2)
+    assert cost.nfe == 3 * IMAGES * (2 + 2)
     assert cost.seconds > 0
     with pytest.raises(BadWeights, match="Run: dbp-bench weights fetch cifar10-wrn-28-10"):
         execute(job, tmp_path / "out")

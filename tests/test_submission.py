@@ -825,7 +825,7 @@ def test_the_conformance_record_is_made_again(
 ) -> None:
     """A record that was edited by hand says nothing."""
     monkeypatch.setattr(
-        again, "record", lambda _: Conformance(checks={"replays": "no"}, gradient=None)
+        again, "record", lambda *_: Conformance(checks={"replays": "no"}, gradient=None)
     )
     path = forged(made, tmp_path, lambda _: None)
     assert "its conformance record, made again, says: replays: no." in refused(path, how)
