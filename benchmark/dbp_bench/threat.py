@@ -244,17 +244,22 @@ class AttackLog:
         """Whether the attack itself calls each robust, ``(images,)``; None where it gives none."""
         self._whole, self._rows = whole, rows
 
-    def note(self, *, gradient: int = 0, forward: int = 0, nonzero: Tensor | bool = False) -> None:
-        """Add evaluations that every image of this log took part in."""
-        rows = torch.arange(len(self.gradient))
-        self._note(rows, gradient, forward, torch.as_tensor(nonzero).cpu())
-
-    def _note(self, rows: Tensor, gradient: int, forward: int, nonzero: Tensor) -> None:
+    def note(
+        self,
+        *,
+        gradient: int = 0,
+        forward: int = 0,
+        nonzero: Tensor | bool = False,
+        rows: Tensor | slice = slice(None),
+    ) -> None:
+        """Add evaluations that the images in `rows` took part in; all of this log, if not given."""
+        nonzero = torch.as_tensor(nonzero).cpu()
         self.gradient[rows] += gradient
         self.forward[rows] += forward
         self.nonzero[rows] |= nonzero
         if self._whole is not None and self._rows is not None:
-            self._whole._note(self._rows[rows], gradient, forward, nonzero)
+            rows = self._rows[rows]
+            self._whole.note(gradient=gradient, forward=forward, nonzero=nonzero, rows=rows)
 
 
 class AttackerView:

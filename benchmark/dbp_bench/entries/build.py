@@ -217,12 +217,3 @@ def _typed(
             faults.append(f"options.{name}: {message[0].lower()}{message[1:]}, not {value!r}")
         given[name] = text
     return given, faults
-
-
-def _make_importable(folders: tuple[Path, ...]) -> None:
-    """Let modules that lie beside a user's entries be imported."""
-    import sys
-
-    for folder in folders:
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,8 @@ class Search:
     attack: "Attack"
     name: str
     """Such as ``pgd``, ``torchattacks:PGD`` or ``my_package.module:MyAttack``."""
+    path: Path
+    """The entry that names it, or the option ``--attack``."""
     setting: Entry[AttackSetting] | None
     """The named setting that it was asked for by."""
     effort: dict[str, Any]
@@ -432,7 +435,7 @@ def resolve(
     search, sources = _search(registry, subject, threat_entry, attack, overrides, knows, eps)
     dotted = [*subject.code(), *(path for s in sources.values() for path in s.code())]
     if is_outside(search.name):
-        dotted.append((search.name, _named_by(threat_entry, search.setting, attack)))
+        dotted.append((search.name, search.path))
     return Job(
         subject=subject,
         threat=threat_entry,
@@ -468,34 +471,26 @@ def _search(
         BadRequest: It doesn't fit what is known, the norm or the classes; or an option is wrong.
         UnknownName: There is no such attack.
     """
-    declared, where = threat.entry, str(threat.path)
     setting = None
-    name, effort, gradient = declared.attack, declared.effort, declared.gradient
-    settings = registry.settings
     if attack is not None:
         registry.check_name("attacks/settings", attack)
-    if attack is not None and attack != declared.attack:
-        if attack in settings:
+        if attack in registry.settings and attack != threat.entry.attack:
             setting = registry.setting(attack)
-            where = str(setting.path)
-            name, effort, gradient = (
-                setting.entry.attack,
-                setting.entry.effort,
-                setting.entry.gradient,
-            )
-        else:
-            _check_attack(attack, settings)
-            name, effort, gradient, where = attack, {}, "exact", "--attack"
+    if setting is not None or attack in (None, threat.entry.attack):
+        by = setting or threat
+        name, effort, gradient = by.entry.attack, by.entry.effort, by.entry.gradient
+        path = by.path
+    else:
+        name, effort, gradient, path = str(attack), {}, "exact", Path("--attack")
+        _check_attack(name, registry.settings)
+    where = f"{path} with --set {', '.join(overrides.effort)}" if overrides.effort else str(path)
     gradient = overrides.gradient or gradient
     if not re.match(GRADIENT, gradient):
         raise BadRequest(
             f"--gradient {gradient!r}: exact, bpda, declared-surrogate, or surrogate:N with the "
             "number of steps."
         )
-    if overrides.effort:
-        where = f"{where} with --set {', '.join(overrides.effort)}"
-    named_by = _named_by(threat, setting, attack)
-    made = registry.builder.attack(name, {**effort, **overrides.effort}, where, named_by)
+    made = registry.builder.attack(name, {**effort, **overrides.effort}, where, path)
     if gradient == "declared-surrogate":
         _ = subject.surrogate
     if gradient.startswith("surrogate:") and "steps" not in subject.setting.options:
@@ -518,16 +513,7 @@ def _search(
     follows = made.evaluations(setup).gradient > 0 and not sources
     if gradient != "exact" and not follows:
         raise BadRequest(f"gradient: {gradient}, but {name} follows no gradient of {subject.name}.")
-    return Search(made, name, setting, effort, gradient if follows else None), sources
-
-
-def _named_by(
-    threat: Entry[Threat], setting: Entry[AttackSetting] | None, attack: str | None
-) -> Path:
-    """The entry that names the attack, or the option ``--attack``."""
-    if setting is not None:
-        return setting.path
-    return threat.path if attack in (None, threat.entry.attack) else Path("--attack")
+    return Search(made, name, path, setting, effort, gradient if follows else None), sources
 
 
 def _check_attack(name: str, settings: Iterable[str]) -> None:
@@ -598,21 +584,10 @@ def plan(
     if "all" in threat_names:
         registry.check_names("attacks/threats")
         threat_names = registry.protocol
+    one = partial(resolve, attack=attack, seed=seed, device=device, overrides=overrides)
     planned: list[Planned] = []
     for defense in names:
-        jobs = [
-            resolve(
-                registry,
-                track,
-                defense,
-                threat,
-                attack=attack,
-                seed=seed,
-                device=device,
-                overrides=overrides,
-            )
-            for threat in threat_names
-        ]
+        jobs = [one(registry, track, defense, threat) for threat in threat_names]
         done: list[Job] = []
         for job in sorted(jobs, key=_by_generality):
             twin = next((other for other in done if job.same_setting(other)), None)

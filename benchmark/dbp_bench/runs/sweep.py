@@ -176,17 +176,15 @@ def assess(sweep: Sweep, results: Sequence[Result | None], files: Sequence[str |
     reference = accuracies[sweep.points.index(sweep.standard)]
     values = []
     for point, result, accuracy, file in zip(sweep.points, results, accuracies, files, strict=True):
-        compared = accuracy is not None and reference is not None and point != sweep.standard
+        fall = None
+        if accuracy is not None and reference is not None and point != sweep.standard:
+            fall = bootstrap.estimate(reference - accuracy)
         values.append(
             Measured(
                 value=point.value,
                 file=file,
                 accuracy=None if accuracy is None else bootstrap.estimate(accuracy),
-                fall=(
-                    bootstrap.estimate(reference - accuracy)
-                    if compared and accuracy is not None and reference is not None
-                    else None
-                ),
+                fall=fall,
                 zero_gradient=1.0 if result is None else _zero(result, point.job),
             )
         )
