@@ -415,7 +415,7 @@ def _quarters(words: Any, xp: ModuleType) -> Any:
 
 
 def _int32(bits: Any, xp: ModuleType) -> Any:
-    """What :func:`_halves` gave, as int32 with the same bits."""
+    """The answer of :func:`_halves` as int32 with the same bits."""
     return bits.to(torch.int32) if xp is torch else bits.view(np.int32)
 
 

@@ -136,7 +136,7 @@ def _attack(old: Schema1) -> tuple[str, str | None, dict[str, Any]]:
 
 
 def _took_no_gradient(old: Schema1) -> bool:
-    """Whether an attack that might follow a gradient never took one, such as a package's Square.
+    """Tell whether an attack that might follow a gradient took none, such as a package's Square.
 
     A run stops where every gradient is zero; so if no image met another, none was taken.
     """

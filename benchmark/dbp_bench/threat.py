@@ -1,4 +1,4 @@
-"""Who knows what: the budget of a perturbation, and the view of a defense that an attacker has.
+"""The budget of a perturbation, and the view that an attacker has of a defense.
 
 A stochastic white-box attacker knows the defense but none of its draws and averages over guesses
 (EoT); a DW-box attacker knows every draw, which makes the defense deterministic (arXiv 2404.14309,
@@ -191,7 +191,7 @@ SLACK = 1e-6
 
 
 def is_inside(ball: Budget, images: Tensor, clean: Tensor) -> bool:
-    """Whether all `images` are inside the ball around the `clean` ones and in [0, 1].
+    """Tell whether all `images` are inside the ball around the `clean` ones and in [0, 1].
 
     NaN is not.
     """
@@ -239,9 +239,9 @@ class AttackLog:
         self.forward = torch.zeros(images, dtype=torch.int64)
         """Forward evaluations ``(images,)``: those without a gradient."""
         self.nonzero = torch.zeros(images, dtype=torch.bool)
-        """Whether any gradient was not zero, ``(images,)``."""
+        """True where any gradient was not zero, ``(images,)``."""
         self.verdict: Tensor | None = None
-        """Whether the attack itself calls each robust, ``(images,)``; None where it gives none."""
+        """True where the attack itself calls each robust, ``(images,)``; None where it doesn't say."""
         self._whole, self._rows = whole, rows
 
     def note(
@@ -302,12 +302,12 @@ class AttackerView:
 
     @property
     def deterministic(self) -> bool:
-        """Whether nothing is left to guess: every draw gives the same logits."""
+        """True where nothing is left to guess: every draw gives the same logits."""
         return self._knows == self._defense.sites
 
     @property
     def decided_by_logits(self) -> bool:
-        """Whether logits tell right from wrong.
+        """True where logits tell right from wrong.
 
         Logits of a defense that votes do not: an image that they call wrong may still have the
         majority, so no image is finished by them.
@@ -456,29 +456,29 @@ class AttackerView:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What decides, beside its options, how many evaluations an attack takes and if it fits."""
+    """All that decides, beside its options, how many evaluations an attack takes and if it fits."""
 
     hidden: bool
-    """Whether some draw is hidden, so that the attacker has to guess."""
+    """True where some draw is hidden, so that the attacker has to guess."""
     norm: Norm = "linf"
     eps: float = 0.0
     classes: int = 10
     sources: Mapping[str, bool] = field(default_factory=dict)
     """Other defenses that the attack searches in, and whether they draw noise."""
     gradient: str = "exact"
-    """What is differentiated: ``exact``, ``bpda``, ``surrogate:N`` or ``declared-surrogate``."""
+    """The kind of gradient: ``exact``, ``bpda``, ``surrogate:N`` or ``declared-surrogate``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluations:
-    """How often an attack evaluates the defense for one image."""
+    """The evaluations of a defense that an attack takes for one image."""
 
     gradient: int
     """Gradient evaluations: one backward pass of one image and draw through the whole defense."""
     forward: int
     """Forward evaluations, without a gradient."""
     exact: bool
-    """Whether it takes exactly so many; otherwise, at most so many."""
+    """True where it takes exactly so many; otherwise, it takes at most so many."""
 
     def __add__(self, other: "Evaluations") -> "Evaluations":
         """The evaluations of two attacks in turn."""
@@ -505,11 +505,11 @@ class Attack(Protocol):
         ...
 
     def evaluations(self, setup: Setup) -> Evaluations:
-        """How many evaluations one image takes, known beforehand or bounded from above."""
+        """The evaluations that one image takes, known beforehand or bounded from above."""
         ...
 
     def unfit(self, setup: Setup) -> str | None:
-        """Why the attack cannot run in this setup, and what would do; None where it can."""
+        """Say why the attack cannot run in this setup, and what would do; None where it can."""
         ...
 
 

@@ -404,7 +404,7 @@ def _as_set(value: object) -> str:
 
 
 def _show_limits(say: "Console", costs: "Sequence[tuple[Job, Cost]]") -> None:
-    """What stands between the plan and the run."""
+    """Say what stands between the plan and the run."""
     for job, cost in costs:
         if not cost.fits:
             smaller = max(1, job.max_batch * cost.free_bytes // max(1, cost.bytes))

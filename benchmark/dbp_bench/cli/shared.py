@@ -1,4 +1,4 @@
-"""What several commands do: read options, show progress, and say numbers on the terminal."""
+"""Helpers of several commands: they read options, show progress, and print numbers."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def show(text: object = "") -> None:
 
 
 def console(quiet: bool) -> "Console":
-    """Where a command writes: text as it is, in which no bracket and no colon is markup.
+    """The console of a command: it writes text as it is, in which no bracket or colon is markup.
 
     Control characters in it don't reach the terminal.
     """
@@ -110,7 +110,7 @@ def eps_of(text: str) -> float:
 
 
 def overrides_of(options: list[str] | None, eps: str | None = None, **others: Any) -> "Overrides":
-    """What is set against the entries: ``--set``, ``--eps``, and others as they are."""
+    """The options that are set against entries: ``--set``, ``--eps``, and others as they are."""
     from dbp_bench.runs.job import Overrides
 
     size = None if eps is None else eps_of(eps)

@@ -29,12 +29,12 @@ class _Folder(MetaPathFinder):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.prefix = f"_beside_entries_{next(_NUMBERS)}_"
-        """What their names in ``sys.modules`` begin with."""
+        """The beginning of their names in ``sys.modules``."""
         self.files: dict[Path, str] = {}
         """The sha256 of each file that may be run."""
 
     def key(self, name: str, importer: str = "") -> str:
-        """What `importer` means by the module called `name`: one of this folder, or another."""
+        """The full name of the module that `importer` calls `name`, of this folder or another."""
         top = name.partition(".")[0]
         # A module that is called like one of Python's own means that one, not itself.
         itself = importer == self.prefix + top and top in sys.stdlib_module_names
@@ -72,7 +72,7 @@ class _Folder(MetaPathFinder):
         path: Sequence[str] | None,  # noqa: ARG002
         target: ModuleType | None = None,  # noqa: ARG002
     ) -> ModuleSpec | None:
-        """Where a module of this folder is; all others are for others to find."""
+        """Find a module of this folder; all others are for others to find."""
         if not fullname.startswith(self.prefix):
             return None
         name = fullname.removeprefix(self.prefix)

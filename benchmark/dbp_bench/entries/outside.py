@@ -1,4 +1,4 @@
-"""What lies outside this package, found without running it: folders of entries, and source code.
+"""Finds what lies outside this package without running it: folders of entries, and source code.
 
 Nothing here imports what it names: a module is looked up beside the entry that names it, then where
 the import system would find it, and its source is read as text.
@@ -102,7 +102,7 @@ def tops(dotted: Iterable[str]) -> list[str]:
 
 
 def places(entry: Path, folders: Sequence[Path]) -> list[Path]:
-    """Where modules may lie that `entry` names: its own folder, then the other `folders`."""
+    """The places of modules that `entry` names: its own folder, then the other `folders`."""
     own = {"defenses": 1, "tracks": 1, "threats": 2, "settings": 2}.get(entry.parent.name)
     if own is None:
         return list(folders)
@@ -110,7 +110,7 @@ def places(entry: Path, folders: Sequence[Path]) -> list[Path]:
 
 
 def beside(top: str, places: Sequence[Path]) -> Path | None:
-    """Which of the `places` of an entry has the module or package called `top`, if one has.
+    """The one of the `places` of an entry that has the module or package called `top`, if any.
 
     The first is the entry's own folder and comes first; among the others none does.
 

@@ -26,7 +26,7 @@ from dbp_bench.errors import BadEntry, UnknownName, did_you_mean
 DEFAULT_TRACK = "digits-linf"
 
 KINDS = ("defenses", "attacks/threats", "attacks/settings", "tracks")
-"""Where entries lie in a folder."""
+"""The sub-folders that entries lie in."""
 
 E = TypeVar("E", bound=Strict)
 
@@ -196,7 +196,7 @@ class Registry:
 
 
 def _shipped(kind: str) -> Path:
-    """Where the package's own entries are: inside a wheel, or at the top of a checkout."""
+    """The folder of the package's own entries: inside a wheel, or at the top of a checkout."""
     inside = Path(__file__).parent
     if (inside / "defenses").is_dir():
         return inside / kind

@@ -38,12 +38,12 @@ class Subject:
 
     @property
     def sites(self) -> list[str]:
-        """Where the defense draws noise, sorted."""
+        """The sites at which the defense draws noise, sorted."""
         return sorted(self.entry.entry.sites)
 
     @property
     def surrogate(self) -> Surrogate:
-        """What ``gradient: declared-surrogate`` differentiates in place of the defense.
+        """The stand-in that ``gradient: declared-surrogate`` differentiates.
 
         Raises:
             BadRequest: The entry declares nothing.
@@ -170,7 +170,7 @@ class Subject:
         dtype: "torch.dtype | None" = None,
         policy: "Policy" = "auto",
     ) -> "Defense":
-        """What an attack with this `gradient` differentiates in place of the `evaluated` defense.
+        """The defense that an attack with this `gradient` differentiates for the `evaluated` one.
 
         The same object where the gradient is exact; the purifier with the identity's gradient for
         BPDA (Athalye et al. 2018); the purifier with fewer steps for a surrogate, or as its entry

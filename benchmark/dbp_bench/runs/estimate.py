@@ -37,13 +37,13 @@ class Cost:
     """NFE of all images and evaluations, forward only. Those of other defenses in which the attack
     searches count, too."""
     at_most: bool
-    """Whether images may finish early, so that `nfe` and `seconds` are bounds."""
+    """True where images may finish early, so that `nfe` and `seconds` are bounds."""
     seconds: float
     """Time of what is still to be done, on this device."""
     bytes: int
     """Activations and states kept for one backward pass."""
     by_step: bool
-    """Whether gradients are checkpointed by step."""
+    """True where gradients are checkpointed by step."""
     free_bytes: int
     """Memory that is free on the device."""
     random_weights: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class Cost:
 
     @property
     def fits(self) -> bool:
-        """Whether one backward pass does."""
+        """True where one backward pass fits into the memory that is free."""
         return self.bytes <= self.free_bytes
 
 
@@ -87,7 +87,7 @@ def estimate(job: Job, out: Path, policy: Policy) -> Cost:
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """What one evaluation of a defense costs."""
+    """The cost of one evaluation of a defense."""
 
     nfe: int
     per_gradient: float

@@ -42,7 +42,7 @@ FRESH_DRAWS = 3
 
 @dataclass(slots=True)
 class Progress:
-    """Where a job's progress goes."""
+    """The listeners that a job tells its progress."""
 
     start: Tick = ignore
     """Called once with the number of gradient evaluations that are still to be taken."""
@@ -118,7 +118,7 @@ def execute(
 
 
 def is_complete(job: Job, out: Path) -> bool:
-    """Whether `out` holds a result for all that `job` asks for."""
+    """Tell whether `out` holds a result for all that `job` asks for."""
     path = job.path(out)
     if not path.is_file():
         return False
@@ -137,7 +137,7 @@ def missing_gradients(job: Job, out: Path) -> int:
 
 
 def _pieces(job: Job, identity: dict[str, Any], folder: Path) -> Pieces:
-    """What is done of `job` in its `folder` of unfinished work."""
+    """The pieces of `job` in its `folder` of unfinished work."""
     return Pieces.read(
         folder,
         identity,

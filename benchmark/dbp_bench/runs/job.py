@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """What the user set against the entries; None leaves the entry's."""
+    """The options that a user set against the entries; None leaves the entry's."""
 
     effort: dict[str, Any] = field(default_factory=dict)
     """Options of the attack."""
@@ -64,12 +64,11 @@ class Search:
     effort: dict[str, Any]
     """All options, with their values."""
     gradient: str | None
-    """What it differentiates (see :data:`dbp_bench.entries.threat.Gradient`); None where it follows
-    no gradient."""
+    """The kind of gradient that it follows, if any (:data:`dbp_bench.entries.threat.Gradient`)."""
 
     @property
     def label(self) -> str:
-        """How paths and tables name it."""
+        """Its name in paths and tables."""
         return attack_label(self.name, self.setting.name if self.setting else None)
 
 
@@ -146,7 +145,7 @@ class Job:
 
     @property
     def approach(self) -> "Approach":
-        """What the conformance record of the defense depends on."""
+        """All that decides the conformance record of the defense."""
         from dbp_bench.checks.record import Approach
         from dbp_bench.noise import Site
 
@@ -165,13 +164,13 @@ class Job:
 
     @property
     def label(self) -> str:
-        """How messages name it: defense, threat and, where it is not the threat's own, attack."""
+        """Its name in messages: defense, threat and, where it is not the threat's own, attack."""
         own = self.search.name == self.threat.entry.attack and self.search.setting is None
         return f"{self.subject.name} / {self.threat.name}{'' if own else f' / {self.search.label}'}"
 
     @property
     def sites(self) -> list[str]:
-        """Where the defense draws noise, sorted."""
+        """The sites at which the defense draws noise, sorted."""
         return self.subject.sites
 
     @property
@@ -182,7 +181,7 @@ class Job:
 
     @property
     def attacks(self) -> int:
-        """How often each image is attacked: once, or once for each known draw."""
+        """The number of attacks on each image: one, or one for each known draw."""
         return self.draws if self.knows else 1
 
     @property
@@ -192,7 +191,7 @@ class Job:
 
     @property
     def setup(self) -> "Setup":
-        """What decides, beside its options, how many evaluations the attack takes."""
+        """All that decides, beside its options, how many evaluations the attack takes."""
         gradient = self.search.gradient or "exact"
         return _setup(self.subject, self.knows, self.eps, self.sources, gradient)
 
@@ -208,7 +207,7 @@ class Job:
 
     @property
     def surrogate(self) -> dict[str, Any] | None:
-        """What is differentiated in place of the defense, where its entry declares it."""
+        """The declared surrogate, where the attack differentiates it in place of the defense."""
         if self.search.gradient != "declared-surrogate":
             return None
         return self.subject.surrogate.model_dump()
@@ -216,12 +215,12 @@ class Job:
     # --------------------------------------------------------------------- what identifies it
 
     def path(self, out: Path) -> Path:
-        """Where the result goes, below the folder `out`."""
+        """The path of the result, below the folder `out`."""
         track, defense = self.subject.track.name, self.subject.name
         return result_path(out, track, defense, self.threat.name, self.search.label, seed=self.seed)
 
     def identity(self, *, planned: bool = False) -> dict[str, Any]:
-        """What must be equal for results to be continued; images and draws can be added.
+        """The fields that must be equal for results to be continued; images and draws can be added.
 
         Where it is only `planned`, the sha256 of a checkpoint that isn't in the cache is None.
 
@@ -267,7 +266,7 @@ class Job:
         }
 
     def same_setting(self, other: "Job") -> bool:
-        """Whether `other` measures all of this, under another threat's name."""
+        """Tell whether `other` measures all of this, under another threat's name."""
         mine, its = (_measured(job.identity(planned=True)) for job in (self, other))
         return mine == its and other.draws >= self.draws and other.examples >= self.examples
 
@@ -323,7 +322,7 @@ def refuse_other_request(asked: Mapping[str, Any], held: Mapping[str, Any], wher
 def _differences(
     asked: Mapping[str, Any], held: Mapping[str, Any], within: str = ""
 ) -> Iterator[str]:
-    """What is asked for and not held, field by field; of a table, the keys that differ."""
+    """The fields that are asked for and not held; of a table, the keys that differ."""
     for key in dict.fromkeys([*asked, *(held if within else ())]):
         mine, theirs = asked.get(key), held.get(key)
         if mine == theirs:
@@ -344,12 +343,12 @@ def _shown(value: object) -> str:
 
 
 def _declared(threat: Threat) -> dict[str, Any]:
-    """What an entry says that can be set against it."""
+    """The values of an entry that can be set against it."""
     return {**threat.effort, "eps": threat.eps, "gradient": threat.gradient}
 
 
 def why_same(job: Job, other: Threat | None) -> str:
-    """Why `job` measures what the threat model `other` does; None where its entry isn't there."""
+    """Say why `job` measures what the threat model `other` does; None: its entry isn't there."""
     noise = f"noise at {', '.join(job.sites)} alone" if job.sites else "no noise"
     mine = job.threat.entry
     if other is None or not job.sites or mine.knows != other.knows:

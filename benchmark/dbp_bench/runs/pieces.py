@@ -30,18 +30,18 @@ _REQUEST = "request.json"
 
 @dataclass(slots=True)
 class State:
-    """What is known of one group. It is saved after every piece of work."""
+    """The outcomes of one group so far. They are saved after every piece of work."""
 
     images: dict[int, Tensor] = field(default_factory=dict)
     """Adversarial images, by attack: the known draw, or 0 where no draw is known."""
     nonzero: dict[int, Tensor] = field(default_factory=dict)
-    """By attack, for each image: whether a gradient was not zero."""
+    """By attack, for each image: true where a gradient was not zero."""
     gradient: dict[int, Tensor] = field(default_factory=dict)
     """By attack, for each image: gradient evaluations."""
     forward: dict[int, Tensor] = field(default_factory=dict)
     """By attack, for each image: forward evaluations."""
     package: dict[int, Tensor] = field(default_factory=dict)
-    """By attack, for each image: whether the attack itself calls it robust, if it says."""
+    """By attack, for each image: true where the attack itself calls it robust, if it says."""
     clean: dict[int, Tensor] = field(default_factory=dict)
     """By victim draw: predicted classes of the clean images."""
     adversarial: dict[int, Tensor] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class State:
         write_atomically(path, save(tensors, metadata))
 
     def is_sound(self, budget: Budget, clean: Tensor) -> bool:
-        """Whether all that is known fits a group of these `clean` images, and the budget."""
+        """Tell whether all that is known fits a group of these `clean` images, and the budget."""
         return all(
             found.shape == clean.shape
             and found.dtype == clean.dtype
@@ -116,7 +116,7 @@ def _digest(request: str, name: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def work_folder(path: Path, out: Path) -> Path:
-    """Where the unfinished work of the result at `path`, below the folder `out`, lies."""
+    """The folder of the unfinished work of the result at `path`, below the folder `out`."""
     return out / ".work" / path.relative_to(out).with_suffix("")
 
 
@@ -157,7 +157,7 @@ class Pieces:
         attacks: int,
         draws: int,
     ) -> "Pieces":
-        """What is done of a job.
+        """Read what is done of a job.
 
         Args:
             folder: Where its unfinished work is.
@@ -177,7 +177,7 @@ class Pieces:
 
     @property
     def attacks_missing(self) -> int:
-        """How many attacks on one image are still to be made."""
+        """The number of attacks on one image that are still to be made."""
         return sum(
             len(ids)
             for ids, state in zip(self.groups, self.states, strict=True)
@@ -186,7 +186,7 @@ class Pieces:
         )
 
     def missing(self, state: State) -> Iterator[tuple[str, int]]:
-        """What is missing of a group, in order: attacks, and evaluations at victim draws."""
+        """The pieces that a group lacks, in order: attacks, and evaluations at victim draws."""
         for draw in range(self.draws):
             if draw < self.attacks and draw not in state.images:
                 yield "attack", draw

@@ -1,4 +1,4 @@
-"""Where a number comes from: code, packages, machine, entries and weights."""
+"""Says where a number comes from: code, packages, machine, entries and weights."""
 
 import platform
 import subprocess

@@ -18,7 +18,7 @@ from dbp_bench.writing import write_atomically
 
 
 def adversarial_path(result: Path) -> Path:
-    """Where the adversarial images of a result lie."""
+    """The path of the adversarial images of a result."""
     return result.with_name(f"adversarial-{result.stem}.safetensors")
 
 

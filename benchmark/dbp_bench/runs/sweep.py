@@ -19,7 +19,7 @@ from dbp_bench.result import Result
 from dbp_bench.runs.job import Job, Overrides
 
 AXES = ("steps", "eot", "eps")
-"""What can be swept over."""
+"""The options that can be swept over."""
 
 BLACK_BOX = "black-box"
 """The axis whose second value is another attack, one that follows no gradient."""
@@ -160,7 +160,7 @@ def run(sweep: Sweep, out: Path, execute: Execute) -> Findings:
 
 
 def assess(sweep: Sweep, results: Sequence[Result | None], files: Sequence[str | None]) -> Findings:
-    """What the `results` of the points of `sweep` say; None where all gradients were zero.
+    """The findings in the `results` of the points of `sweep`; None where all gradients were zero.
 
     Args:
         sweep: What was run.
