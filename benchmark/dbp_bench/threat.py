@@ -241,7 +241,7 @@ class AttackLog:
         self.nonzero = torch.zeros(images, dtype=torch.bool)
         """True where any gradient was not zero, ``(images,)``."""
         self.verdict: Tensor | None = None
-        """True where the attack itself calls each robust, ``(images,)``; None where it doesn't say."""
+        """True where the attack itself calls each robust, ``(images,)``; None if it doesn't say."""
         self._whole, self._rows = whole, rows
 
     def note(

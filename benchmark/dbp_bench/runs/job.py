@@ -470,10 +470,10 @@ def _search(
         BadRequest: It doesn't fit what is known, the norm or the classes; or an option is wrong.
         UnknownName: There is no such attack.
     """
-    setting = None
+    settings, setting = registry.settings, None
     if attack is not None:
         registry.check_name("attacks/settings", attack)
-        if attack in registry.settings and attack != threat.entry.attack:
+        if attack in settings and attack != threat.entry.attack:
             setting = registry.setting(attack)
     if setting is not None or attack in (None, threat.entry.attack):
         by = setting or threat
@@ -481,7 +481,7 @@ def _search(
         path = by.path
     else:
         name, effort, gradient, path = str(attack), {}, "exact", Path("--attack")
-        _check_attack(name, registry.settings)
+        _check_attack(name, settings)
     where = f"{path} with --set {', '.join(overrides.effort)}" if overrides.effort else str(path)
     gradient = overrides.gradient or gradient
     if not re.match(GRADIENT, gradient):
