@@ -30,7 +30,7 @@ from dbp_bench.result import (
     outcome_digest,
 )
 from dbp_bench.runs.job import Job, identity_of, refuse_other_request
-from dbp_bench.runs.pieces import Pieces, State, read_request, work_folder, write_request
+from dbp_bench.runs.pieces import Pieces, State, is_sound, read_request, work_folder, write_request
 from dbp_bench.runs.provenance import provenance
 from dbp_bench.runs.saved import adversarial_path, write_saved
 from dbp_bench.threat import Attack, Budget, Tick, ignore
@@ -112,7 +112,7 @@ def execute(
         conformance = record(job.built, first, job.approach, memo)
         result = _assemble(identity, job.overrides, pieces, data, conformance, source)
         if save_adversarial or saved.is_file():
-            write_saved(saved, identity, ids, pieces.images())
+            write_saved(saved, identity, ids, pieces.rows("images").transpose(0, 1))
         result.write(path)
     return path
 
@@ -192,8 +192,8 @@ def _complete(
         progress: Told how far it is.
     """
     for index, (ids, state) in enumerate(zip(pieces.groups, pieces.states, strict=True)):
-        if state.images and not state.is_sound(run.budget, data.select(ids)[0]):
-            pieces.states[index] = State()  # whoever wrote it: it is computed again
+        if state and not is_sound(state, run.budget, data.select(ids)[0]):
+            pieces.states[index] = {}  # whoever wrote it: it is computed again
     progress.start(pieces.attacks_missing * evaluations)
     for index, (ids, state) in enumerate(zip(pieces.groups, pieces.states, strict=True)):
         todo = list(pieces.missing(state))
@@ -263,17 +263,17 @@ class _Run:
             sources=self.sources,
         )
         evaluations = int((found.gradient + found.forward).sum())
-        state.searched_nfe = (self.calls - before) // max(1, evaluations)
-        state.images[number] = found.images.cpu()
-        state.nonzero[number] = found.nonzero
+        state["searched_nfe"] = torch.tensor((self.calls - before) // max(1, evaluations))
+        state[f"images/{number}"] = found.images.cpu()
+        state[f"nonzero/{number}"] = found.nonzero
         if found.verdict is not None:
-            state.package[number] = found.verdict
-        state.gradient[number], state.forward[number] = found.gradient, found.forward
+            state[f"package/{number}"] = found.verdict
+        state[f"gradient/{number}"], state[f"forward/{number}"] = found.gradient, found.forward
 
     def evaluate(self, number: int, group: Group, state: State) -> None:
         """Predict the classes of clean and adversarial images at victim draw `number`."""
         before = self.calls
-        adversarial = state.images[number if self.knows else 0].to(group.images)
+        adversarial = state[f"images/{number if self.knows else 0}"].to(group.images)
         evaluations = [(group.images, number), (adversarial, number)]
         if self.knows:
             evaluations += [(adversarial, FRESH + i) for i in range(FRESH_DRAWS)]
@@ -281,10 +281,11 @@ class _Run:
             evaluate.predict(self.defense, images, group.ids, seed=self.seed, draw=draw).cpu()
             for images, draw in evaluations
         ]
-        state.clean[number], state.adversarial[number] = classes[:2]
+        state[f"clean/{number}"], state[f"adversarial/{number}"] = classes[:2]
         if self.knows:
-            state.fresh[number] = torch.stack(classes[2:], dim=1)
-        state.nfe = (self.calls - before) // (len(evaluations) * len(group.ids))
+            state[f"fresh/{number}"] = torch.stack(classes[2:], dim=1)
+        nfe = (self.calls - before) // (len(evaluations) * len(group.ids))
+        state["nfe"] = torch.tensor(nfe)
 
 
 def _assemble(
@@ -299,9 +300,9 @@ def _assemble(
     ids = [id_ for group in pieces.groups for id_ in group][: pieces.examples]
     labels, draws = data.labels_of(ids), list(range(pieces.draws))
     predicted = Predicted(
-        clean=pieces.columns("clean"),
-        adversarial=pieces.columns("adversarial"),
-        fresh=pieces.columns("fresh") if identity["knows"] else None,
+        clean=pieces.rows("clean").tolist(),
+        adversarial=pieces.rows("adversarial").tolist(),
+        fresh=pieces.rows("fresh").tolist() if identity["knows"] else None,
     )
     follows = identity["gradient"] is not None
     return Result(
@@ -315,13 +316,13 @@ def _assemble(
         labels=labels,
         draws=draws,
         predicted=predicted,
-        zero_gradient=(pieces.totals("nonzero") == 0).tolist() if follows else None,
-        package_robust=pieces.columns("package") if pieces.states[0].package else None,
+        zero_gradient=(~pieces.rows("nonzero").any(1)).tolist() if follows else None,
+        package_robust=pieces.rows("package").tolist() if "package/0" in pieces.states[0] else None,
         evaluations=EvaluationCounts(
-            gradient=pieces.totals("gradient").tolist(),
-            forward=pieces.totals("forward").tolist(),
-            nfe=max(state.nfe for state in pieces.states),
-            searched_nfe=max(state.searched_nfe for state in pieces.states),
+            gradient=pieces.rows("gradient").sum(1).tolist(),
+            forward=pieces.rows("forward").sum(1).tolist(),
+            nfe=pieces.most("nfe"),
+            searched_nfe=pieces.most("searched_nfe"),
         ),
         conformance=conformance,
         arithmetic=Arithmetic(

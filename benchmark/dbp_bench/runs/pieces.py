@@ -6,7 +6,7 @@ file, which is written anew, all of it or nothing, after every piece.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,96 +20,61 @@ from dbp_bench.declaration import parse_json
 from dbp_bench.threat import Budget, is_inside
 from dbp_bench.writing import write_atomically
 
-_BY_ATTACK = ("images", "nonzero", "gradient", "forward", "package")
+State = dict[str, Tensor]
+"""The outcomes of one group so far, as its file holds them.
+
+By attack N, which is the known draw, or 0 where no draw is known, one row for each image:
+
+* ``images/N``: adversarial images;
+* ``nonzero/N``: true where a gradient was not zero;
+* ``gradient/N``, ``forward/N``: evaluations;
+* ``package/N``: true where the attack itself calls the image robust, if it says.
+
+By victim draw N: ``clean/N``, ``adversarial/N`` and, where draws are known, ``fresh/N`` are
+predicted classes. ``nfe`` and ``searched_nfe`` are those of one purification by the defense, and by
+what the attack searched in.
+"""
+
 _BY_DRAW = ("clean", "adversarial", "fresh")
-_COUNTS = ("nfe", "searched_nfe")
 _DIGEST = "digest"
 """The key of a group's metadata under which :func:`_digest` stands."""
 _REQUEST = "request.json"
 
 
-@dataclass(slots=True)
-class State:
-    """The outcomes of one group so far. They are saved after every piece of work."""
-
-    images: dict[int, Tensor] = field(default_factory=dict)
-    """Adversarial images, by attack: the known draw, or 0 where no draw is known."""
-    nonzero: dict[int, Tensor] = field(default_factory=dict)
-    """By attack, for each image: true where a gradient was not zero."""
-    gradient: dict[int, Tensor] = field(default_factory=dict)
-    """By attack, for each image: gradient evaluations."""
-    forward: dict[int, Tensor] = field(default_factory=dict)
-    """By attack, for each image: forward evaluations."""
-    package: dict[int, Tensor] = field(default_factory=dict)
-    """By attack, for each image: true where the attack itself calls it robust, if it says."""
-    clean: dict[int, Tensor] = field(default_factory=dict)
-    """By victim draw: predicted classes of the clean images."""
-    adversarial: dict[int, Tensor] = field(default_factory=dict)
-    """By victim draw: predicted classes of the adversarial images."""
-    fresh: dict[int, Tensor] = field(default_factory=dict)
-    """By known draw: predicted classes ``(b, FRESH_DRAWS)``."""
-    nfe: int = 0
-    """Calls of the denoising networks in one purification by the defense."""
-    searched_nfe: int = 0
-    """The same of what the attack searched in."""
-
-    @classmethod
-    def read(cls, path: Path, request: str) -> "State":
-        """The state in a file, of this `request`.
-
-        It is empty where there is no file, none that can be read, or one that this program didn't
-        write as it is: its digest is another.
-        """
-        state = cls()
-        if not path.is_file():
-            return state
-        try:
-            with safe_open(path, "pt") as file:
-                stated = (file.metadata() or {}).get(_DIGEST)
-            tensors = load_file(path)
-            if stated != _digest(request, path.name, tensors):
-                return state
-            for name, value in tensors.items():
-                kind, _, number = name.partition("/")
-                if kind in (*_BY_ATTACK, *_BY_DRAW):
-                    getattr(state, kind)[int(number)] = value
-                elif kind in _COUNTS:
-                    setattr(state, kind, int(value))
-                else:
-                    return cls()
-        except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError):
-            return cls()
-        return state
-
-    def write(self, path: Path, request: str) -> None:
-        tensors = {
-            f"{kind}/{number}": value.contiguous()
-            for kind in (*_BY_ATTACK, *_BY_DRAW)
-            for number, value in getattr(self, kind).items()
-        }
-        counts = {kind: torch.tensor(getattr(self, kind)) for kind in _COUNTS}
-        tensors |= counts
-        metadata = {_DIGEST: _digest(request, path.name, tensors)}
-        write_atomically(path, save(tensors, metadata))
-
-    def is_sound(self, budget: Budget, clean: Tensor) -> bool:
-        """Tell whether all that is known fits a group of these `clean` images, and the budget."""
-        return all(
-            found.shape == clean.shape
-            and found.dtype == clean.dtype
-            and is_inside(budget, found, clean)
-            for found in self.images.values()
-        ) and all(
-            len(value) == len(clean)
-            for kind in (*_BY_ATTACK, *_BY_DRAW)
-            for value in getattr(self, kind).values()
-        )
+def is_sound(state: State, budget: Budget, clean: Tensor) -> bool:
+    """Tell whether all that is known fits a group of these `clean` images, and the budget."""
+    for key, value in state.items():
+        if "/" not in key:
+            fits = value.numel() == 1
+        elif key.startswith("images/"):
+            fits = (value.shape, value.dtype) == (clean.shape, clean.dtype)
+            fits = fits and is_inside(budget, value, clean)
+        else:
+            fits = value.shape[:1] == clean.shape[:1]
+        if not fits:
+            return False
+    return True
 
 
-def _digest(request: str, name: str, tensors: Mapping[str, Tensor]) -> str:
+def _read(path: Path, request: str) -> State:
+    """The state in a file, of this `request`.
+
+    It is empty where there is no file, none that can be read, or one that this program didn't write
+    as it is: its digest is another.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            stated = (file.metadata() or {}).get(_DIGEST)
+        state = load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError):
+        return {}
+    return state if stated == _digest(request, path.name, state) else {}
+
+
+def _digest(request: str, name: str, state: State) -> str:
     """sha256 over a piece of work, its place, and the `request` that it answers."""
     total = sha256(f"{request}\n{name}\n".encode())
-    for key, value in sorted(tensors.items()):
+    for key, value in sorted(state.items()):
         total.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
@@ -168,12 +133,14 @@ class Pieces:
             draws: Draws at which each image is evaluated.
         """
         request = json.dumps(identity, sort_keys=True)
-        states = [State.read(_path(folder, index), request) for index in range(len(groups))]
+        states = [_read(_path(folder, index), request) for index in range(len(groups))]
         return cls(folder, request, groups, examples, attacks, draws, states)
 
     def write(self, index: int) -> None:
         """Store what is done of the group with this `index`."""
-        self.states[index].write(_path(self.folder, index), self.request)
+        path = _path(self.folder, index)
+        state = {key: value.contiguous() for key, value in self.states[index].items()}
+        write_atomically(path, save(state, {_DIGEST: _digest(self.request, path.name, state)}))
 
     @property
     def attacks_missing(self) -> int:
@@ -182,34 +149,26 @@ class Pieces:
             len(ids)
             for ids, state in zip(self.groups, self.states, strict=True)
             for attack in range(self.attacks)
-            if attack not in state.images
+            if f"images/{attack}" not in state
         )
 
     def missing(self, state: State) -> Iterator[tuple[str, int]]:
         """The pieces that a group lacks, in order: attacks, and evaluations at victim draws."""
         for draw in range(self.draws):
-            if draw < self.attacks and draw not in state.images:
+            if draw < self.attacks and f"images/{draw}" not in state:
                 yield "attack", draw
-            if draw not in state.adversarial:
+            if f"adversarial/{draw}" not in state:
                 yield "evaluate", draw
 
-    def columns(self, kind: str) -> list[Any]:
-        """One row per image of the job, one column per draw or attack."""
-        numbers = range(self.attacks if kind in _BY_ATTACK else self.draws)
-        groups = [torch.stack([getattr(s, kind)[n] for n in numbers], dim=1) for s in self.states]
-        rows: list[Any] = torch.cat(groups)[: self.examples].tolist()
-        return rows
-
-    def totals(self, kind: str) -> Tensor:
-        """A number for each image of the job, over all attacks."""
-        numbers = range(self.attacks)
-        groups = [torch.stack([getattr(s, kind)[n] for n in numbers]).sum(0) for s in self.states]
+    def rows(self, kind: str) -> Tensor:
+        """All that is known of a `kind`: one row per image, one column per draw or attack."""
+        numbers = range(self.draws if kind in _BY_DRAW else self.attacks)
+        groups = [torch.stack([s[f"{kind}/{n}"] for n in numbers], dim=1) for s in self.states]
         return torch.cat(groups)[: self.examples]
 
-    def images(self) -> Tensor:
-        """All adversarial images ``(attacks, n, c, h, w)``."""
-        numbers = range(self.attacks)
-        return torch.cat([torch.stack([s.images[n] for n in numbers]) for s in self.states], dim=1)
+    def most(self, kind: str) -> int:
+        """The largest count of a `kind` in any group."""
+        return max(int(state[kind]) for state in self.states)
 
 
 def _path(folder: Path, index: int) -> Path:

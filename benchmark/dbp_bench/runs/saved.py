@@ -25,15 +25,15 @@ def adversarial_path(result: Path) -> Path:
 def write_saved(
     path: Path, identity: Mapping[str, Any], ids: Sequence[int], images: Tensor
 ) -> None:
-    """Write adversarial images ``(attacks, n, c, h, w)``, those of `ids`, and what they are of.
+    """Write adversarial images ``(attacks, n, c, h, w)`` of the `ids`, and what they are of.
 
     Args:
         path: The file.
         identity: That of the job that made them.
         ids: Which images: the first of the track.
-        images: Of these, and maybe of more.
+        images: They themselves.
     """
-    tensors = {"images": images[:, : len(ids)].contiguous(), "ids": torch.tensor(ids)}
+    tensors = {"images": images.contiguous(), "ids": torch.tensor(ids)}
     write_atomically(path, save(tensors, metadata={"request": json.dumps(identity)}))
 
 
