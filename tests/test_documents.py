@@ -184,7 +184,7 @@ def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """A track of 8 images, and code that counts as released."""
     ids = dbp_bench.data.split_ids("digits", "test")[:8]
     monkeypatch.setattr(dbp_bench.data, "split_ids", lambda *_: list(ids))
-    monkeypatch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
+    monkeypatch.setattr("dbp_bench.provenance._git", lambda: (None, None))
 
 
 def arguments(command: str) -> list[str]:

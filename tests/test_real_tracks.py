@@ -391,7 +391,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     folder = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DBP_BENCH_CACHE", str(folder / "cache"))
-        patch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
+        patch.setattr("dbp_bench.provenance._git", lambda: (None, None))
         for package, files in (("robustbench", _ROBUSTBENCH), ("timm", _TIMM), ("torchvision", {})):
             for name, text in {"__init__.py": "", **files}.items():
                 path = folder / "site" / package / name

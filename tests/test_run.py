@@ -61,7 +61,7 @@ def job(
 @pytest.fixture(autouse=True)
 def _no_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of the checkout is recorded, and may change while the tests run."""
-    monkeypatch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
+    monkeypatch.setattr("dbp_bench.provenance._git", lambda: (None, None))
 
 
 @pytest.fixture(scope="module")

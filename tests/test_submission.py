@@ -62,7 +62,7 @@ def _small_and_clean() -> Iterator[None]:
     """A track of 8 images, and code that counts as released."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dbp_bench.data, "split_ids", lambda *_: list(IDS))
-        patch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
+        patch.setattr("dbp_bench.provenance._git", lambda: (None, None))
         patch.setattr(sys, "path", list(sys.path))
         yield
 

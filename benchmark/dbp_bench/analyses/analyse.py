@@ -21,7 +21,7 @@ from dbp_bench.errors import BadRequest, did_you_mean
 from dbp_bench.evaluate import Group
 from dbp_bench.result import Provenance, write_atomically
 from dbp_bench.runs.job import Job, Overrides, refuse_other_request, resolve
-from dbp_bench.runs.provenance import provenance
+from dbp_bench.provenance import provenance
 from dbp_bench.writing import locked
 
 _BASE = "eot"

@@ -20,6 +20,7 @@ from dbp_bench.errors import BadRequest
 from dbp_bench.evaluate import FRESH, Group
 from dbp_bench.memory import Policy
 from dbp_bench.noise import Site
+from dbp_bench.provenance import provenance
 from dbp_bench.result import (
     Arithmetic,
     Conformance,
@@ -31,7 +32,6 @@ from dbp_bench.result import (
 )
 from dbp_bench.runs.job import Job, identity_of, refuse_other_request
 from dbp_bench.runs.pieces import Pieces, State, is_sound, read_request, work_folder, write_request
-from dbp_bench.runs.provenance import provenance
 from dbp_bench.runs.saved import adversarial_path, write_saved
 from dbp_bench.threat import Attack, Budget, Tick, ignore
 from dbp_bench.writing import locked

@@ -21,10 +21,10 @@ from dbp_bench.defense import Defense
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest
 from dbp_bench.evaluate import FRESH
+from dbp_bench.provenance import device_name
 from dbp_bench.result import Kind, Result
 from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Job, Overrides, identity_of, refuse_other_request, resolve
-from dbp_bench.runs.provenance import device_name
 from dbp_bench.runs.saved import Saved, adversarial_path
 
 TOLERATED = 0.02

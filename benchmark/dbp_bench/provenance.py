@@ -62,7 +62,7 @@ def device_name(device: str) -> str:
 
 def _git() -> tuple[str | None, bool | None]:
     """Commit of the checkout that this code runs from, and whether code or entries differ."""
-    top = Path(__file__).parents[3]
+    top = Path(__file__).parents[2]
     if not (top / ".git").exists():
         return None, None
     try:
