@@ -249,6 +249,10 @@ class Result(Strict):
         """Mean gradient or forward evaluations per image; None where not recorded."""
         return self.evaluations.per_image(kind, len(self.ids))
 
+    def covers(self, images: int, draws: int) -> bool:
+        """Tell whether it has so many images, and so many draws, or more."""
+        return len(self.ids) >= images and len(self.draws) >= draws
+
     def path(self, folder: Path) -> Path:
         """The path of this result below a `folder` of results."""
         return result_path(

@@ -26,7 +26,6 @@ from dbp_bench.result import (
     Conformance,
     EvaluationCounts,
     Predicted,
-    Provenance,
     Result,
     outcome_digest,
 )
@@ -83,7 +82,7 @@ def execute(
         AttackFailed: The attack or the defense gave numbers that can't be used.
     """
     # Checkpoints that must be fetched first are missed here, before anything is deleted.
-    identity, path = job.identity(), job.path(out)
+    identity, entries, path = job.identity(), job.entry_digests(), job.path(out)
     folder, saved = work_folder(path, out), adversarial_path(path)
     with locked(folder, what="run of this job", wait=wait):
         if not resume:
@@ -92,7 +91,7 @@ def execute(
                 old.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         held = _held(path, folder, identity, job.examples, job.draws)
-        if held and _covers(held, job.examples, job.draws):
+        if held and held.covers(job.examples, job.draws):
             if saved.is_file() or not save_adversarial:
                 return path
             # The images of all that the result holds, however few are asked for.
@@ -101,16 +100,14 @@ def execute(
             )
         data, ids = job.data(), job.track_ids[: job.examples]
         # Reads every image once: a damaged one is found before anything is attacked.
-        source = provenance(identity, job.entry_digests(), data.digest(ids))
-        first, run, pieces = (
-            job.first_images(data),
-            _Run.of(job, policy),
-            _pieces(job, identity, folder),
-        )
+        digest = data.digest(ids)
+        first = job.first_images(data)
+        run = _Run.of(job, policy)
+        pieces = _pieces(job, identity, folder)
         write_request(folder, identity)
         _complete(pieces, run, data, job.evaluations.gradient, progress or Progress())
         conformance = record(job.built, first, job.approach, memo)
-        result = _assemble(identity, job.overrides, pieces, data, conformance, source)
+        result = _assemble(identity, entries, job.overrides, pieces, data, digest, conformance)
         if save_adversarial or saved.is_file():
             write_saved(saved, identity, ids, pieces.rows("images").transpose(0, 1))
         result.write(path)
@@ -123,7 +120,7 @@ def is_complete(job: Job, out: Path) -> bool:
     if not path.is_file():
         return False
     held = Result.read(path)
-    return identity_of(held) == job.identity() and _covers(held, job.examples, job.draws)
+    return identity_of(held) == job.identity() and held.covers(job.examples, job.draws)
 
 
 def missing_gradients(job: Job, out: Path) -> int:
@@ -156,7 +153,7 @@ def _held(
     if held:
         refuse_other_request(identity, identity_of(held), path)
         larger = len(held.ids) > examples or len(held.draws) > draws
-        if larger and not _covers(held, examples, draws):
+        if larger and not held.covers(examples, draws):
             raise BadRequest(
                 f"{path} holds {len(held.ids)} images x {len(held.draws)} draws: ask for at least "
                 f"as many of both, not {examples} x {draws}, or choose another --out."
@@ -170,10 +167,6 @@ def _held(
         for group in groups:
             group.unlink()
     return held
-
-
-def _covers(held: Result, examples: int, draws: int) -> bool:
-    return len(held.ids) >= examples and len(held.draws) >= draws
 
 
 # --------------------------------------------------------------------------------- what is done
@@ -290,13 +283,24 @@ class _Run:
 
 def _assemble(
     identity: dict[str, Any],
+    entries: dict[str, str],
     overrides: list[str],
     pieces: Pieces,
     data: DataSet,
+    digest: str,
     conformance: Conformance,
-    source: Provenance,
 ) -> Result:
-    """The result of a job with this `identity`, whose `pieces` are all there."""
+    """The result of a job whose `pieces` are all there.
+
+    Args:
+        identity: That of the job.
+        entries: The sha256 of its entry files.
+        overrides: The options that were set against them.
+        pieces: What was done.
+        data: The images and labels.
+        digest: That of the images.
+        conformance: The conformance record of the defense.
+    """
     ids = [id_ for group in pieces.groups for id_ in group][: pieces.examples]
     labels, draws = data.labels_of(ids), list(range(pieces.draws))
     predicted = Predicted(
@@ -331,6 +335,6 @@ def _assemble(
             batch_size=identity["batch_size"],
             max_batch=identity["max_batch"],
         ),
-        provenance=source,
+        provenance=provenance(identity, entries, digest),
         digest=outcome_digest(ids, labels, draws, predicted),
     )

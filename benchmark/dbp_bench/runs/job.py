@@ -278,7 +278,7 @@ class Job:
                 continue
             held = Result.read(path)
             same = _measured(identity_of(held)) == _measured(self.identity())
-            if same and len(held.draws) >= self.draws and len(held.ids) >= self.examples:
+            if same and held.covers(self.examples, self.draws):
                 return path
         return None
 

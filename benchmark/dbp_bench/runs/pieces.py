@@ -140,7 +140,8 @@ class Pieces:
         """Store what is done of the group with this `index`."""
         path = _path(self.folder, index)
         state = {key: value.contiguous() for key, value in self.states[index].items()}
-        write_atomically(path, save(state, {_DIGEST: _digest(self.request, path.name, state)}))
+        digest = _digest(self.request, path.name, state)
+        write_atomically(path, save(state, {_DIGEST: digest}))
 
     @property
     def attacks_missing(self) -> int:
