@@ -8,6 +8,7 @@ import ast
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,11 +52,16 @@ def _folder(point: EntryPoint) -> Path:
 
 def _places(top: str) -> list[Path]:
     """The folders of the top-level package called `top`, if it is installed."""
-    try:
-        spec = find_spec(top)
-    except (ImportError, ValueError):
-        return []
+    spec = _spec(top)
     return [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+
+
+def _spec(top: str) -> ModuleSpec | None:
+    """Where the import system would find `top`, if anywhere."""
+    try:
+        return find_spec(top)
+    except (ImportError, ValueError):
+        return None
 
 
 # ----------------------------------------------------------------------------------- source code
@@ -145,12 +151,9 @@ def source(top: str, places: Sequence[Path], *, installed: bool = True) -> Sourc
 
 def _installed(top: str) -> tuple[str, Path] | None:
     """Name and path of the file or folder that would be imported as `top`."""
-    try:
-        spec = find_spec(top)
-    except (ImportError, ValueError):
-        return None
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        return top, Path(place)
+    for place in _places(top):
+        return top, place
+    spec = _spec(top)
     if spec and spec.origin and Path(spec.origin).suffix == ".py":
         return f"{top}.py", Path(spec.origin)
     return None

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,16 +185,9 @@ class Subject:
         if gradient == "bpda":
             purifier = StraightThrough(evaluated.purifier)
             return Defense(purifier, evaluated.classifier, (), policy, evaluated.votes, evaluated.k)
+        build = partial(self.defense, device=device, dtype=dtype, policy=policy)
         if gradient.startswith("surrogate:"):
-            shorter = {"steps": int(gradient.partition(":")[2])}
-            return self.defense(device=device, dtype=dtype, policy=policy, options=shorter)
+            return build(options={"steps": int(gradient.partition(":")[2])})
         if gradient == "declared-surrogate":
-            declared = self.surrogate
-            return self.defense(
-                device=device,
-                dtype=dtype,
-                policy=policy,
-                options=declared.options,
-                votes=declared.votes,
-            )
+            return build(options=self.surrogate.options, votes=self.surrogate.votes)
         return evaluated

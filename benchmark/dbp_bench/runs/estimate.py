@@ -130,11 +130,11 @@ def _probe(job: Job, policy: Policy) -> _Probe:
     image = stand_in(track.entry.data, 1)[0].to(device)
     free = memory.free_bytes(device)
     networks = searched.networks or defended.networks
-    found = _pass(searched, networks, image, max_batch, job.batch_size, policy, free)
-    if searched is defended:
-        own = found
-    else:
-        own = _pass(defended, defended.networks, image, max_batch, job.batch_size, policy, free)
+    measure = partial(
+        _pass, image=image, max_batch=max_batch, group=job.batch_size, policy=policy, free=free
+    )
+    found = measure(searched, networks)
+    own = found if searched is defended else measure(defended, defended.networks)
     subjects = (job.subject, *job.sources.values())
     random = [name for subject in subjects for name in subject.uncached()]
     _PROBES[key] = _Probe(found, own, tuple(dict.fromkeys(random)), free)
