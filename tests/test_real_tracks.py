@@ -582,7 +582,7 @@ def test_a_plan_without_weights_says_so(
     monkeypatch.setenv("DBP_BENCH_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr("dbp_bench.runs.estimate.MOMENT", 0.0)
     _PROBES.clear()
-    registry = Registry(instead=world.instead)
+    registry = Registry(instead=world.defenses)
     job = job_of(registry, "ddim", "cifar10-linf", steps=2)
     cost = estimate(job, tmp_path, "none")
     assert cost.random_weights == ("cifar10-ddpm-ema", "cifar10-wrn-28-10")
