@@ -94,7 +94,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str], R
     with in_two_places(top) as mine, pytest.MonkeyPatch.context() as patch:
         patch.setattr("dbp_bench.runs.estimate.MOMENT", 0.0)
         # The conformance record of the defense takes as long as these runs.
-        patch.setattr("dbp_bench.runs.execute.record", lambda _: None)
+        patch.setattr("dbp_bench.runs.execute.record", lambda *_: None)
         registry = Registry([mine], trust_code=True)
         found = {}
         for threat in PROTOCOL:
@@ -121,7 +121,7 @@ def test_the_toy_attack_runs_as_planned_at_every_threat_model(
     assert taken.gradient == [job.attacks * planned.gradient] * len(result.ids)
     assert taken.forward == [0] * len(result.ids)
     evaluated = len(result.ids) * len(result.draws) * (5 if result.knows else 2)
-    assert cost.calls == sum(taken.gradient) * taken.searched_nfe + evaluated * taken.nfe
+    assert cost.nfe == sum(taken.gradient) * taken.searched_nfe + evaluated * taken.nfe
     assert (result.label, result.setting, result.gradient) == (label, None, "exact")
     assert result.effort == {"steps": 3, "step_size": 0.25, "eot": 2, "decay": 1.0}
 

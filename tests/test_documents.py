@@ -171,7 +171,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DBP_BENCH_CACHE", str(tmp_path / "cache"))
     # Made by every run, and tested elsewhere.
     none = Conformance(checks={}, gradient=None)
-    monkeypatch.setattr("dbp_bench.runs.execute.record", lambda _: none)
+    monkeypatch.setattr("dbp_bench.runs.execute.record", lambda *_: none)
     for defense in ("none", "ddpm", "addt"):
         folder = Path("results/digits-linf") / defense
         for path in (TOP / folder).glob("*/pgd/seed-0.json"):
@@ -184,7 +184,7 @@ def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """A track of 8 images, and code that counts as released."""
     ids = dbp_bench.data.split_ids("digits", "test")[:8]
     monkeypatch.setattr(dbp_bench.data, "split_ids", lambda *_: list(ids))
-    monkeypatch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
+    monkeypatch.setattr("dbp_bench.provenance._git", lambda: (None, None))
 
 
 def arguments(command: str) -> list[str]:

@@ -66,9 +66,9 @@ def job_of(registry: Registry, threat: str, attack: str | None, eps: float | Non
 
 
 def check_plan(job: Job, out: Path, monkeypatch: pytest.MonkeyPatch, *, reached: bool) -> None:
-    """A run takes the evaluations and network calls of its plan; at most, where a bound is told."""
+    """A run takes the evaluations and NFE of its plan; at most, where a bound is told."""
     monkeypatch.setattr("dbp_bench.runs.estimate.MOMENT", 0.0)
-    monkeypatch.setattr("dbp_bench.runs.execute.record", lambda _: None)
+    monkeypatch.setattr("dbp_bench.runs.execute.record", lambda *_: None)
     cost = estimate(job, out, "none")
     result = Result.read(execute(job, out, policy="none"))
     planned, taken = job.evaluations, result.evaluations
@@ -79,7 +79,7 @@ def check_plan(job: Job, out: Path, monkeypatch: pytest.MonkeyPatch, *, reached:
     images = len(result.ids)
     if job.sources:  # whose evaluations are not the victim's
         assert taken.gradient == taken.forward == [0] * images
-        assert cost.calls == images * job.attacks * (planned.gradient + planned.forward) * calls_of(
+        assert cost.nfe == images * job.attacks * (planned.gradient + planned.forward) * calls_of(
             job
         ) + evaluated(result)
         return
@@ -88,18 +88,18 @@ def check_plan(job: Job, out: Path, monkeypatch: pytest.MonkeyPatch, *, reached:
         assert max(each) <= limit
         assert each == [limit] * images or not (planned.exact or reached)
     calls = (sum(taken.gradient) + sum(taken.forward)) * taken.searched_nfe + evaluated(result)
-    assert calls <= cost.calls
-    assert calls == cost.calls or not (planned.exact or reached)
+    assert calls <= cost.nfe
+    assert calls == cost.nfe or not (planned.exact or reached)
 
 
 def evaluated(result: Result) -> int:
-    """Network calls that evaluate the images."""
+    """NFE of the evaluations of the images."""
     kinds = 5 if result.knows else 2
     return len(result.ids) * len(result.draws) * kinds * result.evaluations.nfe
 
 
 def calls_of(job: Job) -> int:
-    """Network calls of one evaluation of the only source of a `job`."""
+    """NFE of one evaluation of the only source of a `job`."""
     (source,) = job.sources.values()
     steps = source.setting.options.get("steps", 0)
     assert isinstance(steps, int)
@@ -279,7 +279,7 @@ def test_a_plan_counts_the_calls_of_a_source(tmp_path: Path, source: str, calls:
     cost = estimate(job, tmp_path, "none")
     # Square takes two evaluations at two draws for its query and for its end; where nothing is
     # hidden, three. The base classifier calls no purifier. Two evaluations of the images follow.
-    assert cost.calls == calls + 2 * 10
+    assert cost.nfe == calls + 2 * 10
     assert cost.at_most == (source == "none")
 
 

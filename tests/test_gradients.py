@@ -12,12 +12,13 @@ from torch import Tensor
 
 from dbp_bench.checks import gradients
 from dbp_bench.checks.conformance import difference_errors
-from dbp_bench.checks.gradients import FLOOR, Findings, cosines, measure, quick
+from dbp_bench.checks.gradients import FLOOR, Findings, cosines, measure
+from dbp_bench.checks.record import record
 from dbp_bench.defense import Defense, Identity, Purifier, StraightThrough
 from dbp_bench.entries.registry import Registry
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import FORWARD, Noise, Tape
-from dbp_bench.result import Result
+from dbp_bench.result import GradientCheck, Result
 from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Job, Overrides, resolve
 from own_entries import folder, toy_defense
@@ -298,6 +299,11 @@ def job(
     )
 
 
+def quick(asked: Job) -> GradientCheck | None:
+    """The gradient check in the conformance record of a run."""
+    return record(asked.built, asked.first_images(asked.data()), asked.approach).gradient
+
+
 def test_the_quick_check_compares_the_attack_s_gradient_with_the_exact_one() -> None:
     cosine: dict[str, list[float | None]] = {}
     for kind in ("exact", "bpda", "surrogate:5"):
@@ -316,10 +322,10 @@ def test_the_quick_check_compares_the_attack_s_gradient_with_the_exact_one() -> 
 
 def test_every_run_stores_a_quick_check(tmp_path: Path) -> None:
     asked = job("bpda", "oneshot", effort={"steps": 1, "eot": 1})
-    record = Result.read(execute(asked, tmp_path)).conformance
-    assert record is not None
-    assert record.gradient is not None
-    assert record.gradient == quick(asked)
+    made = Result.read(execute(asked, tmp_path)).conformance
+    assert made is not None
+    assert made.gradient is not None
+    assert made.gradient == quick(asked)
 
 
 def test_the_quick_check_depends_on_the_request_alone() -> None:

@@ -176,7 +176,7 @@ def test_work_of_another_group_is_done_again(unfinished: Path, run: tuple[Path, 
 def test_images_outside_the_ball_are_made_again_whatever_the_digest_says(
     unfinished: Path, run: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dbp_bench.runs.execute._digest", lambda *_: "forged")
+    monkeypatch.setattr("dbp_bench.runs.pieces._digest", lambda *_: "forged")
     for path in _groups(unfinished):
         tensors = load_file(path)
         tensors["images/0"] = torch.ones_like(tensors["images/0"])

@@ -391,7 +391,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     folder = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DBP_BENCH_CACHE", str(folder / "cache"))
-        patch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
+        patch.setattr("dbp_bench.provenance._git", lambda: (None, None))
         for package, files in (("robustbench", _ROBUSTBENCH), ("timm", _TIMM), ("torchvision", {})):
             for name, text in {"__init__.py": "", **files}.items():
                 path = folder / "site" / package / name
@@ -469,7 +469,7 @@ def every_data_set() -> list[Any]:
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs make no conformance record, which is many passes; other tests are about it."""
     empty = Conformance(checks={}, gradient=None)
-    monkeypatch.setattr("dbp_bench.runs.execute.record", lambda _: empty)
+    monkeypatch.setattr("dbp_bench.runs.execute.record", lambda *_: empty)
 
 
 @pytest.mark.parametrize(("name", "track", "attack", "gradient"), every_data_set())
@@ -548,7 +548,7 @@ def test_a_plan_counts_the_calls_of_the_run(
     assert counts.gradient == [2] * IMAGES
     assert counts.searched_nfe is not None
     # Two steps, and clean and adversarial images evaluated at one draw.
-    assert cost.calls == 2 * IMAGES * (counts.searched_nfe + counts.nfe)
+    assert cost.nfe == 2 * IMAGES * (counts.searched_nfe + counts.nfe)
 
 
 @pytest.mark.parametrize(
@@ -582,11 +582,11 @@ def test_a_plan_without_weights_says_so(
     monkeypatch.setenv("DBP_BENCH_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr("dbp_bench.runs.estimate.MOMENT", 0.0)
     _PROBES.clear()
-    registry = Registry(instead=world.instead)
+    registry = Registry(instead=world.defenses)
     job = job_of(registry, "ddim", "cifar10-linf", steps=2)
     cost = estimate(job, tmp_path, "none")
     assert cost.random_weights == ("cifar10-ddpm-ema", "cifar10-wrn-28-10")
-    assert cost.calls == 3 * IMAGES * (2 + 2)
+    assert cost.nfe == 3 * IMAGES * (2 + 2)
     assert cost.seconds > 0
     with pytest.raises(BadWeights, match="Run: dbp-bench weights fetch cifar10-wrn-28-10"):
         execute(job, tmp_path / "out")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dbp_bench.provenance import device_name
 from dbp_bench.result import Kind, Predicted, Result
 from dbp_bench.runs import replay
-from dbp_bench.runs.provenance import device_name
 from dbp_bench.runs.replay import Comparison, Difference, compare, same_machine
 
 FIXTURE = Path(__file__).parent / "results/schema-2-known.json"

@@ -17,12 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dbp_bench import evaluate
+from dbp_bench.checks.record import Memo, record
 from dbp_bench.data import load_data
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import AttackFailed, BadRequest, BadWeights
 from dbp_bench.evaluate import Attacked
 from dbp_bench.memory import Policy
-from dbp_bench.result import Conformance, Result, json_schema, write_atomically
+from dbp_bench.result import Result, json_schema, write_atomically
 from dbp_bench.runs import execute as runner
 from dbp_bench.runs.execute import Progress, execute
 from dbp_bench.runs.job import Job, Overrides, resolve
@@ -60,27 +61,20 @@ def job(
 @pytest.fixture(autouse=True)
 def _no_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of the checkout is recorded, and may change while the tests run."""
-    monkeypatch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
+    monkeypatch.setattr("dbp_bench.provenance._git", lambda: (None, None))
 
 
 @pytest.fixture(scope="module")
-def records() -> dict[str, Conformance]:
-    """The conformance record of every request so far."""
-    return {}
+def memo() -> Memo:
+    """The conformance records of all tests: they are functions of the request."""
+    return Memo()
 
 
 @pytest.fixture(autouse=True)
-def _one_record_each(monkeypatch: pytest.MonkeyPatch, records: dict[str, Conformance]) -> None:
-    """The conformance record is a function of the request: it is made once for each."""
-    from dbp_bench.checks.record import record as make
-
-    def record(asked: Job) -> Conformance:
-        key = json.dumps(asked.identity())
-        if key not in records:
-            records[key] = make(asked)
-        return records[key]
-
-    monkeypatch.setattr(runner, "record", record)
+def _one_record_each(monkeypatch: pytest.MonkeyPatch, memo: Memo) -> None:
+    monkeypatch.setattr(
+        runner, "record", lambda build, group, approach, _: record(build, group, approach, memo)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -239,10 +233,12 @@ def test_stopped_at_every_piece_of_work(
             if count > k:
                 raise Killed
 
-        monkeypatch.setattr(runner, "write_atomically", stop)
+        for module in ("pieces", "saved"):
+            monkeypatch.setattr(f"dbp_bench.runs.{module}.write_atomically", stop)
         with pytest.raises(Killed):
             execute(asked, out, save_adversarial=True)
-        monkeypatch.setattr(runner, "write_atomically", write)
+        for module in ("pieces", "saved"):
+            monkeypatch.setattr(f"dbp_bench.runs.{module}.write_atomically", write)
         assert not asked.path(out).exists()
         started: list[int] = []
         progress = Progress(start=started.append)
@@ -250,8 +246,8 @@ def test_stopped_at_every_piece_of_work(
         assert path.read_bytes() == once(asked)
         assert adversarial_path(path).is_file()
         # Attacks, of 4 x 2 gradient evaluations each, and evaluations take turns.
-        pieces = min(max(0, k - (when == "before")), PIECES)
-        assert started == [(PIECES // 2 - (pieces + 1) // 2) * 4 * 2]
+        there = min(max(0, k - (when == "before")), PIECES)
+        assert started == [(PIECES // 2 - (there + 1) // 2) * 4 * 2]
 
 
 def test_stopped_within_a_piece_of_work(
@@ -288,16 +284,16 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 STOPS_ITSELF = """
 import os, signal, sys
 from dbp_bench.cli import main
-from dbp_bench.runs import execute
+from dbp_bench.runs import pieces
 
-write, number = execute.write_atomically, signal.Signals[sys.argv.pop(1)]
+write, number = pieces.write_atomically, signal.Signals[sys.argv.pop(1)]
 
 def write_and_stop(path, content):
     write(path, content)
     if path.name.startswith("group-"):
         os.kill(os.getpid(), number)
 
-execute.write_atomically = write_and_stop
+pieces.write_atomically = write_and_stop
 signal.signal(signal.SIGINT, signal.default_int_handler)  # A job in the background ignores it.
 main()
 """

@@ -62,7 +62,7 @@ def _small_and_clean() -> Iterator[None]:
     """A track of 8 images, and code that counts as released."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dbp_bench.data, "split_ids", lambda *_: list(IDS))
-        patch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
+        patch.setattr("dbp_bench.provenance._git", lambda: (None, None))
         patch.setattr(sys, "path", list(sys.path))
         yield
 
@@ -825,7 +825,7 @@ def test_the_conformance_record_is_made_again(
 ) -> None:
     """A record that was edited by hand says nothing."""
     monkeypatch.setattr(
-        again, "record", lambda _: Conformance(checks={"replays": "no"}, gradient=None)
+        again, "record", lambda *_: Conformance(checks={"replays": "no"}, gradient=None)
     )
     path = forged(made, tmp_path, lambda _: None)
     assert "its conformance record, made again, says: replays: no." in refused(path, how)

@@ -45,7 +45,7 @@ settings:
 
 @pytest.fixture(autouse=True)
 def _no_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
+    monkeypatch.setattr("dbp_bench.provenance._git", lambda: (None, None))
 
 
 ENTRY["factory"] = Registry().defense("gradual").entry.factory

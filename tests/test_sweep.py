@@ -1,6 +1,7 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,18 +36,10 @@ def swept(
     examples: int = 40,
     draws: int | None = None,
 ) -> Sweep:
+    names = (registry or Registry(), "digits-linf", defense, threat)
+    one = partial(resolve, *names, seed=0, device="cpu")
     overrides = Overrides(examples=examples, draws=draws, batch_size=20)
-    return plan(
-        registry or Registry(),
-        "digits-linf",
-        defense,
-        threat,
-        None,
-        *parse(text),
-        seed=0,
-        device="cpu",
-        overrides=overrides,
-    )
+    return plan(one, None, overrides, *parse(text))
 
 
 # ------------------------------------------------------------------------------- the request
@@ -209,17 +202,8 @@ def test_zero_gradients() -> None:
 
 
 def compared(black: str, attack: str | None = None) -> Sweep:
-    return against(
-        Registry(),
-        "digits-linf",
-        "ddpm",
-        "eot",
-        attack,
-        black,
-        seed=0,
-        device="cpu",
-        overrides=Overrides(examples=40, draws=3),
-    )
+    one = partial(resolve, Registry(), "digits-linf", "ddpm", "eot", seed=0, device="cpu")
+    return against(one, attack, Overrides(examples=40, draws=3), black)
 
 
 def test_a_black_box_that_does_better() -> None:

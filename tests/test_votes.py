@@ -305,7 +305,7 @@ def job(registry: Registry, **changes: Any) -> Job:
 
 
 def test_an_entry_says_how_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dbp_bench.runs.provenance._git", lambda: (None, None))
+    monkeypatch.setattr("dbp_bench.provenance._git", lambda: (None, None))
     once = entries(tmp_path / "once")
     same = entries(tmp_path / "same", votes=1)
     thrice = entries(tmp_path / "thrice", votes=3)

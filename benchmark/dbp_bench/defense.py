@@ -1,4 +1,4 @@
-"""What is attacked: a purifier, which draws noise, followed by a classifier, which does not."""
+"""A defense is a purifier, which draws noise, followed by a classifier, which does not."""
 
 from collections.abc import Iterable, Mapping
 from math import log
@@ -95,7 +95,7 @@ class Defense:
 
     @property
     def decided_by_logits(self) -> bool:
-        """Whether the class is that of the largest logit, and the logits tell right from wrong."""
+        """True where the class is that of the largest logit: logits tell right from wrong."""
         return self.votes == 1
 
     def logits(self, images: Tensor, noise: Noise) -> Tensor:

@@ -1,4 +1,4 @@
-"""What goes wrong for reasons a user can mend. Each message is one line that says what would do."""
+"""Errors that a user can mend. Each message is one line that says what would do."""
 
 import re
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ def plain(text: str) -> str:
 
 
 def brief(value: object, longest: int = 120) -> str:
-    """How `value` is written in Python, cut where it is long."""
+    """The text of `value` in Python, cut where it is long."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # deeply nested, or a number of too many digits

@@ -29,7 +29,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Attacked:
-    """What an attack found, and how many evaluations it took."""
+    """The images that an attack found, and how many evaluations it took."""
 
     images: Tensor
     """``(b, c, h, w)``, inside the budget and [0, 1]."""
@@ -38,9 +38,9 @@ class Attacked:
     forward: Tensor
     """``(b,)``: forward evaluations of each image."""
     nonzero: Tensor
-    """``(b,)``: whether any gradient was not zero."""
+    """``(b,)``: true where any gradient was not zero."""
     verdict: Tensor | None = None
-    """``(b,)``: whether the attack itself calls each robust; it decides nothing."""
+    """``(b,)``: true where the attack itself calls the image robust; it decides nothing."""
 
 
 def attack(

@@ -1,4 +1,4 @@
-"""What a purification keeps for a gradient, and shows of its way; never what it computes."""
+"""Decides what a purification keeps for a gradient, and shows its way; never what it computes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,7 +19,7 @@ Policy = Literal["auto", "none", "step"]
 
 @dataclass(slots=True)
 class CallCounter:
-    """How many images passed through a defense's denoising networks."""
+    """The number of images that passed through a defense's denoising networks."""
 
     images: int = 0
     paused: bool = False
@@ -66,7 +66,7 @@ STATES_PER_BUFFER = 8
 
 
 class State(NamedTuple):
-    """Where a reverse step ended, and where the forward process was at the same noise level."""
+    """The end of a reverse step, and the forward process at the same noise level."""
 
     level: int
     """The integer noise level; 0 is the clean image. Where levels aren't integers, steps left."""
@@ -297,7 +297,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether `error` is an allocation that failed, on a GPU or on the processor."""
+    """Tell whether `error` is an allocation that failed, on a GPU or on the processor."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     # torch has no class for a failure on the processor.

@@ -78,12 +78,7 @@ class Tape:
 
     def repeat(self, copies: int) -> "Tape":
         """Each row `copies` times in a row, with the same draw."""
-        return Tape(
-            self.seed,
-            self.owner,
-            self.ids.repeat_interleave(copies),
-            self.draws.repeat_interleave(copies),
-        )
+        return self[torch.arange(len(self.ids)).repeat_interleave(copies)]
 
     def __getitem__(self, rows: Tensor) -> "Tape":
         """The tape of some of the rows (an index or a mask)."""
@@ -158,11 +153,13 @@ class CachedTape:
 
     def repeat(self, copies: int) -> "CachedTape":
         """Each row `copies` times in a row, with the same draw; shares the cache."""
-        return self._of(self._rows.repeat_interleave(copies))
+        return self[torch.arange(len(self._rows)).repeat_interleave(copies)]
 
     def __getitem__(self, rows: Tensor) -> "CachedTape":
         """The tape of some of the rows (an index or a mask); shares the cache."""
-        return self._of(self._rows[rows])
+        part = CachedTape(self._tape, self._rows[rows])
+        part._held = self._held
+        return part
 
     def normal(self, site: Site, step: int, like: Tensor) -> Tensor:
         """Standard normal noise, shaped, typed and placed like `like` ``(b, ...)``."""
@@ -177,11 +174,6 @@ class CachedTape:
             self._held[key] = self._tape.normal(site, step, whole)
         # A copy: a purifier may change in place what it was given.
         return self._held[key][self._rows.to(like.device)]
-
-    def _of(self, rows: Tensor) -> "CachedTape":
-        part = CachedTape(self._tape, rows)
-        part._held = self._held
-        return part
 
 
 CACHE_BYTES = 256 << 20
@@ -423,7 +415,7 @@ def _quarters(words: Any, xp: ModuleType) -> Any:
 
 
 def _int32(bits: Any, xp: ModuleType) -> Any:
-    """What :func:`_halves` gave, as int32 with the same bits."""
+    """The answer of :func:`_halves` as int32 with the same bits."""
     return bits.to(torch.int32) if xp is torch else bits.view(np.int32)
 
 

@@ -31,7 +31,7 @@ Classes = list[list[int]]
 """Predicted classes: one row per image, one column per draw."""
 
 Right = npt.NDArray[np.bool_]
-"""Whether the defense is right: image x draw, or image x known draw x fresh draw."""
+"""True where the defense is right: image x draw, or image x known draw x fresh draw."""
 
 
 class Predicted(Strict):
@@ -50,7 +50,7 @@ class Predicted(Strict):
 
 
 class EvaluationCounts(Strict):
-    """How often the attack evaluated what it searched in, and what one evaluation takes."""
+    """The evaluations of what the attack searched in, and the NFE of one."""
 
     gradient: list[int] | int | None
     """Gradient evaluations of each image, all of its attacks together. One number is the sum over
@@ -58,10 +58,9 @@ class EvaluationCounts(Strict):
     forward: list[int] | int | None
     """Forward evaluations by the attack without a gradient, counted likewise."""
     nfe: int = Field(ge=0)
-    """Calls of the denoising networks in one purification by the defense (NFE)."""
+    """NFE of the defense: calls of its denoising networks in one purification."""
     searched_nfe: int | None = Field(ge=0)
-    """Calls of the denoising networks in one purification by what the attack searched in. Null is
-    not recorded."""
+    """NFE of what the attack searched in. Null is not recorded."""
 
     def per_image(self, kind: Literal["gradient", "forward"], images: int) -> float | None:
         """Mean evaluations of `kind` per image, of so many `images`; None where not recorded."""
@@ -75,14 +74,14 @@ class GradientCheck(Strict):
 
     ids: list[int]
     difference_errors: list[float | None]
-    """How far the exact gradient is off from central finite differences, relative to their size;
+    """The distance of the exact gradient from central finite differences, relative to their size;
     at least 1e-6 is written. Null where it is zero, or there is none."""
     cosine: list[float | None]
     """The cosine of the attack's kind of gradient with the exact one. Null where one is zero."""
 
 
 class Conformance(Strict):
-    """What the short conformance checks found in the defense."""
+    """The findings of the short conformance checks of the defense."""
 
     checks: dict[str, str]
     """By the check's name, "pass" or the reason why it failed."""
@@ -91,7 +90,7 @@ class Conformance(Strict):
 
 
 class Arithmetic(Strict):
-    """What shapes the rounding of floating-point sums."""
+    """The settings that shape the rounding of floating-point sums."""
 
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "float64"]
@@ -102,13 +101,13 @@ class Arithmetic(Strict):
 
 
 class Provenance(Strict):
-    """Where the numbers come from."""
+    """The origin of the numbers."""
 
     dbp_bench: str
     commit: str | None
     """The commit of the checkout that the code ran from; null where there is none."""
     dirty: bool | None
-    """Whether that checkout had changes that were not committed."""
+    """True where that checkout had changes that were not committed."""
     packages: dict[str, str]
     python: str
     device_name: str
@@ -140,7 +139,7 @@ class Result(Strict):
     eps: float = Field(ge=0)
     """The budget of this run, in [0, 1] pixel units; 0 for the null attack."""
     sites: list[str]
-    """Where the defense draws noise."""
+    """The sites at which the defense draws noise."""
     knows: list[str]
     """Sites whose victim draws the attacker was shown; all of them is DW-box."""
     effort: dict[str, Any]
@@ -153,8 +152,8 @@ class Result(Strict):
     """The defense's options on this track; with `votes` where several decide, and with `resize`
     where the purifier takes images of another size."""
     surrogate: dict[str, Any] | None = None
-    """What the attack differentiated in place of the defense: the options and votes that its entry
-    declares. Null, and not written, where the gradient isn't declared-surrogate."""
+    """The options and votes of the surrogate that the attack differentiated, as the defense's entry
+    declares them. Null, and not written, where the gradient isn't declared-surrogate."""
     overrides: list[str]
     """The fields that were set on the command line against the entries."""
     ids: list[int] = Field(min_length=1)
@@ -226,7 +225,7 @@ class Result(Strict):
 
     @property
     def classes_recorded(self) -> bool:
-        """Whether every predicted class is known, so that votes over classes can be counted."""
+        """True where every predicted class is known, so that votes over classes can be counted."""
         return NOT_RECORDED not in self._all_classes()
 
     def classes(self, kind: Kind) -> npt.NDArray[np.int64]:
@@ -241,7 +240,7 @@ class Result(Strict):
         return np.array(table, dtype=np.int64)
 
     def right(self, kind: Kind) -> Right:
-        """Whether each prediction is right, in the shape of :meth:`classes`."""
+        """True where a prediction is right, in the shape of :meth:`classes`."""
         classes = self.classes(kind)
         labels = np.array(self.labels).reshape(-1, *[1] * (classes.ndim - 1))
         return np.asarray(classes == labels)
@@ -250,8 +249,12 @@ class Result(Strict):
         """Mean gradient or forward evaluations per image; None where not recorded."""
         return self.evaluations.per_image(kind, len(self.ids))
 
+    def covers(self, images: int, draws: int) -> bool:
+        """Tell whether it has so many images, and so many draws, or more."""
+        return len(self.ids) >= images and len(self.draws) >= draws
+
     def path(self, folder: Path) -> Path:
-        """Where this result lies below a `folder` of results."""
+        """The path of this result below a `folder` of results."""
         return result_path(
             folder, self.track, self.defense, self.threat, self.label, seed=self.seed
         )
@@ -331,14 +334,14 @@ def json_schema() -> dict[str, Any]:
 
 
 def attack_label(attack: str, setting: str | None) -> str:
-    """How paths and tables name an attack: by its named setting, or by the attack itself."""
+    """The name of an attack in paths and tables: its named setting, or the attack itself."""
     return setting or attack.replace(":", "-")
 
 
 def result_path(
     folder: Path, track: str, defense: str, threat: str, label: str, *, seed: int
 ) -> Path:
-    """Where a result lies below the folder of results; `label` is that of the attack."""
+    """The path of a result below the folder of results; `label` is that of the attack."""
     return folder / track / defense / threat / label / f"seed-{seed}.json"
 
 

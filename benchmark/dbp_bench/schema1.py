@@ -11,7 +11,7 @@ NOT_RECORDED = -2
 
 
 class _NetworkCalls(Strict):
-    """Calls of the denoising networks, each image of a batch counted."""
+    """NFE of the whole run, each image of a batch counted."""
 
     per_purification: int
     gradient: int
@@ -136,7 +136,7 @@ def _attack(old: Schema1) -> tuple[str, str | None, dict[str, Any]]:
 
 
 def _took_no_gradient(old: Schema1) -> bool:
-    """Whether an attack that might follow a gradient never took one, such as a package's Square.
+    """Tell whether an attack that might follow a gradient took none, such as a package's Square.
 
     A run stops where every gradient is zero; so if no image met another, none was taken.
     """
@@ -144,7 +144,7 @@ def _took_no_gradient(old: Schema1) -> bool:
 
 
 def _evaluations(old: Schema1, gradient: str | None) -> dict[str, int | None]:
-    """Evaluations from network calls, exact where what was searched is the defense itself.
+    """Evaluations from the NFE of the run, exact where what was searched is the defense itself.
 
     A defense without a network leaves no count, and a search in a surrogate none that can be told
     apart. A transfer attack never calls the defense, which leaves none to count.

@@ -1,4 +1,4 @@
-"""Who knows what: the budget of a perturbation, and the view of a defense that an attacker has.
+"""The budget of a perturbation, and the view that an attacker has of a defense.
 
 A stochastic white-box attacker knows the defense but none of its draws and averages over guesses
 (EoT); a DW-box attacker knows every draw, which makes the defense deterministic (arXiv 2404.14309,
@@ -186,6 +186,19 @@ def budget(norm: Norm, eps: float) -> Budget:
     return Linf(eps) if norm == "linf" else L2(eps)
 
 
+SLACK = 1e-6
+"""By how much rounding in float32 may leave a budget."""
+
+
+def is_inside(ball: Budget, images: Tensor, clean: Tensor) -> bool:
+    """Tell whether all `images` are inside the ball around the `clean` ones and in [0, 1].
+
+    NaN is not.
+    """
+    inside = bool(((images >= 0) & (images <= 1)).all())
+    return inside and float(ball.size(images - clean).max()) <= ball.eps + SLACK
+
+
 @dataclass(frozen=True, slots=True)
 class Revealed:
     """An attacker's noise: the victim's own draws at `sites`, a guess everywhere else."""
@@ -226,22 +239,27 @@ class AttackLog:
         self.forward = torch.zeros(images, dtype=torch.int64)
         """Forward evaluations ``(images,)``: those without a gradient."""
         self.nonzero = torch.zeros(images, dtype=torch.bool)
-        """Whether any gradient was not zero, ``(images,)``."""
+        """True where any gradient was not zero, ``(images,)``."""
         self.verdict: Tensor | None = None
-        """Whether the attack itself calls each robust, ``(images,)``; None where it gives none."""
+        """True where the attack itself calls each robust, ``(images,)``; None if it doesn't say."""
         self._whole, self._rows = whole, rows
 
-    def note(self, *, gradient: int = 0, forward: int = 0, nonzero: Tensor | bool = False) -> None:
-        """Add evaluations that every image of this log took part in."""
-        rows = torch.arange(len(self.gradient))
-        self._note(rows, gradient, forward, torch.as_tensor(nonzero).cpu())
-
-    def _note(self, rows: Tensor, gradient: int, forward: int, nonzero: Tensor) -> None:
+    def note(
+        self,
+        *,
+        gradient: int = 0,
+        forward: int = 0,
+        nonzero: Tensor | bool = False,
+        rows: Tensor | slice = slice(None),
+    ) -> None:
+        """Add evaluations that the images in `rows` took part in; all of this log, if not given."""
+        nonzero = torch.as_tensor(nonzero).cpu()
         self.gradient[rows] += gradient
         self.forward[rows] += forward
         self.nonzero[rows] |= nonzero
         if self._whole is not None and self._rows is not None:
-            self._whole._note(self._rows[rows], gradient, forward, nonzero)
+            rows = self._rows[rows]
+            self._whole.note(gradient=gradient, forward=forward, nonzero=nonzero, rows=rows)
 
 
 class AttackerView:
@@ -284,12 +302,12 @@ class AttackerView:
 
     @property
     def deterministic(self) -> bool:
-        """Whether nothing is left to guess: every draw gives the same logits."""
+        """True where nothing is left to guess: every draw gives the same logits."""
         return self._knows == self._defense.sites
 
     @property
     def decided_by_logits(self) -> bool:
-        """Whether logits tell right from wrong.
+        """True where logits tell right from wrong.
 
         Logits of a defense that votes do not: an image that they call wrong may still have the
         majority, so no image is finished by them.
@@ -438,29 +456,29 @@ class AttackerView:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What decides, beside its options, how many evaluations an attack takes and if it fits."""
+    """All that decides, beside its options, how many evaluations an attack takes and if it fits."""
 
     hidden: bool
-    """Whether some draw is hidden, so that the attacker has to guess."""
+    """True where some draw is hidden, so that the attacker has to guess."""
     norm: Norm = "linf"
     eps: float = 0.0
     classes: int = 10
     sources: Mapping[str, bool] = field(default_factory=dict)
     """Other defenses that the attack searches in, and whether they draw noise."""
     gradient: str = "exact"
-    """What is differentiated: ``exact``, ``bpda``, ``surrogate:N`` or ``declared-surrogate``."""
+    """The kind of gradient: ``exact``, ``bpda``, ``surrogate:N`` or ``declared-surrogate``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluations:
-    """How often an attack evaluates the defense for one image."""
+    """The evaluations of a defense that an attack takes for one image."""
 
     gradient: int
     """Gradient evaluations: one backward pass of one image and draw through the whole defense."""
     forward: int
     """Forward evaluations, without a gradient."""
     exact: bool
-    """Whether it takes exactly so many; otherwise, at most so many."""
+    """True where it takes exactly so many; otherwise, it takes at most so many."""
 
     def __add__(self, other: "Evaluations") -> "Evaluations":
         """The evaluations of two attacks in turn."""
@@ -487,11 +505,11 @@ class Attack(Protocol):
         ...
 
     def evaluations(self, setup: Setup) -> Evaluations:
-        """How many evaluations one image takes, known beforehand or bounded from above."""
+        """The evaluations that one image takes, known beforehand or bounded from above."""
         ...
 
     def unfit(self, setup: Setup) -> str | None:
-        """Why the attack cannot run in this setup, and what would do; None where it can."""
+        """Say why the attack cannot run in this setup, and what would do; None where it can."""
         ...
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 import torch
 
-from dbp_bench.runs.provenance import device_name
+from dbp_bench.provenance import device_name
 from speed import digits, network, precision, taped
 from speed.contenders import T_STAR
 from speed.network import Setting

@@ -19,9 +19,9 @@ from dbp_bench.declaration import parse_json
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, did_you_mean
 from dbp_bench.evaluate import Group
+from dbp_bench.provenance import provenance
 from dbp_bench.result import Provenance, write_atomically
 from dbp_bench.runs.job import Job, Overrides, refuse_other_request, resolve
-from dbp_bench.runs.provenance import provenance
 from dbp_bench.writing import locked
 
 _BASE = "eot"
@@ -190,4 +190,4 @@ def _target(job: Job, store: Pieces) -> tuple[Target, Provenance]:
         groups.append(Group(images, labels, part))
     name, defense = job.subject.name, job.defense()
     target = Target(name, defense, groups, job.budget(), job.seed, job.max_batch, store)
-    return target, provenance(job, data.digest(ids))
+    return target, provenance(job.identity(), job.entry_digests(), data.digest(ids))

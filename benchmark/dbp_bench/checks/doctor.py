@@ -30,8 +30,8 @@ from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import DbpError
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import FORWARD, VICTIM, Tape
+from dbp_bench.provenance import device_name
 from dbp_bench.result import write_atomically
-from dbp_bench.runs.provenance import device_name
 from dbp_bench.weights import files as weight_files
 
 GOLDEN = weight_files.ASSETS / "golden.json"

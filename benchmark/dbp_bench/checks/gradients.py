@@ -19,8 +19,6 @@ from dbp_bench.errors import BadRequest
 from dbp_bench.evaluate import Group
 from dbp_bench.noise import Tape
 from dbp_bench.reporting.statistics import Bootstrap, Estimate
-from dbp_bench.result import GradientCheck
-from dbp_bench.runs.job import Job
 from dbp_bench.threat import AttackerView, Objective
 
 COUNTS = (1, 10, 64)
@@ -30,7 +28,7 @@ FLOOR = 1e-6
 """The smallest error that a quick check writes down: below, rounding decides."""
 
 _OWNER = "gradients"
-_QUICK_IMAGES, _QUICK_DIRECTIONS = 2, 3
+_QUICK_DIRECTIONS = 3
 
 
 # --------------------------------------------------------------------------------- what is measured
@@ -243,32 +241,22 @@ def _group(subject: Subject, ids: Sequence[int], device: str) -> Group:
 # --------------------------------------------------------------------------------------- of a run
 
 
-def quick(job: Job) -> GradientCheck | None:
-    """The gradient check that a run of `job` stores: two images of its track, at one draw.
+def quick_errors(exact: Defense, images: Tensor) -> list[float | None]:
+    """The error of each exact gradient, as a run stores it, for float64 `images`."""
+    errors = difference_errors(exact, images, _QUICK_DIRECTIONS)
+    return [None if e is None else float(f"{max(e, FLOOR):.2g}") for e in errors]
 
-    It is a function of the request alone, not of how many images or draws are asked for. None where
-    the attack follows no gradient. A defense that cannot run in float64, or that has no gradient,
-    leaves blanks: whether that matters, the attack decides.
+
+def quick_cosines(
+    exact: Defense, searched: Defense, group: Group, loss: str, seed: int, max_batch: int
+) -> list[float | None]:
+    """The cosine of the gradient that an attack follows with the exact one, at one draw.
+
+    It is None where one of them is zero. `loss` is cross-entropy where there is none of that name.
     """
-    if job.search.gradient is None:
-        return None
-    ids = job.track_ids[:_QUICK_IMAGES]
-    blank: list[float | None] = [None] * len(ids)
-    group = _group(job.subject, ids, job.device)
-    try:
-        exact = job.defense(dtype=torch.float64)
-        errors = difference_errors(exact, group.images, _QUICK_DIRECTIONS)
-    except Exception:  # An author's code may raise anything; it has run in float32.
-        return GradientCheck(ids=ids, difference_errors=blank, cosine=blank)
-    difference = [None if e is None else float(f"{max(e, FLOOR):.2g}") for e in errors]
-    objective = OBJECTIVES.get(str(job.search.effort.get("loss")), OBJECTIVES["ce"])
-    try:
-        searched = job.searched(exact, dtype=torch.float64)
-        (a,), (b,) = (
-            _means(defense, group, objective, [1], 0, job.seed, job.max_batch)
-            for defense in (searched, exact)
-        )
-        cosine = [None if c != c else round(c, 4) for c in cosines(a, b).tolist()]
-    except Exception:
-        cosine = blank
-    return GradientCheck(ids=ids, difference_errors=difference, cosine=cosine)
+    objective = OBJECTIVES.get(loss, OBJECTIVES["ce"])
+    (a,) = _means(exact, group, objective, [1], 0, seed, max_batch)
+    b = a
+    if searched is not exact:
+        (b,) = _means(searched, group, objective, [1], 0, seed, max_batch)
+    return [None if c != c else round(c, 4) for c in cosines(a, b).tolist()]

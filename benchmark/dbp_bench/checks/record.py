@@ -6,20 +6,22 @@ attacked and what was evaluated are known to be the same program. ``dbp-bench ch
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from dbp_bench.checks.conformance import fault
-from dbp_bench.checks.gradients import cosines, quick
+from dbp_bench.checks.gradients import cosines, quick_cosines, quick_errors
 from dbp_bench.defense import Defense
 from dbp_bench.errors import NotConforming
+from dbp_bench.evaluate import Group
 from dbp_bench.noise import OpaqueNoise, Site, Tape
-from dbp_bench.result import Conformance
-from dbp_bench.runs.job import Job
+from dbp_bench.result import Conformance, GradientCheck
 from dbp_bench.threat import AttackerView, Gradient, Revealed
 
 TOLERANCE: Final = 1e-4
@@ -40,35 +42,109 @@ _FEW = 2
 _OWNER = "conformance"
 
 
-def record(job: Job) -> Conformance:
-    """The conformance record of the defense of `job`: a function of the request alone."""
-    images, labels = job.data().select(job.track_ids[: job.batch_size])
-    knows = frozenset(Site(site) for site in job.knows)
-    # What a declared surrogate computes may differ: there, the defense itself is compared.
-    follows = job.search.gradient in ("exact", "bpda")
-    # float32 means float32: no shortened products in convolutions.
-    torch.backends.cudnn.allow_tf32 = False
+Build = Callable[[torch.dtype], tuple[Defense, Defense]]
+"""Builds, at a precision, the defense that is evaluated and what the attack differentiates."""
 
-    def case(dtype: torch.dtype, most: int, max_batch: int) -> Case:
-        defense = job.defense(dtype=dtype)
-        return Case(
-            defense=defense,
-            searched=job.searched(defense, dtype=dtype) if follows else defense,
-            images=images[:most].to(job.device, dtype),
-            labels=labels[:most].to(job.device),
-            knows=knows,
-            max_batch=max_batch,
-            samples=job.samples,
-            gradient=follows,
+
+@dataclass(frozen=True, slots=True)
+class Approach:
+    """How a run comes at a defense: all that a record depends on."""
+
+    defense: tuple[Path, Path, str]
+    """The entries of the track and of the defense, and the device."""
+    knows: frozenset[Site]
+    """Sites whose draws the attacker is shown."""
+    gradient: str | None
+    """What is differentiated; None where no gradient is followed."""
+    loss: str
+    """The attack's loss; cross-entropy where it names none."""
+    samples: int
+    """EoT samples of one step."""
+    batch_size: int
+    """Images evaluated together."""
+    max_batch: int
+    """Images x samples in one pass."""
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memo:
+    """What the records of one command share."""
+
+    records: dict[Approach, Conformance] = field(default_factory=dict)
+    errors: dict[tuple[Path, Path, str], list[float | None] | None] = field(default_factory=dict)
+    """Of the exact gradient of each defense; None where it has none that can be tested."""
+
+
+def record(build: Build, group: Group, approach: Approach, memo: Memo | None = None) -> Conformance:
+    """The conformance record of a defense: a function of the request alone.
+
+    Args:
+        build: Builds the defense.
+        group: The first images of its track, on its device: as many as are evaluated together, or
+            two if that is more.
+        approach: How the run attacks it.
+        memo: What the records of this command share.
+    """
+    memo = memo or Memo()
+    if approach not in memo.records:
+        # float32 means float32: no shortened products in convolutions.
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            exact = build(torch.float64)
+        except Exception:  # A purifier may not know float64; what it computes then isn't compared.
+            exact = None
+        few = Group(group.images[:_FEW].double(), group.labels[:_FEW], group.ids[:_FEW])
+        small = _case(exact, few, 1, approach) if exact else None
+        run = _case(build(torch.float32), group, approach.max_batch, approach)
+        memo.records[approach] = Conformance(
+            checks=examine(run, small), gradient=_gradient(exact, few, approach, memo)
         )
+    return memo.records[approach]
 
-    try:
-        exact = case(torch.float64, _FEW, 1)
-    except Exception:  # A purifier may not know float64; what it computes then isn't compared.
-        exact = None
-    return Conformance(
-        checks=examine(case(torch.float32, len(images), job.max_batch), exact),
-        gradient=quick(job),
+
+def _case(
+    built: tuple[Defense, Defense], group: Group, max_batch: int, approach: Approach
+) -> "Case":
+    """The images of a `group` and the two defenses, as `approach` says."""
+    defense, searched = built
+    # What a surrogate computes may differ: there, the defense itself is compared.
+    follows = approach.gradient in ("exact", "bpda")
+    return Case(
+        defense=defense,
+        searched=searched if follows else defense,
+        images=group.images[: approach.batch_size],
+        labels=group.labels[: approach.batch_size],
+        knows=approach.knows,
+        max_batch=max_batch,
+        samples=approach.samples,
+        gradient=follows,
+    )
+
+
+def _gradient(
+    exact: tuple[Defense, Defense] | None, few: Group, approach: Approach, memo: Memo
+) -> GradientCheck | None:
+    """The gradient of a `few` images at one draw, in float64; None where the attack follows none.
+
+    A defense that cannot run in float64, or that has no gradient, leaves blanks: whether that
+    matters, the attack decides. An author's code may raise anything; it has run in float32.
+    """
+    if approach.gradient is None:
+        return None
+    blank: list[float | None] = [None] * len(few.ids)
+    errors = cosine = None
+    if exact is not None:
+        if approach.defense not in memo.errors:
+            with suppress(Exception):
+                errors = quick_errors(exact[0], few.images)
+            memo.errors[approach.defense] = errors
+        errors = memo.errors[approach.defense]
+    if exact is not None and errors is not None:
+        with suppress(Exception):
+            cosine = quick_cosines(*exact, few, approach.loss, approach.seed, approach.max_batch)
+    return GradientCheck(
+        ids=list(few.ids), difference_errors=errors or blank, cosine=cosine or blank
     )
 
 

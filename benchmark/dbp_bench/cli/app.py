@@ -1,5 +1,6 @@
 """The application that every command is added to, and the options that commands share."""
 
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -51,6 +52,8 @@ EVALUATE, REPORT, DIAGNOSE, SHARE = "Evaluate", "Report", "Diagnose", "Share"
 CHANGED = "Set against the entries, and recorded in the result"
 MACHINE = "Where and how it runs"
 """The groups, beside "Options", that the options of a command are shown in."""
+_changed = partial(typer.Option, rich_help_panel=CHANGED)
+_machine = partial(typer.Option, rich_help_panel=MACHINE)
 
 # ------------------------------------------------------------------------------ what is measured
 
@@ -94,97 +97,62 @@ ManyResults = Annotated[
 
 Options = Annotated[
     list[str] | None,
-    typer.Option(
+    _changed(
         "--set",
         metavar="NAME=VALUE",
         help="An option of the attack, such as steps=50 or eot=20; can be repeated.",
-        rich_help_panel=CHANGED,
     ),
 ]
 Gradient = Annotated[
     str | None,
-    typer.Option(
+    _changed(
         "--gradient",
         metavar="KIND",
         help="What the attack differentiates: exact, bpda, surrogate:N, declared-surrogate.",
-        rich_help_panel=CHANGED,
     ),
 ]
 Eps = Annotated[
-    str | None,
-    typer.Option(
-        "--eps",
-        metavar="NUMBER",
-        help="Budget in [0, 1] units, such as 8/255.",
-        rich_help_panel=CHANGED,
-    ),
+    str | None, _changed("--eps", metavar="NUMBER", help="Budget in [0, 1] units, such as 8/255.")
 ]
-Examples = Annotated[
-    int | None,
-    typer.Option("--examples", help="The first N images of the track.", rich_help_panel=CHANGED),
-]
+Examples = Annotated[int | None, _changed("--examples", help="The first N images of the track.")]
 Draws = Annotated[
-    int | None,
-    typer.Option(
-        "--draws",
-        help="Draws that evaluate an image; where known, known draws.",
-        rich_help_panel=CHANGED,
-    ),
+    int | None, _changed("--draws", help="Draws that evaluate an image; where known, known draws.")
 ]
-BatchSize = Annotated[
-    int | None,
-    typer.Option("--batch-size", help="Images evaluated together.", rich_help_panel=CHANGED),
-]
+BatchSize = Annotated[int | None, _changed("--batch-size", help="Images evaluated together.")]
 MaxBatch = Annotated[
-    int | None,
-    typer.Option(
-        "--max-batch",
-        help="Images x EoT samples in one pass, at most.",
-        rich_help_panel=CHANGED,
-    ),
+    int | None, _changed("--max-batch", help="Images x EoT samples in one pass, at most.")
 ]
 
 # ------------------------------------------------------------------------------- where and how
 
-Device = Annotated[
-    str,
-    typer.Option("--device", metavar="NAME", help="auto, cpu or cuda.", rich_help_panel=MACHINE),
-]
+Device = Annotated[str, _machine("--device", metavar="NAME", help="auto, cpu or cuda.")]
 Checkpointing = Annotated[
     str,
-    typer.Option(
+    _machine(
         "--checkpointing",
         metavar="POLICY",
         help="auto, none or step: memory against time; same results.",
-        rich_help_panel=MACHINE,
     ),
 ]
 Data = Annotated[
     Path | None,
-    typer.Option(
+    _machine(
         "--data",
         help="Where data sets are: a file, a folder, or a folder with one for each data set. "
         "Otherwise DBP_BENCH_DATA, or the Hugging Face hub.",
         show_default=False,
-        rich_help_panel=MACHINE,
     ),
 ]
 Entries = Annotated[
     list[Path] | None,
-    typer.Option(
+    _machine(
         "--entries",
         metavar="FOLDER",
         help="With defenses/, attacks/, tracks/ of your own; can be repeated.",
-        rich_help_panel=MACHINE,
     ),
 ]
 Trust = Annotated[
-    bool,
-    typer.Option(
-        "--trust-code",
-        help="Run code that an entry names outside dbp-bench.",
-        rich_help_panel=MACHINE,
-    ),
+    bool, _machine("--trust-code", help="Run code that an entry names outside dbp-bench.")
 ]
 
 # ------------------------------------------------------------------------------ what is printed

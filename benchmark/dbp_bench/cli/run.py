@@ -37,12 +37,12 @@ from dbp_bench.cli.shared import (
     console,
     device_of,
     duration,
-    eps_of,
-    options_of,
+    overrides_of,
     progress_bar,
     registry_of,
     show_json,
     split,
+    table_of,
 )
 from dbp_bench.errors import AttackFailed, BadRequest, BadResult
 
@@ -78,7 +78,7 @@ def run(
     checkpointing: Checkpointing = "auto",
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only say what would run: network calls, time and memory."),
+        typer.Option("--dry-run", help="Only say what would run: NFE, time and memory."),
     ] = False,
     save_adversarial: Annotated[
         bool, typer.Option("--save-adversarial", help="Also write the adversarial images.")
@@ -93,7 +93,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Attack defenses; write a result for each, under each threat model."""
-    from dbp_bench.runs.job import Overrides, plan
+    from dbp_bench.runs.job import plan
 
     registry = registry_of(entries, trust_code, data)
     if checkpointing not in ("auto", "none", "step"):
@@ -106,10 +106,10 @@ def run(
         attack=attack,
         seed=seed,
         device=device_of(device),
-        overrides=Overrides(
-            effort=options_of(options),
+        overrides=overrides_of(
+            options,
+            eps,
             gradient=gradient,
-            eps=None if eps is None else eps_of(eps),
             draws=draws,
             examples=examples,
             batch_size=batch_size,
@@ -153,6 +153,7 @@ def _run_all(
     save_adversarial: bool,
     as_json: bool,
 ) -> None:
+    from dbp_bench.checks.record import Memo
     from dbp_bench.runs.execute import execute, is_complete
     from dbp_bench.runs.job import why_same
     from dbp_bench.runs.saved import adversarial_path
@@ -162,6 +163,7 @@ def _run_all(
         item.job.identity()  # weights that must be fetched are missed before anything has begun
         if not resume and item.instead is None:
             _keep_larger(item.job, out)
+    memo = Memo()
     done: list[tuple[Path, Result]] = []
     busy: list[Planned] = []
 
@@ -200,6 +202,7 @@ def _run_all(
                     save_adversarial=save_adversarial,
                     wait=wait,
                     progress=progress,
+                    memo=memo,
                 )
             except AttackFailed as error:
                 raise type(error)(f"{job.label}: {error}") from error
@@ -262,8 +265,6 @@ def _keep_larger(job: "Job", out: Path) -> None:
 
 
 def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json: bool) -> None:
-    from rich.table import Table
-
     from dbp_bench.reporting.pool import accuracies
     from dbp_bench.reporting.sanity import doubts
 
@@ -284,11 +285,11 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
         ]
         show_json(listed)
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
-    for name in ("defense", "threat", "attack"):
-        table.add_column(name)
-    for name in ("clean\n%", "robust\n% [95 %]", "fresh draws\n% [95 %]", "images\nx draws"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = table_of(
+        ["defense", "threat", "attack"],
+        ["clean\n%", "robust\n% [95 %]", "fresh draws\n% [95 %]", "images\nx draws"],
+        padding=(0, 1, 0, 0),  # fits 80 columns
+    )
     for _, result, estimates in rows:
         table.add_row(
             result.defense,
@@ -320,8 +321,6 @@ def _plan(
     as_json: bool,
     out: Path,
 ) -> None:
-    from rich.table import Table
-
     from dbp_bench.runs.estimate import estimate
     from dbp_bench.runs.execute import is_complete
 
@@ -337,17 +336,13 @@ def _plan(
                 "examples": job.examples,
                 "draws": job.draws,
                 "same_setting_as": twin.threat.name if twin else None,
-                "cost": None if cost is None else cost.as_dict(),
+                "cost": None if cost is None else asdict(cost),
             }
             for job, twin, cost in costs
         ]
         show_json({"jobs": rows, "seconds": total})
         return
-    table = Table(box=None, pad_edge=False)
-    for name in ("defense", "threat", "knows"):
-        table.add_column(name)
-    for name in ("images", "draws", "calls", "time", "memory"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = table_of(["defense", "threat", "knows"], ["images", "draws", "NFE", "time", "memory"])
     for job, twin, cost in costs:
         known = "all" if job.knows == job.sites else ", ".join(job.knows)
         head = [job.subject.name, job.threat.name, known if job.knows else "nothing"]
@@ -357,7 +352,7 @@ def _plan(
             continue
         table.add_row(
             *head,
-            f"{'at most ' if cost.at_most else ''}{cost.calls:,}",
+            f"{'at most ' if cost.at_most else ''}{cost.nfe:,}",
             "all there" if is_complete(job, out) else duration(cost.seconds),
             f"{cost.bytes / 2**20:,.0f} MiB{' *' if cost.by_step else ''}",
         )
@@ -371,7 +366,7 @@ def _plan(
         f"{', or less: images may finish early' if early else ''}"
     )
     say.print(
-        "calls: of the denoising networks, images x NFE, forward; those of gradients are followed "
+        "NFE: of all images and evaluations, forward; those of gradients are followed "
         "by as many backward.",
         style="dim",
     )
@@ -409,7 +404,7 @@ def _as_set(value: object) -> str:
 
 
 def _show_limits(say: "Console", costs: "Sequence[tuple[Job, Cost]]") -> None:
-    """What stands between the plan and the run."""
+    """Say what stands between the plan and the run."""
     for job, cost in costs:
         if not cost.fits:
             smaller = max(1, job.max_batch * cost.free_bytes // max(1, cost.bytes))

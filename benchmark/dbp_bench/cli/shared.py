@@ -1,9 +1,9 @@
-"""What several commands do: read options, show progress, and say numbers on the terminal."""
+"""Helpers of several commands: they read options, show progress, and print numbers."""
 
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import TextIOWrapper
 from pathlib import Path
@@ -13,10 +13,12 @@ from dbp_bench.errors import BadRequest, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
     from dbp_bench.entries.registry import Registry
     from dbp_bench.runs.execute import Progress
+    from dbp_bench.runs.job import Overrides
 
 
 def registry_of(
@@ -33,7 +35,7 @@ def show(text: object = "") -> None:
 
 
 def console(quiet: bool) -> "Console":
-    """Where a command writes: text as it is, in which no bracket and no colon is markup.
+    """The console of a command: it writes text as it is, in which no bracket or colon is markup.
 
     Control characters in it don't reach the terminal.
     """
@@ -105,6 +107,26 @@ def eps_of(text: str) -> float:
         return number(text)
     except ValueError:
         raise BadRequest(f"--eps {text!r}: not a number such as 0.2 or 8/255.") from None
+
+
+def overrides_of(options: list[str] | None, eps: str | None = None, **others: Any) -> "Overrides":
+    """The options that are set against entries: ``--set``, ``--eps``, and others as they are."""
+    from dbp_bench.runs.job import Overrides
+
+    size = None if eps is None else eps_of(eps)
+    return Overrides(effort=options_of(options), eps=size, **others)
+
+
+def table_of(left: Sequence[str], right: Sequence[str], **options: Any) -> "Table":
+    """A table without lines, whose columns are aligned to the left or, of numbers, to the right."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, **options)
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def device_of(name: str) -> str:

@@ -13,7 +13,7 @@ from dbp_bench.cli.app import application
 from dbp_bench.errors import AttackFailed, DbpError, did_you_mean, place_of, plain
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
-"""What the parser of the command line raises, which Typer does not export."""
+"""The error of the parser of the command line, which Typer does not export."""
 
 
 def start() -> None:
@@ -65,7 +65,7 @@ def _at_home(argument: str) -> str:
 
 
 def _is_exhausted(error: Exception) -> bool:
-    """Whether memory did not suffice."""
+    """Tell whether memory did not suffice."""
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from dbp_bench.memory import is_exhausted
@@ -74,7 +74,7 @@ def _is_exhausted(error: Exception) -> bool:
 
 
 def _failed(error: BaseException) -> str:
-    """What somebody's own code raised, and where; or what it returned made ours raise."""
+    """Say what somebody's own code raised, and where; or that what it returned made ours raise."""
     said = " ".join(str(error).split())
     what = f"{type(error).__name__}{f': {said}' if said else ''}"
     place = place_of(error)
@@ -102,7 +102,7 @@ def _invoke() -> None:
 
 
 def _misused(error: Any) -> str:
-    """What is wrong with the command line, on one line, and which help tells more."""
+    """Say what is wrong with the command line, on one line, and which help tells more."""
     names = error.ctx.command_path.split()[1:] if error.ctx else []
     shown = " ".join(["dbp-bench", *names, "--help"])
     if hasattr(error, "possibilities") and hasattr(error, "option_name"):

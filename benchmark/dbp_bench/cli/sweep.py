@@ -1,8 +1,9 @@
 """The command ``sweep``: one attack at several efforts or budgets."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,10 +30,11 @@ from dbp_bench.cli.app import (
 from dbp_bench.cli.shared import (
     console,
     device_of,
-    options_of,
+    overrides_of,
     progress_bar,
     registry_of,
     show_json,
+    table_of,
 )
 from dbp_bench.errors import BadRequest
 
@@ -78,31 +80,33 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Look for a weak attack or a masked gradient: more steps, larger eps."""
+    from dbp_bench.checks.record import Memo
     from dbp_bench.runs import sweep as sweeps
     from dbp_bench.runs.execute import execute
-    from dbp_bench.runs.job import Overrides
+    from dbp_bench.runs.job import resolve
 
     registry = registry_of(entries, trust_code, data)
     say = console(quiet or as_json)
-    overrides = Overrides(
-        effort=options_of(options),
+    overrides = overrides_of(
+        options,
         gradient=gradient,
         draws=draws,
         examples=examples,
         batch_size=batch_size,
         max_batch=max_batch,
     )
-    common: dict[str, Any] = {"seed": seed, "device": device_of(device), "overrides": overrides}
-    names = (registry, track, defense, threat, attack)
-    planned = [sweeps.plan(*names, *sweeps.parse(text), **common) for text in over or []]
+    one = partial(resolve, registry, track, defense, threat, seed=seed, device=device_of(device))
+    planned = [sweeps.plan(one, attack, overrides, *sweeps.parse(text)) for text in over or []]
     if black_box != "none":
-        planned.append(sweeps.against(*names, black_box, **common))
+        planned.append(sweeps.against(one, attack, overrides, black_box))
     if not planned:
         raise BadRequest("--over names nothing. Write it as steps=20,40,100.")
 
+    memo = Memo()
+
     def run_one(job: "Job", folder: Path) -> Path:
         with progress_bar(say, f"{job.label} / {folder.name}") as progress:
-            return execute(job, folder, progress=progress)
+            return execute(job, folder, progress=progress, memo=memo)
 
     found = [sweeps.run(item, out, run_one) for item in planned]
     if as_json:
@@ -112,16 +116,14 @@ def sweep(
 
 
 def _show_sweeps(say: "Console", found: "Sequence[Findings]") -> None:
-    from rich.table import Table
+    from dbp_bench.runs.sweep import shown
 
     for item in found:
-        table = Table(box=None, pad_edge=False)
-        for name in (item.axis, "robust % [95 %]", "falls by [95 %]", "zero gradient %"):
-            table.add_column(name, justify="right")
+        table = table_of([], [item.axis, "robust % [95 %]", "falls by [95 %]", "zero gradient %"])
         for row in item.values:
             mark = " *" if row.value == item.standard else ""
             table.add_row(
-                f"{row.value if isinstance(row.value, str) else f'{row.value:g}'}{mark}",
+                f"{shown(row.value)}{mark}",
                 "" if row.accuracy is None else row.accuracy.percent(),
                 "" if row.fall is None else row.fall.percent(),
                 "" if row.zero_gradient is None else f"{100 * row.zero_gradient:.1f}",

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dbp_bench.threat import Attack
 
 Kind = Literal["purifiers", "networks", "attacks"]
-"""What an entry may name: classes of the sub-package of this name."""
+"""An entry may name classes of the sub-package of this name."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Builder:
         arguments: Mapping[str, Any],
         entry: Path | None = None,
     ) -> Any:
-        """What the class or function that `dotted` names gives for these `arguments`.
+        """Call the class or function that `dotted` names with these `arguments`.
 
         It is named by the `entry`, which is at `path` if it isn't given.
 
@@ -163,7 +163,7 @@ class Builder:
 
 
 def _is_one(found: Callable[..., Any], kind: Kind) -> bool:
-    """Whether `found`, in this package, is of the `kind` of things that an entry may name.
+    """Tell whether `found`, in this package, is of a `kind` that an entry may name.
 
     A purifier has sites and an attack says what it evaluates; a network is a class, or what a
     function without arguments says that it returns. Other functions of these modules take tensors
@@ -181,7 +181,7 @@ def _is_one(found: Callable[..., Any], kind: Kind) -> bool:
 
 
 def _unfit(signature: inspect.Signature, arguments: Mapping[str, Any]) -> str | None:
-    """Which arguments are missing or unknown, all of them; None where they fit."""
+    """Name all arguments that are missing or unknown; None where they fit."""
     try:
         signature.bind(**arguments)
     except TypeError as error:
@@ -217,12 +217,3 @@ def _typed(
             faults.append(f"options.{name}: {message[0].lower()}{message[1:]}, not {value!r}")
         given[name] = text
     return given, faults
-
-
-def _make_importable(folders: tuple[Path, ...]) -> None:
-    """Let modules that lie beside a user's entries be imported."""
-    import sys
-
-    for folder in folders:
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))

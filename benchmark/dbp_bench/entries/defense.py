@@ -13,7 +13,7 @@ OWN_CLASSIFIER = "defense.classifier"
 
 
 class Surrogate(Strict):
-    """What attacks may differentiate in place of a defense, where its authors say so."""
+    """A stand-in for a defense, which attacks may differentiate where its authors say so."""
 
     options: Options = Field(min_length=1)
     """Options of the defense that are others here."""
@@ -22,7 +22,7 @@ class Surrogate(Strict):
 
 
 class Setting(Strict):
-    """How a defense is set up on some tracks."""
+    """The set-up of a defense on some tracks."""
 
     tracks: Names = Field(min_length=1)
     options: Options
@@ -35,7 +35,7 @@ class Setting(Strict):
     """The side of the square images that the purifier takes; null for the track's own. May be left
     out."""
     surrogate: Surrogate | None = None
-    """What ``gradient: declared-surrogate`` differentiates. May be left out."""
+    """``gradient: declared-surrogate`` differentiates this. May be left out."""
     classifier: AnyNetwork | None = None
     """In place of the track's, for models that are robust by their training. May be left out."""
 
@@ -61,7 +61,7 @@ class Setting(Strict):
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What a result says of the set-up: options, and votes and resize where there are any."""
+        """The set-up as a result has it: options, and votes and resize where there are any."""
         more = {"votes": self.votes} if self.votes > 1 else {}
         return {**self.options, **more, **({"resize": self.resize} if self.resize else {})}
 
@@ -75,7 +75,7 @@ class DefenseEntry(Strict):
     factory: DottedPath
     """``module:Class``; called with the networks and the options, it gives a purifier."""
     sites: Names
-    """Where it draws noise; ``[]`` for a deterministic one."""
+    """The sites at which it draws noise; ``[]`` for a deterministic one."""
     settings: list[Setting] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Loads modules that lie beside entries, by their paths and under keys of their own.
+"""Loads modules that lie beside entries, by their paths and under names of their own.
 
 Nothing is put on ``sys.path``: modules of one name in two folders don't meet, an older copy that is
 installed doesn't come first, and a module called ``types`` doesn't hide Python's. Modules of one
@@ -8,7 +8,6 @@ folder import one another by their plain names, as if they were installed.
 import builtins
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib import import_module
 from importlib.abc import MetaPathFinder
@@ -21,23 +20,26 @@ from typing import Any
 
 from dbp_bench.entries.outside import Source
 
-_KEY = "_beside_entries_"
 _NUMBERS = count()
 
 
-@dataclass
-class _Beside:
+class _Folder(MetaPathFinder):
     """The modules of one folder that were asked for, with what these import there."""
 
-    folder: Path
-    key: str
-    """The package in ``sys.modules`` below which they are."""
-    files: dict[str, str] = field(default_factory=dict)
-    """The sha256 of each file that may be run, by its path in the folder."""
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.prefix = f"_beside_entries_{next(_NUMBERS)}_"
+        """The beginning of their names in ``sys.modules``."""
+        self.files: dict[Path, str] = {}
+        """The sha256 of each file that may be run."""
 
-    @property
-    def tops(self) -> set[str]:
-        return {name.partition("/")[0].removesuffix(".py") for name in self.files}
+    def key(self, name: str, importer: str = "") -> str:
+        """The full name of the module that `importer` calls `name`, of this folder or another."""
+        top = name.partition(".")[0]
+        # A module that is called like one of Python's own means that one, not itself.
+        itself = importer == self.prefix + top and top in sys.stdlib_module_names
+        tops = {file.relative_to(self.folder).parts[0].removesuffix(".py") for file in self.files}
+        return self.prefix + name if top in tops and not itself else name
 
     def importing(
         self,
@@ -48,39 +50,64 @@ class _Beside:
         level: int = 0,
     ) -> ModuleType:
         """The statement ``import`` in these modules."""
-        importer = str((globals or {}).get("__name__", ""))
-        if level:
-            package = str((globals or {}).get("__package__") or "")
-            if level > package.count("."):
-                raise ImportError("attempted relative import beyond top-level package")
-            return builtins.__import__(name, globals, locals, fromlist or (), level)
-        top = name.partition(".")[0]
-        if name == "importlib" or (top == "importlib" and not fromlist):
-            return self._importlib(builtins.__import__(name, globals, locals, (), 0))
-        # A module that is called like one of Python's own means that one, not itself.
-        itself = importer == f"{self.key}.{top}" and f"{top}.py" in self.files
-        if top not in self.tops or (itself and top in sys.stdlib_module_names):
-            return builtins.__import__(name, globals, locals, fromlist or (), 0)
-        if fromlist:
-            return builtins.__import__(f"{self.key}.{name}", globals, locals, fromlist, 0)
-        import_module(f"{self.key}.{name}")
-        return sys.modules[f"{self.key}.{top}"]
+        if level == 0:
+            name = self.key(name, str((globals or {}).get("__name__", "")))
+        found = builtins.__import__(name, globals, locals, fromlist or (), level)
+        return self._importlib(found) if found.__name__ == "importlib" else found
 
     def _importlib(self, real: ModuleType) -> ModuleType:
         """Python's importlib, whose ``import_module`` finds these modules, too."""
         shown = ModuleType("importlib", real.__doc__)
         shown.__dict__.update(vars(real))
-        shown.__dict__["import_module"] = self._by_name
+
+        def by_name(name: str, package: str | None = None) -> ModuleType:
+            return import_module(self.key(name), package)
+
+        shown.__dict__["import_module"] = by_name
         return shown
 
-    def _by_name(self, name: str, package: str | None = None) -> ModuleType:
-        if name.partition(".")[0] in self.tops:
-            return import_module(f"{self.key}.{name}")
-        return import_module(name, package)
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,  # noqa: ARG002
+        target: ModuleType | None = None,  # noqa: ARG002
+    ) -> ModuleSpec | None:
+        """Find a module of this folder; all others are for others to find."""
+        if not fullname.startswith(self.prefix):
+            return None
+        name = fullname.removeprefix(self.prefix)
+        place = self.folder.joinpath(*name.split("."))
+        for file in (place / "__init__.py", place.with_name(f"{place.name}.py")):
+            if file in self.files:
+                loader = _Loader(fullname, str(file), self)
+                return spec_from_file_location(fullname, file, loader=loader)
+        if not any(file.is_relative_to(place) for file in self.files):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=fullname)
+        spec = ModuleSpec(fullname, None, is_package=True)
+        spec.submodule_search_locations = [str(place)]
+        return spec
 
 
-_FOLDERS: dict[Path, _Beside] = {}
-_BY_KEY: dict[str, _Beside] = {}
+class _Loader(SourceFileLoader):
+    """Runs a source file as it was when its digest was taken; never what was compiled before."""
+
+    def __init__(self, fullname: str, path: str, folder: _Folder) -> None:
+        super().__init__(fullname, path)
+        self._folder = folder
+
+    def get_code(self, fullname: str) -> Any:  # noqa: ARG002
+        raw = self.get_data(self.path)
+        if sha256(raw).hexdigest() != self._folder.files[Path(self.path)]:
+            raise ImportError(f"{self.path} was changed while it was loaded")
+        return self.source_to_code(raw, self.path)
+
+    def exec_module(self, module: ModuleType) -> None:
+        own = {**vars(builtins), "__import__": self._folder.importing}
+        module.__dict__["__builtins__"] = own
+        super().exec_module(module)
+
+
+_FOLDERS: dict[Path, _Folder] = {}
 
 
 def load(module: str, folder: Path, source: Source) -> ModuleType:
@@ -89,70 +116,16 @@ def load(module: str, folder: Path, source: Source) -> ModuleType:
     What was loaded from files that have changed since is loaded again.
 
     Raises:
-        ImportError: It can't be imported; the message has no keys.
+        ImportError: It can't be imported; the message has the plain names.
     """
-    files = {name: sha256(path.read_bytes()).hexdigest() for name, path in source.files.items()}
+    files = {path: sha256(path.read_bytes()).hexdigest() for path in source.files.values()}
     held = _FOLDERS.get(folder)
-    if held is None or any(held.files.get(name, new) != new for name, new in files.items()):
-        held = _Beside(folder, f"{_KEY}{next(_NUMBERS)}")
-        _FOLDERS[folder] = _BY_KEY[held.key] = held
-        root = ModuleType(held.key)
-        root.__path__ = [str(folder)]
-        sys.modules[held.key] = root
+    if held is None or any(held.files.get(path, new) != new for path, new in files.items()):
+        held = _FOLDERS[folder] = _Folder(folder)
+        sys.meta_path.insert(0, held)
     held.files |= files
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
     try:
-        return import_module(f"{held.key}.{module}")
+        return import_module(held.prefix + module)
     except ImportError as error:
-        told = ImportError(str(error).replace(f"{held.key}.", ""))
+        told = ImportError(str(error).replace(held.prefix, ""))
         raise told.with_traceback(error.__traceback__) from error
-
-
-class _Finder(MetaPathFinder):
-    """Finds what lies below a key; all else is for others to find."""
-
-    def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None,  # noqa: ARG002
-        target: ModuleType | None = None,  # noqa: ARG002
-    ) -> ModuleSpec | None:
-        key, _, name = fullname.partition(".")
-        beside = _BY_KEY.get(key)
-        if beside is None or not name:
-            return None
-        relative = name.replace(".", "/")
-        for file, is_package in ((f"{relative}/__init__.py", True), (f"{relative}.py", False)):
-            if file in beside.files:
-                place = beside.folder / file
-                return spec_from_file_location(
-                    fullname,
-                    place,
-                    loader=_Loader(fullname, str(place), beside.files[file], beside),
-                    submodule_search_locations=[str(place.parent)] if is_package else None,
-                )
-        if any(file.startswith(f"{relative}/") for file in beside.files):
-            spec = ModuleSpec(fullname, None, is_package=True)
-            spec.submodule_search_locations = [str(beside.folder / relative)]
-            return spec
-        raise ModuleNotFoundError(f"No module named {name!r}", name=fullname)
-
-
-class _Loader(SourceFileLoader):
-    """Runs a source file as it was when its digest was taken; never what was compiled before."""
-
-    def __init__(self, fullname: str, path: str, digest: str, beside: _Beside) -> None:
-        super().__init__(fullname, path)
-        self._digest, self._beside = digest, beside
-
-    def get_code(self, fullname: str) -> Any:  # noqa: ARG002
-        raw = self.get_data(self.path)
-        if sha256(raw).hexdigest() != self._digest:
-            raise ImportError(f"{self.path} was changed while it was loaded")
-        return self.source_to_code(raw, self.path)
-
-    def exec_module(self, module: ModuleType) -> None:
-        own = {**vars(builtins), "__import__": self._beside.importing}
-        module.__dict__["__builtins__"] = own
-        super().exec_module(module)

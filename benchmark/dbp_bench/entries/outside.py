@@ -1,4 +1,4 @@
-"""What lies outside this package, found without running it: folders of entries, and source code.
+"""Finds what lies outside this package without running it: folders of entries, and source code.
 
 Nothing here imports what it names: a module is looked up beside the entry that names it, then where
 the import system would find it, and its source is read as text.
@@ -8,6 +8,7 @@ import ast
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,11 +52,16 @@ def _folder(point: EntryPoint) -> Path:
 
 def _places(top: str) -> list[Path]:
     """The folders of the top-level package called `top`, if it is installed."""
-    try:
-        spec = find_spec(top)
-    except (ImportError, ValueError):
-        return []
+    spec = _spec(top)
     return [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+
+
+def _spec(top: str) -> ModuleSpec | None:
+    """Where the import system would find `top`, if anywhere."""
+    try:
+        return find_spec(top)
+    except (ImportError, ValueError):
+        return None
 
 
 # ----------------------------------------------------------------------------------- source code
@@ -102,7 +108,7 @@ def tops(dotted: Iterable[str]) -> list[str]:
 
 
 def places(entry: Path, folders: Sequence[Path]) -> list[Path]:
-    """Where modules may lie that `entry` names: its own folder, then the other `folders`."""
+    """The places of modules that `entry` names: its own folder, then the other `folders`."""
     own = {"defenses": 1, "tracks": 1, "threats": 2, "settings": 2}.get(entry.parent.name)
     if own is None:
         return list(folders)
@@ -110,7 +116,7 @@ def places(entry: Path, folders: Sequence[Path]) -> list[Path]:
 
 
 def beside(top: str, places: Sequence[Path]) -> Path | None:
-    """Which of the `places` of an entry has the module or package called `top`, if one has.
+    """The one of the `places` of an entry that has the module or package called `top`, if any.
 
     The first is the entry's own folder and comes first; among the others none does.
 
@@ -145,12 +151,9 @@ def source(top: str, places: Sequence[Path], *, installed: bool = True) -> Sourc
 
 def _installed(top: str) -> tuple[str, Path] | None:
     """Name and path of the file or folder that would be imported as `top`."""
-    try:
-        spec = find_spec(top)
-    except (ImportError, ValueError):
-        return None
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        return top, Path(place)
+    for place in _places(top):
+        return top, place
+    spec = _spec(top)
     if spec and spec.origin and Path(spec.origin).suffix == ".py":
         return f"{top}.py", Path(spec.origin)
     return None

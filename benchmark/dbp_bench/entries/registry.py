@@ -26,7 +26,7 @@ from dbp_bench.errors import BadEntry, UnknownName, did_you_mean
 DEFAULT_TRACK = "digits-linf"
 
 KINDS = ("defenses", "attacks/threats", "attacks/settings", "tracks")
-"""Where entries lie in a folder."""
+"""The sub-folders that entries lie in."""
 
 E = TypeVar("E", bound=Strict)
 
@@ -55,7 +55,6 @@ class Registry:
         data: Path | None = None,
         instead: Mapping[str, Path] | None = None,
     ) -> None:
-        self.instead = dict(instead or {})
         self.folders = [folder.resolve() for folder in folders]
         self.builder = Builder(tuple(self.folders), trust_code, data)
         for folder in self.folders:
@@ -67,32 +66,20 @@ class Registry:
                     "tracks/ in it, and no module."
                 )
 
-        self.faults: dict[str, dict[str, BadEntry]] = {}  # by kind and name
-
-    @cached_property
-    def defenses(self) -> dict[str, Path]:
+        self.faults: dict[str, dict[str, BadEntry]] = {}
+        """Entries that can't be named, by kind and name."""
+        self.defenses = self._files("defenses") | dict(instead or {})
         """Name and file of every defense."""
-        return self._files("defenses") | self.instead
-
-    @cached_property
-    def threats(self) -> dict[str, Path]:
+        self.threats = self._files("attacks/threats")
         """Name and file of every threat model."""
-        return self._files("attacks/threats")
-
-    @cached_property
-    def settings(self) -> dict[str, Path]:
+        self.settings = self._files("attacks/settings")
         """Name and file of every named setting of an attack."""
-        found = self._files("attacks/settings")
-        for name in found.keys() & set(attacks.names()):
-            self.faults["attacks/settings"][name] = BadEntry(
-                f"{found[name]}: the name is taken by the attack {name}."
-            )
-        return found
-
-    @cached_property
-    def tracks(self) -> dict[str, Path]:
+        self.tracks = self._files("tracks")
         """Name and file of every track."""
-        return self._files("tracks")
+        for name in self.settings.keys() & set(attacks.names()):
+            self.faults["attacks/settings"][name] = BadEntry(
+                f"{self.settings[name]}: the name is taken by the attack {name}."
+            )
 
     @cached_property
     def sites(self) -> frozenset[str]:
@@ -196,7 +183,7 @@ class Registry:
 
 
 def _shipped(kind: str) -> Path:
-    """Where the package's own entries are: inside a wheel, or at the top of a checkout."""
+    """The folder of the package's own entries: inside a wheel, or at the top of a checkout."""
     inside = Path(__file__).parent
     if (inside / "defenses").is_dir():
         return inside / kind

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +39,12 @@ class Subject:
 
     @property
     def sites(self) -> list[str]:
-        """Where the defense draws noise, sorted."""
+        """The sites at which the defense draws noise, sorted."""
         return sorted(self.entry.entry.sites)
 
     @property
     def surrogate(self) -> Surrogate:
-        """What ``gradient: declared-surrogate`` differentiates in place of the defense.
+        """The stand-in that ``gradient: declared-surrogate`` differentiates.
 
         Raises:
             BadRequest: The entry declares nothing.
@@ -170,7 +171,7 @@ class Subject:
         dtype: "torch.dtype | None" = None,
         policy: "Policy" = "auto",
     ) -> "Defense":
-        """What an attack with this `gradient` differentiates in place of the `evaluated` defense.
+        """The defense that an attack with this `gradient` differentiates for the `evaluated` one.
 
         The same object where the gradient is exact; the purifier with the identity's gradient for
         BPDA (Athalye et al. 2018); the purifier with fewer steps for a surrogate, or as its entry
@@ -184,16 +185,9 @@ class Subject:
         if gradient == "bpda":
             purifier = StraightThrough(evaluated.purifier)
             return Defense(purifier, evaluated.classifier, (), policy, evaluated.votes, evaluated.k)
+        build = partial(self.defense, device=device, dtype=dtype, policy=policy)
         if gradient.startswith("surrogate:"):
-            shorter = {"steps": int(gradient.partition(":")[2])}
-            return self.defense(device=device, dtype=dtype, policy=policy, options=shorter)
+            return build(options={"steps": int(gradient.partition(":")[2])})
         if gradient == "declared-surrogate":
-            declared = self.surrogate
-            return self.defense(
-                device=device,
-                dtype=dtype,
-                policy=policy,
-                options=declared.options,
-                votes=declared.votes,
-            )
+            return build(options=self.surrogate.options, votes=self.surrogate.votes)
         return evaluated

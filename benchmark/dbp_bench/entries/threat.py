@@ -53,7 +53,7 @@ def _attack(name: str) -> str:
 
 
 def is_outside(attack: str) -> bool:
-    """Whether `attack` is a path to code, such as ``my_package.module:MyAttack``."""
+    """Tell whether `attack` is a path to code, such as ``my_package.module:MyAttack``."""
     return bool(re.match(DOTTED_PATH, attack)) and attack.partition(":")[0] not in attacks.names()
 
 
@@ -62,7 +62,7 @@ AttackName = Annotated[str, AfterValidator(_attack)]
 
 GRADIENT = r"^(exact|bpda|declared-surrogate|surrogate:[1-9][0-9]*)$"
 Gradient = Annotated[str, Field(pattern=GRADIENT)]
-"""What an attack differentiates: the whole defense (`exact`); the classifier at the purified image
+"""An attack differentiates the whole defense (`exact`); the classifier at the purified image
 (`bpda`, Athalye et al. 2018); a purifier of N steps in place of the defense's (`surrogate:N`); or
 the surrogate that the defense's entry declares (`declared-surrogate`)."""
 
@@ -78,7 +78,7 @@ class AttackSetting(Strict):
 
 
 class Threat(Strict):
-    """What an attacker knows, and the attack with its effort that it takes by default."""
+    """The knowledge of an attacker, and the attack with its effort that it takes by default."""
 
     title: str
     knows: Knows
@@ -92,7 +92,7 @@ class Threat(Strict):
     eps: Eps | None
     """``null``: the track's. 0: the null attack."""
     protocol: bool
-    """Whether "all" means it: the threat models that a leaderboard is made of."""
+    """True for the threat models that a leaderboard is made of, which "all" stands for."""
 
     @model_validator(mode="after")
     def _enough_draws(self) -> Self:

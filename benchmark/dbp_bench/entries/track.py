@@ -24,7 +24,7 @@ class Track(Strict):
     max_batch: int = Field(ge=1)
     """Images x EoT samples in one pass through the networks, at most."""
     demonstration: bool
-    """Whether its numbers stand for nothing but the method."""
+    """True where its numbers stand for nothing but the method."""
     note: str
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What a job would cost: network calls are counted, time and memory measured on small pieces.
+"""Estimates what a job would cost: NFE are counted, time and memory measured on small pieces.
 
 A published defense calls a large network hundreds of times, and a plan must not. So the sampler is
 run once with networks that answer at once, which counts the calls and times all that isn't network;
@@ -9,7 +9,7 @@ sum. Weights that aren't in the cache are random: they change no count, and hard
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,17 +33,17 @@ MOMENT = 0.25
 class Cost:
     """An estimate."""
 
-    calls: int
-    """Calls of the denoising networks, each image of a batch counted, forward only. Calls by other
-    defenses in which the attack searches count, too."""
+    nfe: int
+    """NFE of all images and evaluations, forward only. Those of other defenses in which the attack
+    searches count, too."""
     at_most: bool
-    """Whether images may finish early, so that `calls` and `seconds` are bounds."""
+    """True where images may finish early, so that `nfe` and `seconds` are bounds."""
     seconds: float
     """Time of what is still to be done, on this device."""
     bytes: int
     """Activations and states kept for one backward pass."""
     by_step: bool
-    """Whether gradients are checkpointed by step."""
+    """True where gradients are checkpointed by step."""
     free_bytes: int
     """Memory that is free on the device."""
     random_weights: tuple[str, ...] = ()
@@ -51,12 +51,8 @@ class Cost:
 
     @property
     def fits(self) -> bool:
-        """Whether one backward pass does."""
+        """True where one backward pass fits into the memory that is free."""
         return self.bytes <= self.free_bytes
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "random_weights": list(self.random_weights)}
 
 
 def estimate(job: Job, out: Path, policy: Policy) -> Cost:
@@ -78,7 +74,7 @@ def estimate(job: Job, out: Path, policy: Policy) -> Cost:
     share = todo / job.gradient_evaluations if job.gradient_evaluations else undone
     searched, defended = probe.searched, probe.defended
     return Cost(
-        calls=(job.gradient_evaluations + forward) * searched.nfe + evaluated * defended.nfe,
+        nfe=(job.gradient_evaluations + forward) * searched.nfe + evaluated * defended.nfe,
         at_most=not needed.exact,
         seconds=todo * searched.per_gradient
         + share * (forward * searched.per_forward + evaluated * defended.per_forward),
@@ -91,7 +87,7 @@ def estimate(job: Job, out: Path, policy: Policy) -> Cost:
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """What one evaluation of a defense costs."""
+    """The cost of one evaluation of a defense."""
 
     nfe: int
     per_gradient: float
@@ -129,17 +125,16 @@ def _probe(job: Job, policy: Policy) -> _Probe:
         subject=job.subject.with_random_weights(),
         sources={name: source.with_random_weights() for name, source in job.sources.items()},
     )
-    defended = job.defense(policy=policy)
-    others = list(job.other_defenses(policy=policy).values())
-    searched = others[0] if others else job.searched(defended, policy=policy)
+    defended, searched = job.built(policy=policy)
+    searched = next(iter(job.other_defenses(policy=policy).values()), searched)
     image = stand_in(track.entry.data, 1)[0].to(device)
     free = memory.free_bytes(device)
     networks = searched.networks or defended.networks
-    found = _pass(searched, networks, image, max_batch, job.batch_size, policy, free)
-    if searched is defended:
-        own = found
-    else:
-        own = _pass(defended, defended.networks, image, max_batch, job.batch_size, policy, free)
+    measure = partial(
+        _pass, image=image, max_batch=max_batch, group=job.batch_size, policy=policy, free=free
+    )
+    found = measure(searched, networks)
+    own = found if searched is defended else measure(defended, defended.networks)
     subjects = (job.subject, *job.sources.values())
     random = [name for subject in subjects for name in subject.uncached()]
     _PROBES[key] = _Probe(found, own, tuple(dict.fromkeys(random)), free)
@@ -155,34 +150,34 @@ def _pass(
     policy: Policy,
     free: int,
 ) -> _Pass:
-    """The cost of a `defense` for an `image` ``(1, c, h, w)``; votes are alike, so one is run."""
+    """The cost of a `defense`, of this probe alone, for an `image` ``(1, c, h, w)``."""
+    # Votes are alike, so one is run.
     votes, defense.votes = defense.votes, 1
-    try:
-        used = [call for network in networks if (call := _Call.seen(defense, network, image))]
-        calls = votes * sum(call.count for call in used)
-        ends = _classifier_bytes(defense, image)
-        each = [(call.count, call.bytes()) for call in used]
-        full = max_batch * votes * (ends + sum(count * size for count, size in each))
+    whole = partial(_logits, defense)
+    used = [call for network in networks if (call := _Call.seen(defense, network, image))]
+    nfe = votes * sum(call.count for call in used)
+    ends = _bytes(defense.classifier, image)
+    each = [(call.count, _bytes(call.answer, call.image)) for call in used]
+    full = max_batch * votes * (ends + sum(count * size for count, size in each))
+    with _instant(used):
         if policy == "none" or full <= free // 2:
             # What the sampler keeps beside its networks, which can be much too.
-            with _instant(used):
-                full += max_batch * votes * (_kept(defense, image) - ends)
-        states = calls * max((call.image.nbytes for call in used), default=0)
+            defense.policy = "none"
+            full += max_batch * votes * (_bytes(whole, image) - ends)
+        states = nfe * max((call.image.nbytes for call in used), default=0)
         steps = max_batch * (max((size for _, size in each), default=0) + states + votes * ends)
         by_step = policy == "step" or (policy == "auto" and full > free // 2)
-        how: Policy = "step" if by_step else "none"
-        with _instant(used):
-            gradient = _timed(max_batch, lambda n: _gradient(defense, _copies(image, n), how))
-            forward = _timed(group, lambda n: _forward(defense, _copies(image, n)))
-        room = max(1, free // 2 // max((size for _, size in each), default=1))
-        for call in used:
-            there = _timed(group, lambda n, call=call: call.forward(n))  # type: ignore[misc]
-            back = _timed(min(max_batch, room), lambda n, call=call: call.back(n))  # type: ignore[misc]
-            forward += call.count * there
-            gradient += call.count * (back + (there if by_step else 0.0))
-    finally:
-        defense.votes = votes
-    return _Pass(calls, votes * gradient, votes * forward, steps if by_step else full, by_step)
+        defense.policy = policy
+        forward = _timed(group, _forward, whole, image)
+        defense.policy = "step" if by_step else "none"
+        gradient = _timed(max_batch, _backward, whole, image)
+    room = max(1, free // 2 // max((size for _, size in each), default=1))
+    for call in used:
+        there = _timed(group, _forward, call.answer, call.image)
+        back = _timed(min(max_batch, room), _backward, call.answer, call.image)
+        forward += call.count * there
+        gradient += call.count * (back + (there if by_step else 0.0))
+    return _Pass(nfe, votes * gradient, votes * forward, steps if by_step else full, by_step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +195,7 @@ class _Call:
 
     @classmethod
     def seen(cls, defense: Defense, network: nn.Module, image: Tensor) -> "_Call | None":
-        """By a purification in which the first call alone is made; None if there is none."""
+        """The calls in a purification in which the first one alone is made; None if none is."""
         calls: list[tuple[Any, ...]] = []
         answers: list[Tensor] = []
         forward = network.forward
@@ -218,26 +213,9 @@ class _Call:
         first, *others = calls[0]
         return cls(network, len(calls), first, tuple(others), answers[0].shape[1])
 
-    def forward(self, rows: int) -> None:
-        """One call, without a gradient."""
-        with torch.no_grad():
-            self._answer(_copies(self.image, rows))
-
-    def back(self, rows: int) -> None:
-        """One call, and its backward pass."""
-        z = _copies(self.image, rows).requires_grad_()
-        with torch.enable_grad():
-            torch.autograd.grad(self._answer(z).sum(), z)
-
-    def bytes(self) -> int:
-        """Kept for the backward pass of one image."""
-        z = self.image.clone().requires_grad_()
-        with torch.enable_grad():
-            return memory.activation_bytes(lambda: self._answer(z))
-
-    def _answer(self, z: Tensor) -> Tensor:
-        others = [_copies(other, len(z)) for other in self.others]
-        out: Tensor = self.network.forward(z, *others)
+    def answer(self, z: Tensor) -> Tensor:
+        """The network's answer for `z` ``(n, c, h, w)``."""
+        out: Tensor = self.network.forward(z, *(_copies(other, len(z)) for other in self.others))
         return out
 
 
@@ -264,62 +242,55 @@ def _instant(calls: list[_Call]) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _under(defense: Defense, policy: Policy) -> Iterator[None]:
-    held, defense.policy = defense.policy, policy
-    try:
-        yield
-    finally:
-        defense.policy = held
+# ---------------------------------------------------------- a function of images, on `n` copies
+
+_Function = Callable[[Tensor], Tensor]
 
 
 def _logits(defense: Defense, images: Tensor) -> Tensor:
     return defense.logits(images, Tape.make(0, ATTACKER, [0] * len(images)))
 
 
-def _gradient(defense: Defense, images: Tensor, policy: Policy) -> None:
-    x = images.requires_grad_()
-    with _under(defense, policy), torch.enable_grad():
-        torch.autograd.grad(_logits(defense, x).sum(), x, materialize_grads=True)
-
-
-def _forward(defense: Defense, images: Tensor) -> None:
+def _forward(function: _Function, image: Tensor, n: int) -> None:
     with torch.no_grad():
-        _logits(defense, images)
+        function(_copies(image, n))
 
 
-def _kept(defense: Defense, image: Tensor) -> int:
-    x = image.clone().requires_grad_()
-    with _under(defense, "none"), torch.enable_grad():
-        return memory.activation_bytes(lambda: _logits(defense, x))
-
-
-def _classifier_bytes(defense: Defense, image: Tensor) -> int:
-    x = image.detach().requires_grad_()
+def _backward(function: _Function, image: Tensor, n: int) -> None:
+    x = _copies(image, n).requires_grad_()
     with torch.enable_grad():
-        return memory.activation_bytes(lambda: defense.classifier(x))
+        torch.autograd.grad(function(x).sum(), x, materialize_grads=True)
 
 
-def _copies(one: Tensor, count: int) -> Tensor:
-    return one.detach().expand(count, *one.shape[1:]).clone()
+def _bytes(function: _Function, image: Tensor) -> int:
+    """Bytes kept for the backward pass of one image."""
+    x = image.clone().requires_grad_()
+    with torch.enable_grad():
+        return memory.activation_bytes(lambda: function(x))
 
 
-def _timed(rows: int, run: Callable[[int], None]) -> float:
-    """Seconds for each row of ``run(n)``, with the largest n up to `rows` that takes a moment.
+def _copies(one: Tensor, n: int) -> Tensor:
+    return one.detach().expand(n, *one.shape[1:]).clone()
+
+
+def _timed(
+    most: int, run: Callable[[_Function, Tensor, int], None], function: _Function, image: Tensor
+) -> float:
+    """Seconds of a `run` for each copy, with the largest number up to `most` that takes a moment.
 
     The shorter of two timings, since other work on the machine can only add.
     """
     n = 1
     while True:
-        seconds = min(_seconds(run, n), _seconds(run, n))
-        if n >= rows or seconds > MOMENT:
+        seconds = min(_seconds(partial(run, function, image, n)) for _ in range(2))
+        if n >= most or seconds > MOMENT:
             return seconds / n
-        n = min(rows, n * (8 if seconds < MOMENT / 32 else 2))
+        n = min(most, n * (8 if seconds < MOMENT / 32 else 2))
 
 
-def _seconds(run: Callable[[int], None], rows: int) -> float:
+def _seconds(run: Callable[[], None]) -> float:
     start = time.perf_counter()
-    run(rows)
+    run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start

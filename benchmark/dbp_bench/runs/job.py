@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +23,17 @@ from dbp_bench.result import Result, attack_label, result_path, searched_effort
 if TYPE_CHECKING:
     import torch
 
+    from dbp_bench.checks.record import Approach
     from dbp_bench.data import DataSet
     from dbp_bench.defense import Defense
+    from dbp_bench.evaluate import Group
     from dbp_bench.memory import Policy
     from dbp_bench.threat import Attack, Budget, Evaluations, Setup
 
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """What the user set against the entries; None leaves the entry's."""
+    """The options that a user set against the entries; None leaves the entry's."""
 
     effort: dict[str, Any] = field(default_factory=dict)
     """Options of the attack."""
@@ -54,17 +57,18 @@ class Search:
     attack: "Attack"
     name: str
     """Such as ``pgd``, ``torchattacks:PGD`` or ``my_package.module:MyAttack``."""
+    path: Path
+    """The entry that names it, or the option ``--attack``."""
     setting: Entry[AttackSetting] | None
     """The named setting that it was asked for by."""
     effort: dict[str, Any]
     """All options, with their values."""
     gradient: str | None
-    """What it differentiates (see :data:`dbp_bench.entries.threat.Gradient`); None where it follows
-    no gradient."""
+    """The kind of gradient that it follows, if any (:data:`dbp_bench.entries.threat.Gradient`)."""
 
     @property
     def label(self) -> str:
-        """How paths and tables name it."""
+        """Its name in paths and tables."""
         return attack_label(self.name, self.setting.name if self.setting else None)
 
 
@@ -99,17 +103,17 @@ class Job:
         """The defense that is evaluated, on the job's device."""
         return self.subject.defense(device=self.device, policy=policy, dtype=dtype)
 
-    def searched(
-        self,
-        evaluated: "Defense",
-        *,
-        policy: "Policy" = "auto",
-        dtype: "torch.dtype | None" = None,
-    ) -> "Defense":
-        """What the attack differentiates in place of the `evaluated` defense; often the same."""
+    def built(
+        self, dtype: "torch.dtype | None" = None, policy: "Policy" = "auto"
+    ) -> "tuple[Defense, Defense]":
+        """The defense that is evaluated, and what the attack differentiates in its place.
+
+        Often the two are the same object.
+        """
+        defense = self.defense(policy=policy, dtype=dtype)
         gradient = self.search.gradient or "exact"
-        return self.subject.searched(
-            evaluated, gradient, device=self.device, policy=policy, dtype=dtype
+        return defense, self.subject.searched(
+            defense, gradient, device=self.device, policy=policy, dtype=dtype
         )
 
     def other_defenses(self, *, policy: "Policy" = "auto") -> dict[str, "Defense"]:
@@ -131,17 +135,42 @@ class Job:
         """The attack."""
         return self.search.attack
 
+    def first_images(self, data: "DataSet") -> "Group":
+        """The first images of the track, on which the defense's conformance is checked."""
+        from dbp_bench.evaluate import Group
+
+        ids = self.track_ids[: max(2, self.batch_size)]
+        images, labels = data.select(ids)
+        return Group(images.to(self.device), labels.to(self.device), ids)
+
+    @property
+    def approach(self) -> "Approach":
+        """All that decides the conformance record of the defense."""
+        from dbp_bench.checks.record import Approach
+        from dbp_bench.noise import Site
+
+        return Approach(
+            defense=(self.subject.track.path, self.subject.entry.path, self.device),
+            knows=frozenset(Site(site) for site in self.knows),
+            gradient=self.search.gradient,
+            loss=str(self.search.effort.get("loss")),
+            samples=self.samples,
+            batch_size=self.batch_size,
+            max_batch=self.max_batch,
+            seed=self.seed,
+        )
+
     # ------------------------------------------------------------------------- what it counts
 
     @property
     def label(self) -> str:
-        """How messages name it: defense, threat and, where it is not the threat's own, attack."""
+        """Its name in messages: defense, threat and, where it is not the threat's own, attack."""
         own = self.search.name == self.threat.entry.attack and self.search.setting is None
         return f"{self.subject.name} / {self.threat.name}{'' if own else f' / {self.search.label}'}"
 
     @property
     def sites(self) -> list[str]:
-        """Where the defense draws noise, sorted."""
+        """The sites at which the defense draws noise, sorted."""
         return self.subject.sites
 
     @property
@@ -152,7 +181,7 @@ class Job:
 
     @property
     def attacks(self) -> int:
-        """How often each image is attacked: once, or once for each known draw."""
+        """The number of attacks on each image: one, or one for each known draw."""
         return self.draws if self.knows else 1
 
     @property
@@ -162,7 +191,7 @@ class Job:
 
     @property
     def setup(self) -> "Setup":
-        """What decides, beside its options, how many evaluations the attack takes."""
+        """All that decides, beside its options, how many evaluations the attack takes."""
         gradient = self.search.gradient or "exact"
         return _setup(self.subject, self.knows, self.eps, self.sources, gradient)
 
@@ -178,7 +207,7 @@ class Job:
 
     @property
     def surrogate(self) -> dict[str, Any] | None:
-        """What is differentiated in place of the defense, where its entry declares it."""
+        """The declared surrogate, where the attack differentiates it in place of the defense."""
         if self.search.gradient != "declared-surrogate":
             return None
         return self.subject.surrogate.model_dump()
@@ -186,12 +215,12 @@ class Job:
     # --------------------------------------------------------------------- what identifies it
 
     def path(self, out: Path) -> Path:
-        """Where the result goes, below the folder `out`."""
+        """The path of the result, below the folder `out`."""
         track, defense = self.subject.track.name, self.subject.name
         return result_path(out, track, defense, self.threat.name, self.search.label, seed=self.seed)
 
     def identity(self, *, planned: bool = False) -> dict[str, Any]:
-        """What must be equal for results to be continued; images and draws can be added.
+        """The fields that must be equal for results to be continued; images and draws can be added.
 
         Where it is only `planned`, the sha256 of a checkpoint that isn't in the cache is None.
 
@@ -237,7 +266,7 @@ class Job:
         }
 
     def same_setting(self, other: "Job") -> bool:
-        """Whether `other` measures all of this, under another threat's name."""
+        """Tell whether `other` measures all of this, under another threat's name."""
         mine, its = (_measured(job.identity(planned=True)) for job in (self, other))
         return mine == its and other.draws >= self.draws and other.examples >= self.examples
 
@@ -249,7 +278,7 @@ class Job:
                 continue
             held = Result.read(path)
             same = _measured(identity_of(held)) == _measured(self.identity())
-            if same and len(held.draws) >= self.draws and len(held.ids) >= self.examples:
+            if same and held.covers(self.examples, self.draws):
                 return path
         return None
 
@@ -293,7 +322,7 @@ def refuse_other_request(asked: Mapping[str, Any], held: Mapping[str, Any], wher
 def _differences(
     asked: Mapping[str, Any], held: Mapping[str, Any], within: str = ""
 ) -> Iterator[str]:
-    """What is asked for and not held, field by field; of a table, the keys that differ."""
+    """The fields that are asked for and not held; of a table, the keys that differ."""
     for key in dict.fromkeys([*asked, *(held if within else ())]):
         mine, theirs = asked.get(key), held.get(key)
         if mine == theirs:
@@ -314,12 +343,12 @@ def _shown(value: object) -> str:
 
 
 def _declared(threat: Threat) -> dict[str, Any]:
-    """What an entry says that can be set against it."""
+    """The values of an entry that can be set against it."""
     return {**threat.effort, "eps": threat.eps, "gradient": threat.gradient}
 
 
 def why_same(job: Job, other: Threat | None) -> str:
-    """Why `job` measures what the threat model `other` does; None where its entry isn't there."""
+    """Say why `job` measures what the threat model `other` does; None: its entry isn't there."""
     noise = f"noise at {', '.join(job.sites)} alone" if job.sites else "no noise"
     mine = job.threat.entry
     if other is None or not job.sites or mine.knows != other.knows:
@@ -405,7 +434,7 @@ def resolve(
     search, sources = _search(registry, subject, threat_entry, attack, overrides, knows, eps)
     dotted = [*subject.code(), *(path for s in sources.values() for path in s.code())]
     if is_outside(search.name):
-        dotted.append((search.name, _named_by(threat_entry, search.setting, attack)))
+        dotted.append((search.name, search.path))
     return Job(
         subject=subject,
         threat=threat_entry,
@@ -441,34 +470,26 @@ def _search(
         BadRequest: It doesn't fit what is known, the norm or the classes; or an option is wrong.
         UnknownName: There is no such attack.
     """
-    declared, where = threat.entry, str(threat.path)
-    setting = None
-    name, effort, gradient = declared.attack, declared.effort, declared.gradient
-    settings = registry.settings
+    settings, setting = registry.settings, None
     if attack is not None:
         registry.check_name("attacks/settings", attack)
-    if attack is not None and attack != declared.attack:
-        if attack in settings:
+        if attack in settings and attack != threat.entry.attack:
             setting = registry.setting(attack)
-            where = str(setting.path)
-            name, effort, gradient = (
-                setting.entry.attack,
-                setting.entry.effort,
-                setting.entry.gradient,
-            )
-        else:
-            _check_attack(attack, settings)
-            name, effort, gradient, where = attack, {}, "exact", "--attack"
+    if setting is not None or attack in (None, threat.entry.attack):
+        by = setting or threat
+        name, effort, gradient = by.entry.attack, by.entry.effort, by.entry.gradient
+        path = by.path
+    else:
+        name, effort, gradient, path = str(attack), {}, "exact", Path("--attack")
+        _check_attack(name, settings)
+    where = f"{path} with --set {', '.join(overrides.effort)}" if overrides.effort else str(path)
     gradient = overrides.gradient or gradient
     if not re.match(GRADIENT, gradient):
         raise BadRequest(
             f"--gradient {gradient!r}: exact, bpda, declared-surrogate, or surrogate:N with the "
             "number of steps."
         )
-    if overrides.effort:
-        where = f"{where} with --set {', '.join(overrides.effort)}"
-    named_by = _named_by(threat, setting, attack)
-    made = registry.builder.attack(name, {**effort, **overrides.effort}, where, named_by)
+    made = registry.builder.attack(name, {**effort, **overrides.effort}, where, path)
     if gradient == "declared-surrogate":
         _ = subject.surrogate
     if gradient.startswith("surrogate:") and "steps" not in subject.setting.options:
@@ -491,16 +512,7 @@ def _search(
     follows = made.evaluations(setup).gradient > 0 and not sources
     if gradient != "exact" and not follows:
         raise BadRequest(f"gradient: {gradient}, but {name} follows no gradient of {subject.name}.")
-    return Search(made, name, setting, effort, gradient if follows else None), sources
-
-
-def _named_by(
-    threat: Entry[Threat], setting: Entry[AttackSetting] | None, attack: str | None
-) -> Path:
-    """The entry that names the attack, or the option ``--attack``."""
-    if setting is not None:
-        return setting.path
-    return threat.path if attack in (None, threat.entry.attack) else Path("--attack")
+    return Search(made, name, path, setting, effort, gradient if follows else None), sources
 
 
 def _check_attack(name: str, settings: Iterable[str]) -> None:
@@ -571,21 +583,10 @@ def plan(
     if "all" in threat_names:
         registry.check_names("attacks/threats")
         threat_names = registry.protocol
+    one = partial(resolve, attack=attack, seed=seed, device=device, overrides=overrides)
     planned: list[Planned] = []
     for defense in names:
-        jobs = [
-            resolve(
-                registry,
-                track,
-                defense,
-                threat,
-                attack=attack,
-                seed=seed,
-                device=device,
-                overrides=overrides,
-            )
-            for threat in threat_names
-        ]
+        jobs = [one(registry, track, defense, threat) for threat in threat_names]
         done: list[Job] = []
         for job in sorted(jobs, key=_by_generality):
             twin = next((other for other in done if job.same_setting(other)), None)

@@ -18,7 +18,7 @@ from dbp_bench.runs.job import Job
 from dbp_bench.runs.replay import Again
 
 IMAGES: Final = 4
-"""How many of the track's first images are shown."""
+"""The number of the track's first images that are shown."""
 
 
 def write_pictures(path: Path, result: Result, job: Job, again: Again) -> Path:

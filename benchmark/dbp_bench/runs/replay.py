@@ -21,10 +21,10 @@ from dbp_bench.defense import Defense
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest
 from dbp_bench.evaluate import FRESH
+from dbp_bench.provenance import device_name
 from dbp_bench.result import Kind, Result
 from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Job, Overrides, identity_of, refuse_other_request, resolve
-from dbp_bench.runs.provenance import device_name
 from dbp_bench.runs.saved import Saved, adversarial_path
 
 TOLERATED = 0.02
@@ -172,7 +172,7 @@ def groups_of(job: Job, result: Result, examples: int | None) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How outcomes of one kind differ from those that a result states."""
+    """The difference of outcomes of one kind from those that a result states."""
 
     outcomes: int
     lost: int
@@ -182,7 +182,7 @@ class Difference:
     other: int
     """Wrong both times, of another class."""
     allowed: int
-    """How many may differ, in each of the three ways."""
+    """The number of outcomes that may differ, in each of the three ways."""
 
     def __add__(self, more: "Difference") -> "Difference":
         """The difference of two sets of outcomes."""
@@ -203,17 +203,17 @@ class Comparison:
 
     @property
     def outcomes(self) -> int:
-        """How many were compared."""
+        """The number of outcomes that were compared."""
         return sum(each.outcomes for each in self.kinds.values())
 
     @property
     def differing(self) -> int:
-        """How many differ."""
+        """The number of outcomes that differ."""
         return sum(each.lost + each.gained + each.other for each in self.kinds.values())
 
     @property
     def fault(self) -> str | None:
-        """Which kind of outcome differs by more than rounding explains; None where none does."""
+        """The kind of outcome that differs by more than rounding explains; None where none does."""
         for kind, each in self.kinds.items():
             for how, count in (
                 ("stated as right are wrong", each.lost),
@@ -270,7 +270,7 @@ def compare(
 
 
 def same_machine(result: Result, device: str) -> bool:
-    """Whether this machine computes what `result` was made with, bit for bit as far as is known."""
+    """Tell whether this machine computes as the one of `result` did, as far as is known."""
     made = result.provenance
     return (
         result.arithmetic.device == torch.device(device).type

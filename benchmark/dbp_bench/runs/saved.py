@@ -1,8 +1,9 @@
 """Adversarial images kept beside a result: packed, read back, and checked against the budget."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,24 +13,28 @@ from torch import Tensor
 from dbp_bench.declaration import parse_json
 from dbp_bench.errors import BadRequest, BadWeights
 from dbp_bench.runs.job import Job, refuse_other_request
-from dbp_bench.threat import Budget
-
-_SLACK = 1e-6
-"""By how much rounding in float32 may leave the budget."""
+from dbp_bench.threat import SLACK, is_inside
+from dbp_bench.writing import write_atomically
 
 
 def adversarial_path(result: Path) -> Path:
-    """Where the adversarial images of a result lie."""
+    """The path of the adversarial images of a result."""
     return result.with_name(f"adversarial-{result.stem}.safetensors")
 
 
-def pack(job: Job, images: Tensor) -> bytes:
-    """Adversarial images ``(attacks, n, c, h, w)`` with their ids and where they come from."""
-    tensors = {
-        "images": images[:, : job.examples].contiguous(),
-        "ids": torch.tensor(job.track_ids[: job.examples]),
-    }
-    return save(tensors, metadata={"request": json.dumps(job.identity())})
+def write_saved(
+    path: Path, identity: Mapping[str, Any], ids: Sequence[int], images: Tensor
+) -> None:
+    """Write adversarial images ``(attacks, n, c, h, w)`` of the `ids`, and what they are of.
+
+    Args:
+        path: The file.
+        identity: That of the job that made them.
+        ids: Which images: the first of the track.
+        images: They themselves.
+    """
+    tensors = {"images": images.contiguous(), "ids": torch.tensor(ids)}
+    write_atomically(path, save(tensors, metadata={"request": json.dumps(identity)}))
 
 
 class Saved(NamedTuple):
@@ -79,15 +84,6 @@ def read_saved(path: Path, job: Job) -> Saved:
     return Saved(images, clean, ids)
 
 
-def is_inside(ball: Budget, images: Tensor, clean: Tensor) -> bool:
-    """Whether all `images` are inside the ball around the `clean` ones and in [0, 1].
-
-    NaN is not.
-    """
-    inside = bool(((images >= 0) & (images <= 1)).all())
-    return inside and float(ball.size(images - clean).max()) <= ball.eps + _SLACK
-
-
 def as_8_bit(saved: Saved, job: Job) -> tuple[Saved, int]:
     """The images as a file of 256 grey levels would hold them, and how many left the budget so.
 
@@ -96,6 +92,6 @@ def as_8_bit(saved: Saved, job: Job) -> tuple[Saved, int]:
     """
     ball, clean = job.budget(), saved.clean
     rounded = (saved.images * 255).round() / 255
-    outside = sum(int((ball.size(found - clean) > ball.eps + _SLACK).sum()) for found in rounded)
+    outside = sum(int((ball.size(found - clean) > ball.eps + SLACK).sum()) for found in rounded)
     images = torch.stack([ball.project(found, clean) for found in rounded])
     return saved._replace(images=images), outside

@@ -12,18 +12,20 @@ from pathlib import Path
 
 from dbp_bench.data import facts_of
 from dbp_bench.declaration import number
-from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, ZeroGradient, did_you_mean
 from dbp_bench.reporting.findings import SCHEMA, Findings, Flag, Measured, findings_path
 from dbp_bench.reporting.statistics import Bootstrap, Replicates
 from dbp_bench.result import Result
-from dbp_bench.runs.job import Job, Overrides, resolve
+from dbp_bench.runs.job import Job, Overrides
 
 AXES = ("steps", "eot", "eps")
-"""What can be swept over."""
+"""The options that can be swept over."""
 
 BLACK_BOX = "black-box"
 """The axis whose second value is another attack, one that follows no gradient."""
+
+Resolve = Callable[..., Job]
+"""Gives the job of some `attack`, or None for the threat's own, with some `overrides`."""
 
 Execute = Callable[[Job, Path], Path]
 """Runs a job below a folder and gives the path of its result."""
@@ -74,93 +76,55 @@ def parse(text: str) -> tuple[str, list[float]]:
 
 
 def plan(
-    registry: Registry,
-    track: str,
-    defense: str,
-    threat: str,
-    attack: str | None,
-    axis: str,
-    values: Sequence[float],
-    *,
-    seed: int,
-    device: str,
-    overrides: Overrides,
+    resolve: Resolve, attack: str | None, overrides: Overrides, axis: str, values: Sequence[float]
 ) -> Sweep:
     """The jobs of a sweep over `axis`; the threat's own value is always among them.
+
+    Args:
+        resolve: Resolves jobs of one defense under one threat model.
+        attack: As it takes it.
+        overrides: What is set against the entries at every value.
+        axis: One of :data:`AXES`.
+        values: What is set along it.
 
     Raises:
         BadRequest: The axis can't change this attack, or no value could show that it is weak.
     """
 
-    def job(changed: Overrides) -> Job:
-        return resolve(
-            registry,
-            track,
-            defense,
-            threat,
-            attack=attack,
-            seed=seed,
-            device=device,
-            overrides=changed,
-        )
-
     def at(value: float) -> Job:
         if axis == "eps":
-            return job(replace(overrides, eps=value))
-        return job(replace(overrides, effort={**overrides.effort, axis: int(value)}))
+            return resolve(attack=attack, overrides=replace(overrides, eps=value))
+        effort = {**overrides.effort, axis: int(value)}
+        return resolve(attack=attack, overrides=replace(overrides, effort=effort))
 
-    own = job(overrides)
+    own = resolve(attack=attack, overrides=overrides)
     if axis == "eot" and own.knows == own.sites:
         raise BadRequest(
-            f"--over eot: nothing is hidden from {threat} in {defense}, so that every gradient "
-            "draw is the same. Sweep over steps or eps."
+            f"--over eot: nothing is hidden from {own.threat.name} in {own.subject.name}, so that "
+            "every gradient draw is the same. Sweep over steps or eps."
         )
     at(max(values))  # refuses what this attack doesn't take
     held = own.eps if axis == "eps" else own.search.effort[axis]
     if axis != "eps" and max(values) <= held:
         raise BadRequest(
-            f"--over {axis}={max(values):g}: none is above the {held:g} of {threat}, and only "
-            "more can show that this is too few."
+            f"--over {axis}={max(values):g}: none is above the {held:g} of {own.threat.name}, and "
+            "only more can show that this is too few."
         )
     standard = Point(held, own, "sweeps/standard")
     others = [Point(v, at(v), f"sweeps/{axis}-{v:g}") for v in values if v != held]
     return Sweep(axis, standard, sorted([standard, *others], key=lambda p: float(p.value)))
 
 
-def against(
-    registry: Registry,
-    track: str,
-    defense: str,
-    threat: str,
-    attack: str | None,
-    black: str,
-    *,
-    seed: int,
-    device: str,
-    overrides: Overrides,
-) -> Sweep:
+def against(resolve: Resolve, attack: str | None, overrides: Overrides, black: str) -> Sweep:
     """The comparison of an attack with the attack `black`, which follows no gradient.
 
-    Both know the same, and attack the same images.
+    Both know the same, and attack the same images. The other arguments are those of :func:`plan`.
 
     Raises:
         BadRequest: `black` follows gradients.
     """
-
-    def job(name: str | None, changed: Overrides) -> Job:
-        return resolve(
-            registry,
-            track,
-            defense,
-            threat,
-            attack=name,
-            seed=seed,
-            device=device,
-            overrides=changed,
-        )
-
-    own = job(attack, overrides)
-    other = job(black, replace(overrides, effort={}))
+    own = resolve(attack=attack, overrides=overrides)
+    other = resolve(attack=black, overrides=replace(overrides, effort={}))
     if other.search.gradient is not None:
         raise BadRequest(f"--black-box {black}: it follows gradients, so it shows no masking.")
     standard = Point(own.search.label, own, "sweeps/standard")
@@ -196,7 +160,7 @@ def run(sweep: Sweep, out: Path, execute: Execute) -> Findings:
 
 
 def assess(sweep: Sweep, results: Sequence[Result | None], files: Sequence[str | None]) -> Findings:
-    """What the `results` of the points of `sweep` say; None where all gradients were zero.
+    """The findings in the `results` of the points of `sweep`; None where all gradients were zero.
 
     Args:
         sweep: What was run.
@@ -212,17 +176,15 @@ def assess(sweep: Sweep, results: Sequence[Result | None], files: Sequence[str |
     reference = accuracies[sweep.points.index(sweep.standard)]
     values = []
     for point, result, accuracy, file in zip(sweep.points, results, accuracies, files, strict=True):
-        compared = accuracy is not None and reference is not None and point != sweep.standard
+        fall = None
+        if accuracy is not None and reference is not None and point != sweep.standard:
+            fall = bootstrap.estimate(reference - accuracy)
         values.append(
             Measured(
                 value=point.value,
                 file=file,
                 accuracy=None if accuracy is None else bootstrap.estimate(accuracy),
-                fall=(
-                    bootstrap.estimate(reference - accuracy)
-                    if compared and accuracy is not None and reference is not None
-                    else None
-                ),
+                fall=fall,
                 zero_gradient=1.0 if result is None else _zero(result, point.job),
             )
         )
@@ -296,11 +258,12 @@ def _fall(axis: str, standard: Measured, last: Measured) -> str:
     return (
         f"accuracy falls from {100 * standard.accuracy.value:.1f} to "
         f"{100 * last.accuracy.value:.1f} %, by {last.fall.percent()}, when {axis} goes from "
-        f"{_shown(standard.value)} to {_shown(last.value)}"
+        f"{shown(standard.value)} to {shown(last.value)}"
     )
 
 
-def _shown(value: float | str) -> str:
+def shown(value: float | str) -> str:
+    """A value of an axis as tables and messages have it."""
     return value if isinstance(value, str) else f"{value:g}"
 
 

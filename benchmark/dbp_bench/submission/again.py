@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from safetensors.torch import load_file
 
-from dbp_bench.checks.record import faults, record
+from dbp_bench.checks.record import Memo, faults, record
 from dbp_bench.defense import Defense
 from dbp_bench.evaluate import FRESH
 from dbp_bench.reporting.badge import Compared
@@ -33,8 +33,11 @@ def check_conformance(claims: Sequence[Claim], device: str) -> None:
     Raises:
         Refused: The defense breaks a rule.
     """
+    memo = Memo()
     for claim in claims:
-        if said := faults(record(replace(claim.job, device=device))):
+        job = replace(claim.job, device=device)
+        found = record(job.built, job.first_images(job.data()), job.approach, memo)
+        if said := faults(found):
             raise Refused(f"{claim.name}: its conformance record, made again, says: {said[0]}.")
 
 

@@ -10,9 +10,9 @@ from dbp_bench import __version__
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadData, BadRequest, DbpError
 from dbp_bench.extras import BadExtra
+from dbp_bench.provenance import device_name
 from dbp_bench.reporting.badge import BADGES, FILE, Compared, Verification
 from dbp_bench.reporting.records import check_comparable
-from dbp_bench.runs.provenance import device_name
 from dbp_bench.submission import again, claims, layout
 from dbp_bench.submission.archive import Bundle, Refused
 from dbp_bench.submission.claims import Claim

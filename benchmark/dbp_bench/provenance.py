@@ -1,43 +1,50 @@
-"""Where a number comes from: code, packages, machine, entries and weights."""
+"""Says where a number comes from: code, packages, machine, entries and weights."""
 
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dbp_bench import __version__
 from dbp_bench.result import Provenance
-from dbp_bench.runs.job import Job
 
 
-def provenance(job: Job, data: str) -> Provenance:
-    """The provenance of what `job` computes here on the data set whose digest is `data`."""
+def provenance(identity: Mapping[str, Any], entries: dict[str, str], data: str) -> Provenance:
+    """The provenance of what a job computes here.
+
+    Args:
+        identity: That of the job.
+        entries: The sha256 of its entry files.
+        data: The digest of its images.
+    """
     commit, dirty = _git()
     return Provenance(
         dbp_bench=__version__,
         commit=commit,
         dirty=dirty,
-        packages={name: version(name) for name in _packages(job)},
+        packages={name: version(name) for name in _packages(identity)},
         python=platform.python_version(),
-        device_name=device_name(job.device),
+        device_name=device_name(identity["device"]),
         threads=torch.get_num_threads(),
-        entries=job.entry_digests(),
-        weights=job.identity()["weights"],
+        entries=entries,
+        weights=identity["weights"],
         data=data,
-        code=job.code or None,
+        code=identity.get("code"),
     )
 
 
-def _packages(job: Job) -> list[str]:
+def _packages(identity: Mapping[str, Any]) -> list[str]:
     """Installed packages that the numbers depend on."""
     third_party = {"autoattack": "pyautoattack", "torchattacks": "torchattacks"}
     named = [
         package
         for name, package in third_party.items()
-        if name in f"{job.search.name} {job.search.effort}"
+        if name in f"{identity['attack']} {identity['effort']}"
     ]
     return ["torch", "numpy", "safetensors", *(name for name in named if find_spec(name))]
 
@@ -55,7 +62,7 @@ def device_name(device: str) -> str:
 
 def _git() -> tuple[str | None, bool | None]:
     """Commit of the checkout that this code runs from, and whether code or entries differ."""
-    top = Path(__file__).parents[3]
+    top = Path(__file__).parents[2]
     if not (top / ".git").exists():
         return None, None
     try:
