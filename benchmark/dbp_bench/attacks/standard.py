@@ -5,6 +5,7 @@ Its constants were chosen on images that no table is made of; see docs/protocol.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from dbp_bench.attacks.common.objectives import (
     surely_wrong,
 )
 from dbp_bench.attacks.common.options import Count, checked
-from dbp_bench.threat import AttackerView, Budget, Evaluations, Objective, Setup
+from dbp_bench.attacks.square import Square
+from dbp_bench.threat import L2, AttackerView, Budget, Evaluations, Linf, Objective, Setup
 
 TARGETS = 9
 """Wrong classes to aim at, at most, where every draw is known."""
@@ -31,8 +33,6 @@ FIRST, LAST_KNOWN, LAST_HIDDEN = 2.0, 0.02, 0.01
 """Lengths of the first and the last step of a search, relative to eps."""
 SHORTEST = 10
 """Steps of a leg, at least."""
-SHARPNESS = 8.0
-"""The range of the logits over the temperature of the smooth error rate."""
 
 
 @checked
@@ -46,21 +46,35 @@ class Standard:
 
     Where a draw is hidden, each step follows a running mean of gradients (momentum, Dong et al.
     2018) over two fresh EoT samples, and maximises a smooth error rate: the mean over the samples
-    of ``sigmoid(z / T)``, where z is the log-odds of being wrong and T an eighth of the range of
-    the image's logits at the first step. The last iterate counts.
+    of ``sigmoid(z / T)``, where z is the log-odds of being wrong and T the standard deviation of
+    those that the image has met. The first step takes a tenth of the budget, for it decides in
+    which direction the search sets out. The last iterate counts.
+
+    Where a defense masks its gradient, steps lead nowhere: images whose gradient was zero at every
+    step are searched by Square (Andriushchenko et al. 2020), which sees logits alone, with as many
+    queries. The record says which images these are.
 
     Args:
         budget: Gradient evaluations of each image, for each known draw.
     """
 
+    without_gradient: ClassVar[bool] = True
+    """It searches on where every gradient is zero."""
+
     budget: Count = 200
 
     def evaluations(self, setup: Setup) -> Evaluations:
-        """The budget; known draws finish images, and a forward evaluation ends each leg."""
+        """The budget at most, and forward evaluations: known draws finish images."""
+        masked = self._square.evaluations(setup) if setup.norm != "l1" else Evaluations(0, 0, True)
         if setup.hidden:
-            return Evaluations(self.budget // SAMPLES * SAMPLES, 0, exact=True)
-        legs = _legs(self.budget, setup.classes - 1)
-        return Evaluations(self.budget, len(legs) + 1, exact=False)
+            own = Evaluations(sum(_plan(self.budget)), 0, exact=False)
+        else:
+            own = Evaluations(self.budget, 1 + len(_legs(self.budget, setup.classes - 1)), False)
+        return own + masked
+
+    @property
+    def _square(self) -> Square:
+        return Square(n_queries=self.budget, eot=SAMPLES)
 
     def unfit(self, setup: Setup) -> str | None:
         """Where a draw is hidden, one step takes two evaluations."""
@@ -73,22 +87,31 @@ class Standard:
     ) -> Tensor:
         """Adversarial images ``(b, c, h, w)`` in the `budget`."""
         search = self._known if view.deterministic else self._hidden
-        return search(view, images, labels, budget)
+        found = search(view, images, labels, budget)
+        masked = ~view.log.nonzero & (view.log.gradient > 0)
+        if bool(masked.any()) and isinstance(budget, Linf | L2):
+            rows = masked.to(images.device)
+            found[rows] = self._square(view[masked], images[rows], labels[rows], budget)
+        return found
 
     # ------------------------------------------------------------------- a draw is hidden
 
     def _hidden(self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
-        steps = self.budget // SAMPLES
         found, mean = images, torch.zeros_like(images)
         loss: Objective = log_odds
-        for step in range(steps):
-            draws = range(step * SAMPLES, (step + 1) * SAMPLES)
+        met: list[Tensor] = []
+        plan = _plan(self.budget)
+        for step, samples in enumerate(plan):
+            draws = range(sum(plan[:step]), sum(plan[: step + 1]))
             seen = view.gradient(found, labels, loss, draws)
-            if step == 0:
-                spread = (seen.logits.amax(2) - seen.logits.amin(2)).mean(1)
-                loss = SmoothError(spread / SHARPNESS)
-            mean = MOMENTUM * mean + (1 - MOMENTUM) * seen.mean
-            size = _falling(FIRST, LAST_HIDDEN, step, steps) * budget.eps
+            # The temperature is the scale of all log-odds met so far.
+            odds = log_odds(seen.logits.flatten(0, 1), labels.repeat_interleave(samples))
+            met.append(odds.view(len(images), samples))
+            loss = SmoothError(_scale(torch.cat(met, 1)))
+            # A step along the running mean of the gradients, projected. The first gradient is that
+            # of the log-odds themselves, unscaled, so that it weighs on the steps that follow.
+            mean = seen.mean if step == 0 else MOMENTUM * mean + (1 - MOMENTUM) * seen.mean
+            size = _falling(FIRST, LAST_HIDDEN, step, len(plan)) * budget.eps
             found = budget.project(found + size * budget.ascent(mean), images)
         return found
 
@@ -130,6 +153,20 @@ def _legs(budget: int, wrong_classes: int) -> list[int]:
     targets = max(0, min(TARGETS, wrong_classes, budget // SHORTEST - 1))
     steps = budget // (targets + 1)
     return [budget - targets * steps, *[steps] * targets]
+
+
+def _plan(budget: int) -> list[int]:
+    """EoT samples of each step: a tenth of the budget for the first one, which picks a side."""
+    first = max(SAMPLES, budget // 10)
+    return [first] + [SAMPLES] * ((budget - first) // SAMPLES)
+
+
+def _scale(odds: Tensor) -> Tensor:
+    """The temperature ``(b,)`` for log-odds ``(b, n)``: their standard deviation.
+
+    It is an eighth of their mean at least, beyond which the sigmoid would have no gradient.
+    """
+    return torch.maximum(odds.std(1, correction=0), odds.mean(1).abs() / 8).clamp(min=1e-6)
 
 
 def _falling(first: float, last: float, step: int, steps: int) -> float:
