@@ -21,14 +21,19 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     where the classifier is sure: beyond a margin of 17 or so it is exactly 0, and that part of the
     attack is blind. This form is equal in value and keeps the gradient's relative precision.
     """
-    own = logits.gather(1, labels[:, None])
-    return F.softplus(torch.logsumexp(_others(logits, labels) - own, dim=1))
+    return F.softplus(log_odds(logits, labels))
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """Largest other logit minus the label's (Carlini and Wagner 2017, f6, without the clip)."""
     right = logits.gather(1, labels[:, None])[:, 0]
     return _others(logits, labels).amax(1) - right
+
+
+def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-odds of being wrong: logsumexp of the other logits minus the label's."""
+    own = logits.gather(1, labels[:, None])
+    return torch.logsumexp(_others(logits, labels) - own, dim=1)
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
@@ -108,6 +113,11 @@ def likely_targets(
         draws: Guesses that no gradient is taken on; where every draw is known, one is enough.
     """
     logits = view.logits(images, draws[:1] if view.deterministic else draws).mean(1)
+    return ordered_targets(logits, labels)
+
+
+def ordered_targets(logits: Tensor, labels: Tensor) -> Tensor:
+    """All wrong classes ``(b, k - 1)``, that of the largest logit first."""
     logits = logits.scatter(1, labels[:, None], -torch.inf)
     order = logits.sort(dim=1, descending=True, stable=True).indices
     return order[:, :-1]

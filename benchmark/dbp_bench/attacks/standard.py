@@ -1,0 +1,193 @@
+"""The standard attack: one budget of gradient evaluations, spent as what is known allows.
+
+What AutoAttack (Croce and Hein 2020) is for deterministic classifiers: no option but the budget.
+Its constants were chosen on images that no table is made of; see docs/protocol.md.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dbp_bench.attacks.common.objectives import (
+    Towards,
+    cross_entropy,
+    log_odds,
+    margin,
+    margin_targeted,
+    ordered_targets,
+    surely_wrong,
+)
+from dbp_bench.attacks.common.options import Count, checked
+from dbp_bench.attacks.square import Square
+from dbp_bench.threat import L2, AttackerView, Budget, Evaluations, Linf, Objective, Setup
+
+TARGETS = 9
+"""Wrong classes to aim at, at most, where every draw is known."""
+SAMPLES = 2
+"""EoT samples of each step where a draw is hidden."""
+MOMENTUM = 0.8
+"""The share of the running mean gradient that a step keeps where a draw is hidden."""
+FIRST, LAST_KNOWN, LAST_HIDDEN = 2.0, 0.02, 0.01
+"""Lengths of the first and the last step of a search, relative to eps."""
+SHORTEST = 10
+"""Steps of a leg, at least."""
+
+
+@checked
+class Standard:
+    """Steepest ascent from the clean image, with steps that fall from the ball's diameter to 0.
+
+    Where every draw is known, the defense is deterministic: the first leg maximises the
+    cross-entropy, and each further leg the margin of one likely wrong class over the label
+    (MultiTargeted, Gowal et al. 2019, arXiv 1910.09338). An image that is misclassified for certain
+    is finished; of the others, the iterate of largest margin counts.
+
+    Where a draw is hidden, each step follows a running mean of gradients (momentum, Dong et al.
+    2018) over two fresh EoT samples, and maximises a smooth error rate: the mean over the samples
+    of ``sigmoid(z / T)``, where z is the log-odds of being wrong and T the standard deviation of
+    those that the image has met. The first step takes a tenth of the budget, for it decides in
+    which direction the search sets out. The last iterate counts.
+
+    Where a defense masks its gradient, steps lead nowhere: images whose gradient was zero at every
+    step are searched by Square (Andriushchenko et al. 2020), which sees logits alone, with as many
+    queries. The record says which images these are.
+
+    Args:
+        budget: Gradient evaluations of each image, for each known draw.
+    """
+
+    without_gradient: ClassVar[bool] = True
+    """It searches on where every gradient is zero."""
+
+    budget: Count = 200
+
+    def evaluations(self, setup: Setup) -> Evaluations:
+        """The budget at most, and forward evaluations: known draws finish images."""
+        masked = self._square.evaluations(setup) if setup.norm != "l1" else Evaluations(0, 0, True)
+        if setup.hidden:
+            own = Evaluations(sum(_plan(self.budget)), 0, exact=False)
+        else:
+            own = Evaluations(self.budget, 1 + len(_legs(self.budget, setup.classes - 1)), False)
+        return own + masked
+
+    @property
+    def _square(self) -> Square:
+        return Square(n_queries=self.budget, eot=SAMPLES)
+
+    def unfit(self, setup: Setup) -> str | None:
+        """Where a draw is hidden, one step takes two evaluations."""
+        if setup.hidden and self.budget < SAMPLES:
+            return f"budget: {self.budget}, but a step takes {SAMPLES} gradient evaluations"
+        return None
+
+    def __call__(
+        self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget
+    ) -> Tensor:
+        """Adversarial images ``(b, c, h, w)`` in the `budget`."""
+        search = self._known if view.deterministic else self._hidden
+        found = search(view, images, labels, budget)
+        masked = ~view.log.nonzero & (view.log.gradient > 0)
+        if bool(masked.any()) and isinstance(budget, Linf | L2):
+            rows = masked.to(images.device)
+            found[rows] = self._square(view[masked], images[rows], labels[rows], budget)
+        return found
+
+    # ------------------------------------------------------------------- a draw is hidden
+
+    def _hidden(self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+        found, mean = images, torch.zeros_like(images)
+        loss: Objective = log_odds
+        met: list[Tensor] = []
+        plan = _plan(self.budget)
+        for step, samples in enumerate(plan):
+            draws = range(sum(plan[:step]), sum(plan[: step + 1]))
+            seen = view.gradient(found, labels, loss, draws)
+            # The temperature is the scale of all log-odds met so far.
+            odds = log_odds(seen.logits.flatten(0, 1), labels.repeat_interleave(samples))
+            met.append(odds.view(len(images), samples))
+            loss = SmoothError(_scale(torch.cat(met, 1)))
+            # A step along the running mean of the gradients, projected. The first gradient is that
+            # of the log-odds themselves, unscaled, so that it weighs on the steps that follow.
+            mean = seen.mean if step == 0 else MOMENTUM * mean + (1 - MOMENTUM) * seen.mean
+            size = _falling(FIRST, LAST_HIDDEN, step, len(plan)) * budget.eps
+            found = budget.project(found + size * budget.ascent(mean), images)
+        return found
+
+    # ------------------------------------------------------------------- every draw is known
+
+    def _known(self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+        logits = view.logits(images, [0])[:, 0]
+        targets = ordered_targets(logits, labels)
+        found, best = images.clone(), _value(view, logits, labels)
+        for number, steps in enumerate(_legs(self.budget, targets.shape[1])):
+            rows = (best < torch.inf).nonzero()[:, 0]
+            x = images[rows]
+            for step in range(steps + 1):
+                if not len(rows):
+                    return found
+                part, own = view[rows], labels[rows]
+                if step < steps:
+                    loss: Objective = cross_entropy
+                    if number > 0:
+                        loss = Towards(margin_targeted, targets[rows, number - 1])
+                    seen = part.gradient(x, own, loss, [0])
+                    logits = seen.logits[:, 0]
+                else:
+                    logits = part.logits(x, [0])[:, 0]
+                # The iterate of largest margin is kept; a misclassified one finishes the image.
+                value = _value(view, logits, own)
+                better = value > best[rows]
+                found[rows[better]], best[rows[better]] = x[better], value[better]
+                left = value < torch.inf
+                if step < steps:
+                    size = _falling(FIRST, LAST_KNOWN, step, steps) * budget.eps
+                    x = budget.project(x + size * budget.ascent(seen.mean), images[rows])
+                rows, x = rows[left], x[left]
+        return found
+
+
+def _legs(budget: int, wrong_classes: int) -> list[int]:
+    """Steps of each leg: untargeted, then one for each target; no leg is shorter than 10 steps."""
+    targets = max(0, min(TARGETS, wrong_classes, budget // SHORTEST - 1))
+    steps = budget // (targets + 1)
+    return [budget - targets * steps, *[steps] * targets]
+
+
+def _plan(budget: int) -> list[int]:
+    """EoT samples of each step: a tenth of the budget for the first one, which picks a side."""
+    first = max(SAMPLES, budget // 10)
+    return [first] + [SAMPLES] * ((budget - first) // SAMPLES)
+
+
+def _scale(odds: Tensor) -> Tensor:
+    """The temperature ``(b,)`` for log-odds ``(b, n)``: their standard deviation.
+
+    It is an eighth of their mean at least, beyond which the sigmoid would have no gradient.
+    """
+    return torch.maximum(odds.std(1, correction=0), odds.mean(1).abs() / 8).clamp(min=1e-6)
+
+
+def _falling(first: float, last: float, step: int, steps: int) -> float:
+    """The length of a step, which falls linearly."""
+    return first + (last - first) * step / max(steps - 1, 1)
+
+
+def _value(view: AttackerView, logits: Tensor, labels: Tensor) -> Tensor:
+    """The margins ``(b,)``; infinite where the image is misclassified for certain."""
+    wrong = surely_wrong(logits, labels) & view.decided_by_logits
+    return margin(logits, labels).masked_fill(wrong, torch.inf)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SmoothError:
+    """``sigmoid(log-odds / T)``, a smooth count of wrong draws, with T ``(b,)`` for each image."""
+
+    temperature: Tensor
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Losses ``(n,)`` for logits ``(n, k)``, `n` a multiple of the number of images."""
+        copies = len(logits) // len(self.temperature)
+        scale = self.temperature.repeat_interleave(copies)
+        return torch.sigmoid(log_odds(logits, labels) / scale)

@@ -1,0 +1,88 @@
+"""A second device on a machine without one: tensors that say they are elsewhere, and do not mix.
+
+A :class:`Far` tensor holds the numbers of a CPU tensor and says that it is on the device `meta`
+(whose guard autograd has). An operation that would mix it with a CPU tensor is refused, as CUDA
+refuses it: only single numbers, copies, and an index on the CPU into a far tensor may cross.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+DEVICE = torch.device("meta")
+
+_aten = torch.ops.aten
+_COPIES = {_aten.copy_.default, _aten._to_copy.default}
+_INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default}
+
+
+class MixedDevices(RuntimeError):
+    """An operation met tensors of two devices."""
+
+
+class Far(Tensor):
+    """A tensor that says it is on the second device."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Far":  # noqa: ANN001
+        out: Far = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=DEVICE,
+            requires_grad=False,
+        )
+        out.inner = inner
+        return out
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class SecondDevice(TorchDispatchMode):
+    """While it is entered, factories that are asked for the second device make far tensors."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    far = [each for each in tensors if isinstance(each, Far)]
+    near = [each for each in tensors if not isinstance(each, Far) and each.dim() > 0]
+    indexes_far = func in _INDEXED and isinstance(args[0], Far)
+    if far and near and func not in _COPIES and not indexes_far:
+        shapes = [[tuple(each.shape) for each in side] for side in (far, near)]
+        raise MixedDevices(f"{func}: shapes {shapes[0]} there and {shapes[1]} on the CPU")
+
+    device = kwargs.get("device")
+    here = {**kwargs, "device": torch.device("cpu")} if device is not None else kwargs
+    out = func(*tree_map(_inner, args), **tree_map(_inner, here))
+    if func is _aten.copy_.default:
+        return args[0]
+    in_place = func._schema.is_mutable and args and isinstance(args[0], Far)
+    if in_place and out is args[0].inner:
+        return args[0]
+    goes_far = bool(far) if device is None else torch.device(device).type == DEVICE.type
+    return tree_map(_outer, out) if goes_far else out
+
+
+def _inner(value: Any) -> Any:
+    return value.inner if isinstance(value, Far) else value
+
+
+def _outer(value: Any) -> Any:
+    return Far(value) if isinstance(value, Tensor) and not isinstance(value, Far) else value

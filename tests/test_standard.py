@@ -1,0 +1,144 @@
+"""The standard attack: known optima in each norm, its budget, and where gradients are masked."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dbp_bench.attacks import make
+from dbp_bench.attacks.pgd import PGD
+from dbp_bench.attacks.standard import Standard
+from dbp_bench.defense import Defense, Identity
+from dbp_bench.evaluate import Attacked, Group, attack
+from dbp_bench.noise import Site
+from dbp_bench.threat import L1, L2, Budget, Linf, Setup
+from toys import BOTH, Linear, Noisy, TwoSided, is_right, normal, uniform
+
+WEIGHT = normal(1, 16, seed=5)[0]
+
+
+def searched(
+    of: Defense,
+    group: Group,
+    ball: Budget,
+    budget: int = 200,
+    knows: frozenset[Site] = BOTH,
+) -> Attacked:
+    return attack(
+        of,
+        Standard(budget),
+        group,
+        ball,
+        knows & of.sites,
+        seed=0,
+        victim_draw=0,
+        max_batch=4096,
+    )
+
+
+def linear() -> tuple[Linear, Group]:
+    """A linear classifier and 200 images, most of which it gets right."""
+    images = uniform(200, 1, 4, 4)
+    classifier = Linear(WEIGHT, -float(WEIGHT.sum()) / 2)
+    labels = (classifier.score(images) + normal(200, 1)[:, 0] * 0.3 > 0).long()
+    return classifier, Group(images, labels, range(200))
+
+
+def test_the_optimum_of_a_linear_classifier_in_linf() -> None:
+    classifier, group = linear()
+    defense = Defense(Identity(), classifier)
+    found = searched(defense, group, Linf(0.05))
+    sign = (2 * group.labels - 1).float()
+    worst = group.images - 0.05 * sign.view(-1, 1, 1, 1) * WEIGHT.sign().view(4, 4)
+    margin = sign * classifier.score(worst.clamp(0, 1)).detach()
+    assert torch.equal(is_right(defense, found.images, group), margin > 0)
+
+
+def test_the_optimum_of_a_linear_classifier_in_l2() -> None:
+    classifier, group = linear()
+    group = Group(0.4 + 0.2 * group.images, group.labels, group.ids)  # the box never binds
+    defense = Defense(Identity(), classifier)
+    found = searched(defense, group, L2(0.1))
+    sign = (2 * group.labels - 1).float()
+    margin = sign * classifier.score(group.images).detach() - 0.1 * float(WEIGHT.norm())
+    apart = margin.abs() > 1e-4
+    assert torch.equal(is_right(defense, found.images, group)[apart], (margin > 0)[apart])
+
+
+def test_an_image_is_finished_once_it_is_misclassified() -> None:
+    classifier, group = linear()
+    found = searched(Defense(Identity(), classifier), group, Linf(0.05))
+    right = is_right(Defense(Identity(), classifier), found.images, group)
+    clean = is_right(Defense(Identity(), classifier), group.images, group)
+    assert (found.gradient[right] == 200).all()
+    assert (found.gradient[~right] < 200).all()
+    assert (found.gradient[~clean] == 0).all()
+
+
+@pytest.mark.parametrize("budget", [1, 7, 20, 100, 200, 333])
+@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+def test_known_draws_take_the_budget_and_no_more(budget: int, classes: int) -> None:
+    """Nothing fools a classifier whose label's logit is far above: every leg is walked."""
+
+    class Sure(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            rest = images.flatten(1)[:, :1] * torch.linspace(0, 1, classes)
+            return rest + 100 * torch.eye(classes)[0]
+
+    group = Group(uniform(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64), range(2))
+    found = searched(Defense(Identity(), Sure()), group, Linf(0.1), budget)
+    planned = Standard(budget).evaluations(Setup(hidden=False, classes=classes))
+    assert found.gradient.tolist() == [budget, budget]
+    assert (found.forward <= planned.forward).all()
+    assert planned.gradient == budget
+
+
+def test_hidden_draws_take_two_samples_a_step() -> None:
+    defense = Defense(Noisy(0.1, 0.1), TwoSided(WEIGHT, 1.0))
+    group = Group(uniform(3, 1, 4, 4), torch.ones(3, dtype=torch.int64), range(3))
+    assert searched(defense, group, Linf(0.1), 21, frozenset()).gradient.tolist() == [20, 20, 20]
+    assert Standard(1).unfit(Setup(hidden=True)) is not None
+    assert Standard(1).unfit(Setup(hidden=False)) is None
+
+
+@pytest.mark.parametrize("knows", [frozenset(), BOTH])
+@pytest.mark.parametrize("label", [0, 1])
+def test_no_weaker_than_pgd_at_equal_evaluations(knows: frozenset[Site], label: int) -> None:
+    """A defense for which the way to push depends on the noise, from both of its sides."""
+    defense = Defense(Noisy(0.1, 0.1), TwoSided(WEIGHT, 1.0))
+    group = Group(uniform(300, 1, 4, 4), torch.full((300,), label), range(300))
+    own = searched(defense, group, Linf(0.1), 200, knows)
+    other = attack(
+        defense, PGD(20), group, Linf(0.1), knows, seed=0, victim_draw=0, max_batch=4096
+    )
+    draws = [0] if knows else range(1 << 32, (1 << 32) + 32)
+
+    def accuracy(found: Tensor) -> float:
+        right = torch.stack([is_right(defense, found, group, draw) for draw in draws])
+        return float(right.float().mean())
+
+    assert accuracy(own.images) <= accuracy(other.images) + 0.003
+
+
+class Rounded(nn.Module):
+    """A linear classifier of images that were rounded to a few levels: no gradient anywhere."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        score = ((images * 16).round() / 16).flatten(1) @ WEIGHT - WEIGHT.sum() / 2
+        score = score + 0 * images.flatten(1).sum(1)
+        return torch.stack([-score, score], 1)
+
+
+@pytest.mark.parametrize("ball", [Linf(0.2), L2(0.5), L1(1.0)])
+def test_a_masked_gradient_is_searched_without(ball: Budget) -> None:
+    _, group = linear()
+    defense = Defense(Identity(), Rounded())
+    found = searched(defense, group, ball, 100)
+    right = is_right(defense, group.images, group)
+    assert not found.nonzero.any()
+    fooled = float((right & ~is_right(defense, found.images, group)).float().sum() / right.sum())
+    assert fooled == 0 if isinstance(ball, L1) else fooled > 0.5
+
+
+def test_the_budget_is_its_only_option() -> None:
+    with pytest.raises(ValueError, match="steps"):
+        make("standard", {"steps": 20})
