@@ -107,9 +107,7 @@ def test_no_weaker_than_pgd_at_equal_evaluations(knows: frozenset[Site], label: 
     defense = Defense(Noisy(0.1, 0.1), TwoSided(WEIGHT, 1.0))
     group = Group(uniform(300, 1, 4, 4), torch.full((300,), label), range(300))
     own = searched(defense, group, Linf(0.1), 200, knows)
-    other = attack(
-        defense, PGD(20), group, Linf(0.1), knows, seed=0, victim_draw=0, max_batch=4096
-    )
+    other = attack(defense, PGD(20), group, Linf(0.1), knows, seed=0, victim_draw=0, max_batch=4096)
     draws = [0] if knows else range(1 << 32, (1 << 32) + 32)
 
     def accuracy(found: Tensor) -> float:

@@ -86,7 +86,7 @@ class Defense:
         for network in [classifier, *self.networks]:
             network.eval().requires_grad_(False)
         for network in self.networks:
-            network.register_forward_pre_hook(self._count)
+            network.register_forward_pre_hook(self.count)
 
     @property
     def sites(self) -> frozenset[Site]:
@@ -208,7 +208,7 @@ class Defense:
         limit = memory.free_bytes(images.device) // 2 // len(images)
         return self.activation_bytes(images, limit) > limit
 
-    def _count(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+    def count(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self.counter.add(len(args[0]))
 
 

@@ -117,7 +117,12 @@ def _data_set(track: str, entries: list[Path] | None) -> str:
 
     registry = registry_of(entries)
     if track in registry.tracks:
-        return registry.track(track).entry.data
+        found = registry.track(track).entry.data
+        if isinstance(found, str):
+            return found
+        raise BadRequest(
+            f"--track {track}: it has images of one's own; networks are trained on {', '.join(names())}."
+        )
     for name in names():
         if track in (name, f"{name}-linf", f"{name}-l2"):
             return name

@@ -30,8 +30,7 @@ class DataSet:
     @property
     def ids(self) -> Mapping[str, list[int]]:
         """The images of each split, in order."""
-        name = self.facts.name
-        return {split: split_ids(name, split) for split in splits.split_names(name)}
+        return {split: split_ids(self.facts, split) for split in splits.split_names(self.facts)}
 
     def select(self, ids: Sequence[int]) -> "tuple[Tensor, Tensor]":
         """Images ``(b, c, h, w)``, float32 in [0, 1], and labels ``(b,)``, int64, of `ids`.
@@ -98,8 +97,8 @@ class DataSet:
         Raises:
             BadData: They are, or there are too few of them.
         """
-        name, listed = self.facts.name, splits.frozen(self.facts.name, split)
-        ids = splits.split_ids(name, split)
+        name, listed = self.facts.name, splits.frozen(self.facts, split)
+        ids = splits.split_ids(self.facts, split)
         labels = self.labels_of(ids)
         where = self._source(self._row(ids[0])[0]).where
         if listed is not None and splits.digest_of(labels) != listed.labels:
@@ -108,6 +107,11 @@ class DataSet:
                 "order: another data set, or the images were put in another order."
             )
         if split in self.facts.pixels and self.pixel_digest(ids) != self.facts.pixels[split]:
+            if self.facts.own:
+                raise BadData(
+                    f"{where}: its images or labels are not those that the track was written for: "
+                    "their digest is another. Write the track anew with dbp-bench new track."
+                )
             raise BadData(
                 f"{where}: the pixels of split {split!r} are not those of {name} as it is "
                 "published: another data set, or the images were encoded anew."
@@ -125,10 +129,13 @@ class DataSet:
 
             source = self._open[part] = open_part(self.facts, part, self.place)
             most = getattr(self.facts, part)
-            if len(source.labels) > most and not self.facts.shipped:
+            held = len(source.labels)
+            if self.facts.own and held != most:
+                raise BadData(f"{source.where}: {held} images; the track declares {most}.")
+            if held > most and not self.facts.shipped:
                 raise BadData(
-                    f"{source.where}: {len(source.labels)} images; {self.facts.name} has {most} in "
-                    f"its {part} part."
+                    f"{source.where}: {held} images; {self.facts.name} has {most} in its {part} "
+                    "part."
                 )
         return self._open[part]
 
@@ -151,11 +158,11 @@ def names() -> list[str]:
     return sorted(CATALOG)
 
 
-def load_data(name: str, place: Path | None = None, split: str | None = None) -> DataSet:
-    """The data set called `name`.
+def load_data(facts: Facts | str, place: Path | None = None, split: str | None = None) -> DataSet:
+    """A data set.
 
     Args:
-        name: The data set's name.
+        facts: Its facts, or the name of a built-in one.
         place: The file or folder that the user names; see :func:`dbp_bench.data.places.open_part`.
         split: The split that will be used: that its images are there, in order, is verified at
             once.
@@ -165,10 +172,10 @@ def load_data(name: str, place: Path | None = None, split: str | None = None) ->
         BadData: Its files are not there, or are not what they should be.
         BadExtra: A package that reads them is missing.
     """
-    data = DataSet(facts_of(name), place)
+    data = DataSet(facts_of(facts), place)
     if data.facts.shipped and place is not None:
         raise BadData(
-            f"--data {place}: the images of data set {name!r} come with the package, and no file "
+            f"--data {place}: the images of data set {data.facts.name!r} come with the package, and no file "
             "is read for them. Leave out --data, or take a track of other data."
         )
     if split is not None:
@@ -184,11 +191,11 @@ def digits() -> DataSet:
     return load_data("digits")
 
 
-def stand_in(name: str, count: int) -> "tuple[Tensor, Tensor]":
+def stand_in(facts: Facts, count: int) -> "tuple[Tensor, Tensor]":
     """`count` grey images ``(b, c, h, w)`` and labels 0: enough to time a pass without the data."""
     import torch
 
-    return torch.full((count, *facts_of(name).shape), 0.5), torch.zeros(count, dtype=torch.int64)
+    return torch.full((count, *facts.shape), 0.5), torch.zeros(count, dtype=torch.int64)
 
 
 def first(ids: Sequence[int], examples: int | None) -> list[int]:

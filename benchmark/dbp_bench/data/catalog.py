@@ -55,6 +55,8 @@ class Facts:
     files are lossless and somebody has computed it from them. Where it is blank, nothing is
     compared: a result records the digest of the images that it was computed on.
     """
+    own: bool = False
+    """Whether a track declares it: images of one's own, all of which count as test images."""
 
 
 CATALOG = {
@@ -102,12 +104,14 @@ CATALOG = {
 }
 
 
-def facts_of(name: str) -> Facts:
-    """The facts of the data set called `name`.
+def facts_of(name: str | Facts) -> Facts:
+    """The facts of the built-in data set called `name`; facts themselves are as they are.
 
     Raises:
         BadEntry: There is none.
     """
+    if isinstance(name, Facts):
+        return name
     if name not in CATALOG:
         raise BadEntry(f"no data set {name!r}.{did_you_mean(name, CATALOG)}")
     return CATALOG[name]

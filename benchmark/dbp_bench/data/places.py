@@ -84,7 +84,7 @@ def _candidates(root: Path, facts: Facts, part: str) -> Iterable[Source | None]:
     if len(arrays) > 1:
         raise BadData(f"{root}: {len(arrays)} npz files: name one with --data.")
     if arrays:
-        yield npz(arrays[0], part)
+        yield npz(arrays[0], part, facts)
     by_name = {path.name: path for path in files}
     wanted = facts.binary[part == "train"]
     missing = [name for name in wanted if name not in by_name]

@@ -101,8 +101,10 @@ def parquet(files: Sequence[Path], facts: Facts) -> Source:
     return Source(_place(files), np.concatenate(labels), image)
 
 
-def npz(path: Path, part: str) -> Source:
+def npz(path: Path, part: str, facts: Facts) -> Source:
     """Arrays ``x_test`` and ``y_test``, or ``images`` and ``labels``; uint8, NHWC or NCHW.
+
+    Grey images may also be ``(n, h, w)``.
 
     Raises:
         BadData: An array is missing or of another type or shape, or the file is damaged.
@@ -121,10 +123,13 @@ def npz(path: Path, part: str) -> Source:
         images, labels = arrays[pair[0]], arrays[pair[1]]
     if images.dtype != np.uint8:
         raise BadData(f"{path}: {pair[0]} is {images.dtype}: give uint8 in 0 ... 255.")
-    if images.ndim == 4 and images.shape[-1] != 3 and images.shape[1] == 3:
+    c = facts.shape[0]
+    if images.ndim == 3 and c == 1:
+        images = images[..., None]
+    if images.ndim == 4 and images.shape[-1] != c and images.shape[1] == c:
         images = images.transpose(0, 2, 3, 1)
-    if images.ndim != 4 or images.shape[-1] != 3:
-        raise BadData(f"{path}: {pair[0]} is {images.shape}, not (n, h, w, 3) or (n, 3, h, w).")
+    if images.ndim != 4 or images.shape[-1] != c:
+        raise BadData(f"{path}: {pair[0]} is {images.shape}, not (n, h, w, {c}) or (n, {c}, h, w).")
     if labels.size != len(images):
         raise BadData(f"{path}: {labels.size} labels for {len(images)} images.")
     return Source(path, _whole_numbers(labels.ravel(), path), images.__getitem__)
@@ -203,7 +208,7 @@ def wordnet_ids() -> list[str]:
 
 
 def decode(raw: bytes, where: str, facts: Facts) -> Pixels:
-    """The pixels of a PNG or JPEG file, in RGB.
+    """The pixels of a PNG or JPEG file, in RGB, or in grey where the data set has one channel.
 
     Where the data set says so, the shorter side is resized (bilinear) and the centre cut out, as
     torchvision's ``Resize`` and ``CenterCrop`` do, and with them RobustBench.
@@ -223,7 +228,9 @@ def decode(raw: bytes, where: str, facts: Facts) -> Pixels:
             if opened.mode[:1] in ("I", "F") or (opened.format == "PNG" and raw[24:25] == b"\x10"):
                 raise BadData(f"{where}: pixels of 16 bits or more: give 8 bits for each channel.")
             _check_shown_as_stored(opened, where, facts)
-            image = opened.convert("RGB")
+            if facts.shape[0] == 1 and opened.mode not in ("1", "L"):
+                raise BadData(f"{where}: an image of colours; {facts.name} has grey ones.")
+            image = opened.convert("L" if facts.shape[0] == 1 else "RGB")
     except BadData:
         raise
     # What a decoder raises for a damaged file is anything.
@@ -237,7 +244,7 @@ def decode(raw: bytes, where: str, facts: Facts) -> Pixels:
         _, h, w = facts.shape
         left, top = round((image.width - w) / 2), round((image.height - h) / 2)
         image = image.crop((left, top, left + w, top + h))
-    return np.asarray(image)
+    return np.asarray(image).reshape(image.height, image.width, -1)
 
 
 def _check_shown_as_stored(opened: Any, where: str, facts: Facts) -> None:

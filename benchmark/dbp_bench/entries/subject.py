@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbp_bench import data
+from dbp_bench.data.catalog import Facts
 from dbp_bench.entries.build import Builder
 from dbp_bench.entries.defense import DefenseEntry, Setting, Surrogate
 from dbp_bench.entries.fields import AnyRef, CheckpointRef, Entry, NetworkRef, sha256_if_there
-from dbp_bench.entries.track import Track
+from dbp_bench.entries.track import OwnImages, Track
 from dbp_bench.errors import BadEntry, BadRequest
 from dbp_bench.weights import store
 
@@ -57,6 +58,11 @@ class Subject:
             )
         return self.setting.surrogate
 
+    @property
+    def facts(self) -> Facts:
+        """The facts of the track's data set."""
+        return self.track.entry.facts(self.track.name)
+
     def ids(self) -> list[int]:
         """The ids of all images of the track, in order.
 
@@ -64,14 +70,16 @@ class Subject:
             BadEntry: The track's data set or split isn't there.
         """
         try:
-            return data.split_ids(self.track.entry.data, self.track.entry.split)
+            return data.split_ids(self.facts, self.track.entry.split)
         except BadEntry as error:
             raise BadEntry(f"{self.track.path}: {error}") from None
 
     def data(self, *, verified: bool = False) -> "DataSet":
         """The track's images and labels; `verified` checks that the split is there, in order."""
-        track = self.track.entry
-        return data.load_data(track.data, self.builder.data, track.split if verified else None)
+        track, place = self.track.entry, self.builder.data
+        if place is None and isinstance(track.data, OwnImages):
+            place = self.track.path.parent.parent / track.data.path
+        return data.load_data(self.facts, place, track.split if verified else None)
 
     def budget(self, eps: float | None = None) -> "Budget":
         """The ball around each image, of the track's radius or another."""
@@ -157,7 +165,7 @@ class Subject:
         classifier = self.builder.network(*self._classifier).to(device, dtype)
         if setting.resize is not None:
             purifier = Resized(purifier, setting.resize)
-        classes = data.facts_of(self.track.entry.data).classes
+        classes = self.facts.classes
         return Defense(
             purifier, classifier, networks.values(), policy, votes or setting.votes, classes
         )

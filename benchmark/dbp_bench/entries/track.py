@@ -1,19 +1,39 @@
 """A track: a data set, its frozen images, the classifier to protect, and the attacker's budget."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from dbp_bench.declaration import Strict
-from dbp_bench.entries.fields import AnyNetwork, Eps, check_eps
+from dbp_bench.data.catalog import Facts, facts_of
+from dbp_bench.entries.fields import AnyNetwork, Eps, Sha256, check_eps
+
+
+class OwnImages(Strict):
+    """Images of one's own, and what must be known of them before they are read."""
+
+    path: str
+    """The file or folder, below the folder that `tracks/` is in: npz, parquet, or a folder of
+    images for each class; ``--data`` says where it is instead."""
+    sha256: Sha256
+    """The digest of the decoded pixels and labels of the split, which `dbp-bench new track`
+    prints."""
+    images: int = Field(ge=1)
+    """How many there are; a split may take the first N."""
+    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)]
+    """``[c, h, w]``."""
+    classes: Annotated[list[str], Field(min_length=2)]
+    """Their names, in the order of their labels."""
 
 
 class Track(Strict):
     """The images that every defense of the track is attacked on, and the budget."""
 
     title: str
-    data: str
+    data: str | OwnImages
+    """The name of a built-in data set, or images of one's own."""
     split: str
+    """Of images of one's own: ``all``, or ``first-N``."""
     classifier: AnyNetwork
     """The base classifier, which the defenses of the track protect."""
     norm: Literal["linf", "l2", "l1"]
@@ -26,6 +46,25 @@ class Track(Strict):
     demonstration: bool
     """True where its numbers stand for nothing but the method."""
     note: str
+
+    def facts(self, name: str) -> Facts:
+        """The facts of the data set of the track called `name`.
+
+        Raises:
+            BadEntry: There is no such built-in data set.
+        """
+        if isinstance(self.data, str):
+            return facts_of(self.data)
+        c, h, w = self.data.shape
+        return Facts(
+            name,
+            len(self.data.classes),
+            (c, h, w),
+            test=self.data.images,
+            train=0,
+            pixels={self.split: self.data.sha256},
+            own=True,
+        )
 
     @model_validator(mode="after")
     def _units(self) -> Self:

@@ -127,7 +127,7 @@ def _probe(job: Job, policy: Policy) -> _Probe:
     )
     defended, searched = job.built(policy=policy)
     searched = next(iter(job.other_defenses(policy=policy).values()), searched)
-    image = stand_in(track.entry.data, 1)[0].to(device)
+    image = stand_in(track.entry.facts(track.name), 1)[0].to(device)
     free = memory.free_bytes(device)
     networks = searched.networks or defended.networks
     measure = partial(

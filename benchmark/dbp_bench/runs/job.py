@@ -541,7 +541,7 @@ def _setup(
         hidden=knows != subject.sites,
         norm=track.norm,
         eps=eps,
-        classes=data.facts_of(track.data).classes,
+        classes=subject.facts.classes,
         sources={name: bool(source.sites) for name, source in sources.items()},
         gradient=gradient,
     )

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from math import prod, sqrt
 from pathlib import Path
 
-from dbp_bench.data import facts_of
 from dbp_bench.declaration import number
 from dbp_bench.errors import BadRequest, ZeroGradient, did_you_mean
 from dbp_bench.reporting.findings import SCHEMA, Findings, Flag, Measured, findings_path
@@ -275,10 +274,10 @@ def _chance(job: Job) -> float:
     """
     if job.knows == job.sites:
         return 0.0
-    return 1 / facts_of(job.subject.track.entry.data).classes
+    return 1 / job.subject.facts.classes
 
 
 def _any_picture(job: Job) -> float:
     """The eps at which every image can become plain grey, and no image tells its class."""
-    pixels = prod(facts_of(job.subject.track.entry.data).shape)
+    pixels = prod(job.subject.facts.shape)
     return {"linf": 0.5, "l2": 0.5 * sqrt(pixels), "l1": 0.5 * pixels}[job.subject.track.entry.norm]

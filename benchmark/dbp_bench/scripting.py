@@ -1,0 +1,261 @@
+"""What a script calls: evaluate any purifier, as a torch module or a purifier of this package.
+
+``dbp_bench.evaluate`` and its relatives are here. They build the same jobs that ``dbp-bench run``
+builds, from objects in place of names, and run them with the same code.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from dbp_bench.defense import Defense, Purifier
+from dbp_bench.entries.fields import NAME
+from dbp_bench.entries.given import BASE, FEW, Classifier, Given, ScriptRegistry, base_of, given_on
+from dbp_bench.entries.registry import Registry
+from dbp_bench.entries.subject import Subject
+from dbp_bench.errors import BadRequest
+from dbp_bench.runs.execute import execute
+from dbp_bench.runs.job import Overrides, plan
+from dbp_bench.taped import Taped
+from dbp_bench.threat import Attack, Norm
+from dbp_bench.weights import files
+
+if TYPE_CHECKING:
+    from dbp_bench.reporting.script import Report
+
+
+def evaluate(
+    purifier: Purifier | Callable[[Tensor], Tensor],
+    classifier: Classifier | None = None,
+    images: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    eps: float | None = None,
+    threats: Sequence[str] = ("eot", "dwbox"),
+    attack: "str | Attack | None" = None,
+    options: Mapping[str, Any] | None = None,
+    track: str | None = None,
+    data: str | Path | None = None,
+    examples: int | None = None,
+    name: str = "mine",
+    sites: Mapping[str, str] | None = None,
+    seed: int = 0,
+    draws: int | None = None,
+    batch_size: int | None = None,
+    max_batch: int | None = None,
+    device: str | None = None,
+    out: str | Path | None = None,
+    quiet: bool = False,
+) -> "Report":
+    """Attack a purification defense, and the classifier that it protects, under threat models.
+
+    A torch module or function that draws by itself (``torch.randn_like`` somewhere inside) is run
+    under a tape, without a change to it: see :class:`dbp_bench.Taped`. It is probed first, and
+    refused where its draws can't be told apart. Called again with the same arguments, the
+    evaluation continues where it was stopped.
+
+    Args:
+        purifier: Maps images ``(b, c, h, w)`` in [0, 1] to purified images; or a
+            :class:`dbp_bench.Purifier`; or a whole defense, which maps images to logits ``(b, k)``.
+        classifier: The base classifier: it maps images in [0, 1] to logits ``(b, k)``. It is
+            evaluated too, without the purifier.
+        images: ``(n, c, h, w)`` in [0, 1].
+        labels: ``(n,)``, whole numbers in 0 ... k - 1.
+        norm: The norm of the perturbation: linf, l2 or l1.
+        eps: Its largest size, in [0, 1] pixel units: 8/255, not 8.
+        threats: Names of threat models: what the attacker knows, and the attack by default.
+        attack: In place of the threats' own: a name, or an object like :class:`dbp_bench.Attack`.
+        options: Options of the attack, by name.
+        track: A track of the package in place of `classifier`, `images`, `labels` and `norm`:
+            results stand beside the others of the track.
+        data: Where the data set of `track` is; see ``dbp-bench run --help``.
+        examples: The first N images only.
+        name: The defense's name in tables: lower-case letters, digits, dots and dashes.
+        sites: By ``file.py:line`` the site of what a module draws there; see
+            :class:`dbp_bench.Taped`.
+        seed: It decides every draw.
+        draws: Draws that evaluate each image, in place of the threats' own number.
+        batch_size: Images evaluated together.
+        max_batch: Images x EoT samples in one pass through the networks, at most.
+        device: "cpu" or "cuda"; where the images are, if not given.
+        out: The folder of results; a cache, if not given.
+        quiet: Whether no progress is shown.
+
+    Returns:
+        A table that prints itself, with intervals, and the results behind it.
+
+    Raises:
+        BadRequest: An argument can't be right.
+        NotConforming: The purifier can't be evaluated as it is; the message says why.
+        AttackFailed: The attack or the defense gave numbers that can't be used.
+    """
+    from dbp_bench.reporting.script import Report, progress_of
+
+    if not re.match(NAME, name) or name in ("all", BASE):
+        raise BadRequest(
+            f"name={name!r}: give lower-case letters, digits, dots and dashes, not {BASE} or all."
+        )
+    own = Registry(data=None if data is None else Path(data))
+    objects = {"classifier": classifier, "images": images, "labels": labels, "norm": norm}
+    base: Subject
+    if track is not None:
+        doubled = [key for key, value in objects.items() if value is not None]
+        if doubled:
+            raise BadRequest(
+                f"{doubled[0]}: track {track!r} has its own; leave out one of the two."
+            )
+        base = own.subject(BASE, track)
+        place = device or "cpu"
+    else:
+        base = _base(**objects, eps=eps)
+        place = device or base.home
+    few = base.data().select(base.ids()[:FEW])[0].to(place)
+    mine = given_on(base, name, _as_purifier(purifier, few, sites), place)
+    registry = ScriptRegistry(own, {BASE: base, name: mine}, attack)
+    planned = plan(
+        registry,
+        base.track.name,
+        [name, BASE],
+        [threats] if isinstance(threats, str) else list(threats),
+        attack=registry.attack_name,
+        seed=seed,
+        device=place,
+        overrides=Overrides(
+            effort=dict(options or {}),
+            eps=eps,
+            draws=draws,
+            examples=examples,
+            batch_size=batch_size,
+            max_batch=max_batch,
+        ),
+    )
+    jobs = [item.job for item in planned if item.instead is None]
+    folder = files.cache() / "scripts" if out is None else Path(out)
+    paths = []
+    for job in jobs:
+        with progress_of(job.label, quiet=quiet) as progress:
+            paths.append(execute(job, folder, progress=progress))
+    return Report.of(paths, registry)
+
+
+def _base(
+    classifier: Classifier | None = None,
+    images: Tensor | None = None,
+    labels: Tensor | None = None,
+    norm: Norm | None = None,
+    eps: float | None = None,
+) -> Given:
+    """The base classifier on the images.
+
+    Raises:
+        BadRequest: Something is not given.
+    """
+    if classifier is None or images is None or labels is None or norm is None or eps is None:
+        raise BadRequest(
+            "evaluate needs a classifier, images, labels, a norm and an eps, or a track that has "
+            "them: track='digits-linf'."
+        )
+    return base_of(classifier, images, labels, norm, eps)
+
+
+def _as_purifier(
+    purifier: Purifier | Callable[[Tensor], Tensor],
+    few: Tensor,
+    sites: Mapping[str, str] | None,
+) -> Purifier:
+    """The purifier itself, or a module under a tape, which is probed on a `few` images.
+
+    Raises:
+        BadRequest: Sites are given for a purifier that says its own.
+        NotConforming: The module's draws can't be told apart.
+    """
+    if not isinstance(purifier, Taped) and not hasattr(purifier, "sites"):
+        taped = Taped(purifier, sites)
+        taped.probe(few)
+        return taped
+    if sites is not None:
+        raise BadRequest("sites: this purifier says itself where it draws.")
+    return purifier
+
+
+def load_defense(
+    name: str,
+    track: str,
+    *,
+    device: str = "cpu",
+    entries: Sequence[str | Path] = (),
+    trust_code: bool = False,
+) -> Defense:
+    """The defense called `name` as it is set up on `track`, with its weights.
+
+    Its ``purifier`` and ``classifier`` can be given to :func:`evaluate`.
+
+    Args:
+        name: See ``dbp-bench list defenses``.
+        track: See ``dbp-bench list tracks``.
+        device: "cpu" or "cuda".
+        entries: Folders with entries of your own.
+        trust_code: Whether code that an entry names outside this package may run.
+
+    Raises:
+        UnknownName: There is no such defense or track.
+        BadEntry: The entry can't be built.
+        BadWeights: Weights are missing; the message gives the command that fetches them.
+    """
+    registry = Registry([Path(folder) for folder in entries], trust_code=trust_code)
+    return registry.subject(name, track).defense(device=device)
+
+
+@dataclass(frozen=True)
+class LoadedTrack:
+    """A track: images, labels, the base classifier and the budget."""
+
+    name: str
+    norm: Norm
+    eps: float
+    """In [0, 1] pixel units."""
+    subject: Subject
+
+    @cached_property
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        return self.subject.data(verified=True).select(self.subject.ids())
+
+    @property
+    def images(self) -> Tensor:
+        """``(n, c, h, w)``, float32 in [0, 1]."""
+        return self._pairs[0]
+
+    @property
+    def labels(self) -> Tensor:
+        """``(n,)``, int64."""
+        return self._pairs[1]
+
+    @cached_property
+    def classifier(self) -> nn.Module:
+        """The base classifier: logits ``(b, k)`` for images in [0, 1]."""
+        return self.subject.defense().classifier
+
+
+def load_track(
+    name: str, *, data: str | Path | None = None, entries: Sequence[str | Path] = ()
+) -> LoadedTrack:
+    """The track called `name`; images and classifier are read when they are asked for.
+
+    Args:
+        name: See ``dbp-bench list tracks``.
+        data: Where data sets are: a file or a folder; see ``dbp-bench run --help``.
+        entries: Folders with entries of your own.
+
+    Raises:
+        UnknownName: There is no such track.
+    """
+    place = None if data is None else Path(data)
+    registry = Registry([Path(folder) for folder in entries], data=place)
+    entry = registry.track(name).entry
+    return LoadedTrack(name, entry.norm, float(entry.eps), registry.subject(BASE, name))
