@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file, save, save_file
 
 from conftest import Command
+from dbp_bench.data import facts_of
 from dbp_bench.data.readers import npz
 from dbp_bench.declaration import LARGEST_ENTRY, parse_json, value_of
 from dbp_bench.entries.registry import Registry
@@ -217,7 +218,7 @@ def test_an_npz_with_a_damaged_header(tmp_path: Path) -> None:
             made.writestr("images.npy", _member(whole, "images.npy", damaged, path))
             made.writestr("labels.npy", b"\x93NUMPY\x01\x00\x08\x00" + header)
         with pytest.raises(BadData, match=r"x\.npz: cannot be read"):
-            npz(path, "test")
+            npz(path, "test", facts_of("cifar10"))
 
 
 def _member(whole: bytes, name: str, damaged: bytes, path: Path) -> bytes:

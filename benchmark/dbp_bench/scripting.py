@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from dbp_bench.checks.record import Memo
 from dbp_bench.defense import Defense, Purifier
 from dbp_bench.entries.fields import NAME
 from dbp_bench.entries.given import BASE, FEW, Classifier, Given, ScriptRegistry, base_of, given_on
@@ -21,6 +22,7 @@ from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import BadRequest
 from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Overrides, plan
+from dbp_bench.runs.progress import progress_of_job
 from dbp_bench.taped import Taped
 from dbp_bench.threat import Attack, Norm
 from dbp_bench.weights import files
@@ -95,14 +97,21 @@ def evaluate(
         NotConforming: The purifier can't be evaluated as it is; the message says why.
         AttackFailed: The attack or the defense gave numbers that can't be used.
     """
-    from dbp_bench.reporting.script import Report, progress_of
+    from rich.console import Console
+
+    from dbp_bench.reporting.script import Report
 
     if not re.match(NAME, name) or name in ("all", BASE):
         raise BadRequest(
             f"name={name!r}: give lower-case letters, digits, dots and dashes, not {BASE} or all."
         )
     own = Registry(data=None if data is None else Path(data))
-    objects = {"classifier": classifier, "images": images, "labels": labels, "norm": norm}
+    objects: dict[str, Any] = {
+        "classifier": classifier,
+        "images": images,
+        "labels": labels,
+        "norm": norm,
+    }
     base: Subject
     if track is not None:
         doubled = [key for key, value in objects.items() if value is not None]
@@ -137,11 +146,13 @@ def evaluate(
     )
     jobs = [item.job for item in planned if item.instead is None]
     folder = files.cache() / "scripts" if out is None else Path(out)
-    paths = []
+    paths, memo = [], Memo()
     for job in jobs:
-        with progress_of(job.label, quiet=quiet) as progress:
-            paths.append(execute(job, folder, progress=progress))
-    return Report.of(paths, registry)
+        with progress_of_job(
+            Console(stderr=True, quiet=quiet, markup=False), job.label
+        ) as progress:
+            paths.append(execute(job, folder, progress=progress, memo=memo))
+    return Report.of(name, paths, registry)
 
 
 def _base(
@@ -181,7 +192,7 @@ def _as_purifier(
         return taped
     if sites is not None:
         raise BadRequest("sites: this purifier says itself where it draws.")
-    return purifier
+    return cast(Purifier, purifier)
 
 
 def load_defense(

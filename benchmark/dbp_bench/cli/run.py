@@ -38,11 +38,9 @@ from dbp_bench.cli.shared import (
     device_of,
     duration,
     overrides_of,
-    progress_bar,
     registry_of,
     show_json,
     split,
-    table_of,
 )
 from dbp_bench.errors import AttackFailed, BadRequest, BadResult
 
@@ -156,6 +154,7 @@ def _run_all(
     from dbp_bench.checks.record import Memo
     from dbp_bench.runs.execute import execute, is_complete
     from dbp_bench.runs.job import why_same
+    from dbp_bench.runs.progress import progress_of_job
     from dbp_bench.runs.saved import adversarial_path
     from dbp_bench.writing import Busy
 
@@ -192,7 +191,7 @@ def _run_all(
             )
             done.append((job.path(out), _held(say, job, job.path(out))))
             return
-        with progress_bar(say, job.label) as progress:
+        with progress_of_job(say, job.label) as progress:
             try:
                 path = execute(
                     job,
@@ -265,6 +264,7 @@ def _keep_larger(job: "Job", out: Path) -> None:
 
 
 def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json: bool) -> None:
+    from dbp_bench.reporting.outcomes import KNOWN, outcome_table, remarks
     from dbp_bench.reporting.pool import accuracies
     from dbp_bench.reporting.sanity import doubts
 
@@ -285,31 +285,12 @@ def _show_results(say: "Console", done: "Sequence[tuple[Path, Result]]", as_json
         ]
         show_json(listed)
         return
-    table = table_of(
-        ["defense", "threat", "attack"],
-        ["clean\n%", "robust\n% [95 %]", "fresh draws\n% [95 %]", "images\nx draws"],
-        padding=(0, 1, 0, 0),  # fits 80 columns
-    )
-    for _, result, estimates in rows:
-        table.add_row(
-            result.defense,
-            result.threat,
-            result.label,
-            f"{100 * estimates.clean.value:.1f}",
-            f"{estimates.robust.percent()}{' *' if doubts(result) else ''}",
-            estimates.fresh.percent() if estimates.fresh else "",
-            f"{len(result.ids)} x {len(result.draws)}",
-        )
-    say.print("", table, "", sep="\n")
-    if any(result.knows for _, result, _ in rows):
-        say.print(
-            "robust: on the draws that the attacker knew. fresh draws: the same images on draws "
-            "that no attacker was shown.",
-            style="dim",
-        )
-    for _, result, _ in rows:
-        for doubt in doubts(result):
-            say.print(f"* {result.defense}, {result.threat}: {doubt}.", soft_wrap=True)
+    results = [result for _, result, _ in rows]
+    say.print("", outcome_table(results), "", sep="\n")
+    if any(result.knows for result in results):
+        say.print(KNOWN, style="dim")
+    for remark in remarks(results):
+        say.print(remark, soft_wrap=True)
     for path, _, _ in rows:
         say.print(str(path), soft_wrap=True)
 
@@ -342,6 +323,8 @@ def _plan(
         ]
         show_json({"jobs": rows, "seconds": total})
         return
+    from dbp_bench.reporting.rendering import table_of
+
     table = table_of(["defense", "threat", "knows"], ["images", "draws", "NFE", "time", "memory"])
     for job, twin, cost in costs:
         known = "all" if job.knows == job.sites else ", ".join(job.knows)

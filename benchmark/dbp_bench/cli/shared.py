@@ -1,23 +1,21 @@
-"""Helpers of several commands: they read options, show progress, and print numbers."""
+"""Helpers of several commands: they read options and print text and numbers."""
 
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from dbp_bench.errors import BadRequest, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from dbp_bench.entries.registry import Registry
-    from dbp_bench.runs.execute import Progress
     from dbp_bench.runs.job import Overrides
 
 
@@ -117,18 +115,6 @@ def overrides_of(options: list[str] | None, eps: str | None = None, **others: An
     return Overrides(effort=options_of(options), eps=size, **others)
 
 
-def table_of(left: Sequence[str], right: Sequence[str], **options: Any) -> "Table":
-    """A table without lines, whose columns are aligned to the left or, of numbers, to the right."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, **options)
-    for name in left:
-        table.add_column(name)
-    for name in right:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
 def device_of(name: str) -> str:
     if name == "cpu":
         return name
@@ -143,83 +129,6 @@ def device_of(name: str) -> str:
             "--device cuda: this torch sees no GPU; `dbp-bench check --environment` tells more."
         )
     return "cpu"
-
-
-class Tick(Protocol):
-    """Says that `done` of `total` are done (None: nobody knows); `note` stands beside it."""
-
-    def __call__(self, done: int, total: int | None, note: str = "") -> None: ...
-
-
-@contextmanager
-def progress(say: "Console", label: str, unit: str, *, lines: int = 0) -> Iterator[Tick]:
-    """Show how far a command is: on a terminal by a bar with the time that is left.
-
-    Elsewhere a line says the total when the work starts, and up to `lines` more how far it is.
-
-    Args:
-        say: Where to show it.
-        label: What is being done.
-        unit: What is counted; "bytes" are shown as sizes and speed.
-        lines: Lines between start and end, where there is no terminal.
-    """
-    if not say.is_terminal or say.quiet:
-        yield _in_lines(say, label, unit, lines)
-        return
-    from rich import progress as bars
-
-    counted: tuple[bars.ProgressColumn, ...] = (
-        (bars.DownloadColumn(), bars.TransferSpeedColumn())
-        if unit == "bytes"
-        else (bars.MofNCompleteColumn(), bars.TextColumn(unit))
-    )
-    columns = (bars.TextColumn("{task.description}", markup=False), bars.BarColumn(), *counted)
-    note_column = bars.TextColumn("{task.fields[note]}", markup=False)
-    remaining = bars.TimeRemainingColumn()
-    with bars.Progress(*columns, note_column, remaining, console=say, transient=True) as bar:
-        task = bar.add_task(plain(label), total=None, note="")
-
-        def tick(done: int, total: int | None, note: str = "") -> None:
-            bar.update(task, completed=done, total=total, note=note)
-
-        yield tick
-
-
-def _in_lines(say: "Console", label: str, unit: str, lines: int) -> Tick:
-    started = False
-
-    def tick(done: int, total: int | None, note: str = "") -> None:
-        nonlocal started
-        if not started:
-            amount = "started" if total is None else f"{total} {unit}"
-            say.print(f"{label}: {amount}", highlight=False)
-            started = True
-        if lines and total and done and done % -(-total // lines) == 0:
-            said = f", {note}" if note else ""
-            say.print(f"{label}: {done}/{total} {unit}{said}", highlight=False)
-
-    return tick
-
-
-@contextmanager
-def progress_bar(say: "Console", label: str) -> "Iterator[Progress]":
-    """The progress of one job, in gradient evaluations."""
-    from dbp_bench.runs.execute import Progress
-
-    done = total = 0
-    with progress(say, label, "gradient evaluations") as show:
-
-        def start(number: int) -> None:
-            nonlocal total
-            total = number
-            show(done, total)
-
-        def tick(number: int) -> None:
-            nonlocal done
-            done += number
-            show(done, total)
-
-        yield Progress(start, tick)
 
 
 def duration(seconds: float) -> str:

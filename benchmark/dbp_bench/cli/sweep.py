@@ -31,10 +31,8 @@ from dbp_bench.cli.shared import (
     console,
     device_of,
     overrides_of,
-    progress_bar,
     registry_of,
     show_json,
-    table_of,
 )
 from dbp_bench.errors import BadRequest
 
@@ -84,6 +82,7 @@ def sweep(
     from dbp_bench.runs import sweep as sweeps
     from dbp_bench.runs.execute import execute
     from dbp_bench.runs.job import resolve
+    from dbp_bench.runs.progress import progress_of_job
 
     registry = registry_of(entries, trust_code, data)
     say = console(quiet or as_json)
@@ -105,7 +104,7 @@ def sweep(
     memo = Memo()
 
     def run_one(job: "Job", folder: Path) -> Path:
-        with progress_bar(say, f"{job.label} / {folder.name}") as progress:
+        with progress_of_job(say, f"{job.label} / {folder.name}") as progress:
             return execute(job, folder, progress=progress, memo=memo)
 
     found = [sweeps.run(item, out, run_one) for item in planned]
@@ -116,6 +115,7 @@ def sweep(
 
 
 def _show_sweeps(say: "Console", found: "Sequence[Findings]") -> None:
+    from dbp_bench.reporting.rendering import table_of
     from dbp_bench.runs.sweep import shown
 
     for item in found:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from dbp_bench.cli.app import EVALUATE, Data, Device, Entries, Quiet, TrackName, app
-from dbp_bench.cli.shared import console, device_of, progress, registry_of
+from dbp_bench.cli.shared import console, device_of, registry_of
 from dbp_bench.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def train(
 ) -> None:
     """Train weights by a seeded recipe; with several GPUs, under torchrun --no-python."""
     from dbp_bench.data import load_data
+    from dbp_bench.runs.progress import progress
     from dbp_bench.training import recipes
     from dbp_bench.training.distributed import launched
     from dbp_bench.training.loop import Options, Precision
@@ -121,7 +122,8 @@ def _data_set(track: str, entries: list[Path] | None) -> str:
         if isinstance(found, str):
             return found
         raise BadRequest(
-            f"--track {track}: it has images of one's own; networks are trained on {', '.join(names())}."
+            f"--track {track}: it has images of one's own; networks are trained on "
+            f"{', '.join(names())}."
         )
     for name in names():
         if track in (name, f"{name}-linf", f"{name}-l2"):

@@ -175,8 +175,8 @@ def load_data(facts: Facts | str, place: Path | None = None, split: str | None =
     data = DataSet(facts_of(facts), place)
     if data.facts.shipped and place is not None:
         raise BadData(
-            f"--data {place}: the images of data set {data.facts.name!r} come with the package, and no file "
-            "is read for them. Leave out --data, or take a track of other data."
+            f"--data {place}: the images of data set {data.facts.name!r} come with the package, "
+            "and no file is read for them. Leave out --data, or take a track of other data."
         )
     if split is not None:
         data.verify(split)

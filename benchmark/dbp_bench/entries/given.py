@@ -232,7 +232,7 @@ def _subject(
         sites=sorted(purifier.sites),
         settings=[setting],
     )
-    declared = Declared(name, _SCRIPT, entry)
+    declared = Declared(name, _SCRIPT / name, entry)
     return Given(track, declared, setting, Builder(), purifier, classifier, held, digests, home)
 
 
@@ -354,7 +354,8 @@ def _checked_logits(classifier: Classifier, images: Tensor) -> Tensor:
 def _as_type(value: T, dtype: torch.dtype) -> T:
     """A copy in another precision, of modules and of objects that hold modules."""
     made = deepcopy(value)
-    for module in _modules(made):
+    inner = getattr(made, "module", made)
+    for module in [inner] if isinstance(inner, nn.Module) else _modules(inner):
         module.to(dtype)
     return made
 

@@ -4,8 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dbp_bench.declaration import Strict
 from dbp_bench.data.catalog import Facts, facts_of
+from dbp_bench.declaration import Strict
 from dbp_bench.entries.fields import AnyNetwork, Eps, Sha256, check_eps
 
 

@@ -1,14 +1,29 @@
-"""How numbers and names are written: effort in words, Markdown and LaTeX that show plain text."""
+"""How numbers and names are written: effort in words, Markdown, LaTeX, and tables of terminals."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
 from dbp_bench.reporting.statistics import LEVEL, RESAMPLES
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def table_of(left: Sequence[str], right: Sequence[str], **options: Any) -> "Table":
+    """A table without lines, whose columns are aligned to the left or, of numbers, to the right."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, **options)
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 @cache

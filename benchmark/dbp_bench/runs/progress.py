@@ -1,0 +1,86 @@
+"""How far a job or a command is: a bar on a terminal and in a notebook, else lines."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from dbp_bench.errors import plain
+from dbp_bench.runs.execute import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Tick(Protocol):
+    """Says that `done` of `total` are done (None: nobody knows); `note` stands beside it."""
+
+    def __call__(self, done: int, total: int | None, note: str = "") -> None: ...
+
+
+@contextmanager
+def progress(say: "Console", label: str, unit: str, *, lines: int = 0) -> Iterator[Tick]:
+    """Show how far a command is: on a terminal by a bar with the time that is left.
+
+    Elsewhere a line says the total when the work starts, and up to `lines` more how far it is.
+
+    Args:
+        say: Where to show it.
+        label: What is being done.
+        unit: What is counted; "bytes" are shown as sizes and speed.
+        lines: Lines between start and end, where there is no terminal.
+    """
+    if say.quiet or not (say.is_terminal or say.is_jupyter):
+        yield _in_lines(say, label, unit, lines)
+        return
+    from rich import progress as bars
+
+    counted: tuple[bars.ProgressColumn, ...] = (
+        (bars.DownloadColumn(), bars.TransferSpeedColumn())
+        if unit == "bytes"
+        else (bars.MofNCompleteColumn(), bars.TextColumn(unit))
+    )
+    columns = (bars.TextColumn("{task.description}", markup=False), bars.BarColumn(), *counted)
+    note_column = bars.TextColumn("{task.fields[note]}", markup=False)
+    remaining = bars.TimeRemainingColumn()
+    with bars.Progress(*columns, note_column, remaining, console=say, transient=True) as bar:
+        task = bar.add_task(plain(label), total=None, note="")
+
+        def tick(done: int, total: int | None, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, note=note)
+
+        yield tick
+
+
+def _in_lines(say: "Console", label: str, unit: str, lines: int) -> Tick:
+    started = False
+
+    def tick(done: int, total: int | None, note: str = "") -> None:
+        nonlocal started
+        if not started:
+            amount = "started" if total is None else f"{total} {unit}"
+            say.print(f"{label}: {amount}", highlight=False)
+            started = True
+        if lines and total and done and done % -(-total // lines) == 0:
+            said = f", {note}" if note else ""
+            say.print(f"{label}: {done}/{total} {unit}{said}", highlight=False)
+
+    return tick
+
+
+@contextmanager
+def progress_of_job(say: "Console", label: str) -> Iterator[Progress]:
+    """The progress of one job, in gradient evaluations."""
+    done = total = 0
+    with progress(say, label, "gradient evaluations") as show:
+
+        def start(number: int) -> None:
+            nonlocal total
+            total = number
+            show(done, total)
+
+        def tick(number: int) -> None:
+            nonlocal done
+            done += number
+            show(done, total)
+
+        yield Progress(start, tick)
