@@ -471,7 +471,7 @@ def test_a_factory_is_a_purifier_of_ours_or_foreign_code(
         ("networks", "dbp_bench.networks.wrn:_Block"),
         ("networks", "dbp_bench.networks.parts:attend"),
         ("attacks", "dbp_bench.attacks.common.third_party:Model"),
-        ("attacks", "dbp_bench.attacks.apgd:climb"),
+        ("attacks", "dbp_bench.attacks.apgd:checkpoints"),
         ("attacks", "dbp_bench.attacks.square:_signs"),
     ],
 )

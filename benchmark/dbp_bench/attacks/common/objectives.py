@@ -1,7 +1,6 @@
 """Losses that attacks maximise, ``(n,)``, of logits ``(n, k)`` and labels ``(n,)``."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -80,22 +79,6 @@ def mean_over_draws(objective: Objective, logits: Tensor, labels: Tensor) -> Ten
     return objective(logits.flatten(0, 1), labels.repeat_interleave(draws)).view(-1, draws).mean(1)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Towards:
-    """A targeted loss with its targets ``(b,)``, one per image, as an :data:`Objective`.
-
-    The logits it is given may hold several draws of each image, one after the other.
-    """
-
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
-    targets: Tensor
-
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Losses ``(n,)`` for logits ``(n, k)``, `n` a multiple of the number of targets."""
-        copies = len(logits) // len(self.targets)
-        return self.loss(logits, labels, self.targets.repeat_interleave(copies))
-
-
 def likely_targets(
     view: AttackerView, images: Tensor, labels: Tensor, draws: Sequence[int]
 ) -> Tensor:
@@ -150,4 +133,19 @@ TARGETED: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "margin-targeted": margin_targeted,
     "dlr-targeted": dlr_targeted,
 }
-"""Losses that also take targets ``(n,)``; see :class:`Towards`."""
+"""Losses that also take targets ``(n,)``."""
+
+
+def objective_of(loss: str, targets: Tensor) -> Objective:
+    """The loss called `loss`; a targeted one aims at `targets` ``(b,)``, a class for each image.
+
+    The logits that it is given may hold several draws of each image, one after the other.
+    """
+    if loss in OBJECTIVES:
+        return OBJECTIVES[loss]
+
+    def toward(logits: Tensor, labels: Tensor) -> Tensor:
+        aims = targets.repeat_interleave(len(logits) // len(targets))
+        return TARGETED[loss](logits, labels, aims)
+
+    return toward
