@@ -465,8 +465,8 @@ def test_a_factory_is_a_purifier_of_ours_or_foreign_code(
     [
         ("purifiers", "dbp_bench.purifiers.guided:mse_gradient"),
         ("purifiers", "dbp_bench.purifiers.schedule:Schedule"),
-        ("purifiers", "dbp_bench.purifiers.ddpm:denoise"),
-        ("purifiers", "dbp_bench.purifiers.ddpm:_grid"),
+        ("purifiers", "dbp_bench.purifiers.schedule:denoise"),
+        ("purifiers", "dbp_bench.purifiers.dpm_solver:_lambda"),
         ("networks", "dbp_bench.networks.wrn:from_robustbench"),
         ("networks", "dbp_bench.networks.wrn:_Block"),
         ("networks", "dbp_bench.networks.parts:attend"),

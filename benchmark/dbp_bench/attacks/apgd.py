@@ -57,8 +57,8 @@ class APGD:
     """
 
     retire: ClassVar[bool] = True
-    """Whether finished images stop. It is no option, since the images found are the same: False is
-    for measuring what it saves."""
+    """Finished images stop. This is no option, since the images found are the same: False is for
+    measuring what it saves."""
 
     steps: Count = 100
     eot: Count = 10
@@ -244,12 +244,12 @@ class Search:
         self.best_loss, self.best_margin = zeros - torch.inf, zeros.clone()
         """Its loss and its margin, means over the draws that compare iterates."""
         self.wrong = torch.zeros_like(zeros, dtype=torch.bool)
-        """Whether the image is finished, since an iterate is misclassified for certain."""
+        """True where an iterate is misclassified for certain, so that the image is finished."""
         self.step_size = zeros + (1 if sparse else 2) * budget.eps
         self.rises = zeros.clone()
         """Steps since the last checkpoint that raised the loss."""
         self.halved = ~self.wrong  # the first checkpoint asks not
-        """Whether the last checkpoint halved the step size."""
+        """True where the last checkpoint halved the step size."""
         self.best_then = self.best_loss.clone()
         """The best loss at the last checkpoint."""
         moved, pixels = _moved(start - clean), clean[0].numel()
@@ -350,7 +350,7 @@ def _phases(budget: Budget, steps: int) -> list[tuple[Budget, int]]:
 
 
 def _moved(change: Tensor) -> Tensor:
-    """How many pixels ``(b,)`` differ from the clean image."""
+    """The number ``(b,)`` of pixels that differ from the clean image."""
     return (change != 0).flatten(1).sum(1).to(change)
 
 

@@ -99,7 +99,7 @@ class AutoAttack:
         return Evaluations(gradient, sum(forward.values()), exact=False)
 
     def unfit(self, setup: Setup) -> str | None:
-        """Whether the version takes the model for deterministic where draws are hidden.
+        """The version for deterministic models must not meet hidden draws.
 
         Raises:
             BadExtra: The package isn't there.

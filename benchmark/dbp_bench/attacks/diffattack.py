@@ -61,7 +61,7 @@ class DiffAttack(PGD):
     levels: Count | None = None
 
     def unfit(self, setup: Setup) -> str | None:
-        """Whether no gradient goes through the purifier, where the deviation is; or as PGD."""
+        """A gradient must go through the purifier, where the deviation is; else as in PGD."""
         if self.weight and setup.gradient == "bpda":
             return (
                 "gradient: bpda has none inside the purifier, where the deviation is; take exact "

@@ -74,7 +74,7 @@ class Ensemble:
         return total
 
     def unfit(self, setup: Setup) -> str | None:
-        """Whether a member is unfit."""
+        """Every member must fit."""
         return next(filter(None, (member.unfit(setup) for member in self.attacks)), None)
 
     def __call__(

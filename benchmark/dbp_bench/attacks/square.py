@@ -41,8 +41,8 @@ class Square:
     """
 
     retire: ClassVar[bool] = True
-    """Whether finished images stop. It is no option, since the images found are the same: False is
-    for measuring what it saves."""
+    """Finished images stop. This is no option, since the images found are the same: False is for
+    measuring what it saves."""
 
     n_queries: Count = 1000
     p_init: Share = 0.8

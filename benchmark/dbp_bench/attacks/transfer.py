@@ -44,7 +44,7 @@ class Transfer:
         return inner(self.search).evaluations(self._of_source(setup))
 
     def unfit(self, setup: Setup) -> str | None:
-        """Whether the search is unfit for the source."""
+        """The search must fit the source."""
         return inner(self.search).unfit(self._of_source(setup))
 
     def _of_source(self, setup: Setup) -> Setup:

@@ -64,7 +64,7 @@ def dlr_targeted(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 
 
 def surely_wrong(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which ``(b,)`` of the logits ``(b, k)`` are wrong by more than rounding could undo.
+    """True ``(b,)`` where the logits ``(b, k)`` are wrong by more than rounding could undo.
 
     An image retires on this: its last verdict is computed in a batch of another size, which may
     round a tie to the other side.
