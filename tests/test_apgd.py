@@ -15,12 +15,12 @@ from dbp_bench.attacks import apgd, make
 from dbp_bench.attacks.apgd import APGD
 from dbp_bench.attacks.common.objectives import (
     OBJECTIVES,
+    SELECTION,
     TARGETED,
     margin,
     objective_of,
 )
 from dbp_bench.attacks.common.options import AnyLoss
-from dbp_bench.attacks.pgd import SELECTION
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Attacked, Group, attack

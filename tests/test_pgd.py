@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dbp_bench.attacks import make
-from dbp_bench.attacks.common.objectives import OBJECTIVES, cross_entropy
+from dbp_bench.attacks.common.objectives import OBJECTIVES, SELECTION, cross_entropy
 from dbp_bench.attacks.common.options import AnyLoss
-from dbp_bench.attacks.pgd import PGD, SELECTION
+from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Group, attack

@@ -512,7 +512,7 @@ def test_a_network_is_one_of_ours_or_foreign_code(tmp_path: Path) -> None:
         ("dbp_bench.cli.submit:submit", "is not in dbp_bench.attacks."),
         ("dbp_bench.purifiers.controls:NoiseOnly", "is not in dbp_bench.attacks."),
         ("dbp_bench.attacks.pgd:Callable", "is not defined there, but in "),
-        ("dbp_bench.attacks.pgd:SELECTION", "is not a function or a class."),
+        ("dbp_bench.attacks.common.objectives:SELECTION", "is not a function or a class."),
         ("os:system", "is code from outside dbp-bench. Add --trust-code to run it."),
     ],
 )

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from dbp_bench.attacks.common.objectives import (
     OBJECTIVES,
+    SELECTION,
     TARGETED,
+    compared,
     likely_targets,
     margin,
     mean_over_draws,
@@ -20,7 +22,6 @@ from dbp_bench.attacks.common.objectives import (
     too_many_targets,
 )
 from dbp_bench.attacks.common.options import AnyLoss, Count, Number, checked
-from dbp_bench.attacks.pgd import SELECTION
 from dbp_bench.threat import L1, AttackerView, Budget, Evaluations, Setup
 from dbp_bench.threat import budget as budget_of
 
@@ -124,17 +125,15 @@ class APGD:
         """The target classes ``(b,)`` of each series of restarts; any for an untargeted loss."""
         if self.targets is None:
             return [labels]
-        draws = range(SELECTION + self.eot, SELECTION + 2 * self.eot)
-        order = likely_targets(view, images, labels, draws)
+        order = likely_targets(view, images, labels, self.eot)
         return order[:, : self.targets].unbind(1)
 
     def _value(self, view: AttackerView, found: "Search", labels: Tensor) -> Tensor:
         """The values that compare runs; losses towards different targets cannot be compared."""
         if view.deterministic:
             return found.best_loss if self.targets is None else found.best_margin
-        logits = view.logits(found.best, range(SELECTION, SELECTION + self.eot))
         objective = OBJECTIVES[self.loss] if self.targets is None else margin
-        return mean_over_draws(objective, logits, labels)
+        return compared(view, found.best, labels, objective, self.eot)
 
     def _run(
         self,

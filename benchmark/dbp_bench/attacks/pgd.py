@@ -8,17 +8,14 @@ from torch import Tensor
 from dbp_bench.attacks.common.objectives import (
     OBJECTIVES,
     TARGETED,
+    compared,
     likely_targets,
-    mean_over_draws,
     objective_of,
     too_many_targets,
 )
 from dbp_bench.attacks.common.options import AnyLoss, Count, StepSize, checked
 from dbp_bench.errors import AttackFailed
 from dbp_bench.threat import AttackerView, Budget, Evaluations, Gradient, Objective, Setup
-
-SELECTION = 1 << 31
-"""Guesses from here on compare restarts; no gradient is ever taken on one."""
 
 
 @checked
@@ -88,32 +85,29 @@ class PGD:
         gradient: Callable[[Tensor, Tensor, Objective, range], Gradient],
     ) -> Tensor:
         """The same search along another `gradient`, which has the signature of the view's."""
-        aims = self._targets(view, images, labels)
-        found = self._ascend(view, images, labels, budget, gradient, aims[0], 0)
-        if self.restarts == 1:
-            return found
-        best = self._value(view, found, labels)
-        for restart in range(1, self.restarts):
-            other = self._ascend(view, images, labels, budget, gradient, aims[restart], restart)
-            value = self._value(view, other, labels)
-            better = value > best
-            found = torch.where(better.view(-1, 1, 1, 1), other, found)
-            best = torch.where(better, value, best)
-        return found
+        best, value = images, torch.full_like(images[:, 0, 0, 0], -torch.inf)
+        for restart, targets in enumerate(self._targets(view, images, labels)):
+            found = self._ascend(view, images, labels, budget, gradient, targets, restart)
+            if self.restarts == 1:
+                return found
+            worth = self._value(view, found, labels)
+            better = worth > value
+            best = torch.where(better.view(-1, 1, 1, 1), found, best)
+            value = torch.where(better, worth, value)
+        return best
 
     def _targets(self, view: AttackerView, images: Tensor, labels: Tensor) -> Sequence[Tensor]:
         """The classes ``(b,)`` that each restart aims at; any for an untargeted loss."""
         if self.loss not in TARGETED:
             return [labels] * self.restarts
-        draws = range(SELECTION + self.eot, SELECTION + 2 * self.eot)
-        targets = likely_targets(view, images, labels, draws)
+        targets = likely_targets(view, images, labels, self.eot)
         if self.restarts > targets.shape[1]:
             raise AttackFailed(
                 f"restarts: {self.restarts}, but loss {self.loss} aims each restart at another "
                 f"wrong class, of which this classifier has {targets.shape[1]}; give "
                 f"{targets.shape[1]} at most."
             )
-        return targets.unbind(1)
+        return targets[:, : self.restarts].unbind(1)
 
     def _ascend(
         self,
@@ -136,5 +130,5 @@ class PGD:
         return found
 
     def _value(self, view: AttackerView, found: Tensor, labels: Tensor) -> Tensor:
-        logits = view.logits(found, range(SELECTION, SELECTION + self.eot))
-        return mean_over_draws(OBJECTIVES[self.loss.removesuffix("-targeted")], logits, labels)
+        untargeted = OBJECTIVES[self.loss.removesuffix("-targeted")]
+        return compared(view, found, labels, untargeted, self.eot)

@@ -7,9 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dbp_bench.attacks.common.objectives import margin, mean_over_draws, surely_wrong
+from dbp_bench.attacks.common.objectives import SELECTION, margin, mean_over_draws, surely_wrong
 from dbp_bench.attacks.common.options import Count, Share, checked
-from dbp_bench.attacks.pgd import SELECTION
 from dbp_bench.errors import AttackFailed
 from dbp_bench.noise import Site
 from dbp_bench.threat import L2, AttackerView, Budget, Evaluations, Linf, Setup

@@ -1,6 +1,6 @@
 """Losses that attacks maximise, ``(n,)``, of logits ``(n, k)`` and labels ``(n,)``."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 from dbp_bench.errors import AttackFailed
 from dbp_bench.threat import AttackerView, Objective, Setup
+
+SELECTION = 1 << 31
+"""Guesses from here on compare what was found; no gradient is ever taken on one."""
 
 _ROUNDING = 1e-4
 """A margin below this share of the spread of the logits may be a matter of batch size."""
@@ -79,18 +82,27 @@ def mean_over_draws(objective: Objective, logits: Tensor, labels: Tensor) -> Ten
     return objective(logits.flatten(0, 1), labels.repeat_interleave(draws)).view(-1, draws).mean(1)
 
 
-def likely_targets(
-    view: AttackerView, images: Tensor, labels: Tensor, draws: Sequence[int]
+def compared(
+    view: AttackerView, images: Tensor, labels: Tensor, objective: Objective, eot: int
 ) -> Tensor:
-    """All wrong classes ``(b, k - 1)``, the most likely first, by mean logits over `draws`.
+    """The mean ``(b,)`` of `objective` over `eot` guesses that are common to all candidates."""
+    logits = view.logits(images, range(SELECTION, SELECTION + eot))
+    return mean_over_draws(objective, logits, labels)
+
+
+def likely_targets(view: AttackerView, images: Tensor, labels: Tensor, eot: int) -> Tensor:
+    """All wrong classes ``(b, k - 1)``, the most likely first, by mean logits over guesses.
 
     Args:
         view: Of a defense that tells `k` classes apart.
         images: Clean, ``(b, c, h, w)`` in [0, 1].
         labels: ``(b,)``.
-        draws: Guesses that no gradient is taken on; where every draw is known, one is enough.
+        eot: The number of guesses, which no gradient is taken on and no candidate is compared on;
+            where every draw is known, one is enough.
     """
-    logits = view.logits(images, draws[:1] if view.deterministic else draws).mean(1)
+    first = SELECTION + eot
+    draws = range(first, first + (1 if view.deterministic else eot))
+    logits = view.logits(images, draws).mean(1)
     logits = logits.scatter(1, labels[:, None], -torch.inf)
     order = logits.sort(dim=1, descending=True, stable=True).indices
     return order[:, :-1]

@@ -17,9 +17,6 @@ from dbp_bench.threat import AttackerView, Budget
 
 _PACKAGE = Site("package")
 
-NORMS = {"Linf": "Linf", "L2": "L2", "L1": "L1"}
-"""Names of norms in other packages, by the class of the budget."""
-
 _T: Any = Tensor
 _F: Any = nn.functional
 
@@ -184,14 +181,13 @@ def norm_of(budget: Budget, takes: Sequence[str], who: str) -> str:
     Raises:
         AttackFailed: It has none such.
     """
-    norm = NORMS.get(type(budget).__name__)
-    if norm is None or norm not in takes:
-        known = ", ".join(takes).lower()
-        raise AttackFailed(
-            f"{who} searches in {known}, not in {type(budget).__name__.lower()}: choose a track of "
-            "that norm, or another attack."
-        )
-    return norm
+    norm = type(budget).__name__  # other packages have the same names
+    if norm in takes:
+        return norm
+    raise AttackFailed(
+        f"{who} searches in {', '.join(takes).lower()}, not in {norm.lower()}: choose a track of "
+        "that norm, or another attack."
+    )
 
 
 def seed_of(view: AttackerView, images: Tensor, number: int) -> int:
