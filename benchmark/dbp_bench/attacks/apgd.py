@@ -50,7 +50,7 @@ class APGD:
         steps: Gradient steps of a run.
         eot: EoT samples of each step, fresh at every step; and draws that compare iterates.
         loss: What is maximised.
-        rho: Halve the step size where less than this share of the steps raised the loss.
+        rho: Halve the step size where at most this share of the steps raised the loss.
         random_start: Whether to start at a random point of the ball, not at the clean image.
         restarts: Runs for each target.
         targets: Target classes, the most likely wrong ones by mean logits of the clean image over
@@ -197,7 +197,7 @@ class APGD:
         part, last = view, 0
         examined = set(checkpoints(steps, sparse=isinstance(budget, L1)))
         for step in range(steps + 1):
-            # Line 2, without a direction to go on in; lines 6 and 7.
+            # The next iterate; after the start there is no last change to go on in.
             if step:
                 _move(s, clean, budget, MOMENTUM if step > 1 else 1.0)
             # The loss at the iterate, and the gradient for the next step. Where every draw is
@@ -211,14 +211,14 @@ class APGD:
                 logits = ascent.logits if view.deterministic else None
             if logits is None:
                 logits = part.logits(x, comparing)
-            # Lines 3, 4 and 8 to 10.
+            # The best iterate yet, and the images that are finished.
             s.note(rows, mean_over_draws(objective, logits, own), logits, own, finish=finish)
             if self.retire and bool(s.wrong[rows].any()):
                 rows = (~s.wrong).nonzero()[:, 0]
                 if not len(rows):
                     break
                 part = view[rows]
-            # Lines 11 to 15.
+            # The step size, where this step is a checkpoint.
             if step in examined:
                 if isinstance(budget, L1):
                     update_sparse_step_size(s, clean, budget.eps)
@@ -280,7 +280,7 @@ class Search:
 
 
 def _move(s: Search, clean: Tensor, budget: Budget, momentum: float) -> None:
-    """The next iterate: a projected gradient step, mixed with the last change (lines 6 and 7)."""
+    """The next iterate: a projected gradient step, mixed with the last change (lines 7 and 8)."""
     step = _wide(s.step_size, clean)
     if isinstance(budget, L1):
         outward = ((s.x <= 0) & (s.gradient < 0)) | ((s.x >= 1) & (s.gradient > 0))
@@ -295,7 +295,7 @@ def _move(s: Search, clean: Tensor, budget: Budget, momentum: float) -> None:
 
 
 def update_step_size(s: Search, interval: int, rho: float) -> None:
-    """Halve the step size, and go back to the best, where there is too little progress (line 12).
+    """Halve the step size, and go back to the best, where there is too little progress (line 15).
 
     Condition 1: at most `rho` of the steps of the interval raised the loss. Condition 2: the step
     size stayed at the last checkpoint, and no better iterate was found since.
