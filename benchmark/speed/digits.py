@@ -118,7 +118,7 @@ def retirement(device: str, rounds: int, count: int = IMAGES) -> Row:
 
 
 def memory_growth() -> Row:
-    """How peak memory grows with the steps under checkpointing, to the states that it stores."""
+    """The growth of peak memory with the steps, checkpointed, to the states that it stores."""
     context = multiprocessing.get_context("spawn")
     peaks = []
     # Large blocks straight from the kernel, so that the peak counts what is held, and not the holes

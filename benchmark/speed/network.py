@@ -95,7 +95,7 @@ class _Told:
     first: float | None = None
     """Seconds of the first call, which compiles."""
     peak: int | None = None
-    """In bytes, on a GPU."""
+    """The most bytes that were held, on a GPU."""
     times: list[float] = field(default_factory=list)
     problem: str | None = None
 
