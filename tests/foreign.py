@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dbp_bench.purifiers.ddpm import Posterior, denoise
-from dbp_bench.purifiers.schedule import LINEAR, Diffusion, to_diffusion, to_images
+from dbp_bench.purifiers.ddpm import Posterior
+from dbp_bench.purifiers.schedule import LINEAR, Diffusion, denoise, to_diffusion, to_images
 
 
 class HiddenDDPM(nn.Module):
@@ -37,11 +37,11 @@ class HiddenDDPM(nn.Module):
 
     def reverse(self, z: Tensor, steps: Sequence[tuple[int, int]]) -> Tensor:
         for t, s in steps:
-            x0, _, share = denoise(self.network, z, t, True)
+            x0, said = denoise(self.network, z, t, clip=True)
             law = Posterior.between(t, s, "large")
             z = law.mean(x0, z)
             if s > 0:
-                z = z + law.deviation(share) * torch.randn_like(z)
+                z = z + law.deviation(said.share) * torch.randn_like(z)
         return z
 
 

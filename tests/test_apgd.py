@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,16 +12,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dbp_bench.attacks import apgd, make
-from dbp_bench.attacks.apgd import APGD, Draws, climb
-from dbp_bench.attacks.common.objectives import OBJECTIVES, TARGETED, Towards, margin
+from dbp_bench.attacks.apgd import APGD
+from dbp_bench.attacks.common.objectives import (
+    OBJECTIVES,
+    SELECTION,
+    TARGETED,
+    margin,
+    objective_of,
+)
 from dbp_bench.attacks.common.options import AnyLoss
-from dbp_bench.attacks.pgd import SELECTION
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Attacked, Group, attack
 from dbp_bench.extras import load_extra
 from dbp_bench.noise import ATTACKER, FORWARD, VICTIM, Noise, Site, Tape
-from dbp_bench.threat import L1, L2, AttackerView, Budget, Linf
+from dbp_bench.threat import L1, L2, AttackerView, Budget, Linf, Objective
 from toys import BOTH, Echo, Linear, Made, Noisy, Small, SmallDenoiser, normal, sampler, uniform
 
 WEIGHT = normal(1, 16, seed=5)[0]
@@ -64,22 +69,18 @@ def linear_optimum(images: Tensor, sign: Tensor, ball: Budget) -> Tensor:
 def test_optimum_of_a_linear_classifier(
     monkeypatch: pytest.MonkeyPatch, ball: Budget, loss: AnyLoss
 ) -> None:
-    monkeypatch.setattr(APGD, "retire", False)
     images = uniform(40, 1, 4, 4)
     if isinstance(ball, L2):
         images = 0.35 + 0.3 * images
     group = Group(images, torch.arange(40) % 2, range(40))
     sign = (2 * group.labels - 1).float()
     defense = Defense(Identity(), Linear(WEIGHT))
+    # No image is finished, so that each is driven to its optimum.
+    monkeypatch.setattr(AttackerView, "decided_by_logits", False)
     method = APGD(100 if isinstance(ball, L1) else 30, 1, loss)
-    start = view_of(defense, 40).random_start(images, ball, 0)
-    plan: dict[str, Any] = {"rho": 0.75, "draws": Draws(1, 0, 0), "finish": False, "retire": False}
-    view = view_of(defense, 40)
-    found = method._run(view, images, group.labels, ball, OBJECTIVES[loss], 0)
-    if not isinstance(ball, L1):
-        found = climb(view, images, group.labels, start, ball, OBJECTIVES[loss], steps=30, **plan)
+    found = method._run(view_of(defense, 40), images, group.labels, group.labels, ball, 0)
     best = linear_optimum(images, sign, ball)
-    gained = found.margins - margin(defense.classifier(images), group.labels)
+    gained = found.best_margin - margin(defense.classifier(images), group.labels)
     possible = best + sign * (images.flatten(1) @ WEIGHT)
     # A sparse step moves all its pixels alike, so that an l1 optimum can't always be met.
     assert float((gained / possible).mean()) >= 0.99
@@ -107,11 +108,9 @@ def test_optimum_of_an_ill_conditioned_quadratic_in_the_cube() -> None:
     labels = torch.zeros(20, dtype=torch.int64)
     ball = Linf(0.1)
     best = defense.classifier(ball.project(bottom, images))[:, 1]
-    found = APGD(100, 1, "margin")._run(
-        view_of(defense, 20), images, labels, ball, OBJECTIVES["margin"], 0
-    )
+    found = APGD(100, 1, "margin")._run(view_of(defense, 20), images, labels, labels, ball, 0)
     start = defense.classifier(images)[:, 1]
-    assert bool(((found.losses - start) >= 0.99 * (best - start)).all())
+    assert bool(((found.best_loss - start) >= 0.99 * (best - start)).all())
 
 
 def test_optimum_of_a_round_quadratic_in_the_l2_ball() -> None:
@@ -120,10 +119,8 @@ def test_optimum_of_a_round_quadratic_in_the_l2_ball() -> None:
     labels = torch.zeros(20, dtype=torch.int64)
     away = (bottom - images).flatten(1).norm(dim=1)
     best = -(away - 0.2).clamp(min=0).square()
-    found = APGD(60, 1, "margin")._run(
-        view_of(defense, 20), images, labels, L2(0.2), OBJECTIVES["margin"], 0
-    )
-    assert bool((found.losses - best >= -0.01 * (away.square() + best)).all())
+    found = APGD(60, 1, "margin")._run(view_of(defense, 20), images, labels, labels, L2(0.2), 0)
+    assert bool((found.best_loss - best >= -0.01 * (away.square() + best)).all())
 
 
 # ----------------------------------------------------------------------- the algorithm by hand
@@ -209,14 +206,23 @@ def test_no_progress_on_a_constant_model(ball: Budget, random_start: bool, loss:
     torch.testing.assert_close(method(view, images, labels, ball), start, atol=1e-6, rtol=0)
 
 
-def test_a_best_iterate_by_a_lucky_draw_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_best_iterate_by_a_lucky_draw_is_caught() -> None:
     """Judged by draws of its own, one iterate of many looks better than the start."""
     fresh = count(SELECTION)
-    monkeypatch.setattr(Draws, "comparing", property(lambda _: [next(fresh)]))
+
+    class Mutant(AttackerView):
+        """Compares every iterate at a draw of its own."""
+
+        def logits(self, images: Tensor, _: Any) -> Tensor:
+            return super().logits(images, [next(fresh)])
+
+        def __getitem__(self, _: Tensor) -> AttackerView:
+            return self
+
+    tapes = Tape.make(0, VICTIM, range(20)), Tape.make(0, ATTACKER, range(20))
+    view = Mutant(constant(), NOTHING, *tapes, 4096)
     images = uniform(20, 1, 4, 4)
-    found = APGD(6, 2, random_start=False)(
-        view_of(constant(), 20, NOTHING), images, torch.arange(20) % 16, Linf(0.1)
-    )
+    found = APGD(6, 2, random_start=False)(view, images, torch.arange(20) % 16, Linf(0.1))
     moved = (found != images).flatten(1).any(1)
     assert int(moved.sum()) > 10, "six of seven on average"
 
@@ -406,7 +412,7 @@ def test_targets_are_the_most_likely_wrong_classes() -> None:
     method = APGD(1, 1, "dlr-targeted", targets=2)
     view = view_of(Defense(Identity(), Echo()), 2)
     found = method._targets(view, images, torch.tensor([1, 2]))
-    assert torch.stack([t for t in found if t is not None]).tolist() == [[3, 0], [2, 1]]
+    assert torch.stack(list(found)).tolist() == [[3, 0], [2, 1]]
     many = APGD(1, 1, "ce-targeted", targets=9)._targets(view, images, torch.tensor([1, 2]))
     assert len(many) == 3, "there are no more"
 
@@ -440,8 +446,8 @@ def test_an_attack_by_name() -> None:
 
 # --------------------------------------------------------------------- against pyautoattack
 #
-# From the same start, runs of `attack_single_run` and of `climb`. One slip of theirs is set right
-# first: the first checkpoint compares the loss after the first step with 0, where the paper
+# From the same start, runs of `attack_single_run` and of `APGD.climb`. One slip of theirs is set
+# right first: the first checkpoint compares the loss after the first step with 0, where the paper
 # compares it with the loss of the start. The l2 ball of this package is smaller by 1e-6, and
 # rounds otherwise; in a ball with their arithmetic, the search is theirs to the last bit.
 
@@ -475,7 +481,7 @@ class TheirL2(L2):
         return (x**2).view(len(x), -1).sum(-1).sqrt().view(-1, 1, 1, 1)
 
 
-CASES: dict[str, tuple[str, Callable[[float], Budget], float, str]] = {
+CASES: dict[str, tuple[str, Callable[[float], Budget], float, AnyLoss]] = {
     f"{norm}-{loss}-{eps}": (norm, ball, eps, loss)
     for norm, ball, sizes in (
         ("Linf", Linf, (0.05, 0.2)),
@@ -500,24 +506,18 @@ def textbook(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-def ours(case: str, ball: Budget | None = None) -> apgd.Found:
-    _, kind, eps, name = CASES[case]
+def ours(case: str, ball: Budget | None = None, *, finish: bool = False) -> apgd.Search:
+    """What `climb` finds; with `finish`, misclassified images are finished."""
+    _, kind, eps, loss = CASES[case]
     model, images, labels, targets, start = problem(kind(eps))
-    loss = Towards(TARGETED[name], targets) if name in TARGETED else OBJECTIVES[name]
-    loss = textbook if name == "ce" else loss
-    return climb(
-        view_of(Defense(Identity(), model), N),
-        images,
-        labels,
-        start,
-        ball or kind(eps),
-        loss,
-        steps=STEPS,
-        rho=0.75,
-        draws=Draws(1, 0, 0),
-        finish=True,
-        retire=False,
-    )
+    method = APGD(STEPS, 1, loss, targets=1 if loss in TARGETED else None)
+    every = iter([range(1)] * STEPS)
+    view, inside = view_of(Defense(Identity(), model), N), ball or kind(eps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cast(dict[str, Objective], OBJECTIVES), "ce", textbook)
+        return method.climb(
+            view, images, labels, targets, start, inside, STEPS, every, range(1), finish=finish
+        )
 
 
 def theirs(case: str, *, as_published: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -537,23 +537,22 @@ def theirs(case: str, *, as_published: bool = False) -> tuple[Tensor, Tensor, Te
     method = Repaired(model, n_iter=STEPS, norm=norm, eps=eps, device="cpu", **options)
     method.init_hyperparam(images)
     method.y_target = targets
-    objective = Towards(TARGETED[loss], targets) if loss in TARGETED else OBJECTIVES[loss]
-    method.at_start = objective(model(start), labels)
+    method.at_start = objective_of(loss, targets)(model(start), labels)
     best, right, losses, _ = method.attack_single_run(images, labels, x_init=start)
     return best, losses, right
 
 
 def assert_agree(case: str, losses: Tensor, right: Tensor) -> None:
     """The l2 search agrees up to what rounding grows to; the l1 search is stronger by design."""
-    found = ours(case)
+    found, wrong = ours(case), ours(case, finish=True).wrong
     if case.startswith("L1"):
-        assert float(found.losses.mean()) >= float(losses.mean()) - 1e-3
-        assert not bool((~found.wrong & ~right).any())
+        assert float(found.best_loss.mean()) >= float(losses.mean()) - 1e-3
+        assert not bool((~wrong & ~right).any())
         return
     loose = case.startswith("L2-dlr")  # whose denominators are near 0
     rtol, atol = (0.02, 0.05) if loose else (1e-3, 1e-4)
-    torch.testing.assert_close(found.losses, losses, rtol=rtol, atol=atol)
-    assert torch.equal(~found.wrong, right)
+    torch.testing.assert_close(found.best_loss, losses, rtol=rtol, atol=atol)
+    assert torch.equal(~wrong, right)
 
 
 def test_agreement_with_the_recorded_output_of_pyautoattack() -> None:
@@ -571,10 +570,11 @@ def test_agreement_with_pyautoattack(case: str) -> None:
     best, losses, right = theirs(case)
     assert_agree(case, losses, right)
     if norm != "L1":
-        found = ours(case, TheirL2(eps) if norm == "L2" else None)
-        assert torch.equal(found.images, best)
-        assert torch.equal(found.losses, losses)
-        assert torch.equal(~found.wrong, right)
+        ball = TheirL2(eps) if norm == "L2" else None
+        found = ours(case, ball)
+        assert torch.equal(found.best, best)
+        assert torch.equal(found.best_loss, losses)
+        assert torch.equal(~ours(case, ball, finish=True).wrong, right)
 
 
 @pytest.mark.extras

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dbp_bench.attacks import autoattack, make
-from dbp_bench.attacks.autoattack import AutoAttack, package_verdict
+from dbp_bench.attacks.autoattack import AutoAttack, Search, package_verdict
 from dbp_bench.attacks.common.third_party import Model, Tracked
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.entries.registry import Registry
@@ -150,7 +150,7 @@ def test_the_packages_verdict_multiplies_draws(attacks: int, p: float) -> None:
     """Attacks that find nothing leave p^(n+1) of the images, not p."""
     n = 20_000
     images, labels = torch.zeros(n, 1, 1, 1), torch.zeros(n, dtype=torch.int64)
-    null = {str(i): lambda images, labels: images for i in range(attacks)}
+    null = [lambda images, labels: images] * attacks
     found, robust = package_verdict(Coin(p, n), null, images, labels)
     want = p ** (attacks + 1)
     assert abs(float(robust.double().mean()) - want) < 4 * (want * (1 - want) / n) ** 0.5
@@ -166,19 +166,14 @@ def test_the_packages_verdict_of_a_deterministic_model_is_the_accuracy() -> None
     def model(x: Tensor) -> Tensor:
         return torch.cat([torch.zeros(len(x), 1), x.flatten(1) - 10], 1)
 
-    def push(limit: float) -> object:
+    def push(limit: float) -> Search:
         def search(x: Tensor, labels: Tensor) -> Tensor:
             seen.append(x.flatten().tolist())
             return torch.where(x < limit, x + 20, x)
 
         return search
 
-    found, robust = package_verdict(
-        model,
-        {"a": push(2), "b": push(4)},  # type: ignore[dict-item]
-        images,
-        labels,
-    )
+    found, robust = package_verdict(model, [push(2), push(4)], images, labels)
     assert seen == [[0.0, 1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0]]
     assert robust.tolist() == [False, False, False, False, True, False]
     assert found.flatten().tolist() == [20.0, 21.0, 22.0, 23.0, 4.0, 5.0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dbp_bench import memory
 from dbp_bench.attacks import described, make
 from dbp_bench.attacks.common.objectives import cross_entropy
-from dbp_bench.attacks.diffattack import Deviation, DiffAttack, spread
+from dbp_bench.attacks.diffattack import DiffAttack
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity, StraightThrough
 from dbp_bench.errors import AttackFailed
@@ -98,7 +98,7 @@ def test_the_deviation_of_a_linear_sampler_is_the_known_one(knows: frozenset[Sit
     defense = Defense(Shrinking(), Indifferent(), [], "none")
     draws = [3, 5]
     found = view(defense, knows).gradient(
-        GROUP.images, GROUP.labels, cross_entropy, draws, Deviation(4.0)
+        GROUP.images, GROUP.labels, cross_entropy, draws, DiffAttack(weight=4.0).deviation
     )
     want = [deviations(GROUP.images, noise_of(knows, draw)) for draw in draws]
     torch.testing.assert_close(found.mean, 4 * (want[0][1] + want[1][1]) / 2)
@@ -131,7 +131,8 @@ def test_the_joint_gradient_agrees_with_finite_differences(name: str, policy: Po
     direction = uniform(4, 1, 4, 4, seed=7, dtype=torch.float64) - 0.5
 
     def at(x: Tensor, weight: float = 3.0) -> Gradient:
-        return view(defense).gradient(x, GROUP.labels, cross_entropy, [1, 2], Deviation(weight, 2))
+        deviation = DiffAttack(weight=weight, levels=2).deviation
+        return view(defense).gradient(x, GROUP.labels, cross_entropy, [1, 2], deviation)
 
     h = 1e-5
     rise = at(images + h * direction).losses - at(images - h * direction).losses
@@ -196,7 +197,8 @@ def test_a_deviation_that_weighs_nothing_leaves_the_gradient_bit_for_bit(name: s
     defense = Defense(sampler(name, network), Small(), [network], "none")
     sight = view(defense, max_batch=6)
     args = GROUP.images, GROUP.labels, cross_entropy, range(5)
-    plain, watched = sight.gradient(*args), sight.gradient(*args, Deviation(0.0))
+    weightless = DiffAttack(weight=0.0).deviation
+    plain, watched = sight.gradient(*args), sight.gradient(*args, weightless)
     assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
 
 
@@ -219,9 +221,9 @@ def test_restarts_are_compared_by_the_classifier_alone() -> None:
 
 
 def states(levels: Sequence[int]) -> list[State]:
-    """Whose mean squares are their levels."""
+    """States whose mean squares are powers of 2, so that their sum tells which they are."""
     return [
-        State(n, torch.zeros(2, 1, 2, 2), torch.full((2, 1, 2, 2), float(n) ** 0.5)) for n in levels
+        State(n, torch.zeros(2, 1, 2, 2), torch.full((2, 1, 2, 2), 2.0 ** (n / 2))) for n in levels
     ]
 
 
@@ -236,10 +238,9 @@ def states(levels: Sequence[int]) -> list[State]:
     ],
 )
 def test_levels_are_spread_evenly(levels: int | None, want: list[int]) -> None:
-    shown = states(range(9, -1, -1))
-    assert [state.level for state in spread(shown, levels)] == want
-    mean = 2.0 * sum(want) / len(want)
-    torch.testing.assert_close(Deviation(2.0, levels)(shown), torch.full((2,), mean))
+    found = DiffAttack(weight=2.0, levels=levels).deviation(states(range(9, -1, -1)))
+    mean = 2.0 * sum(2.0**level for level in want) / len(want)
+    torch.testing.assert_close(found, torch.full((2,), mean))
 
 
 def test_more_levels_than_steps_are_refused() -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from dbp_bench.attacks import make
 from dbp_bench.attacks.apgd import APGD
+from dbp_bench.attacks.common.objectives import SELECTION
 from dbp_bench.attacks.ensemble import COMPARISON, Ensemble, strongest
-from dbp_bench.attacks.pgd import PGD, SELECTION
+from dbp_bench.attacks.pgd import PGD
 from dbp_bench.attacks.square import Square
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed

@@ -6,9 +6,9 @@ import torch
 from dbp_bench.attacks.common.objectives import (
     OBJECTIVES,
     TARGETED,
-    Towards,
     margin,
     mean_over_draws,
+    objective_of,
     surely_wrong,
 )
 from dbp_bench.errors import AttackFailed
@@ -50,7 +50,7 @@ def test_targeted_cross_entropy_is_the_log_probability_of_the_target() -> None:
 
 def test_targets_follow_their_images_over_several_draws() -> None:
     draws = normal(2 * 3, 4).view(2, 3, 4)
-    objective = Towards(TARGETED["margin-targeted"], TARGETS)
+    objective = objective_of("margin-targeted", TARGETS)
     got = mean_over_draws(objective, draws, LABELS)
     want = [(draws[i, :, TARGETS[i]] - draws[i, :, LABELS[i]]).mean() for i in range(2)]
     torch.testing.assert_close(got, torch.stack(want))
@@ -65,7 +65,7 @@ def test_a_mean_over_draws_mixes_no_images() -> None:
 @pytest.mark.parametrize(("name", "classes"), [("dlr", 2), ("dlr-targeted", 3)])
 def test_too_few_classes_are_refused_in_one_line(name: str, classes: int) -> None:
     logits, labels = normal(5, classes), torch.zeros(5, dtype=torch.int64)
-    objective = OBJECTIVES.get(name) or Towards(TARGETED[name], labels + 1)
+    objective = objective_of(name, labels + 1)
     with pytest.raises(AttackFailed, match=rf"loss {name}: needs at least \d.*use ce or margin"):
         objective(logits, labels)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dbp_bench.attacks import make
-from dbp_bench.attacks.common.objectives import OBJECTIVES, Towards, cross_entropy
+from dbp_bench.attacks.common.objectives import OBJECTIVES, SELECTION, cross_entropy
 from dbp_bench.attacks.common.options import AnyLoss
-from dbp_bench.attacks.pgd import PGD, SELECTION
+from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
 from dbp_bench.evaluate import Group, attack
@@ -181,8 +181,8 @@ class Spy:
         self, images: Tensor, labels: Tensor, objective: Objective, draws: Sequence[int]
     ) -> Gradient:
         self.draws.append(list(draws))
-        losses = torch.zeros(len(images), len(draws))
-        return Gradient(torch.ones_like(images), losses, losses[:, :, None])
+        none = torch.zeros(len(images), len(draws))
+        return Gradient(torch.ones_like(images), none, none[:, :, None])
 
 
 def test_every_step_averages_over_fresh_draws() -> None:
@@ -233,12 +233,14 @@ class Notes:
     def gradient(
         self, images: Tensor, labels: Tensor, objective: Objective, draws: Sequence[int]
     ) -> Gradient:
-        assert isinstance(objective, Towards)
-        self.aims.append(objective.targets)
+        # The class that is aimed at is the one whose logit alone raises the loss most.
+        alone = torch.eye(self.table[0].shape[1])
+        losses = [objective(one.expand(len(images), -1), labels) for one in alone]
+        self.aims.append(torch.stack(losses).argmax(0))
         self.asked += draws
         # Moves the whole image towards 1 by an amount that tells the restart.
-        losses = torch.zeros(len(images), len(draws))
-        return Gradient(torch.ones_like(images), losses, losses[:, :, None])
+        none = torch.zeros(len(images), len(draws))
+        return Gradient(torch.ones_like(images), none, none[:, :, None])
 
 
 def test_each_restart_aims_at_the_next_most_likely_wrong_class() -> None:

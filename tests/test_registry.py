@@ -465,13 +465,13 @@ def test_a_factory_is_a_purifier_of_ours_or_foreign_code(
     [
         ("purifiers", "dbp_bench.purifiers.guided:mse_gradient"),
         ("purifiers", "dbp_bench.purifiers.schedule:Schedule"),
-        ("purifiers", "dbp_bench.purifiers.ddpm:denoise"),
-        ("purifiers", "dbp_bench.purifiers.ddpm:_grid"),
+        ("purifiers", "dbp_bench.purifiers.schedule:denoise"),
+        ("purifiers", "dbp_bench.purifiers.dpm_solver:_lambda"),
         ("networks", "dbp_bench.networks.wrn:from_robustbench"),
         ("networks", "dbp_bench.networks.wrn:_Block"),
         ("networks", "dbp_bench.networks.parts:attend"),
         ("attacks", "dbp_bench.attacks.common.third_party:Model"),
-        ("attacks", "dbp_bench.attacks.apgd:climb"),
+        ("attacks", "dbp_bench.attacks.apgd:checkpoints"),
         ("attacks", "dbp_bench.attacks.square:_signs"),
     ],
 )
@@ -512,7 +512,7 @@ def test_a_network_is_one_of_ours_or_foreign_code(tmp_path: Path) -> None:
         ("dbp_bench.cli.submit:submit", "is not in dbp_bench.attacks."),
         ("dbp_bench.purifiers.controls:NoiseOnly", "is not in dbp_bench.attacks."),
         ("dbp_bench.attacks.pgd:Callable", "is not defined there, but in "),
-        ("dbp_bench.attacks.pgd:SELECTION", "is not a function or a class."),
+        ("dbp_bench.attacks.common.objectives:SELECTION", "is not a function or a class."),
         ("os:system", "is code from outside dbp-bench. Add --trust-code to run it."),
     ],
 )

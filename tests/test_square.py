@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from dbp_bench.attacks import make
-from dbp_bench.attacks.common.objectives import margin
-from dbp_bench.attacks.pgd import SELECTION
+from dbp_bench.attacks.common.objectives import SELECTION, margin
 from dbp_bench.attacks.square import Square, side
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed

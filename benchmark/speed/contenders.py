@@ -111,5 +111,5 @@ def digits_images(device: str, count: int) -> Group:
 
 
 def right_at(target: Defense, images: Tensor, group: Group, draw: int = 0) -> Tensor:
-    """Whether `target` is right ``(b,)`` on `images` ``(b, c, h, w)`` of `group` at this draw."""
+    """True ``(b,)`` where `target` is right on `images` ``(b, c, h, w)`` of `group` at a draw."""
     return predict(target, images, group.ids, seed=0, draw=draw) == group.labels

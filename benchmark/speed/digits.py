@@ -34,7 +34,7 @@ from speed.timing import Row, in_turn, ratio
 
 STEPS, IMAGES, COPIES, EPS = 20, 60, 10, 0.2
 BOUNDS = {"none": 1.10, "step": 1.75, "memory": 1.10, "retirement": 0.80}
-"""What the ratios are expected to stay below."""
+"""The bounds that the ratios are expected to stay below."""
 _ATTACK, _ATTACK_STEPS = APGD(steps=40, eot=1), 10
 _THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 _MEMORY_IMAGES, _MEMORY_STEPS = 3000, (20, 100)
@@ -118,7 +118,7 @@ def retirement(device: str, rounds: int, count: int = IMAGES) -> Row:
 
 
 def memory_growth() -> Row:
-    """How peak memory grows with the steps under checkpointing, to the states that it stores."""
+    """The growth of peak memory with the steps, checkpointed, to the states that it stores."""
     context = multiprocessing.get_context("spawn")
     peaks = []
     # Large blocks straight from the kernel, so that the peak counts what is held, and not the holes

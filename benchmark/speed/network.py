@@ -32,7 +32,7 @@ Pair = tuple[nn.Module, nn.Module]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How a step is taken and measured."""
+    """The way in which a step is taken and measured."""
 
     images: int
     """Images in one pass, one draw each."""
@@ -41,9 +41,9 @@ class Setting:
     rounds: int
     """Rounds that are timed."""
     compiles: bool
-    """Whether there are compiled cells."""
+    """There are compiled cells, too."""
     channels_last: bool = False
-    """Whether the networks' weights have this memory layout."""
+    """The networks' weights have this memory layout."""
     shape: tuple[int, int, int] = (3, 32, 32)
 
 
@@ -90,12 +90,12 @@ def measure(
 
 @dataclass(slots=True)
 class _Told:
-    """What became of a contender."""
+    """The outcome of a contender."""
 
     first: float | None = None
     """Seconds of the first call, which compiles."""
     peak: int | None = None
-    """In bytes, on a GPU."""
+    """The most bytes that were held, on a GPU."""
     times: list[float] = field(default_factory=list)
     problem: str | None = None
 

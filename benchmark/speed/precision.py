@@ -71,7 +71,7 @@ class Lowered(nn.Module):
 
 
 def agreement(gradients: Tensor, reference: Tensor) -> Row:
-    """How the gradients ``(b, c, h, w)`` of images agree with those of the `reference`.
+    """The agreement of the gradients ``(b, c, h, w)`` of images with those of the `reference`.
 
     The row holds the mean and the lowest cosine over images, and the share of the pixels whose
     signs are equal, which are all that an l-infinity step follows. Images with a zero gradient are

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from dbp_bench.networks.ho import HoUNet
 from dbp_bench.noise import Site, Tape, seeded
-from dbp_bench.purifiers.ddpm import DDPM, Posterior, denoise
-from dbp_bench.purifiers.schedule import LINEAR, Diffusion, to_diffusion, to_images
+from dbp_bench.purifiers.ddpm import DDPM, Posterior
+from dbp_bench.purifiers.schedule import LINEAR, Diffusion, denoise, to_diffusion, to_images
 from dbp_bench.taped import Taped
 from speed.timing import Row, in_turn, ratio
 
@@ -32,11 +32,11 @@ class Sampler(nn.Module):
         grid = LINEAR.grid(T_STAR, self.steps)
         z = Diffusion(LINEAR.signal(), x, torch.randn_like(x))(T_STAR)  # noqa: TID251
         for t, s in grid:
-            x0, _, share = denoise(self.denoiser, z, t, True)
+            x0, said = denoise(self.denoiser, z, t, clip=True)
             law = Posterior.between(t, s, "large")
             z = law.mean(x0, z)
             if s > 0:
-                z = z + law.deviation(share) * torch.randn_like(z)  # noqa: TID251
+                z = z + law.deviation(said.share) * torch.randn_like(z)  # noqa: TID251
         return to_images(z, True)
 
 

@@ -1,4 +1,4 @@
-"""How an attacker searches: each module here is the attack of its name; no list repeats them.
+"""The searches of attackers: each module is the attack of its name; no list repeats them.
 
 ``pgd`` is the attack in ``pgd.py``; ``low-frequency`` the one in ``low_frequency.py``;
 ``torchattacks:PGD`` is what the module ``torchattacks`` makes of ``PGD``. An attack is a frozen

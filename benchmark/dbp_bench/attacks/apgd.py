@@ -1,10 +1,9 @@
 """Auto-PGD (Croce and Hein 2020, algorithm 1) for models with and without hidden noise."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from itertools import product
+from itertools import count, product
 from math import ceil
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -12,38 +11,22 @@ from torch import Tensor
 
 from dbp_bench.attacks.common.objectives import (
     OBJECTIVES,
+    SELECTION,
     TARGETED,
-    Towards,
+    compared,
     likely_targets,
     margin,
     mean_over_draws,
+    objective_of,
     surely_wrong,
     too_many_targets,
 )
 from dbp_bench.attacks.common.options import AnyLoss, Count, Number, checked
-from dbp_bench.attacks.pgd import SELECTION
-from dbp_bench.threat import L1, AttackerView, Budget, Evaluations, Objective, Setup
+from dbp_bench.threat import L1, AttackerView, Budget, Evaluations, Setup
+from dbp_bench.threat import budget as budget_of
 
 MOMENTUM = 0.75
 """Share of the new step; the rest goes on in the direction of the last one (alpha)."""
-
-_PHASES = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
-"""The phases of an l1 search: the radius, relative to eps, and the share of the steps."""
-
-
-class Found(NamedTuple):
-    """What one run of the search found."""
-
-    images: Tensor
-    """``(b, c, h, w)``: the iterate of highest loss."""
-    losses: Tensor
-    """``(b,)``: its loss, the mean over the draws that compare iterates."""
-    margins: Tensor
-    """``(b,)``: its mean margin over the same draws."""
-    wrong: Tensor
-    """``(b,)``: whether an iterate is misclassified for certain; never where draws are hidden."""
-    first_wrong: Tensor
-    """``(b, c, h, w)``: the first such iterate, the start where there is none."""
 
 
 @checked
@@ -67,7 +50,7 @@ class APGD:
         steps: Gradient steps of a run.
         eot: EoT samples of each step, fresh at every step; and draws that compare iterates.
         loss: What is maximised.
-        rho: Halve the step size where less than this share of the steps raised the loss.
+        rho: Halve the step size where at most this share of the steps raised the loss.
         random_start: Whether to start at a random point of the ball, not at the clean image.
         restarts: Runs for each target.
         targets: Target classes, the most likely wrong ones by mean logits of the clean image over
@@ -75,8 +58,8 @@ class APGD:
     """
 
     retire: ClassVar[bool] = True
-    """Whether finished images stop. It is no option, since the images found are the same: False is
-    for measuring what it saves."""
+    """Finished images stop. This is no option, since the images found are the same: False is for
+    measuring what it saves."""
 
     steps: Count = 100
     eot: Count = 10
@@ -99,7 +82,7 @@ class APGD:
         iterate takes a forward one, and misclassified images finish.
         """
         runs = self.restarts * min(self.targets or 1, max(setup.classes - 1, 1))
-        searches = len(_phases(setup.norm == "l1", self.steps))
+        searches = len(_phases(budget_of(setup.norm, setup.eps), self.steps))
         ordered = int(self.targets is not None)
         if not setup.hidden:
             return Evaluations(runs * self.steps, runs * searches + ordered, exact=False)
@@ -108,7 +91,7 @@ class APGD:
         return Evaluations(runs * self.steps * self.eot, forward * self.eot, exact=True)
 
     def unfit(self, setup: Setup) -> str | None:
-        """Whether there is a wrong class for each of the targets."""
+        """There must be a wrong class for each of the targets."""
         return too_many_targets("targets", self.targets or 0, setup)
 
     def __call__(
@@ -119,263 +102,186 @@ class APGD:
         Raises:
             AttackFailed: The classifier has too few classes for the loss or for so many targets.
         """
-        targets = self._targets(view, images, labels)
-        runs = list(product(targets, range(self.restarts)))
-        out, done = images.clone(), torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        best = torch.full((len(images),), -torch.inf, dtype=images.dtype, device=images.device)
-        for run, (target, _) in enumerate(runs):
-            going = ~done if self.retire else torch.ones_like(done)
-            rows = going.nonzero()[:, 0]
-            if not len(rows):
+        runs = list(product(self._targets(view, images, labels), range(self.restarts)))
+        best, value = images.clone(), torch.full_like(images[:, 0, 0, 0], -torch.inf)
+        left = torch.arange(len(images), device=images.device)
+        for run, (targets, _) in enumerate(runs):
+            if not len(left):
                 break
-            part, clean, own = view[rows], images[rows], labels[rows]
-            loss = self._loss(None if target is None else target[rows])
-            found = self._run(part, clean, own, budget, loss, run)
-            value = best[rows] + 1 if len(runs) == 1 else self._value(part, found, own)
-            take = ~done[rows] & (found.wrong | (value > best[rows]) | (len(runs) == 1))
-            chosen = torch.where(_wide(found.wrong, clean), found.first_wrong, found.images)
-            out[rows[take]], best[rows[take]] = chosen[take], value[take]
-            done[rows] |= found.wrong
-        return out
+            part, own = view[left], labels[left]
+            found = self._run(part, images[left], own, targets[left], budget, run)
+            if len(runs) == 1:
+                return found.best
+            # A misclassified image is finished: no other run can be worth more.
+            worth = torch.where(found.wrong, torch.inf, self._value(part, found, own))
+            better = worth > value[left]
+            rows = left[better]
+            best[rows], value[rows] = found.best[better], worth[better]
+            if self.retire:
+                left = left[~found.wrong]
+        return best
 
-    def _targets(
-        self, view: AttackerView, images: Tensor, labels: Tensor
-    ) -> Sequence[Tensor | None]:
-        """The target classes ``(b,)`` of each series of restarts."""
+    def _targets(self, view: AttackerView, images: Tensor, labels: Tensor) -> Sequence[Tensor]:
+        """The target classes ``(b,)`` of each series of restarts; any for an untargeted loss."""
         if self.targets is None:
-            return [None]
-        draws = range(SELECTION + self.eot, SELECTION + 2 * self.eot)
-        order = likely_targets(view, images, labels, draws)
-        return list(order[:, : self.targets].unbind(1))
+            return [labels]
+        order = likely_targets(view, images, labels, self.eot)
+        return order[:, : self.targets].unbind(1)
 
-    def _loss(self, targets: Tensor | None) -> Objective:
-        return OBJECTIVES[self.loss] if targets is None else Towards(TARGETED[self.loss], targets)
-
-    def _value(self, view: AttackerView, found: Found, labels: Tensor) -> Tensor:
+    def _value(self, view: AttackerView, found: "Search", labels: Tensor) -> Tensor:
         """The values that compare runs; losses towards different targets cannot be compared."""
         if view.deterministic:
-            return found.losses if self.targets is None else found.margins
-        logits = view.logits(found.images, range(SELECTION, SELECTION + self.eot))
+            return found.best_loss if self.targets is None else found.best_margin
         objective = OBJECTIVES[self.loss] if self.targets is None else margin
-        return mean_over_draws(objective, logits, labels)
+        return compared(view, found.best, labels, objective, self.eot)
 
     def _run(
         self,
         view: AttackerView,
         clean: Tensor,
         labels: Tensor,
+        targets: Tensor,
         budget: Budget,
-        loss: Objective,
         run: int,
-    ) -> Found:
+    ) -> "Search":
         """One run from one start; an l1 budget is reached in phases."""
-        first = run * self.steps
-        phases = [
-            (L1(factor * budget.eps) if isinstance(budget, L1) else budget, steps)
-            for factor, steps in _phases(isinstance(budget, L1), self.steps)
-        ]
+        eot = 1 if view.deterministic else self.eot
+        draws = (range(step * eot, (step + 1) * eot) for step in count(run * self.steps))
+        # Before these stand those that compare runs, and those that order targets.
+        first = SELECTION + (2 + run) * eot
+        comparing = range(first, first + eot)
+        phases = _phases(budget, self.steps)
         start = view.random_start(clean, phases[0][0], run) if self.random_start else clean
         for ball, steps in phases:
-            draws = Draws(self.eot, first, (2 + run) * self.eot)
-            inside = ball.eps == budget.eps
-            found = climb(
-                view,
-                clean,
-                labels,
-                ball.project(start, clean),
-                ball,
-                loss,
-                steps=steps,
-                rho=self.rho,
-                draws=draws,
-                finish=inside,
-                retire=inside and self.retire,
+            start, last = ball.project(start, clean), ball.eps == budget.eps
+            found = self.climb(
+                view, clean, labels, targets, start, ball, steps, draws, comparing, finish=last
             )
-            start, first = found.images, first + steps
+            start = found.best
         return found
 
+    def climb(
+        self,
+        view: AttackerView,
+        clean: Tensor,
+        labels: Tensor,
+        targets: Tensor,
+        start: Tensor,
+        budget: Budget,
+        steps: int,
+        draws: Iterator[range],
+        comparing: range,
+        *,
+        finish: bool,
+    ) -> "Search":
+        """Algorithm 1 (Croce and Hein 2020) from `start`; its l1 variant for an l1 budget.
 
-def _phases(sparse: bool, steps: int) -> list[tuple[float, int]]:
-    """The radii, relative to eps, that a run searches in turn, and the steps at each.
+        It takes `steps` gradient evaluations of each image, and a forward one of the last iterate.
 
-    Only an l1 ball (`sparse`) is reached from larger ones, and only where the steps suffice.
-    """
-    lengths = [ceil(share * steps) for _, share in _PHASES[:-1]]
-    if not sparse or sum(lengths) >= steps:
-        return [(1.0, steps)]
-    lengths.append(steps - sum(lengths))
-    return [(factor, length) for (factor, _), length in zip(_PHASES, lengths, strict=True)]
-
-
-@dataclass(frozen=True, slots=True)
-class Draws:
-    """The guesses that a run uses where draws are hidden."""
-
-    eot: int
-    first: int
-    """Number of the run's first gradient step; each has draws of its own."""
-    comparison: int
-    """Where the draws that compare its iterates begin, above :data:`SELECTION`."""
-
-    def gradient(self, step: int) -> range:
-        """The EoT samples of the gradient of this step of the run."""
-        return range((self.first + step) * self.eot, (self.first + step + 1) * self.eot)
-
-    @property
-    def comparing(self) -> range:
-        """The guesses of every comparison in the run."""
-        start = SELECTION + self.comparison
-        return range(start, start + self.eot)
-
-
-def checkpoints(steps: int) -> Iterator[int]:
-    """After how many steps the progress is examined (Croce and Hein 2020, section 3.2).
-
-    At ``p_j * steps`` with p_1 = 0.22 and p_(j+1) - p_j = max(p_j - p_(j-1) - 0.03, 0.06), each
-    interval rounded down, as in the authors' code.
-    """
-    interval, at = max(int(0.22 * steps), 1), 0
-    while (at := at + interval) <= steps:
-        yield at
-        interval = max(interval - max(int(0.03 * steps), 1), int(0.06 * steps), 1)
-
-
-@dataclass(slots=True, eq=False)
-class _State:
-    """The state of a run, one row per image that is still in it."""
-
-    rows: Tensor
-    x: Tensor
-    before: Tensor
-    """The iterate before `x`."""
-    gradient: Tensor
-    loss: Tensor
-    best: Tensor
-    best_gradient: Tensor
-    best_loss: Tensor
-    best_margin: Tensor
-    step: Tensor
-    """Step size."""
-    rises: Tensor
-    """Steps since the last checkpoint that raised the loss."""
-    halved: Tensor
-    """Whether the last checkpoint halved the step size."""
-    best_then: Tensor
-    """The best loss at the last checkpoint."""
-    share: Tensor
-    """Share of the pixels that an l1 step moves."""
-    pixels_then: Tensor
-    """Pixels that the best iterate had moved at the last checkpoint (l1)."""
-
-    def keep(self, rows: Tensor) -> None:
-        """Keep only the images of the mask `rows`."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name)[rows])
+        Args:
+            view: The view of the defense.
+            clean: ``(b, c, h, w)`` in [0, 1].
+            labels: ``(b,)``.
+            targets: ``(b,)``, the classes that a targeted loss aims at.
+            start: The first iterate ``(b, c, h, w)``, inside the budget.
+            budget: The ball.
+            steps: Number of steps.
+            draws: The EoT samples of each step, where draws are hidden: fresh at every step.
+            comparing: The guesses of every comparison in the run, which no gradient is taken on.
+            finish: Whether an image is finished where an iterate is misclassified, if every draw is
+                known.
+        """
+        finish = finish and view.deterministic and view.decided_by_logits
+        s = Search(clean, start, budget)
+        rows = torch.arange(len(clean), device=clean.device)
+        part, last = view, 0
+        examined = set(checkpoints(steps, sparse=isinstance(budget, L1)))
+        for step in range(steps + 1):
+            # The next iterate; after the start there is no last change to go on in.
+            if step:
+                _move(s, clean, budget, MOMENTUM if step > 1 else 1.0)
+            # The loss at the iterate, and the gradient for the next step. Where every draw is
+            # known, the loss of the gradient pass is that of every other pass.
+            x, own = s.x[rows], labels[rows]
+            objective = objective_of(self.loss, targets[rows])
+            logits = None
+            if step < steps:
+                ascent = part.gradient(x, own, objective, next(draws))
+                s.gradient[rows] = ascent.mean
+                logits = ascent.logits if view.deterministic else None
+            if logits is None:
+                logits = part.logits(x, comparing)
+            # The best iterate yet, and the images that are finished.
+            s.note(rows, mean_over_draws(objective, logits, own), logits, own, finish=finish)
+            if self.retire and bool(s.wrong[rows].any()):
+                rows = (~s.wrong).nonzero()[:, 0]
+                if not len(rows):
+                    break
+                part = view[rows]
+            # The step size, where this step is a checkpoint.
+            if step in examined:
+                if isinstance(budget, L1):
+                    update_sparse_step_size(s, clean, budget.eps)
+                else:
+                    update_step_size(s, step - last, self.rho)
+                last = step
+        return s
 
 
-def climb(
-    view: AttackerView,
-    clean: Tensor,
-    labels: Tensor,
-    start: Tensor,
-    budget: Budget,
-    loss: Objective,
-    *,
-    steps: int,
-    rho: float,
-    draws: Draws,
-    finish: bool,
-    retire: bool,
-) -> Found:
-    """One run of algorithm 1 (Croce and Hein 2020) from `start`; its l1 variant for an l1 budget.
+class Search:
+    """The state of a run, one row per image, and what it found."""
 
-    It takes `steps` gradient evaluations of each image, and a forward one of the last iterate.
+    def __init__(self, clean: Tensor, start: Tensor, budget: Budget) -> None:
+        zeros = torch.zeros_like(clean[:, 0, 0, 0])
+        sparse = isinstance(budget, L1)
+        self.x = self.before = start
+        """The iterate, and the one before it."""
+        self.gradient = torch.zeros_like(clean)
+        self.loss = zeros + torch.inf  # so that the start is no rise
+        self.best, self.best_gradient = start.clone(), torch.zeros_like(clean)
+        """The iterate of highest loss; where an image is finished, its first misclassified one."""
+        self.best_loss, self.best_margin = zeros - torch.inf, zeros.clone()
+        """Its loss and its margin, means over the draws that compare iterates."""
+        self.wrong = torch.zeros_like(zeros, dtype=torch.bool)
+        """True where an iterate is misclassified for certain, so that the image is finished."""
+        self.step_size = zeros + (1 if sparse else 2) * budget.eps
+        self.rises = zeros.clone()
+        """Steps since the last checkpoint that raised the loss."""
+        self.halved = ~self.wrong  # the first checkpoint asks not
+        """True where the last checkpoint halved the step size."""
+        self.best_then = self.best_loss.clone()
+        """The best loss at the last checkpoint."""
+        moved, pixels = _moved(start - clean), clean[0].numel()
+        self.share = torch.where(moved > 0, moved / pixels / 1.5, 0.2)
+        """Share of the pixels that an l1 step moves."""
+        self.pixels_then = torch.where(moved > 0, moved, float(pixels))
+        """Pixels that the best iterate had moved at the last checkpoint (l1)."""
 
-    Args:
-        view: The view of the defense.
-        clean: ``(b, c, h, w)`` in [0, 1].
-        labels: ``(b,)``.
-        start: The first iterate ``(b, c, h, w)``, inside the budget.
-        budget: The ball.
-        loss: To maximise; a :class:`Towards` holds a target for each image.
-        steps: Number of steps.
-        rho: See :class:`APGD`.
-        draws: The guesses where draws are hidden.
-        finish: Whether to note misclassified iterates, where every draw is known.
-        retire: Whether to stop an image there.
-    """
-    sparse = budget if isinstance(budget, L1) else None
-    finish = finish and view.deterministic and view.decided_by_logits
-    found = Found(
-        start.clone(),
-        torch.zeros_like(clean[:, 0, 0, 0]),
-        torch.zeros_like(clean[:, 0, 0, 0]),
-        torch.zeros(len(clean), dtype=torch.bool, device=clean.device),
-        start.clone(),
-    )
-    s = _begin(clean, start, budget)
-    examined = set(checkpoints(steps))
-    if sparse is not None:
-        every = max(int(0.04 * steps), 1)
-        examined = set(range(every, steps + 1, every))
-    interval = last_checkpoint = 0
-    for step in range(steps + 1):
-        if step:
-            _move(s, clean[s.rows], budget, MOMENTUM if step > 1 else 1.0)
-        objective = Towards(loss.loss, loss.targets[s.rows]) if isinstance(loss, Towards) else loss
-        wrong = _evaluate(s, view, labels, objective, draws, step, gradient=step < steps)
+    def note(
+        self, rows: Tensor, loss: Tensor, logits: Tensor, labels: Tensor, *, finish: bool
+    ) -> None:
+        """Note the `loss` of the iterates of these `rows`, and which of them are the best yet."""
+        self.rises[rows] += loss > self.loss[rows]
+        self.loss[rows] = loss
+        better = loss > self.best_loss[rows]
         if finish:
-            fresh = wrong & ~found.wrong[s.rows]
-            found.first_wrong[s.rows[fresh]] = s.x[fresh]
-            found.wrong[s.rows] |= wrong
-            if retire and bool(wrong.any()):
-                for kept, value in (
-                    (found.images, s.best),
-                    (found.losses, s.best_loss),
-                    (found.margins, s.best_margin),
-                ):
-                    kept[s.rows[wrong]] = value[wrong]
-                s.keep(~wrong)
-                view = view[~wrong]
-                if not len(s.rows):
-                    return found
-        if step in examined:
-            interval, last_checkpoint = step - last_checkpoint, step
-            if sparse is not None:
-                _resparsify(s, clean[s.rows], sparse.eps)
-            else:
-                _examine(s, interval, rho)
-    found.images[s.rows] = s.best
-    found.losses[s.rows] = s.best_loss
-    found.margins[s.rows] = s.best_margin
-    return found
+            wrong = surely_wrong(logits[:, 0], labels) & ~self.wrong[rows]
+            better = wrong | (better & ~self.wrong[rows])
+            self.wrong[rows] |= wrong
+        best = rows[better]
+        self.best[best], self.best_gradient[best] = self.x[best], self.gradient[best]
+        self.best_loss[best] = loss[better]
+        self.best_margin[best] = mean_over_draws(margin, logits, labels)[better]
+
+    def return_to_best(self, rows: Tensor) -> None:
+        """Go on from the best iterate in the images of the mask `rows`."""
+        self.x = torch.where(_wide(rows, self.x), self.best, self.x)
+        self.gradient = torch.where(_wide(rows, self.x), self.best_gradient, self.gradient)
 
 
-def _begin(clean: Tensor, start: Tensor, budget: Budget) -> _State:
-    zeros = torch.zeros_like(clean[:, 0, 0, 0])
-    moved, pixels = _moved(start - clean), clean[0].numel()
-    return _State(
-        rows=torch.arange(len(clean), device=clean.device),
-        x=start,
-        before=start,
-        gradient=torch.zeros_like(clean),
-        loss=zeros - torch.inf,
-        best=start,
-        best_gradient=torch.zeros_like(clean),
-        best_loss=zeros - torch.inf,
-        best_margin=zeros,
-        step=zeros + (1 if isinstance(budget, L1) else 2) * budget.eps,
-        rises=zeros,
-        halved=torch.ones_like(zeros, dtype=torch.bool),  # the first checkpoint asks not
-        best_then=zeros - torch.inf,
-        share=torch.where(moved > 0, moved / pixels / 1.5, 0.2),
-        pixels_then=torch.where(moved > 0, moved, float(pixels)),
-    )
-
-
-def _move(s: _State, clean: Tensor, budget: Budget, momentum: float) -> None:
+def _move(s: Search, clean: Tensor, budget: Budget, momentum: float) -> None:
     """The next iterate: a projected gradient step, mixed with the last change (lines 7 and 8)."""
-    step = _wide(s.step, clean)
+    step = _wide(s.step_size, clean)
     if isinstance(budget, L1):
         outward = ((s.x <= 0) & (s.gradient < 0)) | ((s.x >= 1) & (s.gradient > 0))
         ascent = budget.sparse(s.gradient.masked_fill(outward, 0), s.share)
@@ -388,54 +294,21 @@ def _move(s: _State, clean: Tensor, budget: Budget, momentum: float) -> None:
     s.before, s.x = s.x, new
 
 
-def _evaluate(
-    s: _State,
-    view: AttackerView,
-    labels: Tensor,
-    objective: Objective,
-    draws: Draws,
-    step: int,
-    *,
-    gradient: bool,
-) -> Tensor:
-    """Note loss, gradient and best iterate; which images ``(b,)`` are wrong at their first draw."""
-    own = labels[s.rows]
-    known = view.deterministic
-    logits = None
-    if gradient:
-        asked = draws.gradient(step)
-        found = view.gradient(s.x, own, objective, asked[:1] if known else asked)
-        s.gradient = found.mean
-        logits = found.logits if known else None
-    if logits is None:
-        logits = view.logits(s.x, draws.comparing[:1] if known else draws.comparing)
-    loss = mean_over_draws(objective, logits, own)
-    s.rises = s.rises + (loss > s.loss).to(s.rises) * (step > 0)
-    s.loss = loss
-    better = loss > s.best_loss
-    s.best = torch.where(_wide(better, s.x), s.x, s.best)
-    s.best_gradient = torch.where(_wide(better, s.x), s.gradient, s.best_gradient)
-    s.best_margin = torch.where(better, mean_over_draws(margin, logits, own), s.best_margin)
-    s.best_loss = torch.where(better, loss, s.best_loss)
-    return surely_wrong(logits[:, 0], own)
-
-
-def _examine(s: _State, interval: int, rho: float) -> None:
+def update_step_size(s: Search, interval: int, rho: float) -> None:
     """Halve the step size, and go back to the best, where there is too little progress (line 15).
 
-    Condition 1: less than `rho` of the steps of the interval raised the loss. Condition 2: the step
+    Condition 1: at most `rho` of the steps of the interval raised the loss. Condition 2: the step
     size stayed at the last checkpoint, and no better iterate was found since.
     """
     few = s.rises <= rho * interval
     stuck = ~s.halved & (s.best_loss <= s.best_then)
     s.halved = few | stuck
-    s.best_then = s.best_loss
-    s.rises = torch.zeros_like(s.rises)
-    s.step = torch.where(s.halved, s.step / 2, s.step)
-    _return_to_best(s, s.halved)
+    s.step_size = torch.where(s.halved, s.step_size / 2, s.step_size)
+    s.return_to_best(s.halved)
+    s.best_then, s.rises = s.best_loss.clone(), torch.zeros_like(s.rises)
 
 
-def _resparsify(s: _State, clean: Tensor, eps: float) -> None:
+def update_sparse_step_size(s: Search, clean: Tensor, eps: float) -> None:
     """Adapt the number of pixels of a step, and the step size (Croce and Hein 2021, algorithm 1).
 
     Steps move as many pixels as the best iterate moved, over 1.5. Where that number still falls by
@@ -445,18 +318,38 @@ def _resparsify(s: _State, clean: Tensor, eps: float) -> None:
     pixels = _moved(s.best - clean)
     sparser = pixels / s.pixels_then < 0.95
     s.share = pixels / clean[0].numel() / 1.5
-    s.step = torch.where(sparser, eps, s.step / 1.5).clamp(eps / 10, eps)
+    s.step_size = torch.where(sparser, eps, s.step_size / 1.5).clamp(eps / 10, eps)
     s.pixels_then = pixels
-    _return_to_best(s, sparser)
+    s.return_to_best(sparser)
 
 
-def _return_to_best(s: _State, rows: Tensor) -> None:
-    s.x = torch.where(_wide(rows, s.x), s.best, s.x)
-    s.gradient = torch.where(_wide(rows, s.x), s.best_gradient, s.gradient)
+def checkpoints(steps: int, *, sparse: bool = False) -> Iterator[int]:
+    """After how many steps the step size is examined (Croce and Hein 2020, section 3.2).
+
+    At ``p_j * steps`` with p_1 = 0.22 and p_(j+1) - p_j = max(p_j - p_(j-1) - 0.03, 0.06), each
+    interval rounded down, as in the authors' code; in the `sparse` search every 0.04 of the steps.
+    """
+    interval, at = max(int((0.04 if sparse else 0.22) * steps), 1), 0
+    while (at := at + interval) <= steps:
+        yield at
+        if not sparse:
+            interval = max(interval - max(int(0.03 * steps), 1), int(0.06 * steps), 1)
+
+
+def _phases(budget: Budget, steps: int) -> list[tuple[Budget, int]]:
+    """The balls that a run searches in turn, and the steps in each.
+
+    Only an l1 ball is reached from larger ones, and only where the steps suffice.
+    """
+    each = ceil(0.3 * steps)
+    if not isinstance(budget, L1) or 2 * each >= steps:
+        return [(budget, steps)]
+    larger = [(L1(factor * budget.eps), each) for factor in (3.0, 2.0)]
+    return [*larger, (budget, steps - 2 * each)]
 
 
 def _moved(change: Tensor) -> Tensor:
-    """How many pixels ``(b,)`` differ from the clean image."""
+    """The number ``(b,)`` of pixels that differ from the clean image."""
     return (change != 0).flatten(1).sum(1).to(change)
 
 

@@ -1,7 +1,9 @@
 """AutoAttack (Croce and Hein 2020): the published classes, driven through a view."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,12 +25,11 @@ _CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 """The fewest classes that the loss of an attack is defined for."""
 
 
-class Search(Protocol):
-    """An attack of the package."""
+Search = Callable[[Tensor, Tensor], Tensor]
+"""An attack of the package: adversarial images ``(n, c, h, w)`` for images and labels."""
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial images ``(n, c, h, w)``."""
-        ...
+_SILENT = SimpleNamespace(warning=lambda _: None)
+"""A logger that drops the package's warning of zero gradients: the harness gives one itself."""
 
 
 @checked
@@ -99,7 +100,7 @@ class AutoAttack:
         return Evaluations(gradient, sum(forward.values()), exact=False)
 
     def unfit(self, setup: Setup) -> str | None:
-        """Whether the version takes the model for deterministic where draws are hidden.
+        """The version for deterministic models must not meet hidden draws.
 
         Raises:
             BadExtra: The package isn't there.
@@ -131,12 +132,12 @@ class AutoAttack:
         norm = norm_of(budget, ("Linf", "L2", "L1"), "AutoAttack")
         model = Model(view, images)
         eot = 1 if view.deterministic else self.eot  # copies of one draw are equal
-        searches = {
-            name: self._search(
-                name, modules, model, norm, budget.eps, eot, seed_of(view, images, i)
+        searches = [
+            partial(
+                self._search, name, modules, model, norm, budget.eps, eot, seed_of(view, images, i)
             )
             for i, name in enumerate(VERSIONS[self.version])
-        }
+        ]
         # The attacks seed the process: restore it. They differentiate where they want to.
         with seeded(0), torch.no_grad():
             found, robust = package_verdict(model, searches, Tracked.of(images), labels)
@@ -152,67 +153,49 @@ class AutoAttack:
         eps: float,
         eot: int,
         seed: int,
-    ) -> Search:
-        """The attack called `name`, set up as the package sets it up."""
-
-        def search(images: Tensor, labels: Tensor) -> Tensor:
-            few = _CLASSES.get(name, 2)
-            if model.classes < few:
-                raise AttackFailed(
-                    f"{name} needs {few} classes, the classifier has {model.classes}: use pgd, or "
-                    "an ensemble with the losses ce and margin."
-                )
-            targets = min(5 if name == "apgd-t" and norm == "L1" else 9, model.classes - 1)
-            base, fab, square = (modules[m] for m in ("autopgd_base", "fab_pt", "square"))
-            shared = {"norm": norm, "eps": eps, "seed": seed, "device": images.device}
-            large = {"use_largereps": norm == "L1" and self.version == "standard"}
-            attack: Any
-            if name == "apgd-t":
-                attack = base.APGDAttack_targeted(
-                    model, n_iter=self.steps, n_target_classes=targets, **large, **shared
-                )
-            elif name == "fab-t":
-                attack = fab.FABAttack_PT(
-                    model, n_iter=self.steps, n_target_classes=targets, targeted=True, **shared
-                )
-            elif name == "square":
-                attack = square.SquareAttack(
-                    model, n_queries=self.queries, resc_schedule=False, **shared
-                )
-            else:
-                restarts = 5 if large["use_largereps"] else 1
-                attack = base.APGDAttack(
-                    model,
-                    n_iter=self.steps,
-                    n_restarts=restarts,
-                    eot_iter=eot,
-                    loss=name.removeprefix("apgd-"),
-                    logger=_Silent(),
-                    **large,
-                    **shared,
-                )
-            if name == "apgd-t":
-                attack.logger = _Silent()
-            try:
-                return attack.perturb(images, labels)  # type: ignore[no-any-return]
-            except (ArithmeticError, AssertionError, LookupError, ValueError) as error:
-                # In l2, for one, its Square needs images of 5 x 5 pixels.
-                cause = f"{type(error).__name__}: {error}".partition("\n")[0]
-                raise AttackFailed(f"AutoAttack's {name} failed ({cause}): use pgd.") from error
-
-        return search
-
-
-class _Silent:
-    """A logger that drops the package's warning of zero gradients: the harness gives one itself."""
-
-    def warning(self, message: str) -> None:
-        """Drop `message`."""
+        images: Tensor,
+        labels: Tensor,
+    ) -> Tensor:
+        """The images of the attack called `name`, set up as the package sets it up."""
+        few = _CLASSES.get(name, 2)
+        if model.classes < few:
+            raise AttackFailed(
+                f"{name} needs {few} classes, the classifier has {model.classes}: use pgd, or "
+                "an ensemble with the losses ce and margin."
+            )
+        base, fab, square = (modules[m] for m in ("autopgd_base", "fab_pt", "square"))
+        large = norm == "L1" and self.version == "standard"
+        targets = min(5 if name == "apgd-t" and norm == "L1" else 9, model.classes - 1)
+        options: dict[str, Any] = {"norm": norm, "eps": eps, "seed": seed, "device": images.device}
+        match name:
+            case "apgd-t":
+                kind = base.APGDAttack_targeted
+                options |= {"n_target_classes": targets, "use_largereps": large}
+            case "fab-t":
+                kind = fab.FABAttack_PT
+                options |= {"n_target_classes": targets, "targeted": True}
+            case "square":
+                kind = square.SquareAttack
+                options |= {"n_queries": self.queries, "resc_schedule": False}
+            case _:
+                kind = base.APGDAttack
+                options |= {"loss": name.removeprefix("apgd-"), "eot_iter": eot}
+                options |= {"n_restarts": 5 if large else 1, "use_largereps": large}
+        if name != "square":
+            options["n_iter"] = self.steps
+        attack = kind(model, **options)
+        attack.logger = _SILENT
+        try:
+            return attack.perturb(images, labels)  # type: ignore[no-any-return]
+        except (ArithmeticError, AssertionError, LookupError, ValueError) as error:
+            # In l2, for one, its Square needs images of 5 x 5 pixels.
+            cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise AttackFailed(f"AutoAttack's {name} failed ({cause}): use pgd.") from error
 
 
 def package_verdict(
     logits: Callable[[Tensor], Tensor],
-    searches: Mapping[str, Search],
+    searches: Sequence[Search],
     images: Tensor,
     labels: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -234,7 +217,7 @@ def package_verdict(
     """
     found = images.clone()
     robust = logits(images).argmax(1) == labels
-    for search in searches.values():
+    for search in searches:
         left = robust.nonzero()[:, 0]
         if not len(left):
             break

@@ -29,7 +29,6 @@ nothing but the loss differs from other attacks of equal effort.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
@@ -46,7 +45,7 @@ from dbp_bench.threat import AttackerView, Budget, Setup
 
 @checked
 class DiffAttack(PGD):
-    """:class:`PGD` on a loss to which `weight` times the :class:`Deviation` is added.
+    """:class:`PGD` on a loss to which `weight` times the deviation is added; see :meth:`deviation`.
 
     It takes as many evaluations as PGD. Restarts are compared by the loss of the classifier alone,
     which is what counts in the end. With weight 0 this is PGD, bit for bit.
@@ -61,7 +60,7 @@ class DiffAttack(PGD):
     levels: Count | None = None
 
     def unfit(self, setup: Setup) -> str | None:
-        """Whether no gradient goes through the purifier, where the deviation is; or as PGD."""
+        """A gradient must go through the purifier, where the deviation is; else as in PGD."""
         if self.weight and setup.gradient == "bpda":
             return (
                 "gradient: bpda has none inside the purifier, where the deviation is; take exact "
@@ -80,47 +79,29 @@ class DiffAttack(PGD):
         """
         gradient = view.gradient
         if self.weight:
-            gradient = partial(gradient, deviation=Deviation(self.weight, self.levels))
+            gradient = partial(gradient, deviation=self.deviation)
         return self.search(view, images, labels, budget, gradient)
 
+    def deviation(self, states: Sequence[State]) -> Tensor:
+        """`weight` times the distance of the reverse from the forward process, a mean over levels.
 
-@dataclass(frozen=True, slots=True)
-class Deviation:
-    """`weight` times the distance of the reverse from the forward process, a mean over levels.
+        Args:
+            states: The states ``(n, c, h, w)`` after each reverse step, of which `levels` count,
+                evenly spaced, the last one among them.
 
-    Args:
-        weight: Weight of the mean.
-        levels: States that count; None for all.
-    """
-
-    weight: float
-    levels: int | None = None
-
-    def __call__(self, states: Sequence[State]) -> Tensor:
-        """Losses ``(n,)`` of states ``(n, c, h, w)``.
+        Returns:
+            Losses ``(n,)``.
 
         Raises:
             AttackFailed: There are fewer states than `levels`.
         """
-        squares = [
-            (state.reverse - state.forward).square().flatten(1).mean(1)
-            for state in spread(states, self.levels)
-        ]
+        n = len(states)
+        levels = n if self.levels is None else self.levels
+        if levels > n:
+            raise AttackFailed(
+                f"levels: {levels}, but this purifier takes {n} reverse steps; give {n} at most, "
+                "or null for all."
+            )
+        chosen = [states[(i + 1) * n // levels - 1] for i in range(levels)]
+        squares = [(one.reverse - one.forward).square().flatten(1).mean(1) for one in chosen]
         return self.weight * torch.stack(squares).mean(0)
-
-
-def spread(states: Sequence[State], levels: int | None) -> list[State]:
-    """`levels` of the `states`, evenly spaced, with the last one; all of them for None.
-
-    Raises:
-        AttackFailed: There are fewer.
-    """
-    n = len(states)
-    if levels is None:
-        return list(states)
-    if levels > n:
-        raise AttackFailed(
-            f"levels: {levels}, but this purifier takes {n} reverse steps; give {n} at most, or "
-            "null for all."
-        )
-    return [states[(i + 1) * n // levels - 1] for i in range(levels)]

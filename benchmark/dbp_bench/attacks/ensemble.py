@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from dbp_bench import attacks
-from dbp_bench.attacks.common.objectives import margin
+from dbp_bench.attacks.common.objectives import SELECTION, margin, mean_over_draws
 from dbp_bench.attacks.common.options import Count, checked
-from dbp_bench.attacks.pgd import SELECTION
 from dbp_bench.errors import did_you_mean
 from dbp_bench.threat import Attack, AttackerView, Budget, Evaluations, Method, Setup
 
@@ -18,12 +17,12 @@ COMPARISON = SELECTION + (1 << 30)
 """Guesses from here on compare members; no member ever evaluates one."""
 
 
-def _default() -> list[dict[str, Any]]:
-    return [
-        {"attack": "apgd", "loss": "ce"},
-        {"attack": "apgd", "loss": "dlr"},
-        {"attack": "square", "n_queries": 500, "eot": 5},
-    ]
+_DEFAULT = (
+    {"attack": "apgd", "loss": "ce"},
+    {"attack": "apgd", "loss": "dlr"},
+    {"attack": "square", "n_queries": 500, "eot": 5},
+)
+"""The members, where none are named."""
 
 
 @checked
@@ -46,7 +45,7 @@ class Ensemble:
         compare: Guesses that compare the candidates.
     """
 
-    members: list[dict[str, Any]] = field(default_factory=_default)
+    members: list[dict[str, Any]] = field(default_factory=lambda: [*_DEFAULT])
     eot: Count = 20
     compare: Count = 40
 
@@ -74,7 +73,7 @@ class Ensemble:
         return total
 
     def unfit(self, setup: Setup) -> str | None:
-        """Whether a member is unfit."""
+        """Every member must fit."""
         return next(filter(None, (member.unfit(setup) for member in self.attacks)), None)
 
     def __call__(
@@ -120,8 +119,7 @@ def _value(
     draws = range(COMPARISON, COMPARISON + (1 if view.deterministic else compare))
     logits = view.logits(images, draws)
     right = (logits.argmax(2) == labels[:, None]).to(images.dtype).mean(1)
-    margins = margin(logits.flatten(0, 1), labels.repeat_interleave(len(draws)))
-    return right, margins.view(len(images), len(draws)).mean(1)
+    return right, mean_over_draws(margin, logits, labels)
 
 
 def inner(table: Mapping[str, Any]) -> Attack:

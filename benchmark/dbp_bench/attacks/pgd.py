@@ -1,6 +1,6 @@
 """Projected gradient descent (Madry et al. 2018) with expectation over transformation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,17 +8,14 @@ from torch import Tensor
 from dbp_bench.attacks.common.objectives import (
     OBJECTIVES,
     TARGETED,
-    Towards,
+    compared,
     likely_targets,
-    mean_over_draws,
+    objective_of,
     too_many_targets,
 )
 from dbp_bench.attacks.common.options import AnyLoss, Count, StepSize, checked
 from dbp_bench.errors import AttackFailed
 from dbp_bench.threat import AttackerView, Budget, Evaluations, Gradient, Objective, Setup
-
-SELECTION = 1 << 31
-"""Guesses from here on compare restarts; no gradient is ever taken on one."""
 
 
 @checked
@@ -65,7 +62,7 @@ class PGD:
         return Evaluations(self.steps * self.restarts * samples, forward, exact=True)
 
     def unfit(self, setup: Setup) -> str | None:
-        """Whether each restart of a targeted loss has a wrong class of its own."""
+        """Each restart of a targeted loss needs a wrong class of its own."""
         targets = self.restarts if self.loss in TARGETED else 0
         return too_many_targets("restarts", targets, setup)
 
@@ -88,32 +85,29 @@ class PGD:
         gradient: Callable[[Tensor, Tensor, Objective, range], Gradient],
     ) -> Tensor:
         """The same search along another `gradient`, which has the signature of the view's."""
-        losses = self._losses(view, images, labels)
-        found = self._ascend(view, images, labels, budget, gradient, losses[0], 0)
-        if self.restarts == 1:
-            return found
-        best = self._value(view, found, labels)
-        for restart in range(1, self.restarts):
-            other = self._ascend(view, images, labels, budget, gradient, losses[restart], restart)
-            value = self._value(view, other, labels)
-            better = value > best
-            found = torch.where(better.view(-1, 1, 1, 1), other, found)
-            best = torch.where(better, value, best)
-        return found
+        best, value = images, torch.full_like(images[:, 0, 0, 0], -torch.inf)
+        for restart, targets in enumerate(self._targets(view, images, labels)):
+            found = self._ascend(view, images, labels, budget, gradient, targets, restart)
+            if self.restarts == 1:
+                return found
+            worth = self._value(view, found, labels)
+            better = worth > value
+            best = torch.where(better.view(-1, 1, 1, 1), found, best)
+            value = torch.where(better, worth, value)
+        return best
 
-    def _losses(self, view: AttackerView, images: Tensor, labels: Tensor) -> list[Objective]:
-        """The loss that each restart maximises."""
+    def _targets(self, view: AttackerView, images: Tensor, labels: Tensor) -> Sequence[Tensor]:
+        """The classes ``(b,)`` that each restart aims at; any for an untargeted loss."""
         if self.loss not in TARGETED:
-            return [OBJECTIVES[self.loss]] * self.restarts
-        draws = range(SELECTION + self.eot, SELECTION + 2 * self.eot)
-        targets = likely_targets(view, images, labels, draws)
+            return [labels] * self.restarts
+        targets = likely_targets(view, images, labels, self.eot)
         if self.restarts > targets.shape[1]:
             raise AttackFailed(
                 f"restarts: {self.restarts}, but loss {self.loss} aims each restart at another "
                 f"wrong class, of which this classifier has {targets.shape[1]}; give "
                 f"{targets.shape[1]} at most."
             )
-        return [Towards(TARGETED[self.loss], targets[:, i]) for i in range(self.restarts)]
+        return targets[:, : self.restarts].unbind(1)
 
     def _ascend(
         self,
@@ -122,9 +116,10 @@ class PGD:
         labels: Tensor,
         budget: Budget,
         gradient: Callable[[Tensor, Tensor, Objective, range], Gradient],
-        loss: Objective,
+        targets: Tensor,
         restart: int,
     ) -> Tensor:
+        loss = objective_of(self.loss, targets)
         found = view.random_start(images, budget, restart) if self.random_start else images
         for step in range(restart * self.steps, (restart + 1) * self.steps):
             # The mean gradient over fresh EoT samples.
@@ -135,5 +130,5 @@ class PGD:
         return found
 
     def _value(self, view: AttackerView, found: Tensor, labels: Tensor) -> Tensor:
-        logits = view.logits(found, range(SELECTION, SELECTION + self.eot))
-        return mean_over_draws(OBJECTIVES[self.loss.removesuffix("-targeted")], logits, labels)
+        untargeted = OBJECTIVES[self.loss.removesuffix("-targeted")]
+        return compared(view, found, labels, untargeted, self.eot)

@@ -75,7 +75,7 @@ class Selective:
 def shares(
     gradients: Tensor, losses: Tensor, budget: Budget, sharpness: float, rounds: int
 ) -> Tensor:
-    """How much each draw counts ``(draws, b)``; over the draws, weights add up to 1.
+    """The weight ``(draws, b)`` of each draw; over the draws, weights add up to 1.
 
     The likelihood to be raised is the share of draws that are won, a draw at the loss ``l`` with
     probability ``sigmoid(sharpness * l)``. Expectation: a draw weighs this probability at the loss

@@ -7,9 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dbp_bench.attacks.common.objectives import margin, mean_over_draws, surely_wrong
+from dbp_bench.attacks.common.objectives import SELECTION, margin, mean_over_draws, surely_wrong
 from dbp_bench.attacks.common.options import Count, Share, checked
-from dbp_bench.attacks.pgd import SELECTION
 from dbp_bench.errors import AttackFailed
 from dbp_bench.noise import Site
 from dbp_bench.threat import L2, AttackerView, Budget, Evaluations, Linf, Setup
@@ -41,8 +40,8 @@ class Square:
     """
 
     retire: ClassVar[bool] = True
-    """Whether finished images stop. It is no option, since the images found are the same: False is
-    for measuring what it saves."""
+    """Finished images stop. This is no option, since the images found are the same: False is for
+    measuring what it saves."""
 
     n_queries: Count = 1000
     p_init: Share = 0.8
@@ -55,7 +54,7 @@ class Square:
         return Evaluations(0, self.n_queries + 2, exact=False)
 
     def unfit(self, setup: Setup) -> str | None:
-        """Whether the norm is l1, for which there is no variant."""
+        """The norm must not be l1, for which there is no variant."""
         if setup.norm == "l1":
             return "square searches in linf and l2, not in l1: take pgd, apgd or autoattack"
         return None
@@ -70,52 +69,48 @@ class Square:
         """
         if not isinstance(budget, (Linf, L2)):
             raise AttackFailed("square: searches linf and l2 budgets only.")
-        known = view.deterministic
-        found = images.clone()
-        rows = torch.arange(len(images), device=images.device)
-        part, clean, own = view, images, labels
-        x, value = images, _no_value(images)
-        wrong = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        # Query 0 is the clean image, and query 1 the stripes.
-        for query in range(self.n_queries + 2):
-            if query == 0:
-                new = clean
-            elif query == 1:
+        if view.deterministic:
+            return self._known(view, images, labels, budget)
+        # The stripes begin the search, be they better than the clean image or not.
+        x = _start(view, images, budget)
+        for query in range(self.n_queries):
+            new = self._candidate(view, x, images, budget, query)
+            draws = range(query * self.eot, (query + 1) * self.eot)
+            x = _better(view, new, x, labels, draws)
+        return _better(view, x, images, labels, range(SELECTION, SELECTION + self.eot))
+
+    def _known(self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+        """The search where every draw is known: each candidate is evaluated once."""
+        found, rows = images.clone(), torch.arange(len(images), device=images.device)
+        part, clean, own, x = view, images, labels, images
+        value, wrong = _exact(part, x, own)
+        for query in range(-1, self.n_queries):
+            if self.retire and bool(wrong.any()):
+                found[rows], left = x, ~wrong
+                if not bool(left.any()):
+                    return found
+                rows, part, clean, own = rows[left], part[left], clean[left], own[left]
+                x, value, wrong = x[left], value[left], wrong[left]
+            if query < 0:
                 new = _start(part, clean, budget)
             else:
-                new = _candidate(part, x, clean, budget, self._side(query - 2, clean), query - 2)
-            if known:
-                margins, sure = _exact(part, new, own)
-                # The stripes begin the search, be they better than the clean image or not.
-                take = (margins > value) | (query == 1)
-            elif query < 2:
-                take, sure = torch.ones_like(wrong), torch.zeros_like(wrong)
-                margins = value
-            else:
-                draws = range((query - 2) * self.eot, (query - 1) * self.eot)
-                margins, sure = value, torch.zeros_like(wrong)
-                take = _mean(part, new, own, draws) > _mean(part, x, own, draws)
-            take &= ~wrong
+                new = self._candidate(part, x, clean, budget, query)
+            margins, sure = _exact(part, new, own)
+            # The stripes begin the search here, too.
+            take = ((margins > value) | (query < 0)) & ~wrong
             x = torch.where(take.view(-1, 1, 1, 1), new, x)
             value = torch.where(take, margins, value)
             wrong = wrong | (sure & take)
-            if self.retire and bool(wrong.any()):
-                found[rows[wrong]] = x[wrong]
-                left = ~wrong
-                rows, part, clean, own = rows[left], part[left], clean[left], own[left]
-                x, value, wrong = x[left], value[left], wrong[left]
-                if not len(rows):
-                    return found
-        if not known:
-            draws = range(SELECTION, SELECTION + self.eot)
-            better = _mean(part, x, own, draws) > _mean(part, clean, own, draws)
-            x = torch.where(better.view(-1, 1, 1, 1), x, clean)
         found[rows] = x
         return found
 
-    def _side(self, query: int, like: Tensor) -> int:
-        """The side of the squares of this query, in pixels (algorithm 1, line 3)."""
-        return side(query, self.n_queries, self.p_init, *like.shape[2:])
+    def _candidate(
+        self, view: AttackerView, x: Tensor, clean: Tensor, budget: Budget, query: int
+    ) -> Tensor:
+        """The incumbent `x` with another change in a square of this query's size."""
+        size = side(query, self.n_queries, self.p_init, *x.shape[2:])
+        kind = _linf_candidate if isinstance(budget, Linf) else _l2_candidate
+        return kind(view, x, clean, budget, size, query)
 
 
 def side(query: int, n_queries: int, p_init: float, height: int, width: int) -> int:
@@ -143,14 +138,6 @@ def _start(view: AttackerView, clean: Tensor, budget: Budget) -> Tensor:
         3, 4
     ).reshape(b, c, cell * rows, cell * columns)
     return budget.project(clean + budget.eps * budget.ascent(change), clean)
-
-
-def _candidate(
-    view: AttackerView, x: Tensor, clean: Tensor, budget: Budget, size: int, query: int
-) -> Tensor:
-    if isinstance(budget, Linf):
-        return _linf_candidate(view, x, clean, budget, size, query)
-    return _l2_candidate(view, x, clean, budget, size, query)
 
 
 def _linf_candidate(
@@ -234,9 +221,9 @@ def _exact(view: AttackerView, images: Tensor, labels: Tensor) -> tuple[Tensor, 
     return margin(logits, labels), surely_wrong(logits, labels) & view.decided_by_logits
 
 
-def _mean(view: AttackerView, images: Tensor, labels: Tensor, draws: Sequence[int]) -> Tensor:
-    return mean_over_draws(margin, view.logits(images, draws), labels)
-
-
-def _no_value(images: Tensor) -> Tensor:
-    return torch.full((len(images),), -torch.inf, dtype=images.dtype, device=images.device)
+def _better(
+    view: AttackerView, new: Tensor, old: Tensor, labels: Tensor, draws: Sequence[int]
+) -> Tensor:
+    """Those of the images `new` whose mean margin over `draws` is larger, `old` elsewhere."""
+    means = [mean_over_draws(margin, view.logits(x, draws), labels) for x in (new, old)]
+    return torch.where((means[0] > means[1]).view(-1, 1, 1, 1), new, old)

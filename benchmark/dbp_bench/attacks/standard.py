@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from dbp_bench.attacks.common.objectives import (
-    Towards,
     cross_entropy,
     log_odds,
     margin,
-    margin_targeted,
+    objective_of,
     ordered_targets,
     surely_wrong,
 )
@@ -131,7 +130,7 @@ class Standard:
                 if step < steps:
                     loss: Objective = cross_entropy
                     if number > 0:
-                        loss = Towards(margin_targeted, targets[rows, number - 1])
+                        loss = objective_of("margin-targeted", targets[rows, number - 1])
                     seen = part.gradient(x, own, loss, [0])
                     logits = seen.logits[:, 0]
                 else:

@@ -120,7 +120,7 @@ class Torchattacks:
         return value if isinstance(value, int) else 1
 
     def unfit(self, setup: Setup) -> str | None:
-        """Whether the class searches in another norm."""
+        """The class must search in the norm of the track."""
         norms = [norm.lower() for norm in NORMS[self.name]]
         if setup.norm in norms:
             return None
@@ -174,7 +174,7 @@ class Torchattacks:
 
 
 def _is_like(value: object, default: object) -> bool:
-    """Whether `value` is of the type of a parameter's `default`; a whole number is a number."""
+    """True where `value` is of the type of a parameter's `default`; a whole number is a number."""
     if isinstance(default, float):
         return isinstance(value, int | float) and not isinstance(value, bool)
     return default is None or type(value) is type(default)

@@ -11,10 +11,6 @@ from dbp_bench.errors import ZeroGradient
 from dbp_bench.threat import AttackerView, Budget, Evaluations, Setup
 
 
-def _default() -> dict[str, Any]:
-    return {"attack": "pgd", "eot": 1}
-
-
 @checked
 class Transfer:
     """An attack on `source`, with none of its draws known; the victim is never called.
@@ -28,7 +24,7 @@ class Transfer:
     """
 
     source: str = "none"
-    search: dict[str, Any] = field(default_factory=_default)
+    search: dict[str, Any] = field(default_factory=lambda: {"attack": "pgd", "eot": 1})
 
     def __post_init__(self) -> None:
         # As a result records it: with every default.
@@ -44,7 +40,7 @@ class Transfer:
         return inner(self.search).evaluations(self._of_source(setup))
 
     def unfit(self, setup: Setup) -> str | None:
-        """Whether the search is unfit for the source."""
+        """The search must fit the source."""
         return inner(self.search).unfit(self._of_source(setup))
 
     def _of_source(self, setup: Setup) -> Setup:

@@ -4,10 +4,12 @@ One class, in the published names: the checkpoints of guided-diffusion (ADM) and
 improved-diffusion (iDDPM) load as they are.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from dbp_bench.networks.parts import Double, attend, refuse_size, resampled, sinusoids
+from dbp_bench.networks.parts import attend, doubling, named, refuse_size, resampled, sinusoids
 
 
 class ADM(nn.Module):
@@ -47,45 +49,38 @@ class ADM(nn.Module):
         self.channels, self.steps = channels, steps
         self.divisor = 2 ** (len(multipliers) - 1)
         emb = 4 * channels
+        residual = partial(_Residual, emb=emb, dropout=dropout)
 
         def stage(inputs: int, width: int, factor: int) -> list[nn.Module]:
-            residual = _Residual(inputs, width, emb, dropout)
-            return (
-                [residual, _Attention(width, head_channels)] if factor in attention else [residual]
-            )
+            layers: list[nn.Module] = [residual(inputs, width)]
+            return [*layers, _Attention(width, head_channels)] if factor in attention else layers
 
         def resampling(width: int, scale: float) -> nn.Module:
             if residual_resampling:
-                return _Residual(width, width, emb, dropout, scale)
-            return _Halve(width) if scale < 1 else Double(width)
+                return residual(width, width, scale=scale)
+            if scale > 1:
+                return doubling(width)
+            return named(op=nn.Conv2d(width, width, 3, stride=2, padding=1))
 
         self.time_embed = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
-        width = first = channels * multipliers[0]
-        self.input_blocks = nn.ModuleList(
-            [_Stage([nn.Conv2d(image_channels, first, 3, padding=1)])]
-        )
-        self.output_blocks = nn.ModuleList()
-        skips = [first]
+        width = channels * multipliers[0]
+        first = nn.Conv2d(image_channels, width, 3, padding=1)
+        self.input_blocks, self.output_blocks = nn.ModuleList([_Stage([first])]), nn.ModuleList()
+        skips = [width]
         for level, multiplier in enumerate(multipliers):
             for _ in range(blocks):
-                layers = stage(width, channels * multiplier, 2**level)
-                self.input_blocks.append(_Stage(layers))
-                width = channels * multiplier
+                inputs, width = width, channels * multiplier
+                self.input_blocks.append(_Stage(stage(inputs, width, 2**level)))
                 skips.append(width)
             if level < len(multipliers) - 1:
                 self.input_blocks.append(_Stage([resampling(width, 0.5)]))
                 skips.append(width)
-        self.middle_block = _Stage(
-            [
-                _Residual(width, width, emb, dropout),
-                _Attention(width, head_channels),
-                _Residual(width, width, emb, dropout),
-            ]
-        )
+        middle = residual(width, width), _Attention(width, head_channels), residual(width, width)
+        self.middle_block = _Stage(middle)
         for level, multiplier in reversed(list(enumerate(multipliers))):
             for index in range(blocks + 1):
-                layers = stage(width + skips.pop(), channels * multiplier, 2**level)
-                width = channels * multiplier
+                inputs, width = width + skips.pop(), channels * multiplier
+                layers = stage(inputs, width, 2**level)
                 if level and index == blocks:
                     layers.append(resampling(width, 2.0))
                 self.output_blocks.append(_Stage(layers))
@@ -162,15 +157,6 @@ class _Attention(nn.Module):
         q, k, v = heads.flatten(0, 1).unbind(1)
         out = attend(q, k, v).reshape(places.shape)
         return (places + self.proj_out(out)).view(x.shape)  # type: ignore[no-any-return]
-
-
-class _Halve(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.op = nn.Conv2d(width, width, 3, stride=2, padding=1)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.op(h)  # type: ignore[no-any-return]
 
 
 def _norm(channels: int) -> nn.GroupNorm:

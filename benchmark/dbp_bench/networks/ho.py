@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dbp_bench.networks.parts import Double, attend, refuse_size, sinusoids
+from dbp_bench.networks.parts import attend, doubling, named, refuse_size, sinusoids
 
 
 class HoUNet(nn.Module):
@@ -42,23 +42,34 @@ class HoUNet(nn.Module):
         widths = [channels * multiplier for multiplier in multipliers]
         last = len(widths) - 1
         shared = (4 * channels, groups, dropout)
-        self.time_embedding = _TimeEmbedding(channels)
+        self.time_embedding = named(
+            linear_1=nn.Linear(channels, 4 * channels),
+            first=nn.SiLU(),
+            linear_2=nn.Linear(4 * channels, 4 * channels),
+            second=nn.SiLU(),
+        )
         self.conv_in = nn.Conv2d(image_channels, channels, 3, padding=1)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         skips = [channels]
         for level, width in enumerate(widths):
             inputs = [skips[-1], *[width] * (blocks - 1)]
             attends = blocks if level in attention else 0
-            halves = [_Halve(width)] if level < last else []
-            self.down_blocks.append(_Down(inputs, width, attends, *shared, downsamplers=halves))
+            down = _Level(inputs, width, attends, *shared)
+            if level < last:
+                # One row and one column of zeros after the image, none before, as TensorFlow pads.
+                pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2)
+                down.downsamplers.append(named(pad=pad, conv=conv))
+            self.down_blocks.append(down)
             skips += [width] * (blocks + (level < last))
-        self.mid_block = _Middle([widths[-1]] * 2, widths[-1], 1, *shared)
+        self.mid_block = _Level([widths[-1]] * 2, widths[-1], 1, *shared)
         below = widths[-1]
         for level, width in reversed(list(enumerate(widths))):
             inputs = [c + skips.pop() for c in [below, *[width] * blocks]]
             attends = blocks + 1 if level in attention else 0
-            doubles = [Double(width)] if level > 0 else []
-            self.up_blocks.append(_Up(inputs, width, attends, *shared, upsamplers=doubles))
+            up = _Level(inputs, width, attends, *shared)
+            if level > 0:
+                up.upsamplers.append(doubling(width))
+            self.up_blocks.append(up)
             below = width
         self.conv_norm_out = _norm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], image_channels, 3, padding=1)
@@ -74,82 +85,37 @@ class HoUNet(nn.Module):
         skips = [self.conv_in(z)]
         for level in self.down_blocks:
             skips += level(skips[-1], emb)
-        h = self.mid_block(skips[-1], emb)
+        *_, h = self.mid_block(skips[-1], emb)
         for level in self.up_blocks:
-            h = level(h, emb, skips)
+            *_, h = level(h, emb, skips)
         return self.conv_out(F.silu(self.conv_norm_out(h)))  # type: ignore[no-any-return]
-
-
-class _TimeEmbedding(nn.Module):
-    """The embedding ``(b, 4 * channels)`` of which every residual block adds its own projection."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(channels, 4 * channels)
-        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return F.silu(self.linear_2(F.silu(self.linear_1(features))))
 
 
 class _Level(nn.Module):
     """Residual blocks at one resolution; each of the first `attends` is followed by attention.
 
-    The `resampling` layers, by name, follow the last block.
+    It gives the states after each block, and after the resampling; on the way up, blocks take the
+    last of the `skips`.
     """
 
     def __init__(
-        self,
-        inputs: Sequence[int],
-        width: int,
-        attends: int,
-        emb: int,
-        groups: int,
-        dropout: float,
-        **resampling: Sequence[nn.Module],
+        self, inputs: Sequence[int], width: int, attends: int, emb: int, groups: int, dropout: float
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(_Residual(c, width, emb, groups, dropout) for c in inputs)
         self.attentions = nn.ModuleList(_Attention(width, groups) for _ in range(attends))
-        for name, layers in resampling.items():
-            self.add_module(name, nn.ModuleList(layers))
 
-    def block(self, index: int, h: Tensor, emb: Tensor) -> Tensor:
-        h = self.resnets[index](h, emb)
-        return self.attentions[index](h) if index < len(self.attentions) else h
+        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
 
-
-class _Down(_Level):
-    """All states of the level; the last one, with a downsampler, at half the resolution."""
-
-    downsamplers: nn.ModuleList
-
-    def forward(self, h: Tensor, emb: Tensor) -> list[Tensor]:
-        states = []
-        for index in range(len(self.resnets)):
-            h = self.block(index, h, emb)
-            states.append(h)
-        return states + [halve(h) for halve in self.downsamplers]
-
-
-class _Middle(_Level):
-    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
-        for index in range(len(self.resnets)):
-            h = self.block(index, h, emb)
-        return h
-
-
-class _Up(_Level):
-    """The level's last state, with an upsampler at twice the resolution; takes from `skips`."""
-
-    upsamplers: nn.ModuleList
-
-    def forward(self, h: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
-        for index in range(len(self.resnets)):
-            h = self.block(index, torch.cat([h, skips.pop()], 1), emb)
-        for double in self.upsamplers:
-            h = double(h)
-        return h
+    def forward(self, h: Tensor, emb: Tensor, skips: list[Tensor] | None = None) -> list[Tensor]:
+        states = [h]
+        for index, resnet in enumerate(self.resnets):
+            h = states[-1] if skips is None else torch.cat([states[-1], skips.pop()], 1)
+            h = resnet(h, emb)
+            states.append(self.attentions[index](h) if index < len(self.attentions) else h)
+        for resample in (*self.downsamplers, *self.upsamplers):
+            states.append(resample(states[-1]))
+        return states[1:]
 
 
 class _Residual(nn.Module):
@@ -182,16 +148,6 @@ class _Attention(nn.Module):
         places = self.group_norm(x).flatten(2).mT
         q, k, v = (project(places).mT for project in (self.to_q, self.to_k, self.to_v))
         return x + self.to_out(attend(q, k, v).mT).mT.reshape(x.shape)  # type: ignore[no-any-return]
-
-
-class _Halve(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, h: Tensor) -> Tensor:
-        # One row and one column of zeros after the image, none before, as TensorFlow pads.
-        return self.conv(F.pad(h, (0, 1, 0, 1)))  # type: ignore[no-any-return]
 
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:

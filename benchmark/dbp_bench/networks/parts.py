@@ -1,6 +1,7 @@
-"""Pieces that the denoising networks share: embeddings of the level, attention, resampling."""
+"""Pieces that networks share: embeddings of the level, attention, resampling, image sizes."""
 
 import math
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -31,23 +32,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.einsum("nqk,ndk->ndq", weight, value)
 
 
+def named(**layers: nn.Module) -> nn.Sequential:
+    """The `layers` in a row; a checkpoint has their parameters under these names."""
+    return nn.Sequential(OrderedDict(layers))
+
+
+def doubling(width: int) -> nn.Sequential:
+    """Twice the resolution, by repetition and a convolution (`conv`)."""
+    return named(up=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(width, width, 3, padding=1))
+
+
 def resampled(x: Tensor, scale: float) -> Tensor:
-    """`x` ``(b, c, h, w)``, doubled by repetition, halved by means of 2 x 2, or as it is."""
+    """`x` ``(b, c, h, w)`` doubled by repetition, halved by means of 2 x 2, or as it is (1)."""
     if scale > 1:
         return F.interpolate(x, scale_factor=scale)
     return F.avg_pool2d(x, 2) if scale < 1 else x
-
-
-class Double(nn.Module):
-    """A convolution of an input ``(b, c, h, w)`` that is doubled first: ``(b, c, 2 h, 2 w)``."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """See the class."""
-        return self.conv(resampled(h, 2.0))  # type: ignore[no-any-return]
 
 
 def refuse_size(images: Tensor, divisor: int, network: str) -> None:

@@ -6,6 +6,7 @@ score_sde, re-labelled, wrapped in :class:`DDPMpp`.
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class SongUNet(nn.Module):
         self.map_layer0 = nn.Linear(channels, emb)
         self.map_layer1 = nn.Linear(emb, emb)
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        block = partial(_Block, emb=emb, dropout=dropout)
         width = channels
         skips = [width]
         for level, multiplier in enumerate(multipliers):
@@ -63,32 +65,24 @@ class SongUNet(nn.Module):
             if level == 0:
                 self.enc[f"{at}_conv"] = nn.Conv2d(image_channels, width, 3, padding=1)
             else:
-                self.enc[f"{at}_down"] = _Block(width, width, emb, dropout, scale=0.5)
+                self.enc[f"{at}_down"] = block(width, width, scale=0.5)
                 skips.append(width)
             for index in range(blocks):
-                block = _Block(
-                    width, channels * multiplier, emb, dropout, attends=size in attention
-                )
-                self.enc[f"{at}_block{index}"] = block
-                width = channels * multiplier
+                inputs, width = width, channels * multiplier
+                self.enc[f"{at}_block{index}"] = block(inputs, width, attends=size in attention)
                 skips.append(width)
         for level, multiplier in reversed(list(enumerate(multipliers))):
             size = resolution >> level
             at = f"{size}x{size}"
             if level == len(multipliers) - 1:
-                self.dec[f"{at}_in0"] = _Block(width, width, emb, dropout, attends=True)
-                self.dec[f"{at}_in1"] = _Block(width, width, emb, dropout)
+                self.dec[f"{at}_in0"] = block(width, width, attends=True)
+                self.dec[f"{at}_in1"] = block(width, width)
             else:
-                self.dec[f"{at}_up"] = _Block(width, width, emb, dropout, scale=2.0)
+                self.dec[f"{at}_up"] = block(width, width, scale=2.0)
             for index in range(blocks + 1):
-                self.dec[f"{at}_block{index}"] = _Block(
-                    width + skips.pop(),
-                    channels * multiplier,
-                    emb,
-                    dropout,
-                    attends=index == blocks and size in attention,
-                )
+                inputs, attends = width + skips.pop(), index == blocks and size in attention
                 width = channels * multiplier
+                self.dec[f"{at}_block{index}"] = block(inputs, width, attends=attends)
         self.dec[f"{at}_aux_norm"] = _norm(width)
         self.dec[f"{at}_aux_conv"] = nn.Conv2d(width, image_channels, 3, padding=1)
 

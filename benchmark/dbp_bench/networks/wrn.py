@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dbp_bench.errors import BadEntry
+from dbp_bench.networks.parts import named
 
 Layout = Literal["robustbench", "deepmind", "meliketoy"]
 """`robustbench`: convolutions without biases; a block that changes its channels takes its shortcut
@@ -63,9 +65,16 @@ class WideResNet(nn.Module):
             self.register_buffer(name, statistic, persistent=False)
         self.activation = F.silu if layout == "deepmind" else F.relu
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=layout == "meliketoy")
-        self.block1 = _Stage(blocks, 16, 16 * width, 1, layout, dropout)
-        self.block2 = _Stage(blocks, 16 * width, 32 * width, 2, layout, dropout)
-        self.block3 = _Stage(blocks, 32 * width, 64 * width, 2, layout, dropout)
+        block = partial(_Block, layout=layout, dropout=dropout)
+
+        def stage(inputs: int, width: int, stride: int) -> nn.Sequential:
+            """The blocks at one resolution."""
+            rest = [block(width, width, 1) for _ in range(blocks - 1)]
+            return named(layer=nn.Sequential(block(inputs, width, stride), *rest))
+
+        self.block1 = stage(16, 16 * width, 1)
+        self.block2 = stage(16 * width, 32 * width, 2)
+        self.block3 = stage(32 * width, 64 * width, 2)
         self.bn1 = nn.BatchNorm2d(64 * width)
         self.fc = nn.Linear(64 * width, classes)
 
@@ -74,20 +83,6 @@ class WideResNet(nn.Module):
         h = self.conv1((images - self.mean) / self.std)
         h = self.block3(self.block2(self.block1(h)))
         return self.fc(self.activation(self.bn1(h)).mean((2, 3)))  # type: ignore[no-any-return]
-
-
-class _Stage(nn.Module):
-    """The blocks at one resolution."""
-
-    def __init__(
-        self, blocks: int, inputs: int, width: int, stride: int, layout: Layout, dropout: float
-    ) -> None:
-        super().__init__()
-        rest = [_Block(width, width, 1, layout, dropout) for _ in range(blocks - 1)]
-        self.layer = nn.Sequential(_Block(inputs, width, stride, layout, dropout), *rest)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.layer(h)  # type: ignore[no-any-return]
 
 
 class _Block(nn.Module):

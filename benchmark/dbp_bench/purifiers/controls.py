@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dbp_bench.defense import Denoiser, Identity
 from dbp_bench.noise import FORWARD, Noise, Site
-from dbp_bench.purifiers.schedule import LINEAR, predict, times, to_diffusion, to_images
+from dbp_bench.purifiers.schedule import LINEAR, Diffusion, denoise, to_diffusion, to_images
 
 
 class Unpurified(Identity):
@@ -51,8 +51,7 @@ class OneShot:
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
         """Denoised images ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1]."""
-        a_t = LINEAR.signal()[self.t_star]
-        z = to_diffusion(images)
-        z = a_t**0.5 * z + (1 - a_t) ** 0.5 * noise.normal(FORWARD, 0, z)
-        eps = predict(self.denoiser, z, times(self.t_star, z)).noise
-        return to_images((z - (1 - a_t) ** 0.5 * eps) / a_t**0.5, self.clamp_output)
+        x = to_diffusion(images)
+        z = Diffusion(LINEAR.signal(), x, noise.normal(FORWARD, 0, x))(self.t_star)
+        x0, _ = denoise(self.denoiser, z, self.t_star, clip=False)
+        return to_images(x0, self.clamp_output)

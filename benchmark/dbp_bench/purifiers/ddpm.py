@@ -8,7 +8,7 @@ the network's own noise where the image was clipped (`consistent_noise: false`).
 
 from dataclasses import dataclass
 from math import log
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,14 +17,7 @@ from dbp_bench import memory
 from dbp_bench.defense import Denoiser
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site
-from dbp_bench.purifiers.schedule import (
-    LINEAR,
-    Diffusion,
-    predict,
-    times,
-    to_diffusion,
-    to_images,
-)
+from dbp_bench.purifiers.schedule import LINEAR, Diffusion, denoise, to_diffusion, to_images
 
 Variance = Literal["large", "small", "learned"]
 
@@ -82,30 +75,6 @@ class Posterior:
         return torch.exp(0.25 * ((1 - share) * low + (1 + share) * high))
 
 
-class Denoised(NamedTuple):
-    """What a network says of a noisy image, as an image."""
-
-    x0: Tensor
-    """In [-1, 1] (Ho et al. 2020, equation 15), clipped on request."""
-    noise: Tensor
-    """As predicted."""
-    share: Tensor | None
-    """See :meth:`Posterior.deviation`."""
-
-
-def denoise(denoiser: Denoiser, z: Tensor, t: int, clip: bool) -> Denoised:
-    """What `denoiser` says of `z` ``(b, c, h, w)`` at level `t`."""
-    a_t = LINEAR.signal()[t]
-    eps, share = predict(denoiser, z, times(t, z))
-    x0: Tensor = (z - (1 - a_t) ** 0.5 * eps) / a_t**0.5
-    return Denoised(x0.clamp(-1, 1) if clip else x0, eps, share)
-
-
-def _grid(t_star: int, steps: int, published: bool) -> list[tuple[int, int]]:
-    """The levels (from, to) of each step."""
-    return (LINEAR.published_grid if published else LINEAR.grid)(t_star, steps)
-
-
 @dataclass(frozen=True)
 class DDPM:
     """Ancestral sampling: noise at the forward step and at every reverse step but the last."""
@@ -117,31 +86,31 @@ class DDPM:
     clip_x0: bool
     clamp_output: bool
     published_grid: bool = False
-    """See :meth:`Schedule.published_grid`."""
+    """See :meth:`Schedule.grid`."""
 
     sites: ClassVar[frozenset[Site]] = frozenset({FORWARD, REVERSE})
 
     def __post_init__(self) -> None:
         """Refuse a grid that cannot be."""
-        _grid(self.t_star, self.steps, self.published_grid)
+        LINEAR.grid(self.t_star, self.steps, published=self.published_grid)
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
         """Purified images ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1]."""
         x = to_diffusion(images)
-        grid = _grid(self.t_star, self.steps, self.published_grid)
+        grid = LINEAR.grid(self.t_star, self.steps, published=self.published_grid)
         # Equation 4: the state at any level, with one draw of noise.
         forward = Diffusion(LINEAR.signal(), x, noise.normal(FORWARD, 0, x))
 
         def reverse(i: int, t: int, s: int, z: Tensor) -> Tensor:
             # Equation 15: the image that the predicted noise stands for.
-            x0, _, share = denoise(self.denoiser, z, t, self.clip_x0)
+            x0, said = denoise(self.denoiser, z, t, clip=self.clip_x0)
             # Equation 7: the mean of z_s.
             law = Posterior.between(t, s, self.variance)
             mean = law.mean(x0, z)
             if s == 0:
                 return mean
             # Algorithm 2, lines 3 and 4: noise, but in the last step.
-            return mean + law.deviation(share) * noise.normal(REVERSE, i, z)
+            return mean + law.deviation(said.share) * noise.normal(REVERSE, i, z)
 
         z = memory.descend(reverse, forward(grid[0][0]), grid, forward=forward)
         return to_images(z, self.clamp_output)
@@ -157,16 +126,16 @@ class DDIM:
     clip_x0: bool
     clamp_output: bool
     published_grid: bool = False
-    """See :meth:`Schedule.published_grid`."""
+    """See :meth:`Schedule.grid`."""
     consistent_noise: bool = True
-    """Whether the noise that is kept is that between z and the clipped image; else the network's
-    own. The same where nothing is clipped."""
+    """The noise that is kept is that between z and the clipped image; if false, the network's own.
+    They are the same where nothing is clipped."""
 
     sites: ClassVar[frozenset[Site]] = frozenset({FORWARD})
 
     def __post_init__(self) -> None:
         """Refuse options that are out of range, or make no difference."""
-        _grid(self.t_star, self.steps, self.published_grid)
+        LINEAR.grid(self.t_star, self.steps, published=self.published_grid)
         if not (self.consistent_noise or self.clip_x0):
             raise BadEntry(
                 "consistent_noise: false makes no difference without clip_x0; leave it out."
@@ -175,12 +144,13 @@ class DDIM:
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
         """Purified images ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1]."""
         x, a = to_diffusion(images), LINEAR.signal()
-        grid = _grid(self.t_star, self.steps, self.published_grid)
+        grid = LINEAR.grid(self.t_star, self.steps, published=self.published_grid)
         forward = Diffusion(a, x, noise.normal(FORWARD, 0, x))
 
         def reverse(_i: int, t: int, s: int, z: Tensor) -> Tensor:
             # The predicted image, first term of equation 12.
-            x0, eps, _ = denoise(self.denoiser, z, t, self.clip_x0)
+            x0, said = denoise(self.denoiser, z, t, clip=self.clip_x0)
+            eps = said.noise
             if self.consistent_noise:
                 # The noise that leads from that image to z.
                 eps = (z - a[t] ** 0.5 * x0) / (1 - a[t]) ** 0.5

@@ -20,13 +20,12 @@ from torch import Tensor
 from dbp_bench import memory
 from dbp_bench.defense import Denoiser
 from dbp_bench.noise import FORWARD, Noise, Site
-from dbp_bench.purifiers.ddpm import denoise
-from dbp_bench.purifiers.schedule import LINEAR, Diffusion, to_diffusion, to_images
+from dbp_bench.purifiers.schedule import LINEAR, Diffusion, denoise, to_diffusion, to_images
 
 
 @dataclass(frozen=True)
 class DPMSolver:
-    """The multistep sampler: one network call for each step, no noise but the forward noise."""
+    """The multistep sampler: one NFE for each step, no noise but the forward noise."""
 
     denoiser: Denoiser
     t_star: int
@@ -49,7 +48,7 @@ class DPMSolver:
         def reverse(i: int, t: int, s: int, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             z, *before = state
             # Lines 3, 5 and 10: the image predicted at level t, which the next step needs too.
-            x0 = denoise(self.denoiser, z, t, self.clip_x0).x0
+            x0, _ = denoise(self.denoiser, z, t, clip=self.clip_x0)
             if s == 0:
                 return (x0,)
             h = _lambda(a[s]) - _lambda(a[t])

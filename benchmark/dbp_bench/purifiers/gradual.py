@@ -14,14 +14,7 @@ from dbp_bench import memory
 from dbp_bench.defense import Denoiser
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site
-from dbp_bench.purifiers.schedule import (
-    LINEAR,
-    Diffusion,
-    predict,
-    times,
-    to_diffusion,
-    to_images,
-)
+from dbp_bench.purifiers.schedule import LINEAR, Diffusion, denoise, to_diffusion, to_images
 
 
 @dataclass(frozen=True)
@@ -73,9 +66,8 @@ class Gradual:
             # Equation 16: how much of the noise is new; none at level 0.
             sigma = self.eta * ((1 - a[t] / a[s]) * (1 - a[s]) / (1 - a[t])) ** 0.5
             # Equation 12: the predicted image, with the predicted noise and the new one.
-            eps = predict(self.denoiser, z, times(t, z)).noise
-            x0 = (z - (1 - a[t]) ** 0.5 * eps) / a[t] ** 0.5
-            lower: Tensor = a[s] ** 0.5 * x0 + (1 - a[s] - sigma**2) ** 0.5 * eps
+            x0, said = denoise(self.denoiser, z, t, clip=False)
+            lower: Tensor = a[s] ** 0.5 * x0 + (1 - a[s] - sigma**2) ** 0.5 * said.noise
             return lower + sigma * noise.normal(REVERSE, i, z) if sigma else lower
 
         z = to_diffusion(images)

@@ -28,8 +28,15 @@ from dbp_bench import memory
 from dbp_bench.defense import Denoiser
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, GUIDANCE, REVERSE, Noise, Site
-from dbp_bench.purifiers.ddpm import Posterior, Variance, denoise
-from dbp_bench.purifiers.schedule import LINEAR, Diffusion, Schedule, to_diffusion, to_images
+from dbp_bench.purifiers.ddpm import Posterior, Variance
+from dbp_bench.purifiers.schedule import (
+    LINEAR,
+    Diffusion,
+    Schedule,
+    denoise,
+    to_diffusion,
+    to_images,
+)
 
 
 def published_scale(guide_scale: float, ptb: float) -> float:
@@ -101,14 +108,14 @@ class GDMP:
     window: int | None = None
     """Side of the window of SSIM, in pixels; goes with it."""
     batch_mean: bool = False
-    """Whether the distance is a mean over the images of the batch too: the guidance of each then
-    depends on how many there are."""
+    """The distance is a mean over the images of the batch too: the guidance of each then depends on
+    how many there are."""
     noise_ahead: bool = False
-    """Whether the forward noise is one level above the first reverse step."""
+    """The forward noise is one level above the first reverse step."""
     guide_last: bool = False
-    """Whether the step to level 0 is guided too."""
+    """The step to level 0 is guided too."""
     scale_target: bool = True
-    """Whether a target without noise is scaled as the signal is."""
+    """A target without noise is scaled as the signal is."""
     respaced: int | None = None
     """Levels of the shorter chain that `t_star` and `steps` count in; null for all."""
 
@@ -144,7 +151,7 @@ class GDMP:
 
         def reverse(i: int, t: int, s: int, z: Tensor, source: Tensor) -> Tensor:
             # The mean of an unguided step, as in DDPM.
-            x0, _, share = denoise(self.denoiser, z, t, self.clip_x0)
+            x0, said = denoise(self.denoiser, z, t, clip=self.clip_x0)
             law = Posterior.between(t, s, self.variance)
             mean = law.mean(x0, z)
             if s == 0 and not self.guide_last:
@@ -156,13 +163,13 @@ class GDMP:
             # The guidance: -Var_t * s_t * grad_z D(z, target).
             spread = law if s else self._last_spread(above=grid[-2][0], t=t)
             level = ((1 - a[t]) / a[t]) ** 0.5
-            pull = spread.deviation(share) ** 2 * self.scale * level
+            pull = spread.deviation(said.share) ** 2 * self.scale * level
             if self.batch_mean:
                 pull = pull / len(z)
             guided: Tensor = mean - pull * self.distance_gradient(z, target)
             if s == 0:
                 return guided
-            return guided + law.deviation(share) * noise.normal(REVERSE, i, z)
+            return guided + law.deviation(said.share) * noise.normal(REVERSE, i, z)
 
         z = source
         for k in range(self.iterations):
@@ -184,10 +191,11 @@ class GDMP:
         return LINEAR.respaced(self.respaced)
 
     def _last_spread(self, above: int, t: int) -> Posterior:
-        """What scales the guidance in the step from level `t` to 0, where the variance is 0.
+        """The law whose variance scales the guidance in the step from level `t` to 0.
 
-        In its place stands that of the step before, from level `above` (Nichol and Dhariwal 2021,
-        code): for `large`, and as the lower bound where it is learned.
+        The variance of that step is 0. In its place stands that of the step before, from level
+        `above` (Nichol and Dhariwal 2021, code): for `large`, and as the lower bound where it is
+        learned.
         """
         law = Posterior.between(t, 0, self.variance)
         before = Posterior.between(above, t, "small").sigma

@@ -27,7 +27,7 @@ class Resized:
 
     @property
     def clamp_output(self) -> bool:
-        """Whether the purifier's output is in [0, 1]."""
+        """True where the purifier's output is in [0, 1]."""
         return bool(getattr(self.purifier, "clamp_output", True))
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:

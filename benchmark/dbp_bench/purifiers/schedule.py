@@ -30,35 +30,29 @@ class Schedule:
         """The products of (1 - beta) for levels 0 ... T; the first is 1."""
         return _signal(self)
 
-    def grid(self, t_star: int, steps: int) -> list[tuple[int, int]]:
+    def grid(self, t_star: int, steps: int, *, published: bool = False) -> list[tuple[int, int]]:
         """`steps` pairs (from, to) of integer levels from `t_star` down to 0, evenly spaced.
 
+        The `published` grid, of the scripts published with ADDT, is one level higher and one step
+        longer. They take t* for a 0-based step, so they noise to level ``t_star + 1`` and call the
+        network at steps ``t_star, t_star - stride, ..., stride, 0``: ``steps + 1`` times.
+
         Raises:
-            BadEntry: `t_star` is not a level above 0, or `steps` is not in 1 ... `t_star`.
+            BadEntry: `t_star` is not a level above 0, or `steps` is not in 1 ... `t_star`; or, of
+                the published grid, `steps` does not divide `t_star`, or no level is above it.
         """
         if not 1 <= t_star <= self.levels:
             raise BadEntry(f"t_star: {t_star} is not in 1 ... {self.levels} (the model's levels).")
         if not 1 <= steps <= t_star:
             raise BadEntry(f"steps: {steps} is not in 1 ... t_star = {t_star}.")
         levels = [(t_star * (steps - i) + steps // 2) // steps for i in range(steps + 1)]
+        if published:
+            if t_star % steps:
+                raise BadEntry(f"steps: {steps} does not divide t_star = {t_star}.")
+            if t_star == self.levels:
+                raise BadEntry(f"t_star: {t_star} has no level above it (published_grid).")
+            levels = [*(level + 1 for level in levels), 0]
         return list(itertools.pairwise(levels))
-
-    def published_grid(self, t_star: int, steps: int) -> list[tuple[int, int]]:
-        """The grid of the scripts published with ADDT: one level higher, and one step longer.
-
-        They take t* for a 0-based step, so they noise to level ``t_star + 1`` and call the network
-        at steps ``t_star, t_star - stride, ..., stride, 0``: ``steps + 1`` times.
-
-        Raises:
-            BadEntry: As :meth:`grid`; or `steps` does not divide `t_star`; or there is no level
-                above `t_star`.
-        """
-        pairs = self.grid(t_star, steps)
-        if t_star % steps:
-            raise BadEntry(f"steps: {steps} does not divide t_star = {t_star}.")
-        if t_star == self.levels:
-            raise BadEntry(f"t_star: {t_star} has no level above it (published_grid).")
-        return [*((t + 1, s + 1) for t, s in pairs), (1, 0)]
 
     def respaced(self, count: int) -> tuple[int, ...]:
         """Levels 0 ... `count` of a chain of fewer levels, as levels of this one.
@@ -114,7 +108,7 @@ def times(level: int, like: Tensor) -> Tensor:
 
 
 class Prediction(NamedTuple):
-    """What a network says of a noisy image."""
+    """The noise that a network predicts in a noisy image, and how sure it is."""
 
     noise: Tensor
     """``(b, c, h, w)``."""
@@ -124,7 +118,7 @@ class Prediction(NamedTuple):
 
 
 def predict(denoiser: Denoiser, z: Tensor, t: Tensor) -> Prediction:
-    """What `denoiser` says of `z` ``(b, c, h, w)`` at 0-based steps `t` ``(b,)``.
+    """The prediction of `denoiser` for `z` ``(b, c, h, w)`` at 0-based steps `t` ``(b,)``.
 
     Raises:
         BadEntry: It gives neither as many channels as it is given, nor twice as many.
@@ -139,6 +133,17 @@ def predict(denoiser: Denoiser, z: Tensor, t: Tensor) -> Prediction:
         f"the denoiser gives {out.shape[1]} channels for {channels}: it must give the noise, or "
         "the noise and as many channels of variance."
     )
+
+
+def denoise(denoiser: Denoiser, z: Tensor, t: int, *, clip: bool) -> tuple[Tensor, Prediction]:
+    """The image that `z` at level `t` shows by the predicted noise, and the prediction.
+
+    It is ``(b, c, h, w)`` in [-1, 1] (Ho et al. 2020, equation 15); with `clip` it is clipped.
+    """
+    a_t = LINEAR.signal()[t]
+    said = predict(denoiser, z, times(t, z))
+    x0: Tensor = (z - (1 - a_t) ** 0.5 * said.noise) / a_t**0.5
+    return x0.clamp(-1, 1) if clip else x0, said
 
 
 def to_diffusion(images: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class DiffPure:
     t_end: float = 0.0
     last_noise: bool = False
     ode: bool = False
-    """Whether to follow the probability-flow ODE, dz/dt = f - g^2 score / 2 (Song et al. 2021,
+    """The sampler follows the probability-flow ODE, dz/dt = f - g^2 score / 2 (Song et al. 2021,
     equation 13), whose only noise is the forward noise."""
 
     def __post_init__(self) -> None:

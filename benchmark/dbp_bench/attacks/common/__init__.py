@@ -1,1 +1,1 @@
-"""What attacks share: losses, and the view that third-party attacks are given."""
+"""The parts that attacks share: losses, and the view that third-party attacks are given."""

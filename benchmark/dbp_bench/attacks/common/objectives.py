@@ -1,7 +1,6 @@
 """Losses that attacks maximise, ``(n,)``, of logits ``(n, k)`` and labels ``(n,)``."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -9,6 +8,9 @@ from torch.nn import functional as F
 
 from dbp_bench.errors import AttackFailed
 from dbp_bench.threat import AttackerView, Objective, Setup
+
+SELECTION = 1 << 31
+"""Guesses from here on compare what was found; no gradient is ever taken on one."""
 
 _ROUNDING = 1e-4
 """A margin below this share of the spread of the logits may be a matter of batch size."""
@@ -70,7 +72,7 @@ def dlr_targeted(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 
 
 def surely_wrong(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which ``(b,)`` of the logits ``(b, k)`` are wrong by more than rounding could undo.
+    """True ``(b,)`` where the logits ``(b, k)`` are wrong by more than rounding could undo.
 
     An image retires on this: its last verdict is computed in a batch of another size, which may
     round a tie to the other side.
@@ -85,34 +87,27 @@ def mean_over_draws(objective: Objective, logits: Tensor, labels: Tensor) -> Ten
     return objective(logits.flatten(0, 1), labels.repeat_interleave(draws)).view(-1, draws).mean(1)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Towards:
-    """A targeted loss with its targets ``(b,)``, one per image, as an :data:`Objective`.
-
-    The logits it is given may hold several draws of each image, one after the other.
-    """
-
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
-    targets: Tensor
-
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Losses ``(n,)`` for logits ``(n, k)``, `n` a multiple of the number of targets."""
-        copies = len(logits) // len(self.targets)
-        return self.loss(logits, labels, self.targets.repeat_interleave(copies))
-
-
-def likely_targets(
-    view: AttackerView, images: Tensor, labels: Tensor, draws: Sequence[int]
+def compared(
+    view: AttackerView, images: Tensor, labels: Tensor, objective: Objective, eot: int
 ) -> Tensor:
-    """All wrong classes ``(b, k - 1)``, the most likely first, by mean logits over `draws`.
+    """The mean ``(b,)`` of `objective` over `eot` guesses that are common to all candidates."""
+    logits = view.logits(images, range(SELECTION, SELECTION + eot))
+    return mean_over_draws(objective, logits, labels)
+
+
+def likely_targets(view: AttackerView, images: Tensor, labels: Tensor, eot: int) -> Tensor:
+    """All wrong classes ``(b, k - 1)``, the most likely first, by mean logits over guesses.
 
     Args:
         view: Of a defense that tells `k` classes apart.
         images: Clean, ``(b, c, h, w)`` in [0, 1].
         labels: ``(b,)``.
-        draws: Guesses that no gradient is taken on; where every draw is known, one is enough.
+        eot: The number of guesses, which no gradient is taken on and no candidate is compared on;
+            where every draw is known, one is enough.
     """
-    logits = view.logits(images, draws[:1] if view.deterministic else draws).mean(1)
+    first = SELECTION + eot
+    draws = range(first, first + (1 if view.deterministic else eot))
+    logits = view.logits(images, draws).mean(1)
     return ordered_targets(logits, labels)
 
 
@@ -160,4 +155,19 @@ TARGETED: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "margin-targeted": margin_targeted,
     "dlr-targeted": dlr_targeted,
 }
-"""Losses that also take targets ``(n,)``; see :class:`Towards`."""
+"""Losses that also take targets ``(n,)``."""
+
+
+def objective_of(loss: str, targets: Tensor) -> Objective:
+    """The loss called `loss`; a targeted one aims at `targets` ``(b,)``, a class for each image.
+
+    The logits that it is given may hold several draws of each image, one after the other.
+    """
+    if loss in OBJECTIVES:
+        return OBJECTIVES[loss]
+
+    def toward(logits: Tensor, labels: Tensor) -> Tensor:
+        aims = targets.repeat_interleave(len(logits) // len(targets))
+        return TARGETED[loss](logits, labels, aims)
+
+    return toward

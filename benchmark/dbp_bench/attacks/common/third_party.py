@@ -1,4 +1,4 @@
-"""What attacks of other packages see of a view: a model, whose images know which rows they are.
+"""A view as attacks of other packages see it: a model, whose images know which rows they are.
 
 Such an attack calls a model on part of a batch without saying on which part, but a defense's draws
 belong to images: at known draws, an image that is taken for another is not attacked at its draw.
@@ -16,9 +16,6 @@ from dbp_bench.noise import Site
 from dbp_bench.threat import AttackerView, Budget
 
 _PACKAGE = Site("package")
-
-NORMS = {"Linf": "Linf", "L2": "L2", "L1": "L1"}
-"""What other packages call the norm of a budget, by the name of its class."""
 
 _T: Any = Tensor
 _F: Any = nn.functional
@@ -179,19 +176,18 @@ class Model(nn.Module):
 
 
 def norm_of(budget: Budget, takes: Sequence[str], who: str) -> str:
-    """What `who`, which takes the norms `takes`, calls the norm of `budget`.
+    """The name of the norm of `budget` in the package of `who`, which takes the norms `takes`.
 
     Raises:
         AttackFailed: It has none such.
     """
-    norm = NORMS.get(type(budget).__name__)
-    if norm is None or norm not in takes:
-        known = ", ".join(takes).lower()
-        raise AttackFailed(
-            f"{who} searches in {known}, not in {type(budget).__name__.lower()}: choose a track of "
-            "that norm, or another attack."
-        )
-    return norm
+    norm = type(budget).__name__  # other packages have the same names
+    if norm in takes:
+        return norm
+    raise AttackFailed(
+        f"{who} searches in {', '.join(takes).lower()}, not in {norm.lower()}: choose a track of "
+        "that norm, or another attack."
+    )
 
 
 def seed_of(view: AttackerView, images: Tensor, number: int) -> int:
