@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dbp_bench.defense import Defense
-from dbp_bench.evaluate import predict
+from dbp_bench.evaluation import predict
 from dbp_bench.noise import FORWARD
 from dbp_bench.reporting.statistics import Bootstrap, Estimate, Score, proportion
 from dbp_bench.reporting.votes import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dbp_bench import evaluate
+from dbp_bench import evaluation
 from dbp_bench.analyses import efficacy, eot_curve, immobilise, landscape, stochasticity, trajectory
 from dbp_bench.analyses.record import Row, row
 from dbp_bench.analyses.stochasticity import Mixed, PartlyKnown, partly_known
@@ -20,7 +20,7 @@ from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.checks.gradients import cosines
 from dbp_bench.defense import Defense, Purifier
-from dbp_bench.evaluate import Group
+from dbp_bench.evaluation import Group
 from dbp_bench.noise import ATTACKER, FORWARD, REVERSE, VICTIM, Noise, Site, Tape
 from dbp_bench.threat import Linf
 from toys import BOTH, Linear, Made, Noisy, TwoSided, group, normal, uniform
@@ -72,7 +72,7 @@ def victim(whole: Target, draw: int) -> Tape:
 
 
 def right(defense: Defense, images: Tensor, group: Group, *, seed: int, draw: int) -> Tensor:
-    return evaluate.predict(defense, images, group.ids, seed=seed, draw=draw) == group.labels
+    return evaluation.predict(defense, images, group.ids, seed=seed, draw=draw) == group.labels
 
 
 def value(rows: Sequence[Row], quantity: str, series: str, *at: float) -> float:
@@ -213,7 +213,7 @@ def test_each_subset_has_the_outcomes_of_a_run() -> None:
         found = immobilise.outcomes(whole, options, known, images)
         evaluated = []
         for draw in range(options.known if known else options.draws):
-            adversarial = evaluate.attack(
+            adversarial = evaluation.attack(
                 whole.defense,
                 SEARCH,
                 images,

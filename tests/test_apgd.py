@@ -23,7 +23,7 @@ from dbp_bench.attacks.common.objectives import (
 from dbp_bench.attacks.common.options import AnyLoss
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import Attacked, Group, attack
+from dbp_bench.evaluation import Attacked, Group, attack
 from dbp_bench.extras import load_extra
 from dbp_bench.noise import ATTACKER, FORWARD, VICTIM, Noise, Site, Tape
 from dbp_bench.threat import L1, L2, AttackerView, Budget, Linf, Objective

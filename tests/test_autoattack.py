@@ -15,7 +15,7 @@ from dbp_bench.attacks.common.third_party import Model, Tracked
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import Group, attack
+from dbp_bench.evaluation import Group, attack
 from dbp_bench.noise import ATTACKER, FORWARD, VICTIM, Noise, Site, Tape, seeded
 from dbp_bench.result import Result
 from dbp_bench.runs.execute import execute

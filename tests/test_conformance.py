@@ -16,7 +16,7 @@ from dbp_bench.checks.conformance import AS_RUN, CHECKS, IN_FLOAT64, check_subje
 from dbp_bench.defense import Defense, Identity, Purifier
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import NotConforming, UnknownName
-from dbp_bench.evaluate import Group, attack, predict
+from dbp_bench.evaluation import Group, attack, predict
 from dbp_bench.noise import (
     FORWARD,
     GUIDANCE,

@@ -5,12 +5,12 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from dbp_bench import evaluate
+from dbp_bench import evaluation
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.data import digits, first, load_data, names, split_ids
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadEntry, BadRequest
-from dbp_bench.evaluate import Group
+from dbp_bench.evaluation import Group
 
 DATA = digits()
 IMAGES, LABELS = DATA.select(range(1797))
@@ -82,7 +82,7 @@ def robust_accuracy(track: str, eps: float) -> float:
     subject = Registry().subject("none", track)
     ids = subject.ids()
     group = Group(*DATA.select(ids), ids)
-    found = evaluate.attack(
+    found = evaluation.attack(
         subject.defense(),
         PGD(steps=20, step_size=0.25, eot=1),
         group,
@@ -92,7 +92,7 @@ def robust_accuracy(track: str, eps: float) -> float:
         victim_draw=0,
         max_batch=360,
     )
-    classes = evaluate.predict(subject.defense(), found.images, ids, seed=0, draw=0)
+    classes = evaluation.predict(subject.defense(), found.images, ids, seed=0, draw=0)
     return float((classes == group.labels).float().mean())
 
 

@@ -16,7 +16,7 @@ from dbp_bench.attacks.diffattack import DiffAttack
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity, StraightThrough
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import Attacked, Group, attack
+from dbp_bench.evaluation import Attacked, Group, attack
 from dbp_bench.memory import Policy, State
 from dbp_bench.noise import ATTACKER, FORWARD, VICTIM, Noise, Site, Tape
 from dbp_bench.purifiers.controls import NoiseOnly, OneShot

@@ -18,7 +18,7 @@ from dbp_bench.attacks.pgd import PGD
 from dbp_bench.attacks.square import Square
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import Group, attack
+from dbp_bench.evaluation import Group, attack
 from dbp_bench.noise import FORWARD, Noise
 from dbp_bench.threat import AttackerView, AttackLog, Budget, Evaluations, Linf, Method, Setup
 from toys import Made, TwoSided, is_right, normal, uniform

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dbp_bench.attacks import make
 from dbp_bench.defense import Defense
 from dbp_bench.entries.registry import Registry
-from dbp_bench.evaluate import Attacked, Group, attack
+from dbp_bench.evaluation import Attacked, Group, attack
 from dbp_bench.noise import FORWARD, Noise
 from dbp_bench.result import Result
 from dbp_bench.runs.estimate import estimate

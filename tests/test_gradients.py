@@ -16,7 +16,7 @@ from dbp_bench.checks.gradients import FLOOR, Findings, cosines, measure
 from dbp_bench.checks.record import record
 from dbp_bench.defense import Defense, Identity, Purifier, StraightThrough
 from dbp_bench.entries.registry import Registry
-from dbp_bench.evaluate import Group
+from dbp_bench.evaluation import Group
 from dbp_bench.noise import FORWARD, Noise, Tape
 from dbp_bench.result import GradientCheck, Result
 from dbp_bench.runs.execute import execute

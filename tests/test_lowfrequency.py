@@ -10,7 +10,7 @@ from dbp_bench.attacks import make
 from dbp_bench.attacks.low_frequency import Banded, LowFrequency, cosines, low_pass
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity
-from dbp_bench.evaluate import Group, attack
+from dbp_bench.evaluation import Group, attack
 from dbp_bench.noise import ATTACKER, VICTIM, Tape
 from dbp_bench.threat import L1, L2, AttackerView, Budget, Evaluations, Linf, Setup
 from toys import BOTH, Linear, Noisy, Small, TwoSided, group, normal, uniform

@@ -19,7 +19,7 @@ from dbp_bench import attacks
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import Group, attack, predict
+from dbp_bench.evaluation import Group, attack, predict
 from dbp_bench.noise import FORWARD, VICTIM, Noise, Site, Tape
 from dbp_bench.result import Result
 from dbp_bench.runs.execute import execute

@@ -15,7 +15,7 @@ from dbp_bench.attacks.common.options import AnyLoss
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import Group, attack
+from dbp_bench.evaluation import Group, attack
 from dbp_bench.noise import FORWARD, REVERSE, Site
 from dbp_bench.threat import L2, AttackerView, Budget, Gradient, Linf, Objective, Setup
 from toys import BOTH, SUBSETS, Echo, Linear, Noisy, TwoSided, is_right, normal, uniform

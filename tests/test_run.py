@@ -16,12 +16,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dbp_bench import evaluate
+from dbp_bench import evaluation
 from dbp_bench.checks.record import Memo, record
 from dbp_bench.data import load_data
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import AttackFailed, BadRequest, BadWeights
-from dbp_bench.evaluate import Attacked
+from dbp_bench.evaluation import Attacked
 from dbp_bench.memory import Policy
 from dbp_bench.result import Result, json_schema, write_atomically
 from dbp_bench.runs import execute as runner
@@ -95,13 +95,13 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes]:
 def attacked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """First image id of each group that is attacked, as it happens."""
     seen: list[int] = []
-    attack = evaluate.attack
+    attack = evaluation.attack
 
     def counting(*args: Any, **keywords: Any) -> Attacked:
         seen.append(args[2].ids[0])
         return attack(*args, **keywords)
 
-    monkeypatch.setattr(evaluate, "attack", counting)
+    monkeypatch.setattr(evaluation, "attack", counting)
     return seen
 
 
@@ -255,7 +255,7 @@ def test_stopped_within_a_piece_of_work(
 ) -> None:
     asked = job("noise-only", "dwbox")
     for verb in ("attack", "predict"):
-        original = getattr(evaluate, verb)
+        original = getattr(evaluation, verb)
         for k in (0, 3, 5):
             out = tmp_path / f"{verb}{k}"
             calls = iter(range(k + 1))
@@ -271,10 +271,10 @@ def test_stopped_within_a_piece_of_work(
                     raise Killed
                 return original(*args, **keywords)
 
-            monkeypatch.setattr(evaluate, verb, stop)
+            monkeypatch.setattr(evaluation, verb, stop)
             with pytest.raises(Killed):
                 execute(asked, out)
-            monkeypatch.setattr(evaluate, verb, original)
+            monkeypatch.setattr(evaluation, verb, original)
             assert execute(asked, out).read_bytes() == once(asked)
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dbp_bench import attacks, evaluate
+from dbp_bench import attacks, evaluation
 from dbp_bench.data import load_data
 from dbp_bench.entries.registry import Registry
-from dbp_bench.evaluate import Attacked, Group
+from dbp_bench.evaluation import Attacked, Group
 from dbp_bench.training.recipes import changed, recipe
 from dbp_bench.training.run import Options, run
 from dbp_bench.weights.files import load
@@ -32,7 +32,7 @@ def attacked(defense: str, attack: str, knows: str, device: torch.device) -> lis
     sites = built.sites if knows == "all" else frozenset()
     images, labels = subject.data().select(range(3))
     group = Group(images.to(device), labels.to(device), range(3))
-    found: Attacked = evaluate.attack(
+    found: Attacked = evaluation.attack(
         built,
         attacks.make(attack, SMALL.get(attack, {})),
         group,
@@ -42,7 +42,7 @@ def attacked(defense: str, attack: str, knows: str, device: torch.device) -> lis
         victim_draw=0,
         max_batch=4,
     )
-    classes = evaluate.predict(built, found.images, range(3), seed=0, draw=0)
+    classes = evaluation.predict(built, found.images, range(3), seed=0, draw=0)
     return [found.images.cpu(), classes.cpu(), found.gradient.cpu()]
 
 

@@ -10,7 +10,7 @@ from dbp_bench.attacks import make
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.attacks.selective import Selective, shares
 from dbp_bench.defense import Defense
-from dbp_bench.evaluate import Attacked, Group, attack
+from dbp_bench.evaluation import Attacked, Group, attack
 from dbp_bench.noise import FORWARD, Noise, Site
 from dbp_bench.threat import L2, Attack, Budget, Evaluations, Linf, Setup
 from toys import BOTH, Noisy, Small, group, is_right, normal

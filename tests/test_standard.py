@@ -8,7 +8,7 @@ from dbp_bench.attacks import make
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.attacks.standard import Standard
 from dbp_bench.defense import Defense, Identity
-from dbp_bench.evaluate import Attacked, Group, attack
+from dbp_bench.evaluation import Attacked, Group, attack
 from dbp_bench.noise import Site
 from dbp_bench.threat import L1, L2, Budget, Linf, Setup
 from toys import BOTH, Linear, Noisy, TwoSided, is_right, normal, uniform

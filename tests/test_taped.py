@@ -16,7 +16,7 @@ from dbp_bench.checks.conformance import AS_RUN, IN_FLOAT64, fault
 from dbp_bench.checks.record import Case, examine
 from dbp_bench.defense import Defense, Purifier
 from dbp_bench.errors import NotConforming
-from dbp_bench.evaluate import attack, predict
+from dbp_bench.evaluation import attack, predict
 from dbp_bench.noise import FORWARD, REVERSE, Site, Tape
 from dbp_bench.taped import Record, Taped
 from dbp_bench.taped.generators import generator_of

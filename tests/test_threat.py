@@ -11,7 +11,7 @@ from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import FRESH, Attacked, attack, predict
+from dbp_bench.evaluation import FRESH, Attacked, attack, predict
 from dbp_bench.noise import ATTACKER, FORWARD, REVERSE, VICTIM, Noise, Site, Tape
 from dbp_bench.threat import L1, L2, AttackerView, Budget, Linf, Method, budget
 from toys import (

@@ -17,7 +17,7 @@ from dbp_bench.defense import Defense, Identity
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import Attacked, Group, attack
+from dbp_bench.evaluation import Attacked, Group, attack
 from dbp_bench.extras import BadExtra
 from dbp_bench.noise import FORWARD, VICTIM, Noise, Site, Tape
 from dbp_bench.threat import L2, Attack, Budget, Evaluations, Linf, Setup

@@ -17,7 +17,7 @@ from dbp_bench.checks.conformance import CHECKS, fault
 from dbp_bench.defense import NO_MAJORITY, Defense, StraightThrough
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import AttackFailed, BadEntry
-from dbp_bench.evaluate import Group, attack, predict
+from dbp_bench.evaluation import Group, attack, predict
 from dbp_bench.noise import ATTACKER, FORWARD, REVERSE, STEPS_PER_VOTE, VICTIM, Noise, Site, Tape
 from dbp_bench.result import Result
 from dbp_bench.runs.execute import execute

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dbp_bench.defense import Defense, Denoiser
-from dbp_bench.evaluate import Group, predict
+from dbp_bench.evaluation import Group, predict
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site, Tape, seeded
 from dbp_bench.purifiers.ddpm import DDIM, DDPM
 from dbp_bench.purifiers.dpm_solver import DPMSolver

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from dbp_bench.checks.record import Memo
@@ -193,6 +194,59 @@ def _as_purifier(
     if sites is not None:
         raise BadRequest("sites: this purifier says itself where it draws.")
     return cast(Purifier, purifier)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What :func:`check` found; it prints as one line for each test."""
+
+    faults: Mapping[str, str | None]
+    """By test, why the defense fails it; None where it passes."""
+    trace: str
+    """Where a module under a tape draws; empty for another purifier."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether no test failed."""
+        return not any(self.faults.values())
+
+    def __str__(self) -> str:
+        """A line for each test, and the trace."""
+        lines = [
+            f"FAIL  {title}: {fault}" if fault else f"pass  {title}"
+            for title, fault in self.faults.items()
+        ]
+        return "\n".join([*lines, *(["", self.trace] if self.trace else [])])
+
+
+def check(
+    purifier: Purifier | Callable[[Tensor], Tensor],
+    classifier: Classifier,
+    images: Tensor,
+    *,
+    sites: Mapping[str, str] | None = None,
+) -> Checked:
+    """Test a purifier against the rules that every defense must keep.
+
+    Args:
+        purifier: See :func:`evaluate`.
+        classifier: The base classifier.
+        images: A few images ``(n, c, h, w)`` in [0, 1].
+        sites: See :func:`evaluate`.
+
+    Raises:
+        BadRequest: An argument can't be right.
+        NotConforming: A module's draws can't be told apart.
+    """
+    from dbp_bench.checks.conformance import IMAGES, check_subject
+
+    few = images[:IMAGES]
+    labels = torch.zeros(len(few), dtype=torch.int64)
+    base = base_of(classifier, few, labels, "linf", 0.0)
+    made = _as_purifier(purifier, few, sites)
+    subject = given_on(base, "mine", made, base.home)
+    trace = str(made.record) if isinstance(made, Taped) else ""
+    return Checked(dict(check_subject(subject)), trace)
 
 
 def load_defense(

@@ -12,7 +12,7 @@ from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.data import digits
 from dbp_bench.defense import Defense
 from dbp_bench.entries.registry import Registry
-from dbp_bench.evaluate import Group, predict
+from dbp_bench.evaluation import Group, predict
 from dbp_bench.memory import Policy
 from dbp_bench.noise import ATTACKER, VICTIM, Tape
 from dbp_bench.purifiers.ddpm import DDPM

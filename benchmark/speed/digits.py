@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dbp_bench import attacks
 from dbp_bench.attacks.apgd import APGD
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluate import Attacked, attack
+from dbp_bench.evaluation import Attacked, attack
 from dbp_bench.noise import ATTACKER, Tape
 from dbp_bench.threat import Attack, Linf
 from speed.contenders import (

@@ -11,7 +11,7 @@ from dbp_bench.attacks.apgd import APGD
 from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.checks.gradients import cosines
 from dbp_bench.defense import Defense
-from dbp_bench.evaluate import Group, attack
+from dbp_bench.evaluation import Group, attack
 from dbp_bench.noise import Site
 from dbp_bench.threat import Linf
 from speed.contenders import defense, digits_images, digits_networks, right_at, view

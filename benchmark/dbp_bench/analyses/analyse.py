@@ -18,7 +18,7 @@ from dbp_bench.analyses.target import Target, Tensors
 from dbp_bench.declaration import parse_json
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, did_you_mean
-from dbp_bench.evaluate import Group
+from dbp_bench.evaluation import Group
 from dbp_bench.provenance import provenance
 from dbp_bench.result import Provenance, write_atomically
 from dbp_bench.runs.job import Job, Overrides, refuse_other_request, resolve

@@ -10,7 +10,7 @@ from pydantic import Field
 from dbp_bench.analyses import options as base
 from dbp_bench.analyses.options import Count, Known
 from dbp_bench.analyses.target import Found, Target, Tensors, estimate, fresh, joined
-from dbp_bench.evaluate import Group
+from dbp_bench.evaluation import Group
 from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
 
 AXES = ("k",)

@@ -22,7 +22,7 @@ from dbp_bench.analyses.target import (
     mean,
 )
 from dbp_bench.checks.gradients import cosines
-from dbp_bench.evaluate import Group
+from dbp_bench.evaluation import Group
 from dbp_bench.noise import VICTIM
 from dbp_bench.reporting.statistics import Bootstrap, Replicates
 

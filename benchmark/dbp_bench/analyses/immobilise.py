@@ -8,7 +8,7 @@ import torch
 
 from dbp_bench.analyses.options import Count, Known, Searched
 from dbp_bench.analyses.target import Found, Target, Tensors, fresh, joined, mean
-from dbp_bench.evaluate import Group
+from dbp_bench.evaluation import Group
 from dbp_bench.noise import Site
 from dbp_bench.reporting.statistics import Bootstrap
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dbp_bench.analyses.options import Count, Known, Searched
 from dbp_bench.analyses.target import Found, Target, Tensors, estimate, fresh, joined
 from dbp_bench.checks.gradients import cosines
-from dbp_bench.evaluate import Group
+from dbp_bench.evaluation import Group
 from dbp_bench.noise import Site
 
 AXES = ("a", "b")

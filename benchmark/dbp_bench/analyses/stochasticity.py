@@ -13,7 +13,7 @@ from torch import Tensor
 from dbp_bench.analyses.options import Count, Known, Searched
 from dbp_bench.analyses.target import Found, Target, Tensors, fresh, joined, mean
 from dbp_bench.defense import Defense, Purifier
-from dbp_bench.evaluate import Group
+from dbp_bench.evaluation import Group
 from dbp_bench.noise import VICTIM, Noise, OpaqueNoise, Site, Tape, same_vote
 from dbp_bench.reporting.statistics import Bootstrap, Replicates
 

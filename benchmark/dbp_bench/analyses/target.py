@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dbp_bench import evaluate
+from dbp_bench import evaluation
 from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense
-from dbp_bench.evaluate import FRESH, Group
+from dbp_bench.evaluation import FRESH, Group
 from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
 from dbp_bench.reporting.statistics import Bootstrap, Estimate, Replicates
 from dbp_bench.threat import AttackerView, Budget
@@ -59,7 +59,7 @@ class Target:
 
     def attacked(self, group: Group, method: PGD, knows: frozenset[Site], draw: int) -> Tensor:
         """Adversarial images ``(b, c, h, w)``, as a run makes them for victim draw `draw`."""
-        return evaluate.attack(
+        return evaluation.attack(
             self.defense,
             method,
             group,
@@ -76,7 +76,7 @@ class Target:
         The others are 0, in float64.
         """
         predicted = [
-            evaluate.predict(self.defense, images, group.ids, seed=self.seed, draw=draw)
+            evaluation.predict(self.defense, images, group.ids, seed=self.seed, draw=draw)
             for draw in draws
         ]
         return (torch.stack(predicted, 1) == group.labels[:, None]).double()

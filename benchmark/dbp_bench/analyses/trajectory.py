@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from dbp_bench.analyses.options import Count, Known, Searched
 from dbp_bench.analyses.target import Found, Target, Tensors, estimate, fresh, guesses_of, joined
 from dbp_bench.attacks.pgd import PGD
-from dbp_bench.evaluate import Group
+from dbp_bench.evaluation import Group
 from dbp_bench.noise import VICTIM, Site, Tape
 from dbp_bench.threat import AttackerView, Gradient, Objective
 

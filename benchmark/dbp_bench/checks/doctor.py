@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbp_bench import __version__, attacks, evaluate, extras
+from dbp_bench import __version__, attacks, evaluation, extras
 from dbp_bench.data.catalog import CATALOG
 from dbp_bench.entries.fields import NetworkRef
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import DbpError
-from dbp_bench.evaluate import Group
+from dbp_bench.evaluation import Group
 from dbp_bench.noise import FORWARD, VICTIM, Tape
 from dbp_bench.provenance import device_name
 from dbp_bench.result import write_atomically
@@ -244,7 +244,7 @@ def _run(subject: Subject, device: str) -> dict[str, Tensor]:
     images, labels = subject.data().select(ids)
     group = Group(images.to(device), labels.to(device), ids)
     built = subject.defense(device=device, policy="none")
-    found = evaluate.attack(
+    found = evaluation.attack(
         built,
         attacks.make("pgd", EFFORT),
         group,

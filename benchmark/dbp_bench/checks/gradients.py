@@ -16,7 +16,7 @@ from dbp_bench.checks.conformance import DIRECTIONS, TOLERANCE, difference_error
 from dbp_bench.defense import Defense
 from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import BadRequest
-from dbp_bench.evaluate import Group
+from dbp_bench.evaluation import Group
 from dbp_bench.noise import Tape
 from dbp_bench.reporting.statistics import Bootstrap, Estimate
 from dbp_bench.threat import AttackerView, Objective

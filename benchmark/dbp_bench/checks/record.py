@@ -19,7 +19,7 @@ from dbp_bench.checks.conformance import fault
 from dbp_bench.checks.gradients import cosines, quick_cosines, quick_errors
 from dbp_bench.defense import Defense
 from dbp_bench.errors import NotConforming
-from dbp_bench.evaluate import Group
+from dbp_bench.evaluation import Group
 from dbp_bench.noise import OpaqueNoise, Site, Tape
 from dbp_bench.result import Conformance, GradientCheck
 from dbp_bench.threat import AttackerView, Gradient, Revealed

@@ -196,7 +196,7 @@ def _images(
     """Check that saved images are inside ball and box, and evaluate them on fresh draws."""
     import torch
 
-    from dbp_bench.evaluate import FRESH
+    from dbp_bench.evaluation import FRESH
     from dbp_bench.reporting.statistics import Score, proportion
     from dbp_bench.result import Result
     from dbp_bench.runs import replay

@@ -1,11 +1,12 @@
 """Objects in place of entries: a purifier, a classifier and images that a script has at hand."""
 
+import json
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,14 @@ from dbp_bench.declaration import Strict
 from dbp_bench.defense import Defense, Identity, Purifier
 from dbp_bench.entries.build import Builder
 from dbp_bench.entries.defense import DefenseEntry, Setting
-from dbp_bench.entries.fields import Entry, NetworkRef
+from dbp_bench.entries.fields import Entry, NetworkRef, check_eps
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
 from dbp_bench.entries.track import OwnImages, Track
 from dbp_bench.errors import BadRequest
 from dbp_bench.memory import Policy
 from dbp_bench.noise import Tape
+from dbp_bench.taped import Taped
 from dbp_bench.threat import Attack, Norm
 
 BASE = "none"
@@ -120,6 +122,10 @@ class Given(Subject):
         return defense
 
 
+def _as_it_is(logits: Tensor) -> Tensor:
+    return logits
+
+
 class _Function(nn.Module):
     """A function as a module."""
 
@@ -139,6 +145,12 @@ def base_of(
     Raises:
         BadRequest: Images, labels or logits have another form or range than they must.
     """
+    if norm not in get_args(Norm):
+        raise BadRequest(f"norm={norm!r}: linf, l2 or l1.")
+    try:
+        check_eps(norm, eps)
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
     images, labels = _checked_images(images), _checked_labels(labels, images)
     logits = _checked_logits(classifier, images)
     n, classes = len(images), logits.shape[1]
@@ -184,7 +196,10 @@ def base_of(
 
 
 def given_on(base: Subject, name: str, purifier: Purifier, device: str) -> Given:
-    """The defense called `name`, of `purifier` and the classifier of `base`, on its images."""
+    """The defense called `name`, of `purifier` and the classifier of `base`, on its images.
+
+    A purifier that gives logits is a whole defense: no classifier follows it.
+    """
     if isinstance(base, Given):
         classifier = base.classifier
     else:
@@ -193,6 +208,8 @@ def given_on(base: Subject, name: str, purifier: Purifier, device: str) -> Given
     tape = Tape.make(0, "script", range(len(few)))
     with torch.no_grad():
         purified = purifier(few.clone(), tape)
+    if purified.dim() == 2:
+        classifier = _as_it_is
     digests = {role: found for role, found in base.weights().items() if found is not None}
     return _subject(
         name,
@@ -223,7 +240,9 @@ def _subject(
     digests: Mapping[str, str],
     home: str,
 ) -> Given:
-    setting = Setting(tracks=[track.name], options={}, networks={})
+    record = purifier.record if isinstance(purifier, Taped) else None
+    options = {} if record is None else {"taped": json.loads(record.to_json())}
+    setting = Setting(tracks=[track.name], options=options, networks={})
     entry = DefenseEntry(
         title="The base classifier" if name == BASE else f"{name}, given by a script",
         kind="control" if name == BASE else "defense",

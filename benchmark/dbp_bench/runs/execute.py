@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from dbp_bench import evaluate
+from dbp_bench import evaluation
 from dbp_bench.checks.record import Memo, record
 from dbp_bench.data import DataSet
 from dbp_bench.defense import Defense
 from dbp_bench.errors import BadRequest
-from dbp_bench.evaluate import FRESH, Group
+from dbp_bench.evaluation import FRESH, Group
 from dbp_bench.memory import Policy
 from dbp_bench.noise import Site
 from dbp_bench.provenance import provenance
@@ -243,7 +243,7 @@ class _Run:
     def attack(self, number: int, group: Group, state: State, tick: Tick) -> None:
         """Attack the images of `group`, at victim draw `number` where draws are known."""
         before = self.calls
-        found = evaluate.attack(
+        found = evaluation.attack(
             self.searched,
             self.method,
             group,
@@ -271,7 +271,7 @@ class _Run:
         if self.knows:
             evaluations += [(adversarial, FRESH + i) for i in range(FRESH_DRAWS)]
         classes = [
-            evaluate.predict(self.defense, images, group.ids, seed=self.seed, draw=draw).cpu()
+            evaluation.predict(self.defense, images, group.ids, seed=self.seed, draw=draw).cpu()
             for images, draw in evaluations
         ]
         state[f"clean/{number}"], state[f"adversarial/{number}"] = classes[:2]

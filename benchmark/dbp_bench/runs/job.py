@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dbp_bench.checks.record import Approach
     from dbp_bench.data import DataSet
     from dbp_bench.defense import Defense
-    from dbp_bench.evaluate import Group
+    from dbp_bench.evaluation import Group
     from dbp_bench.memory import Policy
     from dbp_bench.threat import Attack, Budget, Evaluations, Setup
 
@@ -137,7 +137,7 @@ class Job:
 
     def first_images(self, data: "DataSet") -> "Group":
         """The first images of the track, on which the defense's conformance is checked."""
-        from dbp_bench.evaluate import Group
+        from dbp_bench.evaluation import Group
 
         ids = self.track_ids[: max(2, self.batch_size)]
         images, labels = data.select(ids)

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dbp_bench import evaluate
+from dbp_bench import evaluation
 from dbp_bench.defense import Defense
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest
-from dbp_bench.evaluate import FRESH
+from dbp_bench.evaluation import FRESH
 from dbp_bench.provenance import device_name
 from dbp_bench.result import Kind, Result
 from dbp_bench.runs.execute import execute
@@ -87,7 +87,7 @@ def predict_saved(
         part = slice(start, start + job.batch_size)
         batch = images[part].to(job.device)
         each = [
-            evaluate.predict(defense, batch, ids[part], seed=job.seed, draw=draw).cpu()
+            evaluation.predict(defense, batch, ids[part], seed=job.seed, draw=draw).cpu()
             for draw in draws
         ]
         found.append(torch.stack(each, dim=1))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dbp_bench.checks.record import Memo, faults, record
 from dbp_bench.defense import Defense
-from dbp_bench.evaluate import FRESH
+from dbp_bench.evaluation import FRESH
 from dbp_bench.reporting.badge import Compared
 from dbp_bench.runs import replay
 from dbp_bench.runs.job import Job

@@ -159,7 +159,7 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.log = Log()
         self.backward = False
         self._source, self._plan, self._ends = source, plan, ends
-        self._wide, self._disturbed = wide, disturbed
+        self.wide, self._disturbed = wide, disturbed
         self._known: dict[tuple[bytes, str, tuple[int, ...]], _Draw] = {}
         self._steps: dict[Site, int] = {}
 
@@ -169,7 +169,7 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The answer to one operation."""
         kwargs = kwargs or {}
         if not may_draw(func):
-            if self._wide and func is _CAST and _is_asked_for(kwargs.get("dtype")):
+            if self.wide and func is _CAST and _is_asked_for(kwargs.get("dtype")):
                 kwargs = {**kwargs, "dtype": torch.float64}
             if func is _ITEM and not isinstance(args[0], Tensor):
                 return args[0]  # a number of a traced module, which torch has unpacked already

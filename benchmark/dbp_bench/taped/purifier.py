@@ -17,7 +17,7 @@ from dbp_bench.taped.mode import Alone, Draws, Log, Plan, Source, Together, Wher
 from dbp_bench.taped.record import SEEDS, Record
 
 Module = Callable[[Tensor], Tensor]
-"""Purified images ``(b, c, h, w)`` for images ``(b, c, h, w)`` in [0, 1]; draws as it likes."""
+"""Purified images ``(b, c, h, w)``, or logits ``(b, k)``, for images in [0, 1]."""
 
 
 class Taped:
@@ -28,8 +28,9 @@ class Taped:
     at the site ``forward``, in every round, and all others are at ``reverse``.
 
     Args:
-        module: Maps images ``(b, c, h, w)`` in [0, 1] to purified images. A module's weights are
-            frozen; it is left in the mode (``.eval()`` or ``.train()``) that it is in.
+        module: Maps images ``(b, c, h, w)`` in [0, 1] to purified images; or, as a whole defense,
+            to logits ``(b, k)``. A module's weights are frozen; it is left in the mode (``.eval()``
+            or ``.train()``) that it is in.
         sites: By ``file.py:line`` the site of what is drawn there, or in what is called there.
         one_at_a_time: Whether each image is run alone, so that a draw of any shape is its own;
             None: where the probe finds that it must be.
@@ -88,7 +89,7 @@ class Taped:
         return self._record
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
-        """Purified images ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1].
+        """What the module makes of `images` ``(b, c, h, w)`` in [0, 1]: images, or logits.
 
         Raises:
             NotConforming: The module hasn't been probed, was put into another mode since, or draws
@@ -193,11 +194,22 @@ class _Run:
     @contextmanager
     def inside(self, seed: int, device: torch.device) -> Iterator[None]:
         """The mode, with generators of the process, and of the device, at `seed`."""
-        with generators(seed, device) as moved, self.mode:
+        with generators(seed, device) as moved, _numbers(self.mode.wide), self.mode:
             try:
                 yield
             finally:
                 self.mode.log.libraries |= moved()
+
+
+@contextmanager
+def _numbers(wide: bool) -> Iterator[None]:
+    """Numbers of no stated type are float64 where a run is `wide`, so that it meets no float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if wide else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _call(module: Module, images: Tensor) -> Tensor:
@@ -209,7 +221,8 @@ def _call(module: Module, images: Tensor) -> Tensor:
             f"Taped(lambda images: module(images){_part(out)})."
         )
     form, wanted = _form(out), _form(images)
-    if form != wanted:
+    are_logits = out.dim() == 2 and form == _form(images.new_empty(len(images), out.shape[1]))
+    if form != wanted and not are_logits:
         raise NotConforming(
             f"the module returns {form}, the images were {wanted}: it must return the shape, type "
             "and device that came in; end with .to(images), and move its networks to the images."
