@@ -1,4 +1,4 @@
-"""What every defense must do, as checks that its author runs with ``dbp-bench check``.
+"""Checks what every defense must do; its author runs them with ``dbp-bench check``.
 
 Each check is a plain function of a defense and some images; it raises
 :class:`~dbp_bench.errors.NotConforming` with the reason and what would do. The rules are those that
@@ -192,45 +192,6 @@ def check_gradient(defense: Defense, images: Tensor) -> None:
             _check_gradient_of_one(defense, x, tape)
 
 
-def difference_errors(
-    defense: Defense, images: Tensor, directions: int = DIRECTIONS
-) -> list[float | None]:
-    """For each of `images`, how far its gradient is off from central differences, relative.
-
-    As :func:`check_gradient` measures it, over `directions`; None where no gradient reaches the
-    image or all of it is zero. For float64.
-    """
-    errors: list[float | None] = []
-    with _policy(defense, "none"):
-        for x, tape in _inside(images):
-            weights = _weights(_logits(defense, x, tape))
-            _, gradient = _gradient(defense, x, tape, weights)
-            if gradient is None or not bool(gradient.any()):
-                errors.append(None)
-                continue
-            error, scale = _error(*_slopes(defense, x, tape, weights, gradient, directions))
-            errors.append(error / scale if scale > 0 else None)
-    return errors
-
-
-def _inside(images: Tensor) -> Iterator[tuple[Tensor, Tape]]:
-    """Each image, moved off the border of the pixel box, and its tape."""
-    inside = 0.1 + 0.8 * images + 0.1 * (_tape(images).uniform(Site("jitter"), 0, images) - 0.5)
-    for i in range(len(images)):
-        yield inside[i : i + 1], _tape(images)[torch.tensor([i])]
-
-
-def _weights(logits: Tensor) -> Tensor:
-    """What the logits are weighted with, to be one number whose slope is never flat."""
-    return Tape.make(0, _OWNER, [0]).normal(Site("logits"), 0, logits)
-
-
-def _error(by_chain: Tensor, by_difference: Tensor) -> tuple[float, float]:
-    """Median difference of the slopes, and their median size."""
-    error = float((by_chain - by_difference).abs().median())
-    return error, float(torch.maximum(by_chain.abs(), by_difference.abs()).median())
-
-
 def _check_gradient_of_one(defense: Defense, x: Tensor, tape: Tape) -> None:
     evaluated = _logits(defense, x, tape)
     weights = _weights(evaluated)
@@ -238,7 +199,7 @@ def _check_gradient_of_one(defense: Defense, x: Tensor, tape: Tape) -> None:
         raise NotConforming("the logits are not finite (NaN or infinite) in float64.")
     value = float((weights * evaluated).sum().abs())
     attacked, gradient = _gradient(defense, x, tape, weights)
-    if not torch.allclose(attacked, evaluated, rtol=1e-9, atol=1e-9 * float(evaluated.abs().max())):
+    if not torch.equal(attacked, evaluated):
         raise NotConforming(
             "the logits differ when a gradient is asked for: what is attacked isn't what is "
             "evaluated (a surrogate). Run the same steps in both cases."
@@ -256,7 +217,7 @@ def _check_gradient_of_one(defense: Defense, x: Tensor, tape: Tape) -> None:
             "the gradient of an image is zero everywhere. Look for detach, rounding to grey "
             "levels, a hard threshold, or an output that is clamped at every pixel."
         )
-    error, scale = _error(*_slopes(defense, x, tape, weights, gradient, DIRECTIONS))
+    error, scale = _error(defense, x, tape, weights, gradient, DIRECTIONS)
     rounding = 100 * torch.finfo(x.dtype).eps * value / min(STEPS)
     if not error <= TOLERANCE * scale + rounding:
         raise NotConforming(
@@ -267,23 +228,59 @@ def _check_gradient_of_one(defense: Defense, x: Tensor, tape: Tape) -> None:
         )
 
 
-def _slopes(
+def difference_errors(
+    defense: Defense, images: Tensor, directions: int = DIRECTIONS
+) -> list[float | None]:
+    """For each of `images`, how far its gradient is off from central differences, relative.
+
+    As :func:`check_gradient` measures it, over `directions`; None where no gradient reaches the
+    image or all of it is zero. For float64.
+    """
+    errors: list[float | None] = []
+    with _policy(defense, "none"):
+        for x, tape in _inside(images):
+            weights = _weights(_logits(defense, x, tape))
+            _, gradient = _gradient(defense, x, tape, weights)
+            if gradient is None or not bool(gradient.any()):
+                errors.append(None)
+                continue
+            error, scale = _error(defense, x, tape, weights, gradient, directions)
+            errors.append(error / scale if scale > 0 else None)
+    return errors
+
+
+def _inside(images: Tensor) -> Iterator[tuple[Tensor, Tape]]:
+    """Each image, moved off the border of the pixel box, and its tape."""
+    inside = 0.1 + 0.8 * images + 0.1 * (_tape(images).uniform(Site("jitter"), 0, images) - 0.5)
+    for i in range(len(images)):
+        yield inside[i : i + 1], _tape(images)[torch.tensor([i])]
+
+
+def _weights(logits: Tensor) -> Tensor:
+    """Weights of the logits, whose sum is one number with a slope that is never flat."""
+    return Tape.make(0, _OWNER, [0]).normal(Site("logits"), 0, logits)
+
+
+def _error(
     defense: Defense, x: Tensor, tape: Tape, weights: Tensor, gradient: Tensor, directions: int
-) -> tuple[Tensor, Tensor]:
-    """Slopes ``(directions,)`` by the gradient, and by the central differences nearest to them."""
+) -> tuple[float, float]:
+    """The distance of slopes by the gradient from central differences, and their size.
+
+    Both are medians over directions; of the differences of several lengths the nearest counts.
+    """
     pairs = []
     for number in range(directions):
         direction = Tape.make(0, _OWNER, [number]).normal(Site("direction"), 0, x)
         direction = direction / direction.norm()
-        by_chain = (gradient * direction).sum()
 
         def value(distance: float, direction: Tensor = direction) -> Tensor:
             return (weights * _logits(defense, x + distance * direction, tape)).sum()
 
+        by_chain = (gradient * direction).sum()
         slopes = torch.stack([(value(h) - value(-h)) / (2 * h) for h in STEPS])
-        pairs.append((by_chain, slopes[(slopes - by_chain).abs().argmin()]))
-    by_chains, by_differences = zip(*pairs, strict=True)
-    return torch.stack(by_chains), torch.stack(by_differences)
+        pairs.append(torch.stack([by_chain, slopes[(slopes - by_chain).abs().argmin()]]))
+    found = torch.stack(pairs)
+    return float((found[:, 0] - found[:, 1]).abs().median()), float(found.abs().amax(1).median())
 
 
 def check_checkpointing(defense: Defense, images: Tensor) -> None:
@@ -348,14 +345,14 @@ CHECKS: Mapping[str, Check] = {**AS_RUN, **IN_FLOAT64}
 FOLLOWING: Mapping[Check, tuple[Check, ...]] = {
     check_replay: (check_checkpointing, check_batch, check_gradient),
 }
-"""By check, those that compare two answers of what it fails, and would fail for the same cause."""
+"""Checks that follow another: they compare two answers of what fails it, and fail for its cause."""
 
 NOT_TESTED = "not tested"
 STOPPED = "it stopped with"
 NO_FLOAT64 = "it doesn't run in float64"
 
 _DTYPES = re.compile(r"dtype|scalar type|bias type|Half|BFloat16|Float but found", re.IGNORECASE)
-"""How torch says that two types don't go together."""
+"""Words in which torch says that two types don't go together."""
 
 
 def check_subject(subject: Subject) -> Iterator[tuple[str, str | None]]:
@@ -382,7 +379,7 @@ def check_subject(subject: Subject) -> Iterator[tuple[str, str | None]]:
 
 
 def fault(check: Check, defense: Defense, images: Tensor) -> str | None:
-    """Why `defense` fails `check` on `images`, on one line; None if it passes."""
+    """The reason, on one line, why `defense` fails `check` on `images`; None if it passes."""
     try:
         check(defense, images)
     except DbpError as error:
@@ -471,7 +468,7 @@ def _global_generators(seed: int) -> Iterator[None]:
 
 
 def _global_states() -> dict[str, Any]:
-    """By library, the state of the global generator in a form that can be compared."""
+    """The state of each library's global generator, in a form that can be compared."""
     legacy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
     return {
         "torch": torch.get_rng_state().tolist(),
@@ -481,7 +478,7 @@ def _global_states() -> dict[str, Any]:
 
 
 def _same(first: Tensor | None, second: Tensor | None) -> bool:
-    """Whether every number is equal, NaN to NaN; nothing equals nothing."""
+    """True where every number is equal, NaN to NaN; nothing equals nothing."""
     if first is None or second is None:
         return first is second
     return torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
