@@ -532,7 +532,7 @@ def _read_bundle(foe: Foe, top: Path) -> None:
     if foe.random.random() < 0.4:
         path.write_bytes(foe.damaged(path.read_bytes()))
     with archive.opened(path) as bundle:
-        verify.check(bundle)
+        verify.check(bundle, Registry())
 
 
 KINDS = [_read_entry, _read_result, _read_weights, _read_state, _read_bundle]

@@ -38,7 +38,7 @@ _UNSOUND: Final = (
     *(zipfile.BadZipFile, EOFError, LookupError, NotImplementedError),
     *(OverflowError, RuntimeError, StructError, ValueError),
 )
-"""What zipfile raises for an archive that is damaged."""
+"""The errors that zipfile raises for an archive that is damaged."""
 
 
 class Refused(DbpError):
@@ -62,7 +62,7 @@ class Summary(Strict):
 
 
 class Manifest(Strict):
-    """What a bundle says that it holds: the file manifest.json in it."""
+    """The contents of a bundle, as it states them: the file manifest.json in it."""
 
     schema_version: Literal[1] = Field(alias="schema")
     dbp_bench: str
@@ -70,7 +70,7 @@ class Manifest(Strict):
     defense: Name
     environment: dict[str, str]
     summary: dict[str, Summary]
-    """By threat model."""
+    """Accuracies by threat model."""
     files: dict[str, FileFacts]
     """Every file of the bundle but this one, by path."""
 
@@ -181,7 +181,7 @@ def _safe(infos: list[zipfile.ZipInfo], size: int) -> list[zipfile.ZipInfo]:
 
 
 def safe_path(name: str) -> bool:
-    """Whether `name` is a plain relative path of printable ASCII that stays inside its folder."""
+    """True for a plain relative path of printable ASCII that stays inside its folder."""
     path = PurePosixPath(name)
     return (
         0 < len(name) <= 400

@@ -69,7 +69,7 @@ def submit(
         archive.write(temporary, manifest, files)
         with archive.opened(temporary) as bundle:
             # The entry's own folder may hold the track, too; the defense itself is the bundle's.
-            verify.check(bundle, registry.folders, data=registry.builder.data)
+            verify.check(bundle, registry)
             sha256 = bundle.sha256
     return manifest, sha256
 
@@ -128,7 +128,7 @@ def _results(registry: Registry, subject: Subject, results: Path) -> list[Path]:
 
 
 def _lack(job: Job, path: Path) -> str | None:
-    """What the result at `path` lacks of what the protocol's `job` takes."""
+    """The part that the result at `path` lacks of what the protocol's `job` takes; None if none."""
     result = Result.read(path)
     images, draws = len(result.ids), len(result.draws)
     if images < len(job.track_ids) or draws < job.draws:
@@ -162,6 +162,9 @@ def title(manifest: Manifest) -> str:
 def description(manifest: Manifest, bundle: str, sha256: str) -> str:
     """The text of a pull request, in Markdown; `bundle` is where the bundle lies."""
     size = sum(facts.bytes for facts in manifest.files.values())
+    command = (
+        f"dbp-bench verify {bundle} --replay --attack 0.1 --unseen --trust-code --into results"
+    )
     return "\n".join(
         [
             "| threat model | clean % | robust % | images x draws |",
@@ -174,7 +177,7 @@ def description(manifest: Manifest, bundle: str, sha256: str) -> str:
             "",
             f"- bundle: {bundle}, {size / 1e6:.1f} MB, sha256 {sha256}",
             f"- made with dbp-bench {manifest.dbp_bench}; self-reported until a maintainer runs",
-            f"  `dbp-bench verify {bundle} --replay --attack 0.1 --trust-code --into results`",
+            f"  `{command}`",
             "- licence of the code and of the weights: ...",
         ]
     )
