@@ -286,7 +286,6 @@ BREAK_ONE_RULE: list[tuple[Run, str, str]] = [
     (reseeds, REPLAY, "the global generator of torch"),
     (python_random, REPLAY, "the global generator of Python"),
     (numpy_random, REPLAY, "the global generator of NumPy"),
-    (undeclared, SITES, "Declare sites: [forward, guidance, reverse]"),
     (never_reverse, SITES, "declares [reverse] but never draws there"),
     (same_step, ONCE, "site 'forward', step 0 more than once"),
     (unused, MATTERS, "another draw at site 'reverse' changes nothing"),
@@ -311,6 +310,7 @@ BREAK_MORE: list[tuple[Run, str, str]] = [
     (borrows_state, REPLAY, "two purifications with the same draws differ"),
     (own_generator(), REPLAY, "two purifications with the same draws differ"),
     (needs_uniform, SITES, "asks the noise for 'uniform'"),
+    (undeclared, SITES, "Declare sites: [forward, guidance, reverse]"),
     (wrong_shape, OUTPUT, "stopped with RuntimeError"),
 ]
 

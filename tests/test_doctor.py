@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,24 @@ def test_findings_say_what_is_installed() -> None:
     assert findings["devices"][0].startswith("cpu: ")
     assert findings["threads"]["torch"] == torch.get_num_threads()
     assert {extra["name"] for extra in findings["extras"]} >= {"autoattack", "robustbench"}
+
+
+def test_an_extra_that_does_not_import_is_not_called_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {
+        "timm/__init__.py": "raise RuntimeError('operator torchvision::nms does not exist')",
+        "timm/models/__init__.py": "",
+        "timm-1.0.9.dist-info/METADATA": "Name: timm\nVersion: 1.0.9\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+    extras = {found["name"]: found for found in doctor.examine()["extras"]}
+    assert extras["timm"]["state"] == "broken"
+    assert "operator torchvision::nms does not exist" in extras["timm"]["hint"]
 
 
 def test_render_has_a_line_for_each_finding() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dbp_bench.defense import Defense
 from dbp_bench.entries.subject import Subject
-from dbp_bench.errors import DbpError, NotConforming, place_of
+from dbp_bench.errors import DbpError, NotConforming, place_of, words_of
 from dbp_bench.memory import Policy
 from dbp_bench.noise import Noise, OpaqueNoise, Site, Tape, seeded
 from dbp_bench.threat import Revealed
@@ -70,7 +70,7 @@ def check_output(defense: Defense, images: Tensor) -> None:
     unclamped = getattr(defense.purifier, "clamp_output", True) is False
     if not unclamped and (low < 0 or high > 1):
         raise NotConforming(
-            f"purified images are in {low:.4g} ... {high:.4g}, not in [0, 1]. Map back from "
+            f"purified images are in {low:.4g} ... {high:.4g}, {_OUTSIDE}. Map back from "
             "[-1, 1], and clamp the output, or give the purifier a field clamp_output that is "
             "False."
         )
@@ -108,7 +108,10 @@ def check_replay(defense: Defense, images: Tensor) -> None:
 
 def check_sites(defense: Defense, images: Tensor) -> None:
     """It draws at every site that it declares, and at no other."""
-    heard = set(_heard(defense, images))
+    listener = _Listener(_tape(images))
+    with torch.no_grad():
+        defense.purifier(images.clone(), OpaqueNoise(listener))
+    heard = set(listener.heard)
     found, declared = {site for site, _ in heard}, defense.sites
     if found - declared:
         raise NotConforming(
@@ -350,6 +353,7 @@ FOLLOWING: Mapping[Check, tuple[Check, ...]] = {
 NOT_TESTED = "not tested"
 STOPPED = "it stopped with"
 NO_FLOAT64 = "it doesn't run in float64"
+_OUTSIDE = "not in [0, 1]"
 
 _DTYPES = re.compile(r"dtype|scalar type|bias type|Half|BFloat16|Float but found", re.IGNORECASE)
 """Words in which torch says that two types don't go together."""
@@ -374,6 +378,8 @@ def check_subject(subject: Subject) -> Iterator[tuple[str, str | None]]:
             if found is None:
                 continue
             unusable = found.startswith((STOPPED, NO_FLOAT64)) or "not finite" in found
+            # What isn't of the right form can't be compared; what leaves [0, 1] can.
+            unusable |= check is check_output and _OUTSIDE not in found
             for other in CHECKS.values() if unusable else FOLLOWING.get(check, ()):
                 follow.setdefault(other, title)
 
@@ -385,9 +391,9 @@ def fault(check: Check, defense: Defense, images: Tensor) -> str | None:
     except DbpError as error:
         return str(error)
     except Exception as error:  # Whatever an author's code raises is a finding, not a crash.
-        first = next(iter(str(error).splitlines()), "")
+        first = next(iter(words_of(error).splitlines()), "")
         at = f" ({place})" if (place := place_of(error)) else ""
-        if images.dtype == torch.float64 and _DTYPES.search(str(error)):
+        if images.dtype == torch.float64 and _DTYPES.search(words_of(error)):
             return (
                 f"{NO_FLOAT64}{at}, in which gradients are compared: {first}. Take "
                 "the type of the images (images.dtype) in place of a fixed one."

@@ -119,6 +119,8 @@ def npz(path: Path, part: str) -> Source:
             want = " or ".join(f"{images} and {labels}" for images, labels in names)
             raise BadData(f"{path}: it has {', '.join(arrays.files)}, not {want}.")
         images, labels = arrays[pair[0]], arrays[pair[1]]
+        if not (isinstance(images, np.ndarray) and isinstance(labels, np.ndarray)):
+            raise ValueError("a member is no array")  # its first bytes are others
     if images.dtype != np.uint8:
         raise BadData(f"{path}: {pair[0]} is {images.dtype}: give uint8 in 0 ... 255.")
     if images.ndim == 4 and images.shape[-1] != 3 and images.shape[1] == 3:

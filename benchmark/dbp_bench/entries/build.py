@@ -20,7 +20,7 @@ from dbp_bench.declaration import explain, number_of
 from dbp_bench.entries import modules, outside
 from dbp_bench.entries.fields import AnyRef, CheckpointRef
 from dbp_bench.entries.threat import is_outside
-from dbp_bench.errors import BadEntry, place_of
+from dbp_bench.errors import BadEntry, place_of, words_of
 from dbp_bench.weights import files, store
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Builder:
             raise BadEntry(f"{path}: {dotted}: {explain(error, function)}") from None  # type: ignore[arg-type]
         except (BadEntry, TypeError, ValueError, KeyError) as error:
             at = f" ({place})" if (place := place_of(error)) else ""
-            raise BadEntry(f"{path}: {dotted}: {' '.join(str(error).split())}{at}") from None
+            raise BadEntry(f"{path}: {dotted}: {' '.join(words_of(error).split())}{at}") from None
 
     def _import(self, dotted: str, path: Path, kind: Kind, entry: Path) -> Callable[..., Any]:
         module, _, attribute = dotted.partition(":")
@@ -139,7 +139,7 @@ class Builder:
             found: Callable[..., Any] = getattr(self._module(module, entry), attribute)
         except (ImportError, AttributeError, SyntaxError) as error:
             at = f" ({place})" if (place := place_of(error)) else ""
-            raise BadEntry(f"{path}: {dotted} cannot be imported: {error}{at}.") from None
+            raise BadEntry(f"{path}: {dotted} cannot be imported: {words_of(error)}{at}.") from None
         if not callable(found):
             raise BadEntry(f"{path}: {dotted} is not a function or a class.")
         home = getattr(found, "__module__", None) or ""

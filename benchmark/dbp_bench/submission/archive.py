@@ -6,7 +6,6 @@ and no archive unpacks to more than its own size.
 
 import errno
 import json
-import os
 import shutil
 import stat
 import zipfile
@@ -15,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from struct import error as StructError
-from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Final, Literal
 
 from pydantic import Field, ValidationError
@@ -24,7 +22,7 @@ from dbp_bench.declaration import Strict, explain, parse_json
 from dbp_bench.entries.fields import Name, Sha256
 from dbp_bench.errors import BadRequest, DbpError
 from dbp_bench.weights.files import digest
-from dbp_bench.writing import naming, sweep
+from dbp_bench.writing import naming, scratch_folder
 
 MANIFEST: Final = "manifest.json"
 LARGEST: Final = 8 << 30
@@ -131,9 +129,7 @@ def opened(path: Path) -> Iterator[Bundle]:
     size = path.stat().st_size
     if size > LARGEST:
         raise Refused(f"{size / 1e9:.1f} GB, more than the {LARGEST / 1e9:.1f} GB of a bundle.")
-    sweep(Path(gettempdir()) / "dbp-bundle")
-    with TemporaryDirectory(prefix=f".dbp-bundle.{os.getpid()}.", suffix=".tmp") as scratch:
-        folder = Path(scratch).resolve()
+    with scratch_folder("dbp-bundle") as folder:
         try:
             with naming(folder), zipfile.ZipFile(path) as archive:
                 infos = _safe(archive.infolist(), size)
