@@ -36,7 +36,7 @@ from dbp_bench.result import Result
 from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Job, Overrides, plan, resolve
 from dbp_bench.runs.saved import adversarial_path, read_saved
-from dbp_bench.submission import archive, verify
+from dbp_bench.submission import again, archive, verify
 from dbp_bench.submission.submit import submit
 from dbp_bench.training.state import Checkpoint, Settings, State
 from dbp_bench.weights import formats
@@ -798,7 +798,7 @@ def _zipped(files: Path, path: Path, *, remake: bool) -> Path:
 
 def test_the_honest_bundle_is_sound(honest: Path, tmp_path: Path) -> None:
     with archive.opened(_zipped(honest, tmp_path / "b.zip", remake=True)) as bundle:
-        verify.check(bundle)
+        verify.check(bundle, Registry())
 
 
 @pytest.mark.slow
@@ -821,8 +821,8 @@ def test_a_hundred_bundles_with_one_hostile_file(honest: Path, alone: Path) -> N
 
         def read(_: Foe, top: Path, bundle: Path = bundle) -> None:
             with archive.opened(bundle) as held:
-                found = verify.check(held)
-                record = verify.record_of(found)
+                found = verify.check(held, Registry())
+                record = again.compute(found)
                 verify.place(held, record, top)
 
         text = _refusal(read, foe, alone / f"placed-{seed}")

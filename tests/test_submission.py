@@ -25,7 +25,7 @@ from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import BadEntry, BadRequest, BadResult
 from dbp_bench.reporting.badge import FILE, Verification, badge_of
 from dbp_bench.reporting.records import read_record
-from dbp_bench.result import Conformance, outcome_digest
+from dbp_bench.result import Conformance, Result, outcome_digest
 from dbp_bench.runs import execute as runner
 from dbp_bench.runs import replay
 from dbp_bench.runs.job import Overrides, plan
@@ -946,6 +946,25 @@ def test_on_another_machine_rounding_is_allowed_for(
     # 2 % of 72, rounded up, and of one kind and direction.
     reason = "4 of 72 adversarial outcomes stated as right are wrong (2 may be, on this machine)"
     assert reason in refused(four, replayed)
+
+
+@pytest.mark.parametrize("how", [replayed, attacked], ids=["replayed", "attacked"])
+def test_what_is_published_is_what_the_verifier_computed(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Mapping[str, Any]
+) -> None:
+    """A stated outcome that rounding may explain earns its author nothing."""
+    monkeypatch.setattr(replay, "device_name", lambda _: "another")
+    monkeypatch.setattr(again, "isolated", lambda subject, _: nullcontext(subject))
+    path = forged(made, tmp_path, rewrite(EOT, flip("adversarial", 5, 3)))
+    with archive.opened(path) as held:
+        found = verify.check(held, Registry(trust_code=True))
+        only = [claim for claim in found.claims if claim.result.threat == "eot"]
+        record = again.compute(replace(found, claims=only), "cpu", **how)
+        verify.place(held, record, tmp_path / "results")
+    mine = next((tmp_path / "results").rglob("eot/pgd/seed-0.json"))
+    honest = next(made.results.rglob("eot/pgd/seed-0.json"))
+    assert Result.read(mine).digest == Result.read(honest).digest
+    assert record.files["eot/pgd/seed-0.json"] == digest(mine)
 
 
 def _all_right(table: dict[str, Any]) -> None:

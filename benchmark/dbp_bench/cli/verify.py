@@ -178,8 +178,6 @@ def _result(
     as_json: bool,
 ) -> None:
     """Attack a result's first `examples` images again, or all, and compare every outcome."""
-    from tempfile import TemporaryDirectory
-
     from dbp_bench.reporting.records import read_record
     from dbp_bench.runs import replay
     from dbp_bench.runs.pictures import write_pictures
@@ -187,15 +185,16 @@ def _result(
     from dbp_bench.submission.archive import Refused
     from dbp_bench.submission.claims import Claim
     from dbp_bench.submission.isolation import isolated
+    from dbp_bench.writing import scratch_folder
 
     record = read_record(path)
     result = record.result
     job = replay.job_of(result, path, registry, device)
     groups = replay.groups_of(job, result, examples)
     others, written = None, None
-    with TemporaryDirectory() as scratch, isolated(job.subject, device) as subject:
+    with scratch_folder("dbp-bench-again") as scratch, isolated(job.subject, device) as subject:
         claim = Claim(record, replace(job, subject=subject))
-        again = replay.attack_again(result, claim.job, Path(scratch), groups)
+        again = replay.attack_again(result, claim.job, scratch, groups)
         found, images = again.comparison, len(again.result.ids)
         faults = [] if found.fault is None else [found.fault]
         try:

@@ -6,11 +6,9 @@ The code of a defense runs in a process of its own (see :mod:`dbp_bench.submissi
 import math
 import random
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -23,7 +21,7 @@ from dbp_bench.evaluate import FRESH
 from dbp_bench.provenance import device_name
 from dbp_bench.reporting.badge import PARTS, Compared, Fall, Part, Unseen, Verification
 from dbp_bench.reporting.statistics import Estimate, Score, proportion
-from dbp_bench.result import Conformance, Kind, Result
+from dbp_bench.result import Conformance, Kind, Predicted, Result, outcome_digest
 from dbp_bench.runs import replay
 from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Job
@@ -33,6 +31,8 @@ from dbp_bench.submission.archive import Refused
 from dbp_bench.submission.claims import Claim, read_images
 from dbp_bench.submission.isolation import isolated
 from dbp_bench.submission.verify import CHECKS, Verified, refusing
+from dbp_bench.weights.files import digest
+from dbp_bench.writing import scratch_folder
 
 STANDARD_ERRORS: Final = 4.0
 """A fresh evaluation may miss the stated accuracy by so many. At 4, all threat models together
@@ -57,6 +57,9 @@ def compute(
     last badge. An attack evaluates what it finds, so it earns it without a replay of the rest. At
     the end, conformance records are made again: by then, a defense that counts was asked often.
 
+    Outcomes that were computed again take the place of the stated ones in the unpacked bundle: what
+    is published is the verifier's own, rounding included.
+
     Args:
         verified: The bundle, which was found sound.
         device: Where to compute.
@@ -78,8 +81,9 @@ def compute(
                 replace(claim, job=replace(claim.job, device=device, subject=subject))
                 for claim in verified.claims
             ]
-            replayed = reevaluate(claims, bundle.sha256) if evaluate else None
-            attacked = attack(claims, bundle.sha256, share) if share else None
+            results = {claim.name: claim.result for claim in claims}
+            replayed = reevaluate(claims, bundle.sha256, results) if evaluate else None
+            attacked = attack(claims, bundle.sha256, share, results) if share else None
             others = attack_unseen(claims, unseen) if unseen else None
             memo = Memo()
             for claim in claims:
@@ -87,6 +91,7 @@ def compute(
                     raise Refused(
                         f"{claim.name}: its conformance record, made again, says: {said[0]}."
                     )
+                results[claim.name].write(claim.record.path)
     own = f"results/{manifest.track}/{manifest.defense}/"
     return Verification(
         schema=1,
@@ -101,7 +106,7 @@ def compute(
         share=share,
         unseen=others,
         device_name=device_name(device) if asked else None,
-        files={each.name.removeprefix(own): each.record.sha256 for each in verified.claims},
+        files={each.name.removeprefix(own): digest(each.record.path) for each in verified.claims},
     )
 
 
@@ -116,11 +121,11 @@ def record_faults(claim: Claim, memo: Memo | None = None) -> list[str]:
 # --------------------------------------------------------------------------------- the same images
 
 
-def reevaluate(claims: Sequence[Claim], key: str) -> Compared:
+def reevaluate(claims: Sequence[Claim], key: str, results: dict[str, Result]) -> Compared:
     """Evaluate the adversarial images at the stated draws, then at fresh ones.
 
     The fresh draws follow from `key`, the bundle's hash, so that no author can choose images that
-    are right there.
+    are right there. What is found takes the place of what is stated in `results`, by name.
 
     Raises:
         Refused: Too many outcomes, or an accuracy, are others than stated.
@@ -132,6 +137,9 @@ def reevaluate(claims: Sequence[Claim], key: str) -> Compared:
         saved = read_images(claim)
         found = replay.reevaluated(claim.result, saved, claim.job, defense)
         total += _checked(claim, replay.compare(claim.result, found, claim.job.device))
+        rows = range(len(claim.result.ids))
+        outcomes = {kind: classes.tolist() for kind, classes in found.items()}
+        results[claim.name] = with_outcomes(results[claim.name], outcomes, rows)
         _check_accuracy(claim, defense, saved, base)
     return _compared(total)
 
@@ -165,23 +173,41 @@ def _check_accuracy(claim: Claim, defense: Defense, saved: Saved, base: int) -> 
         )
 
 
-def attack(claims: Sequence[Claim], key: str, share: float) -> Compared:
+def with_outcomes(
+    result: Result, outcomes: Mapping[Kind, Sequence[Any]], rows: Sequence[int]
+) -> Result:
+    """`result`, with these predicted classes, by kind, in these `rows`."""
+    predicted = result.predicted.model_dump()
+    for kind, found in outcomes.items():
+        for row, classes in zip(rows, found, strict=True):
+            predicted[kind][row] = classes
+    made = Predicted.model_validate(predicted)
+    sha256 = outcome_digest(result.ids, result.labels, result.draws, made)
+    return result.model_copy(update={"predicted": made, "digest": sha256})
+
+
+def attack(claims: Sequence[Claim], key: str, share: float, results: dict[str, Result]) -> Compared:
     """Attack a random `share` of the images again, from the stated seeds, and compare all outcomes.
 
-    Whole groups of images are taken, and `key`, the bundle's hash, decides which ones.
+    Whole groups of images are taken, and `key`, the bundle's hash, decides which ones. What is
+    found takes the place of what is stated in `results`, by name.
 
     Raises:
         Refused: Too many outcomes are others than stated.
     """
     total = Comparison({})
-    with TemporaryDirectory() as scratch:
+    with scratch_folder("dbp-bench-verify") as scratch:
         for number, claim in enumerate(claims):
             job = claim.job
             groups = chosen_groups(len(job.groups), share, f"{key}/{claim.name}")
-            again = replay.attack_again(claim.result, job, Path(scratch) / str(number), groups)
+            again = replay.attack_again(claim.result, job, scratch / str(number), groups)
             total += _checked(claim, again.comparison)
+            rows = [claim.result.ids.index(id_) for id_ in again.result.ids]
+            own = again.result.predicted
+            outcomes: dict[Kind, Any] = {"clean": own.clean, "adversarial": own.adversarial}
+            outcomes |= {"fresh": own.fresh} if own.fresh is not None else {}
+            results[claim.name] = with_outcomes(results[claim.name], outcomes, rows)
             if replay.same_machine(claim.result, job.device):
-                rows = [claim.result.ids.index(id_) for id_ in again.result.ids]
                 there = load_file(adversarial_path(claim.record.path))["images"][:, rows]
                 if not torch.equal(again.adversarial, there):
                     raise Refused(
@@ -234,10 +260,10 @@ def attack_unseen(claims: Sequence[Claim], count: int) -> Unseen:
     # Of several seeds, the last one: their attacks differ in nothing else.
     once = {claim.result.threat: claim for claim in claims}.values()
     attacks = [claim for claim in once if claim.job.eps > 0] or once
-    with TemporaryDirectory() as scratch:
+    with scratch_folder("dbp-bench-unseen") as scratch:
         for claim in attacks:
             job = replace(claim.job, seed=seed, track_ids=ids, examples=len(ids))
-            found = Result.read(execute(job, Path(scratch)))
+            found = Result.read(execute(job, scratch))
             if found.conformance is not None and (said := faults(found.conformance)):
                 raise Refused(
                     f"{claim.name}: on other images its conformance record says: {said[0]}."
