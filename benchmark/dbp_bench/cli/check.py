@@ -71,7 +71,7 @@ def check(
     Exit code 1: a test failed.
     """
     if environment:
-        from dbp_bench.checks.doctor import examine, render
+        from dbp_bench.checks.environment import examine, render
 
         findings = examine()
         if as_json:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from dbp_bench.data.catalog import Facts
 from dbp_bench.errors import BadData, DbpError
 from dbp_bench.extras import BadExtra
-from dbp_bench.weights.files import ASSETS, verify
+from dbp_bench.weights.files import verify
+from dbp_bench.weights.places import ASSETS
 
 Pixels = NDArray[np.uint8]
 """An image ``(h, w, c)`` of whole numbers in 0 ... 255."""

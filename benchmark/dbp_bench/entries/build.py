@@ -21,7 +21,7 @@ from dbp_bench.entries import modules, outside
 from dbp_bench.entries.fields import AnyRef, CheckpointRef
 from dbp_bench.entries.threat import is_outside
 from dbp_bench.errors import BadEntry, place_of, words_of
-from dbp_bench.weights import files, store
+from dbp_bench.weights import files, places, store
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,7 +60,7 @@ class Builder:
 
             missing = self.random_weights and not store.has(ref.checkpoint)
             return blank(ref.checkpoint) if missing else build(ref.checkpoint)
-        file = files.find(ref.file, [path.parent, path.parent.parent])
+        file = places.find(ref.file, [path.parent, path.parent.parent])
         files.verify(file, ref.sha256)
         network: nn.Module = self.call(ref.network, path, "networks", {})
         files.fill(network, files.load(file), file)

@@ -19,6 +19,7 @@ from dbp_bench.runs.saved import adversarial_path
 from dbp_bench.submission import archive, claims, layout, verify
 from dbp_bench.submission.archive import Manifest, Refused
 from dbp_bench.weights import files as weight_files
+from dbp_bench.weights import places as weight_places
 from dbp_bench.writing import replacing
 
 PACKAGES: Final = ("dbp-bench", "torch", "numpy", "safetensors")
@@ -89,8 +90,8 @@ def _entry_files(subject: Subject, with_weights: bool) -> dict[str, Path]:
             raise Refused(f"{path}: the source of {module} isn't found. Name its --entries.")
         files |= {f"{layout.ENTRIES}/{name}": path for name, path in source.files.items()}
     for ref in layout.networks(subject) if with_weights else ():
-        weights = weight_files.find(ref.file, [path.parent, path.parent.parent])
-        if not weights.is_relative_to(weight_files.ASSETS):
+        weights = weight_places.find(ref.file, [path.parent, path.parent.parent])
+        if not weights.is_relative_to(weight_places.ASSETS):
             weight_files.verify(weights, ref.sha256)
             files[f"{layout.ENTRIES}/{ref.file}"] = weights
     return files

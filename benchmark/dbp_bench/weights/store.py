@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dbp_bench import __version__
 from dbp_bench.declaration import Strict, parse_json, read_json
 from dbp_bench.errors import BadResult, BadWeights, UnknownName
-from dbp_bench.weights import catalog, files
+from dbp_bench.weights import catalog, files, places
 from dbp_bench.writing import replacing, write_atomically
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Record(Strict):
 
 def folder() -> Path:
     """The folder of converted checkpoints."""
-    return files.cache() / "weights"
+    return places.cache() / "weights"
 
 
 def file(name: str) -> Path:
