@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from dbp_bench.defense import Defense
 from dbp_bench.evaluation import predict
-from dbp_bench.noise import FORWARD
 from dbp_bench.reporting.statistics import Bootstrap, Estimate, Score, proportion
 from dbp_bench.reporting.votes import (
     METRICS,
@@ -142,8 +141,7 @@ def test_a_stochastic_model_whose_chances_are_known() -> None:
     labels = torch.arange(n) % 2
     margin = np.where(labels.numpy() == 1, logit, -logit) / (sigma * float(weight.norm()))
     p = np.array([(1 + erf(z / sqrt(2))) / 2 for z in margin])
-    sites = frozenset({FORWARD})
-    defense = Defense(Noisy(sigma, 0, sites), linear, [])
+    defense = Defense(Noisy(sigma, 0), linear, [])
     seen = [predict(defense, images, range(n), seed=0, draw=draw) for draw in range(draws)]
     found = Tally([torch.stack(seen, 1).numpy()], labels.tolist(), noisy=True)
     for name in METRICS:

@@ -348,16 +348,17 @@ def test_brackets_are_text(command: "Command", tmp_path: Path) -> None:
         tracks={"mine": track | {"title": title}},
         defenses={"toy": none},
     )
-    ask = ["run", "--defense", "toy", "--track", "mine", "--threat", "eot", "--entries", mine]
+    ask = ["run", "--defense", "toy", "--track", "mine", "--entries", mine, *SMALL]
     out = tmp_path / "[blue]out[/x]"
-    said = command(*ask, *SMALL, "--out", out)
+    ask += ["--out", out]
+    said = command(*ask, "--threat", "eot")
     assert (said.code, said.err) == (0, "")
     assert title in said.out
     assert said.out.splitlines()[-1] == str(out / "mine/toy/eot/pgd/seed-0.json")
-    same = command(*ask, *SMALL, "--out", out, "--threat", "eot,dwbox")
+    same = command(*ask, "--threat", "eot,dwbox")
     assert f"see {out}" in same.out
     assert title in command("list", "tracks", "--entries", mine).out
-    assert title in command(*ask, *SMALL, "--out", out, "--dry-run").out
+    assert title in command(*ask, "--threat", "eot", "--dry-run").out
     swept = ["sweep", "toy", "--threat", "eot", "--track", "mine", "--over", "steps=21"]
     small = ["--examples", "2", "--batch-size", "2", "--black-box", "none"]
     assert command(*swept, *small, "--entries", mine, "--out", out).code == 0
@@ -520,6 +521,33 @@ def test_an_old_option_says_the_new_one(command: "Command", option: str) -> None
         assert (said.code, said.out) == (2, "")
         assert said.err == f"dbp-bench: {moved.OPTIONS[option]}\n"
         assert option in said.err
+
+
+@pytest.mark.parametrize(
+    ("twice", "says"),
+    [
+        (("--seed", "0", "--seed", "1"), "--seed: given twice, and only one would count."),
+        (("--defense", "addt"), "--defense: given twice, and only one would count."),
+        (("--out", "a", "--out", "b"), "--out: given twice, and only one would count."),
+    ],
+)
+def test_an_option_that_would_be_ignored(
+    command: "Command", twice: tuple[str, ...], says: str
+) -> None:
+    said = command("run", "--defense", "none", "--threat", "eot", *twice, "--dry-run")
+    assert (said.code, said.err) == (2, f"dbp-bench: {says}\n")
+    again = ("--examples", "3", "--examples", "2", "--set", "eot=3", "--set", "eot=1")
+    assert command("run", "--defense", "none", "--threat", "eot", *again, "--dry-run").code == 0
+    assert command("submit", "none", "--results", "a", "--results", "b").err.startswith(
+        "dbp-bench: --results: given twice"
+    )
+
+
+def test_a_place_of_data_that_a_plan_would_ignore(command: "Command", tmp_path: Path) -> None:
+    asked = ("--defense", "none", "--threat", "eot", "--data", tmp_path, "--dry-run")
+    said = command("run", *asked)
+    assert said.code == 2
+    assert "the images of data set 'digits' come with the package" in said.err
 
 
 def test_wrong_weights(command: "Command", tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from dbp_bench.purifiers.guided import mse_gradient
 from dbp_bench.result import Conformance, GradientCheck
 from dbp_bench.threat import AttackerView, Budget, Linf
 from own_entries import on_digits
-from toys import BOTH, SAMPLERS, Made, MixtureDenoiser, Small, sampler, ssim, uniform
+from toys import BOTH, SAMPLERS, Made, MixtureDenoiser, Small, approach, sampler, ssim, uniform
 
 OUTPUT = "output in [0, 1], of the input's shape and type"
 REPLAY = "replays exactly, and leaves global generators alone"
@@ -286,7 +286,6 @@ BREAK_ONE_RULE: list[tuple[Run, str, str]] = [
     (reseeds, REPLAY, "the global generator of torch"),
     (python_random, REPLAY, "the global generator of Python"),
     (numpy_random, REPLAY, "the global generator of NumPy"),
-    (undeclared, SITES, "Declare sites: [forward, guidance, reverse]"),
     (never_reverse, SITES, "declares [reverse] but never draws there"),
     (same_step, ONCE, "site 'forward', step 0 more than once"),
     (unused, MATTERS, "another draw at site 'reverse' changes nothing"),
@@ -311,6 +310,7 @@ BREAK_MORE: list[tuple[Run, str, str]] = [
     (borrows_state, REPLAY, "two purifications with the same draws differ"),
     (own_generator(), REPLAY, "two purifications with the same draws differ"),
     (needs_uniform, SITES, "asks the noise for 'uniform'"),
+    (undeclared, SITES, "Declare sites: [forward, guidance, reverse]"),
     (wrong_shape, OUTPUT, "stopped with RuntimeError"),
 ]
 
@@ -459,13 +459,12 @@ REPLAYS, ALONE, PROGRAM, INPUT = record.CHECKS
 def cases(run: Run) -> list[record.Case]:
     """The run of an attack on a purifier with 2 EoT samples, and the same in float64."""
     images, labels = uniform(8, 1, 4, 4), torch.arange(8) % 2
-    built = [Defense(toy(run), Small().to(dtype)) for dtype in (torch.float32, torch.float64)]
-    return [
-        record.Case(each, each, images[:n].to(dtype), labels[:n], max_batch=most, samples=2)
-        for each, dtype, n, most in zip(
-            built, (torch.float32, torch.float64), (8, 2), (16, 1), strict=True
-        )
-    ]
+    made = []
+    for dtype, n, most in ((torch.float32, 8, 16), (torch.float64, 2, 1)):
+        defense = Defense(toy(run), Small().to(dtype))
+        group = Group(images[:n].to(dtype), labels[:n], range(n))
+        made.append(record.Case((defense, defense), group, approach(8, most)))
+    return made
 
 
 def recorded(run: Run) -> dict[str, str]:

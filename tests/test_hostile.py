@@ -5,10 +5,16 @@ import json
 import os
 import pickle
 import random
+import re
+import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +24,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save, save_file
 
+import dbp_bench.data
 from conftest import Command
-from dbp_bench.data import facts_of
+from dbp_bench.data import facts_of, load_data
 from dbp_bench.data.readers import npz
 from dbp_bench.declaration import LARGEST_ENTRY, parse_json, value_of
 from dbp_bench.entries.registry import Registry
@@ -27,9 +34,10 @@ from dbp_bench.errors import LONGEST, BadData, BadEntry, BadResult, BadWeights, 
 from dbp_bench.reporting.records import load
 from dbp_bench.result import Result
 from dbp_bench.runs.execute import execute
-from dbp_bench.runs.job import Job, Overrides, resolve
+from dbp_bench.runs.job import Job, Overrides, plan, resolve
 from dbp_bench.runs.saved import adversarial_path, read_saved
-from dbp_bench.submission import archive, verify
+from dbp_bench.submission import again, archive, verify
+from dbp_bench.submission.submit import submit
 from dbp_bench.training.state import Checkpoint, Settings, State
 from dbp_bench.weights import formats
 from dbp_bench.weights.files import fill
@@ -70,6 +78,8 @@ def test_a_tag_is_refused_wherever_it_stands(value: str, tmp_path: Path) -> None
         (BILLION, "line 2: an alias (*a)"),
         ("title: &t x\npaper: *t\n", "line 2: an alias (*t)"),
         ("<<: {title: x}\n", "a merge (<<)"),
+        ("title: 1e-400\n", "too small for a number"),
+        ("a: 1\na: 2\n", "key 'a' stands twice"),
         ("title: " + "[" * 80 + "]" * 80, "nested more than"),
         ('title: "\\e[31mred"\n', "a control character"),
         ('"\\u202e": x\n', "a control character"),
@@ -182,7 +192,10 @@ def test_images_outside_the_ball_are_made_again_whatever_the_digest_says(
         tensors = load_file(path)
         tensors["images/0"] = torch.ones_like(tensors["images/0"])
         save_file(tensors, path, {"digest": "forged"})
-    assert execute(job(), unfinished).read_bytes() == run[1]
+    result = execute(job(), unfinished)
+    assert result.read_bytes() == run[1]
+    own = adversarial_path(job().path(run[0]))
+    assert adversarial_path(result).read_bytes() == own.read_bytes()
 
 
 DEEP = "[" * 1000 + "]" * 1000
@@ -221,6 +234,19 @@ def test_an_npz_with_a_damaged_header(tmp_path: Path) -> None:
             npz(path, "test", facts_of("cifar10"))
 
 
+@pytest.mark.parametrize("name", ["images", "labels"])
+def test_an_npz_with_a_member_that_is_no_array(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, images=np.zeros((3, 32, 32, 3), np.uint8), labels=np.zeros(3, int))
+    with zipfile.ZipFile(path) as held:
+        members = {each: held.read(each) for each in held.namelist()}
+    with zipfile.ZipFile(path, "w") as made:
+        for each, content in members.items():
+            made.writestr(each, content[1:] if each == f"{name}.npy" else content)
+    with pytest.raises(BadData, match=r"x\.npz: cannot be read \(a member is no array\)"):
+        npz(path, "test", facts_of("cifar10"))
+
+
 def _member(whole: bytes, name: str, damaged: bytes, path: Path) -> bytes:
     path.write_bytes(whole)
     with zipfile.ZipFile(path) as held:
@@ -257,6 +283,7 @@ DAMAGES: dict[str, Damage] = {
     "unknown tensor": lambda t, n: t.update({"network/x": torch.zeros(1)}),
     "no parameter": lambda t, n: t.update({"optimizer/7/step": torch.zeros(())}),
     "no number": lambda t, n: t.update({"optimizer/x/step": torch.zeros(())}),
+    "moment of no parameter": lambda t, n: t.update({"optimizer/7/exp_avg": torch.zeros(2, 3)}),
     "unknown moment": lambda t, n: t.update({"optimizer/0/x": torch.zeros(2, 3)}),
     "another shape": lambda t, n: t.update({"optimizer/0/exp_avg": torch.zeros(9)}),
     "a moment lacks": lambda t, n: t.pop("optimizer/0/exp_avg"),
@@ -302,7 +329,18 @@ def test_no_control_character_reaches_the_terminal(command: Command, tmp_path: P
     for each in said:
         assert each.code == (0 if each is said[-1] else 2)
         assert plain(each.out + each.err) == each.out + each.err
-    assert "\\x1b[31mred\\x9b2J\\u202e[/b][red]x" in said[0].err
+    shown = "\\x1b[31mred\\x9b2J\\u202e[/b][red]x"
+    out, small = tmp_path / hostile, ("--examples", "2", "--batch-size", "2")
+    for asked in (
+        ("run", "--defense", "none", "--threat", "null", *small, "--out", out),
+        ("report", "--results", out, "--out", out),
+        ("verify", out / "digits-linf/none/null/pgd/seed-0.json"),
+    ):
+        each = command(*asked)
+        assert each.code == 0
+        assert shown in each.out
+        assert plain(each.out + each.err) == each.out + each.err
+    assert shown in said[0].err
 
 
 def test_brackets_are_text(command: Command, tmp_path: Path) -> None:
@@ -533,10 +571,109 @@ def _read_bundle(foe: Foe, top: Path) -> None:
     if foe.random.random() < 0.4:
         path.write_bytes(foe.damaged(path.read_bytes()))
     with archive.opened(path) as bundle:
-        verify.check(bundle)
+        verify.check(bundle, Registry())
 
 
-KINDS = [_read_entry, _read_result, _read_weights, _read_state, _read_bundle]
+@cache
+def _few_images() -> tuple[Job, bytes]:
+    """A job of two images, and a file of images that could be its own."""
+    asked = job(examples=2)
+    clean, _ = asked.data().select(asked.track_ids[:2])
+    images = torch.stack([clean] * asked.attacks)
+    tensors = {"images": images, "ids": torch.tensor(asked.track_ids[:2])}
+    return asked, save(tensors, {"request": json.dumps(asked.identity())})
+
+
+def _read_images(foe: Foe, top: Path) -> None:
+    top.mkdir()
+    asked, raw = _few_images()
+    path = top / "adversarial-seed-0.safetensors"
+    if foe.random.random() < 0.5:
+        path.write_bytes(foe.damaged(raw))
+    else:
+        path.write_bytes(raw)
+        tensors, request = load_file(path), json.loads(_metadata(path)["request"])
+        text = foe.text(request).encode("ascii", "replace").decode()
+        save_file(tensors, path, {"request": text})
+    assert torch.equal(read_saved(path, asked).images, load_file(path)["images"])
+
+
+def _read_data(foe: Foe, top: Path) -> None:
+    """Images for a track: a file of arrays, one of encoded images, or a folder of these."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    top.mkdir()
+    pixels = np.random.default_rng(foe.random.randrange(99)).integers(0, 256, (12, 32, 32, 3))
+    pixels, labels = pixels.astype(np.uint8), np.arange(12) % 10
+    encoded = []
+    for image in pixels:
+        buffer = BytesIO()
+        Image.fromarray(image).save(buffer, foe.random.choice(["PNG", "JPEG"]))
+        encoded.append(buffer.getvalue())
+    form = foe.random.choice(["npz", "members", "parquet", "folder"])
+    path = top / "test.npz"
+    if form == "folder":
+        for number, content in enumerate(encoded):
+            path = top / f"test/{labels[number]}/{number:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    elif form == "parquet":
+        path = top / "test.parquet"
+        cells = [{"bytes": content, "path": None} for content in encoded]
+        pq.write_table(pa.table({"img": cells, "label": labels}), path)
+    else:
+        np.savez(path, images=pixels, labels=labels)
+    if form == "members":  # with the right checksums
+        with zipfile.ZipFile(path) as held:
+            members = {name: held.read(name) for name in held.namelist()}
+        name = foe.random.choice(list(members))
+        members[name] = foe.damaged(members[name][:128]) + members[name][128:]
+        with zipfile.ZipFile(path, "w") as made:
+            for each, content in members.items():
+                made.writestr(each, content)
+    else:
+        path.write_bytes(foe.damaged(path.read_bytes()))
+    data = load_data("cifar10", top)
+    images, _ = data.select(range(12))
+    assert images.shape == (12, 3, 32, 32)
+    data.digest(range(12))
+
+
+KINDS = [
+    *(_read_entry, _read_result, _read_weights, _read_state, _read_bundle),
+    *(_read_images, _read_data),
+]
+
+
+# What Python tells of itself, while `_watched` says where files may be written.
+_watched: list[Path] = []
+_seen: list[str] = []
+_CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.chmod")
+_STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen")
+_REACHES = ("socket.connect", "socket.sendto", "socket.bind", "urllib.Request")
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    """Notes each file that is written elsewhere, each process started, each connection opened."""
+    if not _watched:
+        return
+    if event in (*_STARTS, *_REACHES):
+        _seen.append(f"{event} {arguments}"[:300])
+        return
+    # Below an open folder, a path says nothing of where it is; opening that folder did.
+    writes = event in _CHANGES and arguments[-1] == -1
+    if event == "open" and isinstance(arguments[2], int):
+        writes = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+    for path in arguments[: 2 if event in ("os.rename", "os.link") else 1] if writes else ():
+        if isinstance(path, str | bytes | os.PathLike):
+            place = Path(os.path.realpath(os.fsdecode(path)))
+            if place != Path(os.devnull) and not any(map(place.is_relative_to, _watched)):
+                _seen.append(f"{event} {place}")
+
+
+sys.addaudithook(_hook)
 
 
 @pytest.fixture
@@ -549,18 +686,24 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("HOME", str(here))
     monkeypatch.setenv("DBP_BENCH_CACHE", str(here / "cache"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    monkeypatch.delenv("DBP_BENCH_DATA", raising=False)
+    _seen.clear()
     yield tmp_path
+    _watched.clear()
     assert [path.name for path in here.iterdir()] in ([], ["cache"])
     left = [path.name for path in (tmp_path / "scratch").iterdir()]
     assert not [name for name in left if not name.startswith("torchinductor_")], "PyTorch's cache"
 
 
-def _refusal(read: Callable[[Foe, Path], None], foe: Foe, top: Path) -> str:
+def _refusal(read: Callable[[Foe, Path], object], foe: Foe, top: Path) -> str:
     """What is said of a hostile file; nothing where it does no harm."""
+    _watched[:] = [top, foe.trace.parent / "scratch"]
     try:
         read(foe, top)
     except DbpError as error:
         return str(error)
+    finally:
+        _watched.clear()
     return ""
 
 
@@ -574,6 +717,7 @@ def _generated(seeds: range, alone: Path) -> None:
             assert plain(said) == said
             assert len(said) <= LONGEST + 3
             assert not trace.exists(), f"{read.__name__} {seed} ran code"
+            assert not _seen, f"{read.__name__} {seed} did more than read"
     assert refused > len(seeds) * len(KINDS) / 2
 
 
@@ -581,6 +725,109 @@ def test_a_few_generated_files(alone: Path) -> None:
     _generated(range(4), alone)
 
 
+def test_code_and_writes_are_seen(alone: Path) -> None:
+    """What the hostile files would do, if they could."""
+    acts: list[Callable[[Foe, Path], object]] = [
+        lambda *_: (alone / "elsewhere").write_text("x"),
+        lambda *_: (alone / "folder").mkdir(),
+        lambda *_: os.system("true"),
+        lambda *_: subprocess.run(["true"], check=True),
+    ]
+    for number, act in enumerate(acts):
+        assert _refusal(act, Foe(0, alone / "trace"), alone / f"{number}") == ""
+        assert _seen, number
+        _seen.clear()
+
+
 @pytest.mark.slow
 def test_five_hundred_generated_files(alone: Path) -> None:
     _generated(range(100, 200), alone)
+
+
+# ------------------------------------------------------------------------------- a whole bundle
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with all files of a bundle that can be verified, of a purifier of ours."""
+    top = tmp_path_factory.mktemp("honest")
+    folder(top / "mine", defenses={"hostile": ENTRY | {"settings": [ONE_TRACK]}})
+    registry, ids = Registry([top / "mine"]), dbp_bench.data.split_ids("digits", "test")[:4]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dbp_bench.data, "split_ids", lambda *_: list(ids))
+        patch.setattr("dbp_bench.provenance._git", lambda: (None, None))
+        for item in plan(
+            *(registry, "digits-linf", ["hostile"], ["all"]),
+            seed=0,
+            device="cpu",
+            overrides=Overrides(batch_size=2),
+        ):
+            if item.instead is None:
+                execute(item.job, top / "results", save_adversarial=True)
+        submit(registry, "hostile", "digits-linf", top / "results", top / "b.zip")
+        with zipfile.ZipFile(top / "b.zip") as held:
+            held.extractall(top / "files")
+        yield top / "files"
+
+
+ONE_TRACK: dict[str, Any] = {
+    "tracks": ["digits-linf"],
+    "options": {"t_star": 9, "clamp_output": False},
+    "networks": {},
+}
+
+
+def _zipped(files: Path, path: Path, *, remake: bool) -> Path:
+    """A bundle of these files; `remake` makes the hashes in its manifest fit, as a forger would."""
+    names = {f.relative_to(files).as_posix(): f for f in sorted(files.rglob("*")) if f.is_file()}
+    manifest = names.pop(archive.MANIFEST)
+    text = manifest.read_text(errors="replace")
+    if remake:
+        with suppress(ValueError, TypeError):
+            table = json.loads(text)
+            table["files"] = {
+                name: archive.facts(each).model_dump() for name, each in names.items()
+            }
+            text = json.dumps(table)
+    with zipfile.ZipFile(path, "w") as made:
+        made.writestr(archive.MANIFEST, text)
+        for name, each in names.items():
+            made.write(each, name)
+    return path
+
+
+def test_the_honest_bundle_is_sound(honest: Path, tmp_path: Path) -> None:
+    with archive.opened(_zipped(honest, tmp_path / "b.zip", remake=True)) as bundle:
+        verify.check(bundle, Registry())
+
+
+@pytest.mark.slow
+def test_a_hundred_bundles_with_one_hostile_file(honest: Path, alone: Path) -> None:
+    """All else is as an honest author has it, so that every check is reached by some."""
+    said: set[str] = set()
+    (alone / "here/out").mkdir()
+    for seed in range(100):
+        foe, files = Foe(seed, alone / "trace"), alone / f"files-{seed}"
+        shutil.copytree(honest, files)
+        path = foe.random.choice(sorted(p for p in files.rglob("*") if p.is_file()))
+        raw = path.read_bytes()
+        if path.suffix == ".safetensors" or foe.random.random() < 0.2:
+            path.write_bytes(foe.damaged(raw))
+        else:
+            table = yaml.safe_load(raw) if path.suffix == ".yaml" else json.loads(raw)
+            path.write_bytes(foe.text(table).encode(errors="replace"))
+        bundle = _zipped(files, alone / f"{seed}.zip", remake=foe.random.random() < 0.8)
+        shutil.rmtree(files)
+
+        def read(_: Foe, top: Path, bundle: Path = bundle) -> None:
+            with archive.opened(bundle) as held:
+                found = verify.check(held, Registry())
+                record = again.compute(found)
+                verify.place(held, record, top)
+
+        text = _refusal(read, foe, alone / f"placed-{seed}")
+        assert plain(text) == text
+        assert not _seen, f"bundle {seed} did more than read"
+        said.add(re.sub(r"[^a-z ]", "", text)[:60])
+    (alone / "here/out").rmdir()
+    assert len(said) > 15, "hardly any check is reached"

@@ -14,7 +14,7 @@ from own_entries import folder, toy_defense
 SHIPPED = Registry()
 NONE = SHIPPED.defense("none").entry.factory
 TRACK = "digits-linf"
-PROTOCOL = ["dw-fwd", "dw-rev", "dwbox", "eot", "null", "whitebox"]
+PROTOCOL = SHIPPED.protocol
 
 
 def job(

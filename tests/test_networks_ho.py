@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from dbp_bench.errors import BadWeights
 from dbp_bench.networks import ho
 from dbp_bench.networks.ho import HoUNet
-from dbp_bench.weights.files import ASSETS, fill
+from dbp_bench.weights.files import fill
+from dbp_bench.weights.places import ASSETS
 from layouts import (
     Shapes,
     T,

@@ -567,6 +567,7 @@ def test_a_new_threat_model_of_the_protocol_appears_without_another_edit(
     """One with another EoT, and one that knows what none of the others does."""
     threat_entry(registry.folders[0], "eot-40", "none", eot=40)
     threat_entry(registry.folders[0], "reverse-only", "[reverse]")
+    registry = Registry(registry.folders)
     sites = ["forward", "guidance", "reverse"]
     results = [
         make("new", "eot", 0.5, sites=sites),
@@ -590,6 +591,7 @@ def test_a_new_threat_model_of_the_protocol_appears_without_another_edit(
 def test_what_the_protocol_says_equal_must_be_equal(tmp_path: Path, registry: Registry) -> None:
     """A threat model may differ from the others in what its entry says differs, and no more."""
     threat_entry(registry.folders[0], "eot-40", "none", eot=40)
+    registry = Registry(registry.folders)
     own = make("both", "eot-40", 0.4, effort={"eot": 40, "steps": 50})
     save(tmp_path / "results", *matrix(), own)
     with pytest.raises(NotComparable, match=r"effort\.steps 20 and 50"):

@@ -4,7 +4,8 @@ import json
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +21,11 @@ from safetensors.torch import load_file, save_file
 import dbp_bench.data
 from dbp_bench import __version__
 from dbp_bench.entries.registry import Registry
+from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import BadEntry, BadRequest, BadResult
 from dbp_bench.reporting.badge import FILE, Verification, badge_of
 from dbp_bench.reporting.records import read_record
-from dbp_bench.result import Conformance, outcome_digest
+from dbp_bench.result import Conformance, Result, outcome_digest
 from dbp_bench.runs import execute as runner
 from dbp_bench.runs import replay
 from dbp_bench.runs.job import Overrides, plan
@@ -61,7 +63,7 @@ class Made:
 def _small_and_clean() -> Iterator[None]:
     """A track of 8 images, and code that counts as released."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dbp_bench.data, "split_ids", lambda *_: list(IDS))
+        patch.setattr(Subject, "ids", lambda _: list(IDS))
         patch.setattr("dbp_bench.provenance._git", lambda: (None, None))
         patch.setattr(sys, "path", list(sys.path))
         yield
@@ -141,7 +143,7 @@ def verdict(path: Path, **more: Any) -> str:
     """Why the bundle is refused; "" if it isn't."""
     try:
         with archive.opened(path) as held:
-            verify.check(held, **more)
+            verify.check(held, Registry(**more))
     except Refused as error:
         return str(error)
     return ""
@@ -264,7 +266,7 @@ def test_from_bundle_to_badge(made: Made, tmp_path: Path, command: "Command") ->
     rerun = {
         "checked": [],
         "replayed": ["--replay", "--trust-code"],
-        "re-attacked": ["--attack", "0.1", "--trust-code"],
+        "re-attacked": ["--attack", "0.1", "--unseen", "--examples", "6", "--trust-code"],
     }
     for badge, options in rerun.items():
         sys.modules.pop("my_defense", None)
@@ -273,6 +275,7 @@ def test_from_bundle_to_badge(made: Made, tmp_path: Path, command: "Command") ->
         assert badge_of(own) == badge
         assert "my_defense" not in sys.modules
     assert f"{made.bundle}: re-attacked" in said.out
+    assert said.out.count("no accuracy is lower than stated by more than chance explains") == 1
     # A record of the same bundle that says more stands.
     assert command("verify", made.bundle, "--into", results).code == 0
     assert badge_of(own) == "re-attacked"
@@ -283,6 +286,14 @@ def test_from_bundle_to_badge(made: Made, tmp_path: Path, command: "Command") ->
     # dwbox at 3, and at 3 fresh ones.
     assert record.attack.outcomes == 4 * (3 * 18 + 6 + 9)
     assert (record.attack.differing, record.attack.allowed) == (0, 0)
+    assert record.unseen is not None
+    assert (record.unseen.images, record.unseen.part) == (6, "test")
+    # Of the null attack nothing is to be seen.
+    assert [(each.threat, each.kind) for each in record.unseen.falls] == [
+        (threat, kind)
+        for threat in ("dwbox", "eot", "whitebox")
+        for kind in ("clean", "adversarial")
+    ]
     threats = ("dwbox", "eot", "null", "whitebox")
     assert set(record.files) == {f"{threat}/pgd/seed-0.json" for threat in threats}
     assert {p.name for p in own.rglob("*") if p.is_file()} == {FILE, "seed-0.json"}
@@ -290,8 +301,9 @@ def test_from_bundle_to_badge(made: Made, tmp_path: Path, command: "Command") ->
 
 def test_a_replay_compares_every_outcome(made: Made) -> None:
     with archive.opened(made.bundle) as held:
-        found = verify.check(held, trust_code=True)
-        seen = verify.replay(found, "cpu")
+        found = verify.check(held, Registry(trust_code=True))
+        seen = again.compute(found, "cpu", evaluate=True).replay
+    assert seen is not None
     assert (seen.outcomes, seen.differing, seen.allowed) == (8 * (3 * 18 + 6 + 9), 0, 0)
 
 
@@ -301,7 +313,7 @@ def test_code_runs_only_when_it_is_trusted(made: Made, command: "Command") -> No
     for option in (["--replay"], ["--attack", "0.5"]):
         said = command("verify", made.bundle, *option)
         assert (said.code, said.out) == (2, "")
-        assert "runs the bundle's own code (my_defense). Read it; add --trust-code" in said.err
+        assert "runs the defense's own code (my_defense). Read it; add --trust-code" in said.err
     assert "my_defense" not in sys.modules
 
 
@@ -315,10 +327,21 @@ def test_a_replay_runs_the_code_of_the_bundle(made: Made, tmp_path: Path) -> Non
         import my_defense as other  # type: ignore[import-not-found]
 
         with archive.opened(made.bundle) as held:
-            found = verify.check(held, trust_code=True)
-            assert verify.replay(found, "cpu").differing == 0
+            found = verify.check(held, Registry(trust_code=True))
+            seen = again.compute(found, "cpu", evaluate=True).replay
+            assert seen is not None
+            assert seen.differing == 0
         assert sys.modules["my_defense"] is other
     sys.modules.pop("my_defense")
+
+
+def test_where_there_is_no_other_image(
+    made: Made, command: "Command", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dbp_bench.data.DataSet, "ids", {"test": IDS})
+    said = command("verify", made.bundle, "--unseen", "--trust-code")
+    assert (said.code, said.out) == (2, "")
+    assert "--unseen: track digits-linf has every image of data set 'digits'." in said.err
 
 
 def test_shares_of_groups() -> None:
@@ -552,6 +575,10 @@ FORGERIES: dict[str, tuple[Edit, str]] = {
             EOT, lambda t: t["conformance"]["checks"].update({"replays exactly": "it differs"})
         ),
         "its conformance record says: replays exactly: it differs",
+    ),
+    "no conformance": (
+        rewrite(EOT, lambda t: t.update(conformance=None)),
+        "no conformance record in it. Run it again.",
     ),
     "wrong gradient": (
         rewrite(EOT, lambda t: t["conformance"]["gradient"].update(difference_errors=[0.3, 0.2])),
@@ -795,30 +822,60 @@ def test_stated_accuracies_are_computed_again(made: Made, tmp_path: Path) -> Non
     assert "states accuracies of results that aren't there" in verdict(found)
 
 
-def refused(path: Path, how: Callable[[verify.Verified], object], threat: str = "eot") -> str:
-    """Why a bundle that passes the checks is refused for `threat` by `how`; "" if it isn't."""
-    with archive.opened(path) as held:
-        found = verify.check(held, trust_code=True)
+def refused(path: Path, how: Mapping[str, Any], threat: str = "eot") -> str:
+    """Why a bundle that passes the checks is refused for `threat` by `how`; "" if it isn't.
+
+    Its code runs in this process, which is faster.
+    """
+    with archive.opened(path) as held, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(again, "isolated", lambda subject, _: nullcontext(subject))
+        found = verify.check(held, Registry(trust_code=True))
         only = [claim for claim in found.claims if claim.result.threat == threat]
         assert len(only) == 1
         try:
-            how(replace(found, claims=only))
+            again.compute(replace(found, claims=only), "cpu", **how)
         except Refused as error:
             return str(error)
     return ""
 
 
-def replayed(found: verify.Verified) -> object:
-    return verify.replay(found, "cpu")
+replayed: Mapping[str, Any] = {"evaluate": True}
+attacked: Mapping[str, Any] = {"share": 1.0}
 
 
-def attacked(found: verify.Verified) -> object:
-    return verify.attack(found, 1.0, "cpu")
+def _differs(change: Callable[[dict[str, Any]], object]) -> Edit:
+    return rewrite(EOT, lambda table: change(table["conformance"]))
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (_differs(lambda t: t["checks"].update(mine="pass")), "'mine' is stated as 'pass', and is"),
+        (
+            _differs(lambda t: t["gradient"].update(cosine=[0.9, 1.0])),
+            "cosine of the gradient are stated as [0.9",
+        ),
+        (
+            _differs(lambda t: t["gradient"].update(difference_errors=[1e-3] * 2)),
+            "difference_errors of the gradient",
+        ),
+        (_differs(lambda t: t["gradient"].update(ids=[0, 1])), "stated of other images"),
+        (_differs(lambda t: t.update(gradient=None)), "stated of other images"),
+        (_differs(lambda t: t["checks"].popitem()), ""),
+    ],
+)
+def test_a_conformance_record_that_was_edited(
+    edit: Edit, says: str, made: Made, tmp_path: Path
+) -> None:
+    """What an older version didn't check is no difference."""
+    reason = refused(forged(made, tmp_path, edit), {"share": 0.1})
+    assert says in reason
+    assert bool(says) == bool(reason)
 
 
 @pytest.mark.parametrize("how", [replayed, attacked])
 def test_the_conformance_record_is_made_again(
-    how: Callable[[verify.Verified], object],
+    how: Mapping[str, Any],
     made: Made,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -891,6 +948,25 @@ def test_on_another_machine_rounding_is_allowed_for(
     assert reason in refused(four, replayed)
 
 
+@pytest.mark.parametrize("how", [replayed, attacked], ids=["replayed", "attacked"])
+def test_what_is_published_is_what_the_verifier_computed(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Mapping[str, Any]
+) -> None:
+    """A stated outcome that rounding may explain earns its author nothing."""
+    monkeypatch.setattr(replay, "device_name", lambda _: "another")
+    monkeypatch.setattr(again, "isolated", lambda subject, _: nullcontext(subject))
+    path = forged(made, tmp_path, rewrite(EOT, flip("adversarial", 5, 3)))
+    with archive.opened(path) as held:
+        found = verify.check(held, Registry(trust_code=True))
+        only = [claim for claim in found.claims if claim.result.threat == "eot"]
+        record = again.compute(replace(found, claims=only), "cpu", **how)
+        verify.place(held, record, tmp_path / "results")
+    mine = next((tmp_path / "results").rglob("eot/pgd/seed-0.json"))
+    honest = next(made.results.rglob("eot/pgd/seed-0.json"))
+    assert Result.read(mine).digest == Result.read(honest).digest
+    assert record.files["eot/pgd/seed-0.json"] == digest(mine)
+
+
 def _all_right(table: dict[str, Any]) -> None:
     table["predicted"]["adversarial"] = [[label] * 9 for label in table["labels"]]
 
@@ -910,9 +986,9 @@ def test_a_defense_that_ships_keeps_its_name(made: Made, tmp_path: Path) -> None
     entries.mkdir(parents=True)
     entry = (made.folder / f"defenses/{NAME}.yaml").read_text()
     (entries / f"{NAME}.yaml").write_text(entry)
-    assert verdict(made.bundle, entries=[entries.parent]) == ""
+    assert verdict(made.bundle, folders=[entries.parent]) == ""
     (entries / f"{NAME}.yaml").write_text(entry + "\n# of someone else\n")
-    assert "there is another defense called" in verdict(made.bundle, entries=[entries.parent])
+    assert "there is another defense called" in verdict(made.bundle, folders=[entries.parent])
 
 
 def test_versions_that_can_be_verified() -> None:
@@ -935,7 +1011,7 @@ def test_a_damaged_bundle(made: Made, tmp_path: Path) -> None:
 def placed(made: Made, tmp_path: Path) -> Path:
     """A folder of results with a verification."""
     with archive.opened(made.bundle) as held:
-        record = verify.record_of(verify.check(held))
+        record = again.compute(verify.check(held, Registry()))
         verify.place(held, record, tmp_path / "results")
     return tmp_path / f"results/{TRACK}/{NAME}"
 
@@ -972,7 +1048,7 @@ def test_results_are_not_replaced_unless_asked(made: Made, placed: Path) -> None
     path.write_text("mine")
     results = placed.parents[1]
     with archive.opened(made.bundle) as held:
-        record = verify.record_of(verify.check(held))
+        record = again.compute(verify.check(held, Registry()))
         with pytest.raises(BadRequest, match="holds another result"):
             verify.place(held, record, results)
         assert path.read_text() == "mine"

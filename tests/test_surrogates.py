@@ -9,7 +9,7 @@ import yaml
 from torch import Tensor
 
 from dbp_bench.checks import gradients
-from dbp_bench.checks.gradients import check, request
+from dbp_bench.checks.gradients import check
 from dbp_bench.defense import Defense
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadEntry, BadRequest
@@ -125,7 +125,7 @@ def test_it_is_measured_beside_the_other_modes(
 ) -> None:
     monkeypatch.setattr(gradients, "COUNTS", (1,))
     registry = entries(tmp_path, surrogate={"options": {"stages": SHORT}}, votes=1)
-    findings = check(request(registry.subject("mine", "digits-linf"), images=2))
+    findings, _ = check(registry.subject("mine", "digits-linf"), images=2)
     modes = {row.mode for row in findings.modes}
     assert modes == {"exact", "bpda", "declared-surrogate"}
 

@@ -23,7 +23,7 @@ from dbp_bench.taped.generators import generator_of
 from dbp_bench.taped.operations import uniform as uniform_of
 from dbp_bench.threat import Linf
 from foreign import DDPMLoop, Guided, HiddenDDPM, ReverseSDE
-from toys import BOTH, LoggedNoise, Small, SmallDenoiser, group, sampler, uniform
+from toys import BOTH, LoggedNoise, Small, SmallDenoiser, approach, group, sampler, uniform
 
 # torch says so of a reentrant checkpoint wherever no gradient is asked for.
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -161,7 +161,7 @@ def test_purification_without_a_backward_pass_keeps_nothing() -> None:
 def test_record_that_a_run_makes_finds_no_fault() -> None:
     network, images = SmallDenoiser(), group(4, size=8)
     defense = Defense(taped(HiddenDDPM(network, False)), Small(), [network])
-    case = Case(defense, defense, images.images, images.labels, samples=2, max_batch=8)
+    case = Case((defense, defense), images, approach(batch_size=4, max_batch=8))
     assert set(examine(case).values()) == {"pass"}
 
 

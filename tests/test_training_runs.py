@@ -36,7 +36,8 @@ from dbp_bench.training.output import packed, rows
 from dbp_bench.training.processes import DDPM
 from dbp_bench.training.run import run
 from dbp_bench.training.state import Checkpoint, Settings
-from dbp_bench.weights.files import ASSETS, digest, load
+from dbp_bench.weights.files import digest, load
+from dbp_bench.weights.places import ASSETS
 from toys import uniform
 
 SETTINGS = Settings(6, 8, 1e-3, 1e-6, (0.95, 0.999), 0.9, anneal=False, flip=True)

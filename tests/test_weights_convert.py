@@ -785,6 +785,15 @@ def test_damage_in_the_cache_is_found(
 # ------------------------------------------------------------------------------------ commands
 
 
+@pytest.mark.parametrize("text", ['{"name": "nobody\'s"}', '{"name": "cifar10-ddpm"}', "[]", "{"])
+def test_a_record_of_nothing_stops_no_list(text: str, command: "Command", cache: Path) -> None:
+    cache.mkdir(parents=True)
+    (cache / "zoo-x.json").write_text(text)
+    assert store.names() == []
+    assert command("weights", "list").code == 0
+    assert "zoo-x.json: belongs to no checkpoint" in command("weights", "verify").out
+
+
 def test_convert_and_list(tmp_path: Path, tiny: Callable[..., None], command: "Command") -> None:
     torch.save(small(), tmp_path / "f.pt")
     said = command("weights", "convert", "tiny", "--from", tmp_path / "f.pt")

@@ -11,8 +11,9 @@ from dbp_bench.entries.build import Builder
 from dbp_bench.entries.fields import NetworkRef
 from dbp_bench.errors import BadWeights
 from dbp_bench.networks.digits import DigitsCNN
-from dbp_bench.weights import files as weight_files
-from dbp_bench.weights.files import ASSETS, digest, fill, find, load, verify
+from dbp_bench.weights import places as weight_places
+from dbp_bench.weights.files import digest, fill, load, verify
+from dbp_bench.weights.places import ASSETS, find
 from layouts import Malicious
 
 CLASSIFIER = ASSETS / "digits-classifier.safetensors"
@@ -153,6 +154,6 @@ def test_where_files_are_looked_for(tmp_path: Path) -> None:
     mine = tmp_path / "digits-ddpm.safetensors"
     mine.write_text("mine")
     assert find(mine.name, [tmp_path]) == mine
-    assert find("digits-addt.safetensors", [tmp_path]).parent == weight_files.ASSETS
+    assert find("digits-addt.safetensors", [tmp_path]).parent == weight_places.ASSETS
     with pytest.raises(BadWeights, match=r"no weights file 'nowhere'\. Looked in: "):
         find("nowhere", [tmp_path])

@@ -12,7 +12,14 @@ import pytest
 
 from conftest import Command
 from dbp_bench.errors import BadRequest
-from dbp_bench.writing import Busy, locked, sweep, write_atomically, write_together
+from dbp_bench.writing import (
+    Busy,
+    locked,
+    scratch_folder,
+    sweep,
+    write_atomically,
+    write_together,
+)
 
 DEAD = 2**22 + 1
 """A process number that no process has."""
@@ -103,6 +110,22 @@ def test_what_killed_commands_left_is_swept(tmp_path: Path) -> None:
     write_atomically(path, "whole")
     assert set(tmp_path.iterdir()) == {path, alive, other}
     sweep(tmp_path / "nothing")
+
+
+def test_a_killed_start_of_a_defense_is_swept(command: Command, tmp_path: Path) -> None:
+    (tmp_path / f".mine.{DEAD}.tmp").mkdir()
+    assert command("new", "defense", "my_defense", "--out", tmp_path / "mine").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_scratch_folders_of_killed_commands_are_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / f".kind.{DEAD}.abc.tmp/deep").mkdir(parents=True)
+    with scratch_folder("kind") as folder:
+        assert list(tmp_path.iterdir()) == [folder]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_names_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

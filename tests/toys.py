@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import exp
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dbp_bench.checks.record import Approach
 from dbp_bench.defense import Defense, Denoiser
 from dbp_bench.evaluation import Group, predict
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site, Tape, seeded
@@ -50,6 +52,12 @@ def distinct(rows: Tensor) -> int:
 def is_right(defense: Defense, images: Tensor, of: Group, draw: int = 0) -> Tensor:
     """Which ``(b,)`` of the `images` the defense gets right at victim draw `draw` of seed 0."""
     return predict(defense, images, of.ids, seed=0, draw=draw) == of.labels
+
+
+def approach(batch_size: int, max_batch: int) -> Approach:
+    """An attack with exact gradients, 2 EoT samples a step and every draw hidden."""
+    entries = Path("track"), Path("defense")
+    return Approach((*entries, "cpu"), frozenset(), "exact", "ce", 2, batch_size, max_batch, seed=0)
 
 
 # ---------------------------------------------------------------------------------- schedules

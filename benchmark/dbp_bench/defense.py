@@ -104,8 +104,8 @@ class Defense:
         With several votes they are the logarithms of the mean probabilities.
 
         Raises:
-            NotConforming: The purifier changes its input in place, or the classifier's logits are
-                of another form.
+            NotConforming: The purifier breaks a rule (see :meth:`purify`), or the classifier's
+                logits are of another form.
         """
         with memory.checkpointing(self._by_step(images), self.counter):
             return self._logits(images, noise)
@@ -137,13 +137,22 @@ class Defense:
         The purifier gets a copy of the images, and noise from which nothing but draws can be read.
 
         Raises:
-            NotConforming: The purifier changes its input in place.
+            NotConforming: The purifier changes its input in place, draws where it doesn't declare
+                so, or returns something else than as many images.
         """
         given = images.clone()
         version = given._version
-        purified = self.purifier(given, OpaqueNoise(noise, vote))
+        purified = self.purifier(given, OpaqueNoise(noise, vote, self.sites))
         if given._version != version:
             raise NotConforming("the purifier changes its input in place. Work on a copy.")
+        if not isinstance(purified, Tensor) or purified.shape[:1] != images.shape[:1]:
+            form = (
+                tuple(purified.shape) if isinstance(purified, Tensor) else type(purified).__name__
+            )
+            raise NotConforming(
+                f"purified images are {form}, the input was {tuple(images.shape)}. Return the "
+                "shape and type that came in."
+            )
         return purified
 
     def _logits(self, images: Tensor, noise: Noise) -> Tensor:

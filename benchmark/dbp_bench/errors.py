@@ -97,13 +97,28 @@ def did_you_mean(name: str, known: Iterable[str], listed_by: str = "") -> str:
 
 # ---------------------------------------------------------------------- in somebody's own code
 
-_LIBRARIES = frozenset(
+LIBRARIES = frozenset(
     "IPython PIL _pytest autoattack click huggingface_hub httpx jinja2 joblib markupsafe "  # noqa: SIM905
     "matplotlib numpy pandas pkg_resources pluggy pyarrow pyautoattack pydantic pydantic_core "
     "pytest requests rich robustbench safetensors scipy setuptools shellingham skimage sklearn "
     "sympy timm torch torchattacks torchvision tqdm typer urllib3 xdist yaml".split()
 )
 """Top-level packages that dbp-bench, or an extra of it, brings along."""
+
+
+BESIDE = "_beside_entries_"
+"""How the names begin under which modules are loaded that lie beside entries."""
+
+
+def words_of(error: BaseException) -> str:
+    """The message of an `error` that anybody raised; nothing where it can't be asked for it.
+
+    Modules have the names in it that their files have.
+    """
+    try:
+        return re.sub(rf"{BESIDE}\d+_", "", str(error))
+    except Exception:
+        return ""
 
 
 def place_of(error: BaseException) -> str | None:
@@ -124,7 +139,7 @@ def place_of(error: BaseException) -> str | None:
         if not path.is_file() or path.is_relative_to(ours):
             continue
         if packages is not None:
-            if Path(parts[packages + 1]).stem in _LIBRARIES:
+            if Path(parts[packages + 1]).stem in LIBRARIES:
                 continue
         elif path.is_relative_to(python):
             continue

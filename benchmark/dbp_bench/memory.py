@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dbp_bench.errors import words_of
+
 Policy = Literal["auto", "none", "step"]
 """`none` stores every activation; `step` stores the state at each step and recomputes the rest;
 `auto` takes `none` where it fits. Results are the same, bit for bit."""
@@ -301,4 +303,4 @@ def is_exhausted(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     # torch has no class for a failure on the processor.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in words_of(error)

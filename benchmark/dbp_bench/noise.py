@@ -196,12 +196,19 @@ class OpaqueNoise:
     Args:
         source: Where the draws come from.
         vote: Which vote they are for.
+        sites: Where draws can be made; anywhere if not given. An attacker is shown, or guesses, the
+            draws at declared sites: elsewhere it would take a hidden draw for a known one.
     """
 
     __slots__ = ("__draw", "__vote")
 
-    def __init__(self, source: Noise, vote: int = 0) -> None:
+    def __init__(self, source: Noise, vote: int = 0, sites: frozenset[Site] | None = None) -> None:
         def draw(site: Site, step: int, like: Tensor) -> Tensor:
+            if sites is not None and site not in sites:
+                raise NotConforming(
+                    f"it draws at [{site}] without declaring so. Declare sites: "
+                    f"[{', '.join(sorted({*sites, site}))}]."
+                )
             return source.normal(site, vote * STEPS_PER_VOTE + step, like)
 
         object.__setattr__(self, "_OpaqueNoise__draw", draw)

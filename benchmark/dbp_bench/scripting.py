@@ -26,7 +26,7 @@ from dbp_bench.runs.job import Overrides, plan
 from dbp_bench.runs.progress import progress_of_job
 from dbp_bench.taped import Taped
 from dbp_bench.threat import Attack, Norm
-from dbp_bench.weights import files
+from dbp_bench.weights import places
 
 if TYPE_CHECKING:
     from dbp_bench.reporting.script import Report
@@ -146,7 +146,7 @@ def evaluate(
         ),
     )
     jobs = [item.job for item in planned if item.instead is None]
-    folder = files.cache() / "scripts" if out is None else Path(out)
+    folder = places.cache() / "scripts" if out is None else Path(out)
     paths, memo = [], Memo()
     for job in jobs:
         with progress_of_job(

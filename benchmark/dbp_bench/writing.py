@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 
 from dbp_bench.errors import BadRequest
 
@@ -51,6 +52,18 @@ def _is_running(process: int) -> bool:
     except OSError:
         pass  # it is another user's
     return True
+
+
+@contextmanager
+def scratch_folder(what: str) -> Iterator[Path]:
+    """A folder for as long as it is needed; those that killed commands left are removed first.
+
+    Args:
+        what: What it is for, which is in its name.
+    """
+    sweep(Path(gettempdir()) / what)
+    with TemporaryDirectory(prefix=f".{what}.{os.getpid()}.", suffix=".tmp") as folder:
+        yield Path(folder).resolve()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What every defense must do, as checks that its author runs with ``dbp-bench check``.
+"""Checks what every defense must do; its author runs them with ``dbp-bench check``.
 
 Each check is a plain function of a defense and some images; it raises
 :class:`~dbp_bench.errors.NotConforming` with the reason and what would do. The rules are those that
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dbp_bench.defense import Defense
 from dbp_bench.entries.subject import Subject
-from dbp_bench.errors import DbpError, NotConforming, place_of
+from dbp_bench.errors import DbpError, NotConforming, place_of, words_of
 from dbp_bench.memory import Policy
 from dbp_bench.noise import Noise, OpaqueNoise, Site, Tape, seeded
 from dbp_bench.threat import Revealed
@@ -70,7 +70,7 @@ def check_output(defense: Defense, images: Tensor) -> None:
     unclamped = getattr(defense.purifier, "clamp_output", True) is False
     if not unclamped and (low < 0 or high > 1):
         raise NotConforming(
-            f"purified images are in {low:.4g} ... {high:.4g}, not in [0, 1]. Map back from "
+            f"purified images are in {low:.4g} ... {high:.4g}, {_OUTSIDE}. Map back from "
             "[-1, 1], and clamp the output, or give the purifier a field clamp_output that is "
             "False."
         )
@@ -108,7 +108,10 @@ def check_replay(defense: Defense, images: Tensor) -> None:
 
 def check_sites(defense: Defense, images: Tensor) -> None:
     """It draws at every site that it declares, and at no other."""
-    heard = set(_heard(defense, images))
+    listener = _Listener(_tape(images))
+    with torch.no_grad():
+        defense.purifier(images.clone(), OpaqueNoise(listener))
+    heard = set(listener.heard)
     found, declared = {site for site, _ in heard}, defense.sites
     if found - declared:
         raise NotConforming(
@@ -192,45 +195,6 @@ def check_gradient(defense: Defense, images: Tensor) -> None:
             _check_gradient_of_one(defense, x, tape)
 
 
-def difference_errors(
-    defense: Defense, images: Tensor, directions: int = DIRECTIONS
-) -> list[float | None]:
-    """For each of `images`, how far its gradient is off from central differences, relative.
-
-    As :func:`check_gradient` measures it, over `directions`; None where no gradient reaches the
-    image or all of it is zero. For float64.
-    """
-    errors: list[float | None] = []
-    with _policy(defense, "none"):
-        for x, tape in _inside(images):
-            weights = _weights(_logits(defense, x, tape))
-            _, gradient = _gradient(defense, x, tape, weights)
-            if gradient is None or not bool(gradient.any()):
-                errors.append(None)
-                continue
-            error, scale = _error(*_slopes(defense, x, tape, weights, gradient, directions))
-            errors.append(error / scale if scale > 0 else None)
-    return errors
-
-
-def _inside(images: Tensor) -> Iterator[tuple[Tensor, Tape]]:
-    """Each image, moved off the border of the pixel box, and its tape."""
-    inside = 0.1 + 0.8 * images + 0.1 * (_tape(images).uniform(Site("jitter"), 0, images) - 0.5)
-    for i in range(len(images)):
-        yield inside[i : i + 1], _tape(images)[torch.tensor([i])]
-
-
-def _weights(logits: Tensor) -> Tensor:
-    """What the logits are weighted with, to be one number whose slope is never flat."""
-    return Tape.make(0, _OWNER, [0]).normal(Site("logits"), 0, logits)
-
-
-def _error(by_chain: Tensor, by_difference: Tensor) -> tuple[float, float]:
-    """Median difference of the slopes, and their median size."""
-    error = float((by_chain - by_difference).abs().median())
-    return error, float(torch.maximum(by_chain.abs(), by_difference.abs()).median())
-
-
 def _check_gradient_of_one(defense: Defense, x: Tensor, tape: Tape) -> None:
     evaluated = _logits(defense, x, tape)
     weights = _weights(evaluated)
@@ -238,7 +202,7 @@ def _check_gradient_of_one(defense: Defense, x: Tensor, tape: Tape) -> None:
         raise NotConforming("the logits are not finite (NaN or infinite) in float64.")
     value = float((weights * evaluated).sum().abs())
     attacked, gradient = _gradient(defense, x, tape, weights)
-    if not torch.allclose(attacked, evaluated, rtol=1e-9, atol=1e-9 * float(evaluated.abs().max())):
+    if not torch.equal(attacked, evaluated):
         raise NotConforming(
             "the logits differ when a gradient is asked for: what is attacked isn't what is "
             "evaluated (a surrogate). Run the same steps in both cases."
@@ -256,7 +220,7 @@ def _check_gradient_of_one(defense: Defense, x: Tensor, tape: Tape) -> None:
             "the gradient of an image is zero everywhere. Look for detach, rounding to grey "
             "levels, a hard threshold, or an output that is clamped at every pixel."
         )
-    error, scale = _error(*_slopes(defense, x, tape, weights, gradient, DIRECTIONS))
+    error, scale = _error(defense, x, tape, weights, gradient, DIRECTIONS)
     rounding = 100 * torch.finfo(x.dtype).eps * value / min(STEPS)
     if not error <= TOLERANCE * scale + rounding:
         raise NotConforming(
@@ -267,23 +231,59 @@ def _check_gradient_of_one(defense: Defense, x: Tensor, tape: Tape) -> None:
         )
 
 
-def _slopes(
+def difference_errors(
+    defense: Defense, images: Tensor, directions: int = DIRECTIONS
+) -> list[float | None]:
+    """For each of `images`, how far its gradient is off from central differences, relative.
+
+    As :func:`check_gradient` measures it, over `directions`; None where no gradient reaches the
+    image or all of it is zero. For float64.
+    """
+    errors: list[float | None] = []
+    with _policy(defense, "none"):
+        for x, tape in _inside(images):
+            weights = _weights(_logits(defense, x, tape))
+            _, gradient = _gradient(defense, x, tape, weights)
+            if gradient is None or not bool(gradient.any()):
+                errors.append(None)
+                continue
+            error, scale = _error(defense, x, tape, weights, gradient, directions)
+            errors.append(error / scale if scale > 0 else None)
+    return errors
+
+
+def _inside(images: Tensor) -> Iterator[tuple[Tensor, Tape]]:
+    """Each image, moved off the border of the pixel box, and its tape."""
+    inside = 0.1 + 0.8 * images + 0.1 * (_tape(images).uniform(Site("jitter"), 0, images) - 0.5)
+    for i in range(len(images)):
+        yield inside[i : i + 1], _tape(images)[torch.tensor([i])]
+
+
+def _weights(logits: Tensor) -> Tensor:
+    """Weights of the logits, whose sum is one number with a slope that is never flat."""
+    return Tape.make(0, _OWNER, [0]).normal(Site("logits"), 0, logits)
+
+
+def _error(
     defense: Defense, x: Tensor, tape: Tape, weights: Tensor, gradient: Tensor, directions: int
-) -> tuple[Tensor, Tensor]:
-    """Slopes ``(directions,)`` by the gradient, and by the central differences nearest to them."""
+) -> tuple[float, float]:
+    """The distance of slopes by the gradient from central differences, and their size.
+
+    Both are medians over directions; of the differences of several lengths the nearest counts.
+    """
     pairs = []
     for number in range(directions):
         direction = Tape.make(0, _OWNER, [number]).normal(Site("direction"), 0, x)
         direction = direction / direction.norm()
-        by_chain = (gradient * direction).sum()
 
         def value(distance: float, direction: Tensor = direction) -> Tensor:
             return (weights * _logits(defense, x + distance * direction, tape)).sum()
 
+        by_chain = (gradient * direction).sum()
         slopes = torch.stack([(value(h) - value(-h)) / (2 * h) for h in STEPS])
-        pairs.append((by_chain, slopes[(slopes - by_chain).abs().argmin()]))
-    by_chains, by_differences = zip(*pairs, strict=True)
-    return torch.stack(by_chains), torch.stack(by_differences)
+        pairs.append(torch.stack([by_chain, slopes[(slopes - by_chain).abs().argmin()]]))
+    found = torch.stack(pairs)
+    return float((found[:, 0] - found[:, 1]).abs().median()), float(found.abs().amax(1).median())
 
 
 def check_checkpointing(defense: Defense, images: Tensor) -> None:
@@ -348,14 +348,15 @@ CHECKS: Mapping[str, Check] = {**AS_RUN, **IN_FLOAT64}
 FOLLOWING: Mapping[Check, tuple[Check, ...]] = {
     check_replay: (check_checkpointing, check_batch, check_gradient),
 }
-"""By check, those that compare two answers of what it fails, and would fail for the same cause."""
+"""Checks that follow another: they compare two answers of what fails it, and fail for its cause."""
 
 NOT_TESTED = "not tested"
 STOPPED = "it stopped with"
 NO_FLOAT64 = "it doesn't run in float64"
+_OUTSIDE = "not in [0, 1]"
 
 _DTYPES = re.compile(r"dtype|scalar type|bias type|Half|BFloat16|Float but found", re.IGNORECASE)
-"""How torch says that two types don't go together."""
+"""Words in which torch says that two types don't go together."""
 
 
 def check_subject(subject: Subject) -> Iterator[tuple[str, str | None]]:
@@ -377,20 +378,22 @@ def check_subject(subject: Subject) -> Iterator[tuple[str, str | None]]:
             if found is None:
                 continue
             unusable = found.startswith((STOPPED, NO_FLOAT64)) or "not finite" in found
+            # What isn't of the right form can't be compared; what leaves [0, 1] can.
+            unusable |= check is check_output and _OUTSIDE not in found
             for other in CHECKS.values() if unusable else FOLLOWING.get(check, ()):
                 follow.setdefault(other, title)
 
 
 def fault(check: Check, defense: Defense, images: Tensor) -> str | None:
-    """Why `defense` fails `check` on `images`, on one line; None if it passes."""
+    """The reason, on one line, why `defense` fails `check` on `images`; None if it passes."""
     try:
         check(defense, images)
     except DbpError as error:
         return str(error)
     except Exception as error:  # Whatever an author's code raises is a finding, not a crash.
-        first = next(iter(str(error).splitlines()), "")
+        first = next(iter(words_of(error).splitlines()), "")
         at = f" ({place})" if (place := place_of(error)) else ""
-        if images.dtype == torch.float64 and _DTYPES.search(str(error)):
+        if images.dtype == torch.float64 and _DTYPES.search(words_of(error)):
             return (
                 f"{NO_FLOAT64}{at}, in which gradients are compared: {first}. Take "
                 "the type of the images (images.dtype) in place of a fixed one."
@@ -471,7 +474,7 @@ def _global_generators(seed: int) -> Iterator[None]:
 
 
 def _global_states() -> dict[str, Any]:
-    """By library, the state of the global generator in a form that can be compared."""
+    """The state of each library's global generator, in a form that can be compared."""
     legacy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
     return {
         "torch": torch.get_rng_state().tolist(),
@@ -481,7 +484,7 @@ def _global_states() -> dict[str, Any]:
 
 
 def _same(first: Tensor | None, second: Tensor | None) -> bool:
-    """Whether every number is equal, NaN to NaN; nothing equals nothing."""
+    """True where every number is equal, NaN to NaN; nothing equals nothing."""
     if first is None or second is None:
         return first is second
     return torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)

@@ -1,4 +1,4 @@
-"""How good a gradient is: each mode against the exact one, and the exact one against itself.
+"""Compares gradients: each mode with the exact one, and the exact one with itself.
 
 A mode (exact, BPDA, surrogate) is compared with the exact gradient at common draws, so that only
 the mode differs. Two means of the exact gradient over different draws tell how much of it is noise:
@@ -36,7 +36,7 @@ _QUICK_DIRECTIONS = 3
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How two mean gradients agree, over images; one with a zero gradient is left out."""
+    """The agreement of two mean gradients over images; one with a zero gradient is left out."""
 
     mode: str
     draws: int
@@ -46,12 +46,12 @@ class Agreement:
     sign: Estimate | None
     """Share of the pixels whose signs are equal; all that an l-infinity step follows."""
     images: int
-    """How many are not left out."""
+    """The number of images that are not left out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What :func:`measure` found."""
+    """The findings of :func:`measure`."""
 
     modes: list[Agreement]
     """Each mode with the exact gradient, at the same draws."""
@@ -62,7 +62,7 @@ class Findings:
 
     @property
     def exact(self) -> bool:
-        """Whether the gradient that is called exact is, as far as there is one."""
+        """True where the gradient that is called exact is, as far as there is one."""
         found = [error for error in self.difference_errors if error is not None]
         return all(error <= TOLERANCE for error in found)
 
@@ -78,7 +78,7 @@ def measure(
     counts: Sequence[int] = COUNTS,
     tiny: int = 3,
 ) -> Findings:
-    """How the gradients of `modes` agree with that of `exact` on a `group` of float64 images.
+    """Compare the gradients of `modes` with that of `exact` on a `group` of float64 images.
 
     Args:
         exact: The defense.
@@ -158,84 +158,63 @@ def _mean(values: Tensor) -> Estimate | None:
 # ------------------------------------------------------------------------------------- of an entry
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What to check, with every default filled."""
-
-    subject: Subject
-    surrogate_steps: int | None
-    """Null where the defense has no steps, or only one."""
-    steps: int | None
-    """Steps of the defense itself."""
-    images: int
-    seed: int
-    loss: str
-    counts: tuple[int, ...]
-
-
-def request(
+def check(
     subject: Subject,
     *,
     images: int = 16,
     seed: int = 0,
     loss: str = "ce",
     surrogate_steps: int | None = None,
-) -> Request:
-    """What to check of a defense on its track: a surrogate has half its steps.
+    device: str = "cpu",
+) -> tuple[Findings, int | None]:
+    """Measure every kind of gradient of a defense, on the first `images` of its track.
+
+    Returns:
+        What was found, and the steps of the surrogate: half of the defense's if not given, None
+        where it has no steps, or only one.
 
     Raises:
         BadRequest: An option can't be right.
+        AttackFailed: A loss or a gradient is not finite, or no gradient reaches the images.
     """
-    steps = subject.setting.options.get("steps")
-    steps = steps if isinstance(steps, int) else None
     if loss not in OBJECTIVES:
         raise BadRequest(f"--loss {loss!r}: one of {', '.join(OBJECTIVES)}.")
     known = len(subject.ids())
     if not 1 <= images <= known:
         raise BadRequest(f"--images {images}: this track has 1 to {known}.")
-    if surrogate_steps is not None and steps is None:
-        raise BadRequest(f"--surrogate-steps: {subject.name} has no option `steps` to shorten.")
-    if surrogate_steps is None and steps is not None and steps > 1:
-        surrogate_steps = steps // 2
-    if surrogate_steps is not None and steps is not None and not 1 <= surrogate_steps < steps:
+    steps = subject.setting.options.get("steps")
+    if not isinstance(steps, int):
+        if surrogate_steps is not None:
+            raise BadRequest(f"--surrogate-steps: {subject.name} has no option `steps` to shorten.")
+    elif surrogate_steps is None:
+        surrogate_steps = steps // 2 or None
+    elif not 1 <= surrogate_steps < steps:
         raise BadRequest(
             f"--surrogate-steps {surrogate_steps}: must be in 1 ... {steps - 1}, since "
             f"{subject.name} has {steps}."
         )
-    return Request(subject, surrogate_steps, steps, images, seed, loss, COUNTS)
-
-
-def check(asked: Request, device: str = "cpu") -> Findings:
-    """Measure every kind of gradient of the defense, on the first images of the track.
-
-    Raises:
-        AttackFailed: A loss or a gradient is not finite, or no gradient reaches the images.
-    """
-    subject = asked.subject
     exact = subject.defense(device=device, dtype=torch.float64)
     kinds = {"exact": "exact", "bpda": "bpda"}
-    if asked.surrogate_steps is not None:
-        kinds["surrogate"] = f"surrogate:{asked.surrogate_steps}"
+    if surrogate_steps is not None:
+        kinds["surrogate"] = f"surrogate:{surrogate_steps}"
     if subject.setting.surrogate:
         kinds["declared-surrogate"] = "declared-surrogate"
     modes = {
         name: subject.searched(exact, kind, device=device, dtype=torch.float64)
         for name, kind in kinds.items()
     }
-    return measure(
+    ids = subject.ids()[:images]
+    first, labels = subject.data().select(ids)
+    found = measure(
         exact,
         modes,
-        _group(subject, subject.ids()[: asked.images], device),
-        seed=asked.seed,
+        Group(first.to(device, torch.float64), labels.to(device), ids),
+        seed=seed,
         max_batch=subject.track.entry.max_batch,
-        loss=asked.loss,
-        counts=asked.counts,
+        loss=loss,
+        counts=COUNTS,
     )
-
-
-def _group(subject: Subject, ids: Sequence[int], device: str) -> Group:
-    images, labels = subject.data().select(ids)
-    return Group(images.to(device, torch.float64), labels.to(device), ids)
+    return found, surrogate_steps
 
 
 # --------------------------------------------------------------------------------------- of a run

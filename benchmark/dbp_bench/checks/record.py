@@ -7,16 +7,18 @@ attacked and what was evaluated are known to be the same program. ``dbp-bench ch
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dbp_bench.checks.conformance import fault
-from dbp_bench.checks.gradients import cosines, quick_cosines, quick_errors
+from dbp_bench.checks.gradients import FLOOR, cosines, quick_cosines, quick_errors
 from dbp_bench.defense import Defense
 from dbp_bench.errors import NotConforming
 from dbp_bench.evaluation import Group
@@ -25,7 +27,10 @@ from dbp_bench.result import Conformance, GradientCheck
 from dbp_bench.threat import AttackerView, Gradient, Revealed
 
 TOLERANCE: Final = 1e-4
-"""The share of the largest logit by which rounding in float32 may move a logit."""
+"""The share of the largest logit by which a logit may move in a batch of another size.
+
+Libraries of linear algebra add in an order that depends on it; on the digits that moves logits by
+5e-7. In one batch, nothing may move."""
 
 PRECISION_TOLERANCE: Final = 0.05
 """The share of the largest logit by which a logit in float32 may differ from the one in float64."""
@@ -95,31 +100,12 @@ def record(build: Build, group: Group, approach: Approach, memo: Memo | None = N
         except Exception:  # A purifier may not know float64; what it computes then isn't compared.
             exact = None
         few = Group(group.images[:_FEW].double(), group.labels[:_FEW], group.ids[:_FEW])
-        small = _case(exact, few, 1, approach) if exact else None
-        run = _case(build(torch.float32), group, approach.max_batch, approach)
+        small = Case(exact, few, replace(approach, max_batch=1)) if exact else None
+        run = Case(build(torch.float32), group, approach)
         memo.records[approach] = Conformance(
             checks=examine(run, small), gradient=_gradient(exact, few, approach, memo)
         )
     return memo.records[approach]
-
-
-def _case(
-    built: tuple[Defense, Defense], group: Group, max_batch: int, approach: Approach
-) -> "Case":
-    """The images of a `group` and the two defenses, as `approach` says."""
-    defense, searched = built
-    # What a surrogate computes may differ: there, the defense itself is compared.
-    follows = approach.gradient in ("exact", "bpda")
-    return Case(
-        defense=defense,
-        searched=searched if follows else defense,
-        images=group.images[: approach.batch_size],
-        labels=group.labels[: approach.batch_size],
-        knows=approach.knows,
-        max_batch=max_batch,
-        samples=approach.samples,
-        gradient=follows,
-    )
 
 
 def _gradient(
@@ -149,7 +135,7 @@ def _gradient(
 
 
 def faults(found: Conformance) -> list[str]:
-    """What a record says that no honest defense is found to do."""
+    """The faults in a record that no honest defense is found to have."""
     said = [f"{name}: {reason}" for name, reason in found.checks.items() if reason != "pass"]
     errors = found.gradient.difference_errors if found.gradient else []
     wrong = [error for error in errors if error is not None and error > WRONG]
@@ -158,32 +144,67 @@ def faults(found: Conformance) -> list[str]:
     return said
 
 
+def differences(stated: Conformance, found: Conformance) -> list[str]:
+    """The points in which a record that was made again isn't as stated.
+
+    A check that the stated one lacks is none: an older version made it.
+    """
+    said = [
+        f"{name!r} is stated as {verdict!r}, and isn't tested here"
+        if name not in found.checks
+        else f"{name!r} is stated as {verdict!r}, and found as {found.checks[name]!r}"
+        for name, verdict in stated.checks.items()
+        if found.checks.get(name) != verdict
+    ]
+    mine, theirs = found.gradient, stated.gradient
+    if mine is None or theirs is None or mine.ids != theirs.ids:
+        return said if mine == theirs else [*said, "the gradient is stated of other images"]
+    # Rounding differs between machines: what it leaves of an error is known to its size.
+    for name, scale, within in (("difference_errors", _size, 1.0), ("cosine", np.asarray, 0.01)):
+        here, there = (
+            scale(np.array(getattr(each, name), dtype=np.float64)) for each in (mine, theirs)
+        )
+        if len(here) != len(there) or not np.allclose(here, there, 0, within, equal_nan=True):
+            said.append(f"{name} of the gradient are stated as {getattr(theirs, name)}")
+    return said
+
+
+def _size(errors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The order of magnitude of `errors`."""
+    sizes: NDArray[np.float64] = np.log10(errors.clip(FLOOR))
+    return sizes
+
+
 @dataclass(frozen=True)
 class Case:
     """A defense and the attacker's way to it, as a run has them, and images to compare them on."""
 
-    defense: Defense
-    """What is evaluated."""
-    searched: Defense
-    """What the attack evaluates and differentiates."""
-    images: Tensor
-    """``(b, c, h, w)`` in [0, 1]."""
-    labels: Tensor
-    """``(b,)``, int64."""
-    knows: frozenset[Site] = frozenset()
-    """Sites whose draws the attacker is shown."""
-    max_batch: int = 1 << 30
-    """Images x samples in one pass."""
-    samples: int = 1
-    """EoT samples of one step."""
-    gradient: bool = True
-    """Whether the attack follows a gradient."""
+    built: tuple[Defense, Defense]
+    """The defense that is evaluated, and the one that the attack evaluates and differentiates."""
+    group: Group
+    """The images, of which as many are taken as are evaluated together."""
+    approach: Approach
+
+    @property
+    def defense(self) -> Defense:
+        """The defense that is evaluated."""
+        return self.built[0]
+
+    @property
+    def images(self) -> Tensor:
+        """``(b, c, h, w)`` in [0, 1]."""
+        return self.group.images[: self.approach.batch_size]
+
+    @property
+    def gradient(self) -> bool:
+        """True where the attack follows a gradient of the defense, not of a surrogate for it."""
+        return self.approach.gradient in ("exact", "bpda")
 
     def evaluated(self, rows: slice = slice(None), draw: int = 0) -> Tensor:
         """Logits ``(rows, k)`` as an evaluation computes them, at one draw."""
         victim, guess = self._tapes
         at = torch.arange(len(self.images))[rows]
-        noise = Revealed(victim[at], guess[at].copies([draw]), self.knows & self.defense.sites)
+        noise = Revealed(victim[at], guess[at].copies([draw]), self._knows)
         with torch.no_grad():
             return self.defense.logits(self.images[rows], noise)
 
@@ -193,6 +214,11 @@ class Case:
         return self.evaluated()
 
     @cached_property
+    def unattacked(self) -> Tensor:
+        """Logits ``(b, draws, k)`` in the same batch, without a gradient."""
+        return self.view().logits(self.images, range(self._count))
+
+    @cached_property
     def attacked(self) -> Gradient:
         """Logits ``(b, draws, k)`` as one pass of the attack computes them.
 
@@ -200,17 +226,19 @@ class Case:
         """
         view = self.view()
         if not self.gradient:
-            logits = view.logits(self.images, range(self._count))
-            return Gradient(torch.zeros_like(self.images), logits.sum(2), logits)
-        return view.gradient(self.images, self.labels, self._weighted, range(self._count))
+            zeros = torch.zeros_like(self.images)
+            return Gradient(zeros, self.unattacked.sum(2), self.unattacked)
+        labels = self.group.labels[: len(self.images)]
+        return view.gradient(self.images, labels, self._weighted, range(self._count))
 
     def view(self) -> AttackerView:
-        """The attacker's view."""
-        return AttackerView(self.searched, self.knows, *self._tapes, self.max_batch)
+        """The attacker's view; what a surrogate computes may differ, and isn't compared."""
+        searched = self.built[1] if self.gradient else self.defense
+        return AttackerView(searched, self._knows, *self._tapes, self.approach.max_batch)
 
     def alone(self, row: int) -> tuple[Tensor, Tensor]:
         """Logits ``(1, k)`` and gradient ``(1, c, h, w)`` of an image, attacked alone at draw 0."""
-        image, label = self.images[row : row + 1], self.labels[row : row + 1]
+        image, label = self.images[row : row + 1], self.group.labels[row : row + 1]
         view = self.view()[torch.tensor([row])]
         if not self.gradient:
             return view.logits(image, [0])[:, 0], torch.zeros_like(image)
@@ -226,7 +254,12 @@ class Case:
     @property
     def _count(self) -> int:
         """EoT samples in one pass of the attack."""
-        return max(1, min(self.samples, self.max_batch // len(self.images)))
+        approach = self.approach
+        return max(1, min(approach.samples, approach.max_batch // len(self.images)))
+
+    @property
+    def _knows(self) -> frozenset[Site]:
+        return self.approach.knows & self.defense.sites
 
     @property
     def _tapes(self) -> tuple[Tape, Tape]:
@@ -235,7 +268,7 @@ class Case:
 
 
 def examine(case: Case, exact: Case | None = None) -> dict[str, str]:
-    """By the name of each check, "pass" or why the defense fails it.
+    """The verdict of each check, by its name: "pass", or why the defense fails it.
 
     Args:
         case: At the precision and the batch sizes of the run.
@@ -272,12 +305,19 @@ def _check_batch(case: Case) -> None:
 
 
 def _check_program(case: Case) -> None:
-    """The logits that the attack meets are those that are evaluated, on identical draws."""
+    """The logits that the attack meets are those that are evaluated, on identical draws.
+
+    In one batch they are equal bit for bit, with and without a gradient, since torch takes the same
+    arithmetic for both, and recomputation in the backward pass repeats it. Only where several
+    samples of each image pass together is the batch larger than that of an evaluation: libraries
+    of linear algebra then add in another order, and rounding may differ.
+    """
     met = case.attacked.logits
+    _check_gap(met - case.unattacked, met, "a gradient is asked for", 0.0)
+    tolerance = TOLERANCE if met.shape[1] > 1 else 0.0
     for draw in sorted({0, met.shape[1] - 1}):
         evaluated = case.evaluated(draw=draw) if draw else case.together
-        when = "a gradient is asked for" if case.gradient else "the attack evaluates it"
-        _check_gap(met[:, draw] - evaluated, evaluated, when)
+        _check_gap(met[:, draw] - evaluated, evaluated, "the attack evaluates it", tolerance)
 
 
 @torch.no_grad()
@@ -291,7 +331,7 @@ def _check_input(case: Case) -> None:
 
 
 def _check_precision(case: Case, exact: list[tuple[Tensor, Tensor]]) -> None:
-    """What the attack meets in float32, in its batch, is what it would meet in float64, alone."""
+    """The attack meets in float32, in its batch, what it would meet in float64, alone."""
     found, wanted = case.attacked.logits[: len(exact), 0], torch.cat([each for each, _ in exact])
     _check_gap(found - wanted, wanted, "float64 is taken", PRECISION_TOLERANCE)
     slope = case.attacked.mean[: len(exact)].double().flatten(1)

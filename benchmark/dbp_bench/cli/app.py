@@ -3,11 +3,13 @@
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from dbp_bench import __version__
+from dbp_bench.errors import AttackFailed, BadRequest, place_of
 
 app = typer.Typer(
     name="dbp-bench",
@@ -19,6 +21,32 @@ app = typer.Typer(
 )
 
 
+class Once(TyperCommand):
+    """A command that refuses a second name, place or seed where only the last would count.
+
+    A setting can be given again, as an alias does: the last one counts.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See the base class."""
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for option in order:
+            one = not (option.multiple or getattr(option, "is_flag", False))
+            setting = getattr(option, "rich_help_panel", None) == CHANGED
+            if order.count(option) > 1 and one and not setting:
+                raise BadRequest(f"{option.opts[0]}: given twice, and only one would count.")
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """See the base class; what ends a command ends it only where this package raises it."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.BadParameter) as error:
+            if place := place_of(error):
+                raise AttackFailed(f"{place}: {type(error).__name__}") from error
+            raise
+
+
 def application() -> typer.Typer:
     """The application with every command."""
     for module in (
@@ -28,6 +56,9 @@ def application() -> typer.Typer:
     ):
         # Each adds its commands to the app, whose help shows them in this order.
         import_module(f"dbp_bench.cli.{module}")
+    for group in (app, *(held.typer_instance for held in app.registered_groups)):
+        for command in group.registered_commands if group else ():
+            command.cls = Once
     return app
 
 

@@ -1,8 +1,7 @@
 """The command ``check``: of a defense, of its gradient, and of this installation."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,9 +19,7 @@ from dbp_bench.cli.shared import console, device_of, registry_of, show, show_jso
 from dbp_bench.errors import BadRequest
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from dbp_bench.checks.gradients import Agreement, Request
+    from dbp_bench.checks.gradients import Findings
 
 GRADIENTS = "With --gradients"
 """The group that options of the comparison of gradients are shown in."""
@@ -74,19 +71,40 @@ def check(
     Exit code 1: a test failed.
     """
     if environment:
-        _environment(as_json)
+        from dbp_bench.checks.environment import examine, render
+
+        findings = examine()
+        if as_json:
+            show_json(findings)
+        else:
+            show(render(findings))
+        if not findings["ok"]:
+            raise typer.Exit(1)
         return
     if defense is None:
         raise BadRequest("name a defense, or all; or add --environment.")
     registry = registry_of(entries, trust_code, data)
     if gradients:
-        from dbp_bench.checks.gradients import request
+        from dbp_bench.checks.gradients import check as measure
 
         subject = registry.subject(defense, track)
-        asked = request(
-            subject, images=images, seed=seed, loss=loss, surrogate_steps=surrogate_steps
+        found, short = measure(
+            subject,
+            images=images,
+            seed=seed,
+            loss=loss,
+            surrogate_steps=surrogate_steps,
+            device=device_of(device),
         )
-        _gradients(asked, device_of(device), as_json)
+        asked = {"defense": defense, "track": track, "images": images, "seed": seed, "loss": loss}
+        asked |= {"dtype": "float64", "steps": subject.setting.options.get("steps")}
+        asked["surrogate_steps"] = short
+        if as_json:
+            show_json({**asked, "exact": found.exact, **asdict(found)})
+        else:
+            _show_gradients(asked, found)
+        if not found.exact:
+            raise typer.Exit(1)
         return
     names = [defense]
     if defense == "all":
@@ -95,78 +113,35 @@ def check(
         names = [n for n in known if track in registry.defense(n).entry.tracks]
     from dbp_bench.checks.conformance import NOT_TESTED, check_subject
 
-    found = {name: dict(check_subject(registry.subject(name, track))) for name in names}
+    faults = {name: dict(check_subject(registry.subject(name, track))) for name in names}
     if as_json:
-        show_json(found)
+        show_json(faults)
     else:
-        for name, tests in found.items():
+        for name, tests in faults.items():
             for title, fault in tests.items():
                 verdict = "FAIL" if fault else "pass"
                 if fault and fault.startswith(NOT_TESTED):
                     verdict = "----"
                 show(f"{verdict}  {name}: {title}{f': {fault}' if fault else ''}")
-    if any(fault for tests in found.values() for fault in tests.values()):
+    if any(fault for tests in faults.values() for fault in tests.values()):
         raise typer.Exit(1)
 
 
-def _environment(as_json: bool) -> None:
-    from dbp_bench.checks.doctor import examine, render
-
-    findings = examine()
-    if as_json:
-        show_json(findings)
-    else:
-        show(render(findings))
-    if not findings["ok"]:
-        raise typer.Exit(1)
-
-
-def _gradients(asked: "Request", device: str, as_json: bool) -> None:
-    from dbp_bench.checks.gradients import check as measure
-
-    found = measure(asked, device)
-    subject, short = asked.subject, asked.surrogate_steps
-    if as_json:
-        head = {
-            "defense": subject.name,
-            "track": subject.track.name,
-            "images": asked.images,
-            "seed": asked.seed,
-            "loss": asked.loss,
-            "dtype": "float64",
-            "steps": asked.steps,
-            "surrogate_steps": short,
-            "exact": found.exact,
-        }
-        show_json({**head, **asdict(found)})
-    else:
-        say = console(False)
-        names = {"surrogate": f"surrogate, {short} of {asked.steps} steps"}
-        say.print(
-            f"{subject.name} on {subject.track.name}: {asked.loss} gradients at the first "
-            f"{asked.images} images, unattacked; float64, seed {asked.seed}.",
-        )
-        rows = [(names.get(row.mode, row.mode), row) for row in found.modes]
-        rows += [("exact, other draws (noise floor)", row) for row in found.noise_floor]
-        _show_agreement(say, rows)
-        errors = ", ".join(
-            "no gradient" if error is None else f"{error:.1e}" for error in found.difference_errors
-        )
-        say.print(
-            f"exact against central differences, relative error by image: {errors}"
-            f"{'' if found.exact else '  FAIL'}",
-        )
-    if not found.exact:
-        raise typer.Exit(1)
-
-
-def _show_agreement(say: "Console", rows: "Sequence[tuple[str, Agreement]]") -> None:
+def _show_gradients(asked: "dict[str, Any]", found: "Findings") -> None:
     from rich.table import Table
 
+    say = console(False)
+    say.print(
+        f"{asked['defense']} on {asked['track']}: {asked['loss']} gradients at the first "
+        f"{asked['images']} images, unattacked; float64, seed {asked['seed']}."
+    )
     table = Table(box=None, pad_edge=False)
     table.add_column("gradient")
     for name in ("draws", "cosine [95 %]", "equal signs % [95 %]", "images"):
         table.add_column(name, justify="right")
+    shorter = f"surrogate, {asked['surrogate_steps']} of {asked['steps']} steps"
+    rows = [(shorter if row.mode == "surrogate" else row.mode, row) for row in found.modes]
+    rows += [("exact, other draws (noise floor)", row) for row in found.noise_floor]
     for name, row in rows:
         cosine = row.cosine
         table.add_row(
@@ -177,3 +152,10 @@ def _show_agreement(say: "Console", rows: "Sequence[tuple[str, Agreement]]") -> 
             str(row.images),
         )
     say.print(table)
+    errors = ", ".join(
+        "no gradient" if error is None else f"{error:.1e}" for error in found.difference_errors
+    )
+    say.print(
+        f"exact against central differences, relative error by image: {errors}"
+        f"{'' if found.exact else '  FAIL'}",
+    )

@@ -42,7 +42,7 @@ from dbp_bench.cli.shared import (
     show_json,
     split,
 )
-from dbp_bench.errors import AttackFailed, BadRequest, BadResult
+from dbp_bench.errors import AttackFailed, BadRequest, BadResult, NotConforming
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -203,7 +203,7 @@ def _run_all(
                     progress=progress,
                     memo=memo,
                 )
-            except AttackFailed as error:
+            except (AttackFailed, NotConforming) as error:
                 raise type(error)(f"{job.label}: {error}") from error
         done.append((path, _held(say, job, path)))
 

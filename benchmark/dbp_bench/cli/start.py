@@ -10,7 +10,7 @@ import typer
 
 from dbp_bench.cli import moved
 from dbp_bench.cli.app import application
-from dbp_bench.errors import AttackFailed, DbpError, did_you_mean, place_of, plain
+from dbp_bench.errors import AttackFailed, DbpError, NotConforming, did_you_mean, place_of, words_of
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
 """The error of the parser of the command line, which Typer does not export."""
@@ -34,24 +34,25 @@ def start() -> None:
     sys.argv[1:] = [_at_home(argument) for argument in sys.argv[1:]]
     try:
         _invoke()
-    except AttackFailed as error:
+    except (AttackFailed, NotConforming) as error:
         _fail(str(error), 3)
     except DbpError as error:
         _fail(str(error), 2)
-    except BrokenPipeError:
+    except KeyboardInterrupt:
         raise
-    except OSError as error:
-        if place_of(error):
-            _fail(_failed(error), 3)
-        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}.", 2)
-    except Exception as error:
+    except BaseException as error:  # somebody's own code raises anything
+        own = place_of(error) is not None
+        if not own and isinstance(error, SystemExit | BrokenPipeError):
+            raise
+        if not own and isinstance(error, OSError):
+            _fail(f"{error.filename or 'input/output'}: {error.strerror or error}.", 2)
         if _is_exhausted(error):
             _fail(
                 "out of memory. Give a smaller --max-batch or --batch-size, or take "
                 "--checkpointing step.",
                 3,
             )
-        if place_of(error) is None and "--trust-code" not in sys.argv:
+        if not own and "--trust-code" not in sys.argv:
             raise  # a fault of ours: the traceback says where
         _fail(_failed(error), 3)
 
@@ -64,7 +65,7 @@ def _at_home(argument: str) -> str:
     return argument
 
 
-def _is_exhausted(error: Exception) -> bool:
+def _is_exhausted(error: BaseException) -> bool:
     """Tell whether memory did not suffice."""
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
@@ -75,8 +76,10 @@ def _is_exhausted(error: Exception) -> bool:
 
 def _failed(error: BaseException) -> str:
     """Say what somebody's own code raised, and where; or that what it returned made ours raise."""
-    said = " ".join(str(error).split())
+    said = " ".join(words_of(error).split())
     what = f"{type(error).__name__}{f': {said}' if said else ''}"
+    if isinstance(error, SystemExit):
+        what = f"ends the process (exit {error.code or 0})"
     place = place_of(error)
     if place is not None:
         return f"{place}: {what}"
@@ -92,10 +95,6 @@ def _invoke() -> None:
         code = application()(prog_name="dbp-bench", standalone_mode=False)
     except _UsageError as error:
         _fail(_misused(error), 2)
-    except SystemExit as error:
-        if place_of(error) is None:
-            raise
-        _fail(f"{place_of(error)}: ends the process (exit {error.code})", 3)
     if code == 130:  # typer's way to say that it was interrupted
         raise KeyboardInterrupt
     sys.exit(code)
@@ -122,5 +121,5 @@ def _misused(error: Any) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(plain(f"dbp-bench: {message}"), file=sys.stderr)
+    print(DbpError(f"dbp-bench: {message}"), file=sys.stderr)
     sys.exit(code)

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from dbp_bench.data.catalog import Facts
 from dbp_bench.errors import BadData, DbpError
 from dbp_bench.extras import BadExtra
-from dbp_bench.weights.files import ASSETS, verify
+from dbp_bench.weights.files import verify
+from dbp_bench.weights.places import ASSETS
 
 Pixels = NDArray[np.uint8]
 """An image ``(h, w, c)`` of whole numbers in 0 ... 255."""
@@ -121,6 +122,8 @@ def npz(path: Path, part: str, facts: Facts) -> Source:
             want = " or ".join(f"{images} and {labels}" for images, labels in names)
             raise BadData(f"{path}: it has {', '.join(arrays.files)}, not {want}.")
         images, labels = arrays[pair[0]], arrays[pair[1]]
+        if not (isinstance(images, np.ndarray) and isinstance(labels, np.ndarray)):
+            raise ValueError("a member is no array")  # its first bytes are others
     if images.dtype != np.uint8:
         raise BadData(f"{path}: {pair[0]} is {images.dtype}: give uint8 in 0 ... 255.")
     c = facts.shape[0]

@@ -10,7 +10,7 @@ from hashlib import sha256
 
 from dbp_bench.data.catalog import Facts, facts_of
 from dbp_bench.errors import BadEntry, did_you_mean
-from dbp_bench.weights.files import ASSETS
+from dbp_bench.weights.places import ASSETS
 
 LISTS = ASSETS / "ids"
 

@@ -20,8 +20,8 @@ from dbp_bench.declaration import explain, number_of
 from dbp_bench.entries import modules, outside
 from dbp_bench.entries.fields import AnyRef, CheckpointRef
 from dbp_bench.entries.threat import is_outside
-from dbp_bench.errors import BadEntry, place_of
-from dbp_bench.weights import files, store
+from dbp_bench.errors import BadEntry, place_of, words_of
+from dbp_bench.weights import files, places, store
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,7 +60,7 @@ class Builder:
 
             missing = self.random_weights and not store.has(ref.checkpoint)
             return blank(ref.checkpoint) if missing else build(ref.checkpoint)
-        file = files.find(ref.file, [path.parent, path.parent.parent])
+        file = places.find(ref.file, [path.parent, path.parent.parent])
         files.verify(file, ref.sha256)
         network: nn.Module = self.call(ref.network, path, "networks", {})
         files.fill(network, files.load(file), file)
@@ -120,7 +120,7 @@ class Builder:
             raise BadEntry(f"{path}: {dotted}: {explain(error, function)}") from None  # type: ignore[arg-type]
         except (BadEntry, TypeError, ValueError, KeyError) as error:
             at = f" ({place})" if (place := place_of(error)) else ""
-            raise BadEntry(f"{path}: {dotted}: {' '.join(str(error).split())}{at}") from None
+            raise BadEntry(f"{path}: {dotted}: {' '.join(words_of(error).split())}{at}") from None
 
     def _import(self, dotted: str, path: Path, kind: Kind, entry: Path) -> Callable[..., Any]:
         module, _, attribute = dotted.partition(":")
@@ -139,7 +139,7 @@ class Builder:
             found: Callable[..., Any] = getattr(self._module(module, entry), attribute)
         except (ImportError, AttributeError, SyntaxError) as error:
             at = f" ({place})" if (place := place_of(error)) else ""
-            raise BadEntry(f"{path}: {dotted} cannot be imported: {error}{at}.") from None
+            raise BadEntry(f"{path}: {dotted} cannot be imported: {words_of(error)}{at}.") from None
         if not callable(found):
             raise BadEntry(f"{path}: {dotted} is not a function or a class.")
         home = getattr(found, "__module__", None) or ""

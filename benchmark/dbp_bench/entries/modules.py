@@ -18,9 +18,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dbp_bench.entries import outside
 from dbp_bench.entries.outside import Source
+from dbp_bench.errors import BESIDE, LIBRARIES
 
 _NUMBERS = count()
+_KNOWN = sys.stdlib_module_names | LIBRARIES
 
 
 class _Folder(MetaPathFinder):
@@ -28,17 +31,28 @@ class _Folder(MetaPathFinder):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.prefix = f"_beside_entries_{next(_NUMBERS)}_"
+        self.prefix = f"{BESIDE}{next(_NUMBERS)}_"
         """The beginning of their names in ``sys.modules``."""
         self.files: dict[Path, str] = {}
         """The sha256 of each file that may be run."""
 
     def key(self, name: str, importer: str = "") -> str:
-        """The full name of the module that `importer` calls `name`, of this folder or another."""
+        """The full name of the module that `importer` calls `name`, of this folder or another.
+
+        Raises:
+            ImportError: It lies in this folder, but wasn't found in the text of what imports it.
+        """
         top = name.partition(".")[0]
-        # A module that is called like one of Python's own means that one, not itself.
-        itself = importer == self.prefix + top and top in sys.stdlib_module_names
+        # A module that is called like one of Python's own, or like torch, means that, not itself.
+        itself = importer == self.prefix + top and top in _KNOWN
         tops = {file.relative_to(self.folder).parts[0].removesuffix(".py") for file in self.files}
+        known = top in tops or top in _KNOWN
+        if top and not known and outside.is_in(top, self.folder):
+            # No import statement names it: it isn't in the hash, and another could be taken for it.
+            raise ImportError(
+                f"{top} lies in {self.folder}, but is only named at run time: write `import {top}`",
+                name=top,
+            )
         return self.prefix + name if top in tops and not itself else name
 
     def importing(
@@ -116,7 +130,7 @@ def load(module: str, folder: Path, source: Source) -> ModuleType:
     What was loaded from files that have changed since is loaded again.
 
     Raises:
-        ImportError: It can't be imported; the message has the plain names.
+        ImportError: It can't be imported.
     """
     files = {path: sha256(path.read_bytes()).hexdigest() for path in source.files.values()}
     held = _FOLDERS.get(folder)
@@ -124,8 +138,4 @@ def load(module: str, folder: Path, source: Source) -> ModuleType:
         held = _FOLDERS[folder] = _Folder(folder)
         sys.meta_path.insert(0, held)
     held.files |= files
-    try:
-        return import_module(held.prefix + module)
-    except ImportError as error:
-        told = ImportError(str(error).replace(held.prefix, ""))
-        raise told.with_traceback(error.__traceback__) from error
+    return import_module(held.prefix + module)

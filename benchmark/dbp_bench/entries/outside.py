@@ -107,15 +107,16 @@ def tops(dotted: Iterable[str]) -> list[str]:
     return sorted({path.partition(":")[0].split(".")[0] for path in dotted} - {OWN})
 
 
-def places(entry: Path, folders: Sequence[Path]) -> list[Path]:
-    """The places of modules that `entry` names: its own folder, then the other `folders`."""
+def places(entry: Path, folders: Sequence[Path]) -> list[Path | None]:
+    """The places of modules that `entry` names: its own folder, then the other `folders`.
+
+    What the command line names has no folder of its own, which is None then.
+    """
     own = {"defenses": 1, "tracks": 1, "threats": 2, "settings": 2}.get(entry.parent.name)
-    if own is None:
-        return list(folders)
-    return list(dict.fromkeys([entry.resolve().parents[own], *folders]))
+    return list(dict.fromkeys([None if own is None else entry.resolve().parents[own], *folders]))
 
 
-def beside(top: str, places: Sequence[Path]) -> Path | None:
+def beside(top: str, places: Sequence[Path | None]) -> Path | None:
     """The one of the `places` of an entry that has the module or package called `top`, if any.
 
     The first is the entry's own folder and comes first; among the others none does.
@@ -123,7 +124,7 @@ def beside(top: str, places: Sequence[Path]) -> Path | None:
     Raises:
         BadEntry: Several others have it.
     """
-    having = [place for place in places if _is_in(top, place)]
+    having = [place for place in places if place and is_in(top, place)]
     if len(having) > 1 and having[0] != places[0]:
         raise BadEntry(
             f"module {top!r} is in {' and in '.join(map(str, having))}: leave out one of these "
@@ -132,7 +133,7 @@ def beside(top: str, places: Sequence[Path]) -> Path | None:
     return having[0] if having else None
 
 
-def source(top: str, places: Sequence[Path], *, installed: bool = True) -> Source | None:
+def source(top: str, places: Sequence[Path | None], *, installed: bool = True) -> Source | None:
     """The source of the module or package called `top`; None where there is none.
 
     Args:
@@ -159,7 +160,8 @@ def _installed(top: str) -> tuple[str, Path] | None:
     return None
 
 
-def _is_in(top: str, folder: Path) -> bool:
+def is_in(top: str, folder: Path) -> bool:
+    """Whether `folder` has a module or package called `top`."""
     return top != OWN and any(_files_of(top, folder))
 
 

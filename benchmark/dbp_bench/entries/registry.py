@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from dbp_bench import attacks
+from dbp_bench import attacks, data
 from dbp_bench.declaration import Strict, read_yaml
 from dbp_bench.entries import outside
 from dbp_bench.entries.build import Builder
@@ -112,6 +112,7 @@ class Registry:
 
         Raises:
             UnknownName: There is no such defense or track, or it has no setting for the track.
+            BadData: The user names a place for data that come with the package.
         """
         where, entry = self.track(track), self.defense(defense)
         setting = entry.entry.setting(track)
@@ -120,6 +121,8 @@ class Registry:
                 f"{entry.path}: defense {defense!r} has no setting for track {track!r}."
                 f"{did_you_mean(track, entry.entry.tracks)}"
             )
+        if self.builder.data is not None:  # one that no file is read from would be ignored
+            data.load_data(where.entry.facts(track), self.builder.data)
         return Subject(where, entry, setting, self.builder)
 
     def check_name(self, kind: str, name: str) -> None:

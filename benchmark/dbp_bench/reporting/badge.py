@@ -16,10 +16,12 @@ from dbp_bench.result import write_atomically
 from dbp_bench.weights.files import digest
 
 Level = Literal["checked", "replayed", "re-attacked"]
+Part = Literal["test", "train"]
 Badge = Literal["self-reported", "checked", "replayed", "re-attacked"]
 
 BADGES: Final[tuple[Badge, ...]] = ("self-reported", "checked", "replayed", "re-attacked")
 """From the least to the most that stands behind a number."""
+PARTS: Final[tuple[Part, ...]] = ("test", "train")
 FILE: Final = "verification.json"
 
 
@@ -30,6 +32,30 @@ class Compared(Strict):
     differing: int = Field(ge=0)
     allowed: int = Field(ge=0)
     """How many of those may differ: 0 on the machine's own kind, else what rounding may change."""
+
+
+class Fall(Strict):
+    """An accuracy that is stated, beside that on other images."""
+
+    threat: str
+    kind: Literal["clean", "adversarial"]
+    stated: float
+    found: float
+    low: float
+    high: float
+    """The 95 % interval of `stated` - `found`."""
+
+
+class Unseen(Strict):
+    """Accuracies on images outside the track's list."""
+
+    seed: int
+    """It decides which images, and every draw."""
+    part: Part
+    """Where they are from. Networks have seen the training images: only a fall says something."""
+    images: int
+    falls: list[Fall]
+    """None of them is larger than chance explains."""
 
 
 class Verification(Strict):
@@ -49,6 +75,8 @@ class Verification(Strict):
     attack: Compared | None
     share: float | None
     """The share of the groups of images that were attacked again."""
+    unseen: Unseen | None = None
+    """Null where no other images were attacked."""
     device_name: str | None
     """The machine that replayed or attacked."""
     files: dict[str, str]

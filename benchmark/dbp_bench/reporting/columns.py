@@ -1,4 +1,8 @@
-"""The columns of a leaderboard, declared once: here a column is added, renamed or moved."""
+"""The columns of a leaderboard: a formula of accuracies, or a threat model's own, with a heading.
+
+A formula is added here alone; a threat model's column comes from its entry. Costs and numbers of
+draws, which have no interval, are in :mod:`dbp_bench.reporting.tables`.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace

@@ -402,7 +402,8 @@ def resolve(
     """
     subject, threat_entry = registry.subject(defense, track), registry.threat(threat)
     declared, place = threat_entry.entry, subject.track.entry
-    eps = declared.eps if overrides.eps is None else overrides.eps
+    # The null attack stays one, whatever radius the others take.
+    eps = declared.eps if overrides.eps is None or declared.eps == 0 else overrides.eps
     eps = place.eps if eps is None else eps
     if eps < 0:
         raise BadRequest(f"--eps {eps:g}: a radius cannot be negative.")

@@ -1,1 +1,1 @@
-"""How a defense gets onto a leaderboard: made, bundled, verified, moved."""
+"""Takes a defense to a leaderboard: it is made, bundled, verified and placed."""

@@ -6,7 +6,6 @@ and no archive unpacks to more than its own size.
 
 import errno
 import json
-import os
 import shutil
 import stat
 import zipfile
@@ -15,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from struct import error as StructError
-from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Final, Literal
 
 from pydantic import Field, ValidationError
@@ -24,7 +22,7 @@ from dbp_bench.declaration import Strict, explain, parse_json
 from dbp_bench.entries.fields import Name, Sha256
 from dbp_bench.errors import BadRequest, DbpError
 from dbp_bench.weights.files import digest
-from dbp_bench.writing import naming, sweep
+from dbp_bench.writing import naming, scratch_folder
 
 MANIFEST: Final = "manifest.json"
 LARGEST: Final = 8 << 30
@@ -38,7 +36,7 @@ _UNSOUND: Final = (
     *(zipfile.BadZipFile, EOFError, LookupError, NotImplementedError),
     *(OverflowError, RuntimeError, StructError, ValueError),
 )
-"""What zipfile raises for an archive that is damaged."""
+"""The errors that zipfile raises for an archive that is damaged."""
 
 
 class Refused(DbpError):
@@ -62,7 +60,7 @@ class Summary(Strict):
 
 
 class Manifest(Strict):
-    """What a bundle says that it holds: the file manifest.json in it."""
+    """The contents of a bundle, as it states them: the file manifest.json in it."""
 
     schema_version: Literal[1] = Field(alias="schema")
     dbp_bench: str
@@ -70,7 +68,7 @@ class Manifest(Strict):
     defense: Name
     environment: dict[str, str]
     summary: dict[str, Summary]
-    """By threat model."""
+    """Accuracies by threat model."""
     files: dict[str, FileFacts]
     """Every file of the bundle but this one, by path."""
 
@@ -131,9 +129,7 @@ def opened(path: Path) -> Iterator[Bundle]:
     size = path.stat().st_size
     if size > LARGEST:
         raise Refused(f"{size / 1e9:.1f} GB, more than the {LARGEST / 1e9:.1f} GB of a bundle.")
-    sweep(Path(gettempdir()) / "dbp-bundle")
-    with TemporaryDirectory(prefix=f".dbp-bundle.{os.getpid()}.", suffix=".tmp") as scratch:
-        folder = Path(scratch).resolve()
+    with scratch_folder("dbp-bundle") as folder:
         try:
             with naming(folder), zipfile.ZipFile(path) as archive:
                 infos = _safe(archive.infolist(), size)
@@ -181,7 +177,7 @@ def _safe(infos: list[zipfile.ZipInfo], size: int) -> list[zipfile.ZipInfo]:
 
 
 def safe_path(name: str) -> bool:
-    """Whether `name` is a plain relative path of printable ASCII that stays inside its folder."""
+    """True for a plain relative path of printable ASCII that stays inside its folder."""
     path = PurePosixPath(name)
     return (
         0 < len(name) <= 400

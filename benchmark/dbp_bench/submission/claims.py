@@ -1,4 +1,4 @@
-"""What the results of a bundle state, held against the protocol, the data and one another.
+"""Holds what the results of a bundle state against the protocol, the data and one another.
 
 The protocol is what the entries say: every threat model with ``protocol: true``, on all images of
 the track, with the draws and the effort that the threat's entry names.
@@ -24,7 +24,7 @@ from dbp_bench.submission.archive import Bundle, Refused, Summary
 ACCEPTED: Final = frozenset({"0.1.0"})
 """The versions whose results this one can verify, since they compute the same numbers."""
 ARITHMETIC: Final = frozenset({"batch_size", "max_batch"})
-"""What may be set against the entries: how the work is cut to fit a machine's memory."""
+"""The options that may be set against the entries: they cut the work to fit a machine's memory."""
 _PROCESS: Final = ("sites", "options", "surrogate", "weights")
 """The parts of a job's identity that say which defense was attacked."""
 
@@ -76,7 +76,7 @@ class Protocol:
 
 
 def protocol(registry: Registry, track: str, defense: str) -> Protocol:
-    """What the entries in `registry` ask of a defense; it is the same for every seed."""
+    """The protocol that `registry` asks of a defense; it is the same for every seed."""
     nothing = Overrides()
     return Protocol(
         plan(registry, track, [defense], ["all"], seed=0, device="cpu", overrides=nothing)
@@ -208,7 +208,7 @@ def claim(record: Record, registry: Registry) -> Claim:
 
 
 def given(result: Result) -> dict[str, Any]:
-    """How the author cut the work, by the name of the option; nothing where the entries say it."""
+    """The options that cut the work, where the author set them; nothing where the entries do."""
     names = sorted(ARITHMETIC & set(result.overrides))
     return {name: getattr(result.arithmetic, name) for name in names}
 
@@ -234,14 +234,16 @@ def check_data(claims: Sequence[Claim], data: DataSet) -> None:
 
 
 def check_conformance(claims: Sequence[Claim]) -> None:
-    """Refuse results whose run found that the defense breaks a rule.
+    """Refuse results whose run found that the defense breaks a rule, or didn't look.
 
     Raises:
         Refused: There is one.
     """
     for each in claims:
         found = each.result.conformance
-        if found is not None and (said := faults(found)):
+        if found is None:
+            raise Refused(f"{each.name}: no conformance record in it. Run it again.")
+        if said := faults(found):
             raise Refused(f"{each.name}: its conformance record says: {said[0]}.")
 
 

@@ -1,4 +1,4 @@
-"""Which files a bundle holds and where they lie in it; reading them runs none of them.
+"""Names the files of a bundle, and finds them in it; reading them runs none of them.
 
 entries/defenses/<defense>.yaml     the entry
 entries/**/*.py, *.safetensors      the source and the weights that it names

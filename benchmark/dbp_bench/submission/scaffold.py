@@ -1,19 +1,16 @@
 """Starts a defense of your own: an entry, a module and a README that already pass the checks."""
 
 import keyword
-import os
 import re
-import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
-from tempfile import TemporaryDirectory
 from typing import Final
 
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest
-from dbp_bench.writing import naming
+from dbp_bench.writing import write_together
 
 TEMPLATE: Final = Path(__file__).parent / "template"
 _FILES: Final = {
@@ -57,17 +54,10 @@ def new_defense(name: str, out: Path | None, registry: Registry) -> list[Path]:
     out = out or Path(name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadRequest(f"{out} exists. Choose another --out, or move it away.")
-    out.parent.mkdir(parents=True, exist_ok=True)
     words = {"entry": entry, "module": module, "folder": out.as_posix()}
-    with naming(out), TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        made = Path(scratch) / "new"
-        for source, target in _FILES.items():
-            text = (TEMPLATE / source).read_text(encoding="utf-8")
-            path = made / target.format(**words)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(Template(text).substitute(words), encoding="utf-8")
-        if out.is_dir():
-            out.rmdir()
-        os.replace(made, out)  # noqa: PTH105
-        shutil.rmtree(made, ignore_errors=True)
-    return sorted(path for path in out.rglob("*") if path.is_file())
+    files: dict[str, str | bytes] = {
+        target.format(**words): Template((TEMPLATE / source).read_text("utf-8")).substitute(words)
+        for source, target in _FILES.items()
+    }
+    write_together(out, files, with_folders=True)
+    return sorted(out / name for name in files)

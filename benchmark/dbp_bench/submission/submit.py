@@ -19,6 +19,7 @@ from dbp_bench.runs.saved import adversarial_path
 from dbp_bench.submission import archive, claims, layout, verify
 from dbp_bench.submission.archive import Manifest, Refused
 from dbp_bench.weights import files as weight_files
+from dbp_bench.weights import places as weight_places
 from dbp_bench.writing import replacing
 
 PACKAGES: Final = ("dbp-bench", "torch", "numpy", "safetensors")
@@ -69,7 +70,7 @@ def submit(
         archive.write(temporary, manifest, files)
         with archive.opened(temporary) as bundle:
             # The entry's own folder may hold the track, too; the defense itself is the bundle's.
-            verify.check(bundle, registry.folders, data=registry.builder.data)
+            verify.check(bundle, registry)
             sha256 = bundle.sha256
     return manifest, sha256
 
@@ -89,8 +90,8 @@ def _entry_files(subject: Subject, with_weights: bool) -> dict[str, Path]:
             raise Refused(f"{path}: the source of {module} isn't found. Name its --entries.")
         files |= {f"{layout.ENTRIES}/{name}": path for name, path in source.files.items()}
     for ref in layout.networks(subject) if with_weights else ():
-        weights = weight_files.find(ref.file, [path.parent, path.parent.parent])
-        if not weights.is_relative_to(weight_files.ASSETS):
+        weights = weight_places.find(ref.file, [path.parent, path.parent.parent])
+        if not weights.is_relative_to(weight_places.ASSETS):
             weight_files.verify(weights, ref.sha256)
             files[f"{layout.ENTRIES}/{ref.file}"] = weights
     return files
@@ -128,7 +129,7 @@ def _results(registry: Registry, subject: Subject, results: Path) -> list[Path]:
 
 
 def _lack(job: Job, path: Path) -> str | None:
-    """What the result at `path` lacks of what the protocol's `job` takes."""
+    """The part that the result at `path` lacks of what the protocol's `job` takes; None if none."""
     result = Result.read(path)
     images, draws = len(result.ids), len(result.draws)
     if images < len(job.track_ids) or draws < job.draws:
@@ -162,6 +163,9 @@ def title(manifest: Manifest) -> str:
 def description(manifest: Manifest, bundle: str, sha256: str) -> str:
     """The text of a pull request, in Markdown; `bundle` is where the bundle lies."""
     size = sum(facts.bytes for facts in manifest.files.values())
+    command = (
+        f"dbp-bench verify {bundle} --replay --attack 0.1 --unseen --trust-code --into results"
+    )
     return "\n".join(
         [
             "| threat model | clean % | robust % | images x draws |",
@@ -174,7 +178,7 @@ def description(manifest: Manifest, bundle: str, sha256: str) -> str:
             "",
             f"- bundle: {bundle}, {size / 1e6:.1f} MB, sha256 {sha256}",
             f"- made with dbp-bench {manifest.dbp_bench}; self-reported until a maintainer runs",
-            f"  `dbp-bench verify {bundle} --replay --attack 0.1 --trust-code --into results`",
+            f"  `{command}`",
             "- licence of the code and of the weights: ...",
         ]
     )

@@ -14,7 +14,8 @@ from dbp_bench.declaration import parse_json
 from dbp_bench.errors import BadRequest, BadWeights
 from dbp_bench.training import variants
 from dbp_bench.training.recipes import Recipe
-from dbp_bench.weights.files import ASSETS, digest, fill, load
+from dbp_bench.weights.files import digest, fill, load
+from dbp_bench.weights.places import ASSETS
 
 HEADER = "dbp-bench"
 """The key in the header of a weights file under which it says what it is."""

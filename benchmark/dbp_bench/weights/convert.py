@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dbp_bench.errors import BadRequest, BadWeights
 from dbp_bench.networks import ho, songunet, wrn
-from dbp_bench.weights import catalog, files, formats, store
+from dbp_bench.weights import catalog, files, formats, places, store
 from dbp_bench.weights.catalog import Checkpoint
 
 Converter = Callable[[Mapping[str, Any], Any], Mapping[str, Any]]
@@ -82,7 +82,7 @@ def convert(name: str, path: Path, *, unpublished: bool = False) -> store.Record
     for key, value in state.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise BadWeights(f"{path}: {key} holds NaN or infinity: damaged. Fetch it again.")
-    files.need_space(sum(value.nbytes for value in state.values()))
+    places.need_space(sum(value.nbytes for value in state.values()))
     sha256 = store.put(name, {key: _own(value) for key, value in state.items()})
     return store.write(name, sha256, held.weights, published)
 

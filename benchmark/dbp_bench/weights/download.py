@@ -16,7 +16,7 @@ from typing import Literal
 
 from dbp_bench import __version__
 from dbp_bench.errors import BadRequest, DbpError
-from dbp_bench.weights import files
+from dbp_bench.weights import files, places
 
 _REQUESTS = 4
 """Requests for one file: its page, the file behind the page, and a second try at either."""
@@ -139,7 +139,7 @@ def _drop_other_version(url: str, part: Path, headers: dict[str, str]) -> None:
         there = 0
     file.write_text(version, encoding="utf-8")
     if size is not None:
-        files.need_space(size - there)
+        places.need_space(size - there)
 
 
 def _drop(part: Path) -> None:

@@ -1,56 +1,20 @@
-"""Weights and data files: find, verify by sha256, and read as safetensors; never run a pickle."""
+"""Weights and data files: verify by sha256, and read as safetensors; never run a pickle."""
 
-import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dbp_bench.errors import BadRequest, BadWeights
+from dbp_bench.errors import BadWeights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-ASSETS = Path(__file__).parents[1] / "assets"
-"""Files that ship with the package."""
 
 Kind = Literal["safetensors", "zip", "legacy", "pickle", "page", "other"]
 """The format of a file: a new one of torch is a `zip`, one of before torch 1.6 is `legacy`."""
 
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """The start of files of torch before 1.6: a magic number, pickled."""
-
-
-def cache() -> Path:
-    """The folder of what was downloaded or converted: DBP_BENCH_CACHE, or ~/.cache/dbp-bench.
-
-    Raises:
-        BadRequest: There is no home folder.
-    """
-    try:
-        return Path(os.environ.get("DBP_BENCH_CACHE") or "~/.cache/dbp-bench").expanduser()
-    except RuntimeError:
-        raise BadRequest(
-            "weights are kept in the home folder, and there is none: set DBP_BENCH_CACHE to a "
-            "folder."
-        ) from None
-
-
-def find(name: str, folders: Sequence[Path]) -> Path:
-    """The file called `name` in the first of `folders` that has it, or among the assets.
-
-    Raises:
-        BadWeights: There is none, or `name` leaves its folder.
-    """
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise BadWeights(f"weights file {name!r}: give a path inside the entry's own folder.")
-    places = [*folders, ASSETS]
-    for folder in places:
-        if (folder / name).is_file():
-            return folder / name
-    looked = ", ".join(str(place) for place in places)
-    raise BadWeights(f"no weights file {name!r}. Looked in: {looked}.")
 
 
 def digest(path: Path, algorithm: Literal["sha256", "md5"] = "sha256") -> str:
@@ -171,20 +135,4 @@ def _refuse_foreign_formats(path: Path) -> None:
         raise BadWeights(
             f"{path}: a pickle (.pt, .pth, .pkl), which can run code when it is read: refused. "
             "Convert it to safetensors on a machine you trust."
-        )
-
-
-def need_space(size: int) -> None:
-    """Refuse to write `size` bytes to the cache where they don't fit.
-
-    Raises:
-        BadRequest: They don't.
-    """
-    folder = cache()
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise BadRequest(
-            f"{folder}: {size / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free. Make room, "
-            "or set DBP_BENCH_CACHE to a folder on another disk."
         )

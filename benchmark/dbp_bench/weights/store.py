@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from dbp_bench import __version__
 from dbp_bench.declaration import Strict, parse_json, read_json
-from dbp_bench.errors import BadResult, BadWeights
-from dbp_bench.weights import catalog, files
+from dbp_bench.errors import BadResult, BadWeights, UnknownName
+from dbp_bench.weights import catalog, files, places
 from dbp_bench.writing import replacing, write_atomically
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Record(Strict):
 
 def folder() -> Path:
     """The folder of converted checkpoints."""
-    return files.cache() / "weights"
+    return places.cache() / "weights"
 
 
 def file(name: str) -> Path:
@@ -147,8 +147,12 @@ def names() -> list[str]:
     """Names in the cache: those of the catalog in its order, then models of packages."""
     found = [name for name in catalog.entries() if has(name)]
     for path in sorted(folder().glob("zoo-*.json")):
-        with suppress(ValueError, KeyError, TypeError):  # it is no record
-            found.append(str(parse_json(path.read_text(encoding="utf-8"))["name"]))
+        # What names no model, or another file's, is no record.
+        with suppress(ValueError, KeyError, TypeError, UnknownName):
+            name = str(parse_json(path.read_text(encoding="utf-8"))["name"])
+            catalog.find(name)
+            if record_file(name) == path:
+                found.append(name)
     return found
 
 

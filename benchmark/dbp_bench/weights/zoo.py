@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dbp_bench.errors import BadWeights, DbpError, UnknownName
 from dbp_bench.extras import load_extra
-from dbp_bench.weights import catalog, files
+from dbp_bench.weights import catalog, files, places
 
 
 class Normalised(nn.Module):
@@ -89,7 +89,7 @@ def _robustbench(modules: Mapping[str, Any], model: str, pretrained: bool) -> nn
         loaded = known[model]["model"]()
         return loaded
     dataset, threat, name = model.split("/")
-    folder = files.cache() / "robustbench"
+    folder = places.cache() / "robustbench"
     try:
         loaded = modules["utils"].load_model(
             model_name=name, model_dir=folder, dataset=dataset, threat_model=threat

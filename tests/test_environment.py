@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,18 @@ import torch
 from torch import Tensor
 
 from dbp_bench import noise
-from dbp_bench.checks import doctor
+from dbp_bench.checks import environment
 from dbp_bench.noise import Tape
-from dbp_bench.weights import files as weight_files
+from dbp_bench.weights import places as weight_places
 
 
 @pytest.fixture
 def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the files that ship, which a test may spoil."""
     folder = tmp_path / "assets"
-    shutil.copytree(weight_files.ASSETS, folder)
-    monkeypatch.setattr(weight_files, "ASSETS", folder)
-    monkeypatch.setattr(doctor, "GOLDEN", folder / "golden.json")
+    shutil.copytree(weight_places.ASSETS, folder)
+    monkeypatch.setattr(weight_places, "ASSETS", folder)
+    monkeypatch.setattr(environment, "GOLDEN", folder / "golden.json")
     return folder
 
 
@@ -35,19 +36,19 @@ def edit(assets: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def detail(ok: bool) -> str:
     """What the golden case says, its verdict being `ok`."""
-    findings = doctor.examine()
+    findings = environment.examine()
     assert findings["ok"] is findings["golden"]["ok"] is ok, findings["golden"]
     return str(findings["golden"]["detail"])
 
 
 def test_the_golden_case_passes_here() -> None:
-    findings = doctor.examine()
+    findings = environment.examine()
     assert findings["ok"] is True
     assert findings["golden"]["detail"].startswith("draws on cpu: bit-equal; files: ")
 
 
 def test_findings_say_what_is_installed() -> None:
-    findings = doctor.examine()
+    findings = environment.examine()
     assert json.loads(json.dumps(findings)) == findings
     assert findings["torch"]["version"] == torch.__version__
     assert findings["devices"][0].startswith("cpu: ")
@@ -55,21 +56,39 @@ def test_findings_say_what_is_installed() -> None:
     assert {extra["name"] for extra in findings["extras"]} >= {"autoattack", "robustbench"}
 
 
+def test_an_extra_that_does_not_import_is_not_called_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {
+        "timm/__init__.py": "raise RuntimeError('operator torchvision::nms does not exist')",
+        "timm/models/__init__.py": "",
+        "timm-1.0.9.dist-info/METADATA": "Name: timm\nVersion: 1.0.9\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+    extras = {found["name"]: found for found in environment.examine()["extras"]}
+    assert extras["timm"]["state"] == "broken"
+    assert "operator torchvision::nms does not exist" in extras["timm"]["hint"]
+
+
 def test_render_has_a_line_for_each_finding() -> None:
-    findings = doctor.examine() | {"device_warnings": ["the driver is too old"]}
-    lines = doctor.render(findings).splitlines()
+    findings = environment.examine() | {"device_warnings": ["the driver is too old"]}
+    lines = environment.render(findings).splitlines()
     names = [line[:12].strip() for line in lines]
     assert names[:5] == ["dbp-bench", "Python", "torch", "device", "warning"]
     assert names.count("extra") == len(findings["extras"])
     assert lines[-1].startswith("golden case  pass (")
     failed = findings | {"golden": {"ok": False, "detail": "why", "seconds": 1.0}}
-    assert doctor.render(failed).splitlines()[-1] == "golden case  FAIL (1 s): why"
+    assert environment.render(failed).splitlines()[-1] == "golden case  FAIL (1 s): why"
 
 
 def test_the_stored_numbers_were_made_by_this_code(assets: Path) -> None:
     """All but the rounding of the machine."""
     stored = json.loads((assets / "golden.json").read_text())
-    doctor.write_golden(assets / "again.json")
+    environment.write_golden(assets / "again.json")
     again = json.loads((assets / "again.json").read_text())
     for key in ("about", "draws", "case"):
         assert again[key] == stored[key], key
@@ -77,7 +96,7 @@ def test_the_stored_numbers_were_made_by_this_code(assets: Path) -> None:
 
 
 def test_the_case_can_tell_an_attack_from_none() -> None:
-    clean, adversarial = json.loads(doctor.GOLDEN.read_text())["attack"]["right"]
+    clean, adversarial = json.loads(environment.GOLDEN.read_text())["attack"]["right"]
     assert sum(clean) == 8
     assert 0 < sum(adversarial) < 8
 
@@ -143,7 +162,7 @@ def test_other_bits_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_case_is_not_compared(assets: Path) -> None:
     edit(assets, lambda golden: golden["case"]["options"].__setitem__("steps", 11))
-    assert "doctor --write stores it anew" in detail(False)
+    assert "environment --write stores it anew" in detail(False)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +198,7 @@ def test_a_device_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
     def fail(*_: object) -> None:
         raise RuntimeError("no kernel image\nis available")
 
-    monkeypatch.setattr(doctor, "_run", fail)
+    monkeypatch.setattr(environment, "_run", fail)
     assert detail(False) == "attack on cpu: RuntimeError: no kernel image is available"
 
 
@@ -191,7 +210,7 @@ def test_warnings_of_the_driver_are_findings(monkeypatch: pytest.MonkeyPatch) ->
         return False
 
     monkeypatch.setattr(torch.cuda, "is_available", unavailable)
-    warned = doctor.examine()["device_warnings"]
+    warned = environment.examine()["device_warnings"]
     assert warned == ["The NVIDIA driver on your system is too old"]
 
 

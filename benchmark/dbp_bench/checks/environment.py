@@ -5,7 +5,7 @@ those that the entries mean. A short attack must give the stored numbers, within
 the sums inside a network are rounded in another order on another machine; whether they are equal to
 the last bit is told, and decides nothing.
 
-``python -m dbp_bench.checks.doctor --write`` makes the stored numbers again.
+``python -m dbp_bench.checks.environment --write`` makes the stored numbers again.
 """
 
 import json
@@ -33,8 +33,9 @@ from dbp_bench.noise import FORWARD, VICTIM, Tape
 from dbp_bench.provenance import device_name
 from dbp_bench.result import write_atomically
 from dbp_bench.weights import files as weight_files
+from dbp_bench.weights import places as weight_places
 
-GOLDEN = weight_files.ASSETS / "golden.json"
+GOLDEN = weight_places.ASSETS / "golden.json"
 """The numbers that the case must give."""
 
 DEFENSE, TRACK, EXAMPLES, SEED = "ddpm", "digits-linf", 8, 0
@@ -171,12 +172,12 @@ def _draw_digests(device: str) -> dict[str, str]:
 def _files() -> str:
     """Every file that ships, against the sha256 that an entry or the catalog of data sets gives."""
     wanted = {
-        weight_files.ASSETS / f"{name}.safetensors": facts.shipped
+        weight_places.ASSETS / f"{name}.safetensors": facts.shipped
         for name, facts in CATALOG.items()
         if facts.shipped
     }
     for path, file, digest in _declared(Registry()):
-        wanted[weight_files.find(file, [path.parent, path.parent.parent])] = digest
+        wanted[weight_places.find(file, [path.parent, path.parent.parent])] = digest
     for path, digest in wanted.items():
         weight_files.verify(path, digest)
     return f"{len(wanted)} as declared"
@@ -200,7 +201,7 @@ def _attack(device: str, stored: Mapping[str, Any]) -> str:
     """The attack again, against the stored logits."""
     subject = Registry().subject(DEFENSE, TRACK)
     if _case(subject) != stored["case"]:
-        write = "python -m dbp_bench.checks.doctor --write"
+        write = "python -m dbp_bench.checks.environment --write"
         raise _Wrong(f"the entry {DEFENSE} or {TRACK} was edited; {write} stores it anew")
     found = _run(subject, device)
     gaps, tolerance = [], TOLERANCES[torch.device(device).type]
@@ -267,7 +268,7 @@ def write_golden(path: Path = GOLDEN) -> None:
     found = _run(subject, "cpu")
     golden = {
         "about": "Numbers that `dbp-bench check --environment` computes again. "
-        "Made by `python -m dbp_bench.checks.doctor --write`.",
+        "Made by `python -m dbp_bench.checks.environment --write`.",
         "made_by": {"torch": torch.__version__, "device": "cpu", "machine": platform.machine()},
         "draws": _draw_digests("cpu"),
         "case": _case(subject),
@@ -278,5 +279,5 @@ def write_golden(path: Path = GOLDEN) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
-        sys.exit("usage: python -m dbp_bench.checks.doctor --write")
+        sys.exit("usage: python -m dbp_bench.checks.environment --write")
     write_golden()
