@@ -552,7 +552,7 @@ def test_a_damaged_image_is_found_before_the_attack(
     last = split_ids("small", "stratified-512")[-1]
     path = next((tmp_path / "data/test").glob(f"*/{last:05d}.png"))
     path.write_bytes(path.read_bytes()[:200])
-    monkeypatch.setattr("dbp_bench.runs.execute.evaluate.attack", None)
+    monkeypatch.setattr("dbp_bench.runs.execute.evaluation.attack", None)
     said = command(
         "run", *ASK, "--entries", own, "--out", tmp_path / "out", "--data", tmp_path / "data"
     )

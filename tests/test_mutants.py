@@ -55,6 +55,7 @@ _SMALL: Mapping[str, Mapping[str, Any]] = {
     "selective": {**_STEPS, "sharpness": 1, "rounds": 2},
     "diffattack": {**_STEPS, **_STARTS, "weight": 1, "levels": None},
     "square": _SQUARE,
+    "standard": {"budget": 24},
     "autoattack:rand": {"steps": 4, "queries": 12, "eot": 2},
     "torchattacks:PGD": {"alpha": 0.2, "steps": 4},
     "ensemble": {
@@ -68,9 +69,15 @@ _ATTACKS = {name.partition(":")[0] for name in _SMALL}
 EFFORT = {**_SMALL, **{name: {} for name in attacks.names() if name not in _ATTACKS}}
 """A small effort of each attack; an attack that isn't named has its own."""
 
-_L1 = {"pgd", "apgd", "low-frequency", "selective", "diffattack", "transfer", "autoattack:rand"}
+_L1 = {
+    *("pgd", "apgd", "low-frequency", "selective", "standard"),
+    *("diffattack", "transfer", "autoattack:rand"),
+}
 """Attacks that also search in l1."""
-_FOLLOW = ("pgd", "apgd", "low-frequency", "selective", "autoattack:rand", "torchattacks:PGD")
+_FOLLOW = (
+    *("pgd", "apgd", "low-frequency", "selective", "standard"),
+    *("autoattack:rand", "torchattacks:PGD"),
+)
 """Attacks that follow a gradient of the logits."""
 _PACKAGES = {"autoattack:rand": "pyautoattack", "torchattacks:PGD": "torchattacks"}
 

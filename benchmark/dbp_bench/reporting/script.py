@@ -29,7 +29,7 @@ _WIDTH = 80
 
 @dataclass(frozen=True)
 class Report:
-    """The results of :func:`dbp_bench.evaluation`; it prints as a table, in a notebook as HTML."""
+    """The results of :func:`dbp_bench.evaluate`; it prints as a table, in a notebook as HTML."""
 
     name: str
     """The name of the defense."""
