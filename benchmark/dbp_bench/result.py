@@ -87,6 +87,9 @@ class Conformance(Strict):
     """By the check's name, "pass" or the reason why it failed."""
     gradient: GradientCheck | None
     """Null where no gradient was followed or it was not tested."""
+    taped: dict[str, Any] | None = None
+    """Where a torch module that draws by itself draws, as its probe found. Null, and not written,
+    for a purifier that draws from the noise that it is handed."""
 
 
 class Arithmetic(Strict):
@@ -265,8 +268,9 @@ class Result(Strict):
         for key in ("surrogate", "package_robust"):
             if table[key] is None:
                 del table[key]
-        if table["provenance"]["code"] is None:
-            del table["provenance"]["code"]
+        for inner, key in ((table["provenance"], "code"), (table["conformance"] or {}, "taped")):
+            if inner.get(key, ...) is None:
+                del inner[key]
         return _pretty(table, ("predicted", "package_robust")) + "\n"
 
     def write(self, path: Path) -> None:

@@ -5,12 +5,13 @@ batch sizes of the evaluation and of the attack, through the attacker's own view
 attacked and what was evaluated are known to be the same program. ``dbp-bench check`` tests more.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from dbp_bench.errors import NotConforming
 from dbp_bench.evaluation import Group
 from dbp_bench.noise import OpaqueNoise, Site, Tape
 from dbp_bench.result import Conformance, GradientCheck
+from dbp_bench.taped import Taped
 from dbp_bench.threat import AttackerView, Gradient, Revealed
 
 TOLERANCE: Final = 1e-4
@@ -103,9 +105,17 @@ def record(build: Build, group: Group, approach: Approach, memo: Memo | None = N
         small = Case(exact, few, replace(approach, max_batch=1)) if exact else None
         run = Case(build(torch.float32), group, approach)
         memo.records[approach] = Conformance(
-            checks=examine(run, small), gradient=_gradient(exact, few, approach, memo)
+            checks=examine(run, small),
+            gradient=_gradient(exact, few, approach, memo),
+            taped=_taped(run.defense),
         )
     return memo.records[approach]
+
+
+def _taped(defense: Defense) -> dict[str, Any] | None:
+    """The probe's record of a module under a tape; None of another purifier."""
+    purifier = getattr(defense.purifier, "purifier", defense.purifier)  # resized
+    return json.loads(purifier.record.to_json()) if isinstance(purifier, Taped) else None
 
 
 def _gradient(

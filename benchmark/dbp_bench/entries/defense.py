@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from dbp_bench.declaration import Strict
-from dbp_bench.entries.fields import AnyNetwork, AnyRef, DottedPath, Names, Options
+from dbp_bench.entries.fields import AnyNetwork, AnyRef, DottedPath, Name, Names, Options
 from dbp_bench.errors import did_you_mean
 
 OWN_CLASSIFIER = "defense.classifier"
@@ -36,6 +36,9 @@ class Setting(Strict):
     out."""
     surrogate: Surrogate | None = None
     """``gradient: declared-surrogate`` differentiates this. May be left out."""
+    lines: dict[str, Name] = Field(default_factory=dict)
+    """By ``file.py:line`` the site of what is drawn there, for a torch module that draws by itself
+    (see :class:`dbp_bench.Taped`). May be left out."""
     classifier: AnyNetwork | None = None
     """In place of the track's, for models that are robust by their training. May be left out."""
 

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from dbp_bench.data import DataSet
     from dbp_bench.defense import Defense
     from dbp_bench.memory import Policy
+    from dbp_bench.taped import Taped
     from dbp_bench.threat import Budget
+
+
+_PROBED = 5
+"""Images on which a module that draws by itself is probed."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,8 @@ class Subject:
         }
         arguments = {**networks, **setting.options, **(options or {})}
         purifier = self.builder.call(self.entry.entry.factory, path, "purifiers", arguments)
+        if not hasattr(purifier, "sites"):
+            purifier = self._taped(purifier, device, dtype)
         sites = getattr(purifier, "sites", None)
         if sites != frozenset(self.entry.entry.sites):
             raise BadEntry(
@@ -169,6 +176,25 @@ class Subject:
         return Defense(
             purifier, classifier, networks.values(), policy, votes or setting.votes, classes
         )
+
+    def _taped(self, module: Any, device: "torch.device | str", dtype: "torch.dtype") -> "Taped":
+        """A module that draws by itself, under a tape; it is probed on images of uniform noise.
+
+        Raises:
+            NotConforming: Its draws can't be told apart.
+        """
+        import torch
+        from torch import nn
+
+        from dbp_bench.noise import Site, Tape
+        from dbp_bench.taped import Taped
+
+        if isinstance(module, nn.Module):
+            module.eval().to(device, dtype)
+        taped = Taped(module, self.setting.lines)
+        few = torch.empty(_PROBED, *self.facts.shape, device=device, dtype=dtype)
+        taped.probe(Tape.make(0, "probe images", range(_PROBED)).uniform(Site("pixels"), 0, few))
+        return taped
 
     def searched(
         self,
