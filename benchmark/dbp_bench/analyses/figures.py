@@ -318,7 +318,7 @@ def _runs(record: Record, name: str, image: int, *quantities: str) -> list[tuple
 
 
 def _kind(record: Record, series: str) -> tuple[str, int]:
-    """What a run is called, and the number of its colour."""
+    """The label of a run, and the number of its colour."""
     kind, _, number = series.rpartition(" ")
     if kind == "white-box":
         return "white-box, EoT-1", 1
