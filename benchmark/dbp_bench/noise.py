@@ -50,9 +50,9 @@ class Tape:
 
     Args:
         seed: Seed of the run.
-        owner: Who draws. Different owners never share a number.
+        owner: The party that draws. Different owners never share a number.
         ids: Image ids, int64 ``(b,)``.
-        draws: Which realisation each row uses, int64 ``(b,)``.
+        draws: The number of the realisation that each row uses, int64 ``(b,)``.
     """
 
     seed: int
@@ -194,10 +194,10 @@ class OpaqueNoise:
     defense that doesn't vote.
 
     Args:
-        source: Where the draws come from.
-        vote: Which vote they are for.
-        sites: Where draws can be made; anywhere if not given. An attacker is shown, or guesses, the
-            draws at declared sites: elsewhere it would take a hidden draw for a known one.
+        source: The source of the draws.
+        vote: The number of the vote that they are for.
+        sites: The sites at which draws can be made; any if not given. An attacker is shown, or
+            guesses, draws at declared sites: elsewhere it would take a hidden draw for a known one.
     """
 
     __slots__ = ("__draw", "__vote")

@@ -187,7 +187,7 @@ def budget(norm: Norm, eps: float) -> Budget:
 
 
 SLACK = 1e-6
-"""By how much rounding in float32 may leave a budget."""
+"""The distance by which rounding in float32 may leave a budget."""
 
 
 def is_inside(ball: Budget, images: Tensor, clean: Tensor) -> bool:
@@ -456,7 +456,7 @@ class AttackerView:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """All that decides, beside its options, how many evaluations an attack takes and if it fits."""
+    """Everything but its options that decides an attack's evaluations, and whether it fits."""
 
     hidden: bool
     """True where some draw is hidden, so that the attacker has to guess."""

@@ -49,9 +49,9 @@ class APGD:
     Args:
         steps: Gradient steps of a run.
         eot: EoT samples of each step, fresh at every step; and draws that compare iterates.
-        loss: What is maximised.
+        loss: The loss that is maximised.
         rho: Halve the step size where at most this share of the steps raised the loss.
-        random_start: Whether to start at a random point of the ball, not at the clean image.
+        random_start: True to start at a random point of the ball, not at the clean image.
         restarts: Runs for each target.
         targets: Target classes, the most likely wrong ones by mean logits of the clean image over
             common draws; None where the loss has no target.
@@ -188,8 +188,8 @@ class APGD:
             steps: Number of steps.
             draws: The EoT samples of each step, where draws are hidden: fresh at every step.
             comparing: The guesses of every comparison in the run, which no gradient is taken on.
-            finish: Whether an image is finished where an iterate is misclassified, if every draw is
-                known.
+            finish: True if an image is finished once an iterate is misclassified, where every draw
+                is known.
         """
         finish = finish and view.deterministic and view.decided_by_logits
         s = Search(clean, start, budget)

@@ -91,7 +91,7 @@ def strongest(
     labels: Tensor,
     budget: Budget,
 ) -> Tensor:
-    """For each image the candidate of `members` that hurts most; see :class:`Ensemble`."""
+    """The strongest candidate of the `members` for each image; see :class:`Ensemble`."""
     found = images.clone()
     accuracy, best = _value(view, images, labels, compare)
     left = torch.arange(len(images), device=images.device)

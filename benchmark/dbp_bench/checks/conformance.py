@@ -234,10 +234,10 @@ def _check_gradient_of_one(defense: Defense, x: Tensor, tape: Tape) -> None:
 def difference_errors(
     defense: Defense, images: Tensor, directions: int = DIRECTIONS
 ) -> list[float | None]:
-    """For each of `images`, how far its gradient is off from central differences, relative.
+    """The relative error of each image's gradient against central differences, in float64.
 
-    As :func:`check_gradient` measures it, over `directions`; None where no gradient reaches the
-    image or all of it is zero. For float64.
+    It is measured like that of :func:`check_gradient`, over `directions`; None where no gradient
+    reaches the image or all of it is zero.
     """
     errors: list[float | None] = []
     with _policy(defense, "none"):

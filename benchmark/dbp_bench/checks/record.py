@@ -39,10 +39,10 @@ COSINE: Final = 0.9
 """The least cosine of the gradient in float32 with the one in float64."""
 
 WRONG: Final = 1e-2
-"""From this relative distance to finite differences on, a gradient is wrong whatever the kinks."""
+"""The relative distance to finite differences above which kinks no longer explain the error."""
 
 _FEW = 2
-"""Images that are also evaluated alone, and in float64."""
+"""The number of images that are also evaluated alone, and in float64."""
 
 _OWNER = "conformance"
 
@@ -53,14 +53,14 @@ Build = Callable[[torch.dtype], tuple[Defense, Defense]]
 
 @dataclass(frozen=True, slots=True)
 class Approach:
-    """How a run comes at a defense: all that a record depends on."""
+    """The way in which a run attacks a defense: everything that a conformance record depends on."""
 
     defense: tuple[Path, Path, str]
     """The entries of the track and of the defense, and the device."""
     knows: frozenset[Site]
-    """Sites whose draws the attacker is shown."""
+    """The sites whose draws the attacker is shown."""
     gradient: str | None
-    """What is differentiated; None where no gradient is followed."""
+    """The kind of gradient that the attack follows; None where it follows none."""
     loss: str
     """The attack's loss; cross-entropy where it names none."""
     samples: int
@@ -74,11 +74,11 @@ class Approach:
 
 @dataclass(frozen=True, slots=True)
 class Memo:
-    """What the records of one command share."""
+    """The records and gradient errors that the runs of one command share."""
 
     records: dict[Approach, Conformance] = field(default_factory=dict)
     errors: dict[tuple[Path, Path, str], list[float | None] | None] = field(default_factory=dict)
-    """Of the exact gradient of each defense; None where it has none that can be tested."""
+    """The errors of each defense's exact gradient; None where it has none that can be tested."""
 
 
 def record(build: Build, group: Group, approach: Approach, memo: Memo | None = None) -> Conformance:
@@ -88,8 +88,8 @@ def record(build: Build, group: Group, approach: Approach, memo: Memo | None = N
         build: Builds the defense.
         group: The first images of its track, on its device: as many as are evaluated together, or
             two if that is more.
-        approach: How the run attacks it.
-        memo: What the records of this command share.
+        approach: The way in which the run attacks it.
+        memo: The records that the runs of this command share.
     """
     memo = memo or Memo()
     if approach not in memo.records:

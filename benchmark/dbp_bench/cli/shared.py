@@ -158,9 +158,9 @@ def progress(say: "Console", label: str, unit: str, *, lines: int = 0) -> Iterat
     Elsewhere a line says the total when the work starts, and up to `lines` more how far it is.
 
     Args:
-        say: Where to show it.
-        label: What is being done.
-        unit: What is counted; "bytes" are shown as sizes and speed.
+        say: The console that shows it.
+        label: A name for the work.
+        unit: The unit of the count; "bytes" are shown as sizes and speed.
         lines: Lines between start and end, where there is no terminal.
     """
     if not say.is_terminal or say.quiet:

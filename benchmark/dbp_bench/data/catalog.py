@@ -49,7 +49,7 @@ class Facts:
     shipped: str | None = None
     """The sha256 of the file that ships with the package, if one does."""
     pixels: Mapping[str, str] = field(default_factory=dict)
-    """By split, the digest of its images and labels that files must have.
+    """The digest that the images and labels of each split must have.
 
     It is that of :meth:`dbp_bench.data.DataSet.pixel_digest`, and is filled in where the published
     files are lossless and somebody has computed it from them. Where it is blank, nothing is

@@ -35,9 +35,10 @@ class Setting(Strict):
     """The side of the square images that the purifier takes; null for the track's own. May be left
     out."""
     surrogate: Surrogate | None = None
-    """``gradient: declared-surrogate`` differentiates this. May be left out."""
+    """The surrogate that ``gradient: declared-surrogate`` differentiates. May be left out."""
     classifier: AnyNetwork | None = None
-    """In place of the track's, for models that are robust by their training. May be left out."""
+    """The classifier in place of the track's, for models that are robust by their training. May be
+    left out."""
 
     @property
     def refs(self) -> dict[str, AnyRef]:
@@ -67,7 +68,7 @@ class Setting(Strict):
 
 
 class DefenseEntry(Strict):
-    """A purifier, and how it is set up on each track."""
+    """A purifier, and its setting on each track."""
 
     title: str
     kind: Literal["control", "defense"]

@@ -22,7 +22,7 @@ class AllBut(Strict):
 
 
 def _form(value: object) -> str | None:
-    """In which form a threat says what is known, so that a mistake gets one message, not three."""
+    """The form in which an entry states `knows`, so that a mistake gets one message, not three."""
     if isinstance(value, AllBut) or (isinstance(value, dict) and set(value) == {"all-but"}):
         return "<but>"
     if isinstance(value, list):

@@ -61,8 +61,8 @@ class Posterior:
         """The standard deviation of the noise.
 
         Args:
-            share: Where a learned variance is between its bounds, from -1 to 1; None where the
-                network doesn't say.
+            share: The place of a learned variance between its bounds, from -1 to 1; None where the
+                network doesn't predict it.
 
         Raises:
             BadEntry: The variance is learned and the network doesn't say.

@@ -147,11 +147,14 @@ def denoise(denoiser: Denoiser, z: Tensor, t: int, *, clip: bool) -> tuple[Tenso
 
 
 def to_diffusion(images: Tensor) -> Tensor:
-    """From [0, 1] to diffusion space [-1, 1]."""
+    """The `images` in [0, 1] mapped to diffusion space [-1, 1]."""
     return 2 * images - 1
 
 
 def to_images(z: Tensor, clamp: bool) -> Tensor:
-    """From diffusion space to [0, 1]; outside, clamped (zero gradient there) or left as it is."""
+    """The images of `z` in diffusion space, with [0, 1] for [-1, 1].
+
+    With `clamp`, values outside [0, 1] are clamped, and their gradient is zero.
+    """
     images = (z + 1) / 2
     return images.clamp(0, 1) if clamp else images

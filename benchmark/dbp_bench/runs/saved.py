@@ -29,9 +29,9 @@ def write_saved(
 
     Args:
         path: The file.
-        identity: That of the job that made them.
-        ids: Which images: the first of the track.
-        images: They themselves.
+        identity: The identity of the job that made them.
+        ids: The ids of the images, the first of the track.
+        images: The adversarial images, in [0, 1].
     """
     tensors = {"images": images.contiguous(), "ids": torch.tensor(ids)}
     write_atomically(path, save(tensors, metadata={"request": json.dumps(identity)}))

@@ -51,7 +51,7 @@ class Sweep:
     axis: str
     standard: Point
     points: list[Point]
-    """All of them, the standard included, by value."""
+    """All points in the order of their values, the standard included."""
 
 
 def parse(text: str) -> tuple[str, list[float]]:
@@ -82,10 +82,10 @@ def plan(
 
     Args:
         resolve: Resolves jobs of one defense under one threat model.
-        attack: As it takes it.
-        overrides: What is set against the entries at every value.
+        attack: The attack's name, which `resolve` takes; None for the threat's own.
+        overrides: The options set against the entries at every value.
         axis: One of :data:`AXES`.
-        values: What is set along it.
+        values: The values of the axis.
 
     Raises:
         BadRequest: The axis can't change this attack, or no value could show that it is weak.
@@ -163,9 +163,9 @@ def assess(sweep: Sweep, results: Sequence[Result | None], files: Sequence[str |
     """The findings in the `results` of the points of `sweep`; None where all gradients were zero.
 
     Args:
-        sweep: What was run.
+        sweep: The sweep that was run.
         results: One for each point, of its images and draws or more.
-        files: Where they lie.
+        files: The paths of the results.
     """
     own = sweep.standard.job
     bootstrap = Bootstrap(own.examples)

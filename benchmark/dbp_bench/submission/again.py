@@ -62,10 +62,10 @@ def compute(
 
     Args:
         verified: The bundle, which was found sound.
-        device: Where to compute.
+        device: The device to compute on.
         evaluate: Evaluate the adversarial images again: at the stated draws, then at fresh ones.
         share: The share of the images, in (0, 1], to attack again from the stated seeds.
-        unseen: How many images outside the track's list to attack.
+        unseen: The number of images outside the track's list to attack.
 
     Raises:
         Refused: Too many outcomes, an accuracy, or a record are others than stated.

@@ -23,7 +23,7 @@ class Variant:
     kind: Kind
     """A classifier, or the diffusion that the network denoises."""
     size: Size
-    """For a GPU, as published; for trials on a GPU; for trials on one processor core."""
+    """The network's size: as published, for trials on a GPU, or for trials on one CPU core."""
     builder: str
     """``module:callable``, of the networks of this package, that builds it."""
     training: Settings

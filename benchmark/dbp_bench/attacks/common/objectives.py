@@ -94,7 +94,7 @@ def likely_targets(view: AttackerView, images: Tensor, labels: Tensor, eot: int)
     """All wrong classes ``(b, k - 1)``, the most likely first, by mean logits over guesses.
 
     Args:
-        view: Of a defense that tells `k` classes apart.
+        view: The view of a defense that tells `k` classes apart.
         images: Clean, ``(b, c, h, w)`` in [0, 1].
         labels: ``(b,)``.
         eot: The number of guesses, which no gradient is taken on and no candidate is compared on;
@@ -109,7 +109,7 @@ def likely_targets(view: AttackerView, images: Tensor, labels: Tensor, eot: int)
 
 
 def too_many_targets(option: str, targets: int, setup: Setup) -> str | None:
-    """Why a targeted loss cannot aim at so many `targets`; None where it can.
+    """The reason why a targeted loss cannot aim at so many `targets`; None where it can.
 
     Args:
         option: The option that says how many, for the message.

@@ -34,10 +34,10 @@ _IN_ORDER = frozenset(
     )
     if hasattr(home, name) and callable(getattr(home, name))
 ) | {_F.interpolate, _F.pad, _F.conv2d}
-"""Operations whose row i comes of row i of their arguments alone, if there are as many rows."""
+"""Operations whose row i depends on row i of their arguments alone, if there are as many rows."""
 
 _RESHAPE = {_T.reshape, _T.view, _T.flatten, torch.reshape, torch.flatten}
-"""With as many rows as before, each of them is what it was."""
+"""Operations that keep each row as it is, if there are as many rows afterwards as before."""
 _DATA = _T.data.__get__
 
 _INDEX = {_T.__getitem__}
