@@ -26,7 +26,7 @@ from dbp_bench.threat import L1, AttackerView, Budget, Evaluations, Setup
 from dbp_bench.threat import budget as budget_of
 
 MOMENTUM = 0.75
-"""Share of the new step; the rest goes on in the direction of the last one (alpha)."""
+"""The weight alpha of the new step; the rest goes on in the direction of the last one."""
 
 
 @checked
@@ -58,8 +58,8 @@ class APGD:
     """
 
     retire: ClassVar[bool] = True
-    """Finished images stop. This is no option, since the images found are the same: False is for
-    measuring what it saves."""
+    """True: no more steps are spent on finished images. This is no option, since the images found
+    are the same; False serves to measure the saving."""
 
     steps: Count = 100
     eot: Count = 10
@@ -324,7 +324,7 @@ def update_sparse_step_size(s: Search, clean: Tensor, eps: float) -> None:
 
 
 def checkpoints(steps: int, *, sparse: bool = False) -> Iterator[int]:
-    """After how many steps the step size is examined (Croce and Hein 2020, section 3.2).
+    """The numbers of steps after which the step size is examined (Croce and Hein 2020, 3.2).
 
     At ``p_j * steps`` with p_1 = 0.22 and p_(j+1) - p_j = max(p_j - p_(j-1) - 0.03, 0.06), each
     interval rounded down, as in the authors' code; in the `sparse` search every 0.04 of the steps.

@@ -155,7 +155,7 @@ def check_sites_matter(defense: Defense, images: Tensor) -> None:
 
 
 def check_batch(defense: Defense, images: Tensor) -> None:
-    """An image's logits don't depend on who else is in its batch, how many, or in which row."""
+    """An image's logits depend neither on the other images of its batch nor on its row."""
     ids = torch.arange(len(images))
     together = _logits(defense, images, _tape(images))
     scale = float(together.abs().max())
@@ -348,7 +348,7 @@ CHECKS: Mapping[str, Check] = {**AS_RUN, **IN_FLOAT64}
 FOLLOWING: Mapping[Check, tuple[Check, ...]] = {
     check_replay: (check_checkpointing, check_batch, check_gradient),
 }
-"""Checks that follow another: they compare two answers of what fails it, and fail for its cause."""
+"""The checks that compare two answers, by the check whose failure makes them fail, too."""
 
 NOT_TESTED = "not tested"
 STOPPED = "it stopped with"

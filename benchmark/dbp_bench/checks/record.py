@@ -192,7 +192,7 @@ class Case:
 
     @property
     def images(self) -> Tensor:
-        """``(b, c, h, w)`` in [0, 1]."""
+        """The images ``(b, c, h, w)`` in [0, 1]."""
         return self.group.images[: self.approach.batch_size]
 
     @property
@@ -246,7 +246,7 @@ class Case:
         return found.logits[:, 0], found.mean
 
     def _weighted(self, logits: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
-        """A sum that no confidence saturates, of the first draw of each image alone."""
+        """A weighted sum of logits at each image's first draw, which no confidence saturates."""
         weights = Tape.make(0, _OWNER, [0]).normal(Site("logits"), 0, logits[:1])
         first = (torch.arange(len(logits), device=logits.device) % self._count == 0).to(logits)
         return (logits * weights).sum(1) * first
@@ -353,7 +353,7 @@ CHECKS: Mapping[str, Callable[[Case], None]] = {
 """The short checks, by name."""
 
 PRECISION: Final = "is the same program in float64"
-"""One more, where the defense runs in float64."""
+"""The name of one more check, made where the defense runs in float64."""
 
 
 def _check_gap(difference: Tensor, logits: Tensor, when: str, tolerance: float = TOLERANCE) -> None:

@@ -1,4 +1,4 @@
-"""The data sets: how many images and classes, what size, and where they are published."""
+"""The data sets: their numbers of images and classes, their sizes, and their publications."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

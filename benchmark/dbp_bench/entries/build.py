@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dbp_bench.threat import Attack
 
 Kind = Literal["purifiers", "networks", "attacks"]
-"""An entry may name classes of the sub-package of this name."""
+"""The sub-packages whose classes an entry may name."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Builder:
 
         Args:
             name: Such as ``pgd``, ``torchattacks:PGD`` or ``my_package.module:MyAttack``.
-            options: Its fields.
+            options: The values of its fields.
             where: The place that the options are from, for messages.
             entry: The entry that names it, beside which its module may lie.
 

@@ -9,7 +9,7 @@ from dbp_bench.entries.fields import AnyNetwork, AnyRef, DottedPath, Names, Opti
 from dbp_bench.errors import did_you_mean
 
 OWN_CLASSIFIER = "defense.classifier"
-"""Beside "classifier", which is the track's: its results are compared by that."""
+"""The role of a defense's own classifier in results, beside that of the track, "classifier"."""
 
 
 class Surrogate(Strict):

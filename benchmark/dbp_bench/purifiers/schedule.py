@@ -108,7 +108,7 @@ def times(level: int, like: Tensor) -> Tensor:
 
 
 class Prediction(NamedTuple):
-    """The noise that a network predicts in a noisy image, and how sure it is."""
+    """The noise that a network predicts in a noisy image, and its learned variance."""
 
     noise: Tensor
     """``(b, c, h, w)``."""
@@ -136,7 +136,7 @@ def predict(denoiser: Denoiser, z: Tensor, t: Tensor) -> Prediction:
 
 
 def denoise(denoiser: Denoiser, z: Tensor, t: int, *, clip: bool) -> tuple[Tensor, Prediction]:
-    """The image that `z` at level `t` shows by the predicted noise, and the prediction.
+    """The image estimated from `z` at level `t` by the predicted noise, and the prediction.
 
     It is ``(b, c, h, w)`` in [-1, 1] (Ho et al. 2020, equation 15); with `clip` it is clipped.
     """

@@ -232,7 +232,7 @@ def _titled(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _side_by_side(board: Leaderboard, attacks: pd.DataFrame) -> list[str]:
-    """For each knowledge, a table with a row for each attack and a column for each defense."""
+    """A table for each knowledge, with a row for each attack and a column for each defense."""
     said = note("beside", norm=board.norm, eps=shown_eps(board.eps), images=board.images)
     text = [said, ""]
     frame = _titled(attacks)

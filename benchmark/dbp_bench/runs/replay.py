@@ -176,11 +176,11 @@ class Difference:
 
     outcomes: int
     lost: int
-    """Stated right, found wrong."""
+    """The number stated right and found wrong."""
     gained: int
-    """Stated wrong, found right."""
+    """The number stated wrong and found right."""
     other: int
-    """Wrong both times, of another class."""
+    """The number wrong both times, of another class."""
     allowed: int
     """The number of outcomes that may differ, in each of the three ways."""
 

@@ -85,7 +85,7 @@ def read_saved(path: Path, job: Job) -> Saved:
 
 
 def as_8_bit(saved: Saved, job: Job) -> tuple[Saved, int]:
-    """The images as a file of 256 grey levels would hold them, and how many left the budget so.
+    """The images as a file of 256 grey levels would hold them, and the number that left the budget.
 
     They are rounded to whole numbers of 1/255, then projected, since rounding can leave the budget
     by half a level.

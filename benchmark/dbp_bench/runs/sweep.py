@@ -1,4 +1,4 @@
-"""Does an attack stop being weak when it gets more? One threat at several efforts or budgets.
+"""Sweeps of one threat model over efforts or budgets, which expose an attack that is too weak.
 
 Signs of an attack that is too weak, or of a gradient that is masked (Athalye et al. 2018, section
 3.1): accuracy still falls with more steps or more draws per gradient; a budget that allows any
@@ -25,7 +25,7 @@ BLACK_BOX = "black-box"
 """The axis whose second value is another attack, one that follows no gradient."""
 
 Resolve = Callable[..., Job]
-"""Gives the job of some `attack`, or None for the threat's own, with some `overrides`."""
+"""Gives the job of an `attack` (None for the threat's own) with some `overrides`."""
 
 Execute = Callable[[Job, Path], Path]
 """Runs a job below a folder and gives the path of its result."""
@@ -41,7 +41,7 @@ class Point:
     value: float | str
     job: Job
     folder: str
-    """Below the folder of results."""
+    """The folder's path below the folder of results."""
 
 
 @dataclass(frozen=True, slots=True)

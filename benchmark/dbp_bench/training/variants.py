@@ -1,4 +1,4 @@
-"""The networks that can be trained, by name: for which data and diffusion, and how."""
+"""The networks that can be trained, by name, with their data, diffusion and settings."""
 
 import re
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ class Variant:
     training: Settings
     """The settings from random weights; its iterations are 0 where epochs are given."""
     finetuning: Settings | None = None
-    """The same of ADDT and its ablations; None for a classifier."""
+    """The settings of ADDT and its ablations; None for a classifier."""
     epochs: int = 0
     """The duration where settings have no number of iterations."""
 

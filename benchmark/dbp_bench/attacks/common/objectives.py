@@ -10,7 +10,7 @@ from dbp_bench.errors import AttackFailed
 from dbp_bench.threat import AttackerView, Objective, Setup
 
 SELECTION = 1 << 31
-"""Guesses from here on compare what was found; no gradient is ever taken on one."""
+"""The number of the first guess that compares candidates; no gradient is taken from it on."""
 
 _ROUNDING = 1e-4
 """A margin below this share of the spread of the logits may be a matter of batch size."""
