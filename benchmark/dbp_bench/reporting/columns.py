@@ -23,7 +23,7 @@ SECTIONS: Final = (ACCURACY, PARTS, CHECKS)
 
 @dataclass(frozen=True)
 class Column:
-    """A number with its interval that is said of every defense."""
+    """A number with its interval that every defense has."""
 
     key: str
     """Its name in CSV files."""

@@ -13,7 +13,7 @@ from dbp_bench.result import Result, without_draws
 FORWARD: Final = "forward"
 
 _SITES: Final = frozenset({FORWARD, "reverse", "guidance", "any other"})
-"""Sites of an imagined defense, on which all kinds of knowledge differ."""
+"""The sites of an imagined defense, of which each kind of knowledge covers different ones."""
 
 KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "hidden": frozenset(),

@@ -138,7 +138,7 @@ class _Page:
             for section in SECTIONS
         }
         self.sites = sorted({site for row in board.rows for site in row.sites})
-        # Numbers, since a name of an entry may hold anything.
+        # Links go by number, since the name of an entry may hold any character.
         self.results = {record.name: f"result-{i}" for i, (record, _) in enumerate(self.records, 1)}
         self.defenses = {row.defense: f"defense-{i}" for i, row in enumerate(board.rows, 1)}
 
@@ -209,7 +209,7 @@ class _Page:
             "title": entry.title if entry else "",
             "options": [f"{key}: {value}" for key, value in row.pools[0].any.options.items()],
             "paper": f"{paper.title} ({paper.year})" if paper else url,
-            # An entry is anyone's: only an address that a browser reads and doesn't run.
+            # Anyone writes entries: keep only an address that a browser reads and doesn't run.
             "url": url if url and url.startswith(("https://", "http://")) else "",
             "bibtex": paper.bibtex() if paper else "",
             "galleries": [r for r in records if r.name in self.samples],
