@@ -106,7 +106,7 @@ class _PlainData(yaml.SafeLoader):
 
 
 def _float(loader: _PlainData, node: yaml.ScalarNode) -> float:
-    """A float, which is refused where all that is left of it is 0."""
+    """A float; a number so small that it would be read as 0 is refused."""
     found: float = loader.construct_yaml_float(node)
     if found == 0 and re.search(r"[1-9]", re.split("[eE]", node.value)[0]):
         raise yaml.YAMLError(f"{brief(node.value, 40)}: too small for a number")

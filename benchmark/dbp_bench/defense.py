@@ -58,7 +58,7 @@ class Defense:
         classifier: Maps images ``(b, c, h, w)`` in [0, 1] to logits ``(b, k)``.
         networks: The purifier's denoising networks: their calls are counted. No gradient of any
             weight is ever computed.
-        policy: What to keep in memory for the backward pass; see :mod:`dbp_bench.memory`.
+        policy: The activations to keep for the backward pass; see :mod:`dbp_bench.memory`.
         votes: Independent purifications of each image.
         classes: Classes of the data set, k; any number where not given.
     """

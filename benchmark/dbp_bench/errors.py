@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 LONGEST = 2000
-"""Characters of a message, at most: some of it comes from files that others wrote."""
+"""The most characters of a message: some of it comes from files that others wrote."""
 
 # Control characters but newline and tab, half characters, and those that turn the direction.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -61,7 +61,7 @@ class BadResult(DbpError):
 
 
 class NotComparable(DbpError):
-    """Results that may not be subtracted, compared or ranked together."""
+    """Two results may not be subtracted, compared or ranked together."""
 
 
 class AttackFailed(DbpError):
@@ -77,7 +77,7 @@ class NotConforming(DbpError):
 
 
 MANY = 8
-"""More names than these are not all said."""
+"""The most names that a hint lists in full."""
 
 
 def did_you_mean(name: str, known: Iterable[str], listed_by: str = "") -> str:
@@ -107,7 +107,7 @@ LIBRARIES = frozenset(
 
 
 BESIDE = "_beside_entries_"
-"""How the names begin under which modules are loaded that lie beside entries."""
+"""The prefix of the names under which modules that lie beside entries are loaded."""
 
 
 def words_of(error: BaseException) -> str:

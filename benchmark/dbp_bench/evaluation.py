@@ -12,7 +12,9 @@ from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
 from dbp_bench.threat import AttackerView, Budget, Method, Tick, ignore
 
 FRESH = 1 << 32
-"""Victim draws from here on evaluate images made for known draws; no attacker is shown one."""
+"""The number of the first victim draw that evaluates images made for known draws.
+
+No attacker is shown it or a later one."""
 
 
 @dataclass(frozen=True, slots=True)

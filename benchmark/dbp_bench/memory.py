@@ -1,4 +1,7 @@
-"""Decides what a purification keeps for a gradient, and shows its way; never what it computes."""
+"""The memory of a purification: what it keeps for a gradient, and a record of its states.
+
+Nothing here changes what a purification computes.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,7 +36,7 @@ class CallCounter:
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
-        """Calls made inside repeat earlier ones, and do not count."""
+        """Within this context, calls repeat earlier ones and do not count."""
         self.paused = True
         try:
             yield
@@ -73,9 +76,9 @@ class State(NamedTuple):
     level: int
     """The integer noise level; 0 is the clean image. Where levels aren't integers, steps left."""
     forward: Tensor
-    """``(b, c, h, w)`` in diffusion space."""
+    """The state ``(b, c, h, w)`` of the forward process at that level, in diffusion space."""
     reverse: Tensor
-    """``(b, c, h, w)`` in diffusion space: what the step returned."""
+    """The state ``(b, c, h, w)`` that the step returned, in diffusion space."""
 
 
 _buffer: ContextVar[StateBuffer | None] = ContextVar("buffer of the running defense", default=None)
@@ -97,7 +100,7 @@ def checkpointing(by_step: bool, counter: CallCounter) -> Iterator[None]:
 
 
 def running_counter() -> CallCounter | None:
-    """The call counter of the defense that runs now."""
+    """The call counter of the defense that is running."""
     return _counter.get()
 
 
@@ -136,7 +139,7 @@ def descend(
         reverse: One step: ``reverse(i, t, s, state, *others)`` is the state at level `s` for
             `state` at level `t`. It draws its noise inside, at the step number `i`, from a tape: a
             recomputation then replays it. A tensor that carries a gradient comes as an argument.
-        state: Where the first step begins: ``(b, c, h, w)`` in diffusion space; for a multistep
+        state: The state before the first step: ``(b, c, h, w)`` in diffusion space; for a multistep
             method a tuple of tensors, that image first.
         grid: The levels (t, s) of each step. Integers; steps left where levels are none.
         others: Tensors from outside the sampler through which a gradient may flow.
@@ -153,7 +156,7 @@ def descend(
 
 
 def _recorded(state: S, level: int, forward: Callable[[int], Tensor] | None) -> S:
-    """`state`, after it has been recorded where somebody asked for that."""
+    """The `state` itself, after it was recorded if :func:`recording` is active."""
     states = _states.get()
     if states is None or forward is None:
         return state
@@ -251,7 +254,7 @@ def _captured(function: Callable[..., object]) -> Iterator[tuple[str, object]]:
 
 
 class _LimitReached(Exception):
-    """More is kept than was asked about."""
+    """A function keeps more bytes than the bound that was asked about."""
 
 
 def activation_bytes(function: Callable[[], Tensor], limit: int | None = None) -> int:

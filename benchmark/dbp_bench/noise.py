@@ -50,9 +50,9 @@ class Tape:
 
     Args:
         seed: Seed of the run.
-        owner: Who draws. Different owners never share a number.
+        owner: The party that draws. Different owners never share a number.
         ids: Image ids, int64 ``(b,)``.
-        draws: Which realisation each row uses, int64 ``(b,)``.
+        draws: The number of the realisation that each row uses, int64 ``(b,)``.
     """
 
     seed: int
@@ -67,7 +67,7 @@ class Tape:
         return cls(seed, owner, rows, torch.full_like(rows, draw))
 
     def copies(self, draws: Sequence[int]) -> "Tape":
-        """Row ``i * len(draws) + j`` is image ``i`` with realisation ``draws[j]``."""
+        """The tape with image ``i`` and realisation ``draws[j]`` in row ``i * len(draws) + j``."""
         numbers = torch.as_tensor(draws, dtype=torch.int64)
         return Tape(
             self.seed,
@@ -93,7 +93,7 @@ class Tape:
         return self._rows(site, step, like, _uniforms, per_word=1)
 
     def kept(self, site: Site, step: int, like: Tensor, probability: float) -> Tensor:
-        """1 with this probability, in steps of 2^-16, else 0; shaped, typed, placed like `like`."""
+        """1 with this probability (in steps of 2^-16), else 0; shaped and typed like `like`."""
         least = round((1 - probability) * 65536)
 
         def transform(words: Any, xp: ModuleType) -> Any:
@@ -194,10 +194,10 @@ class OpaqueNoise:
     defense that doesn't vote.
 
     Args:
-        source: Where the draws come from.
-        vote: Which vote they are for.
-        sites: Where draws can be made; anywhere if not given. An attacker is shown, or guesses, the
-            draws at declared sites: elsewhere it would take a hidden draw for a known one.
+        source: The source of the draws.
+        vote: The number of the vote that they are for.
+        sites: The sites at which draws can be made; any if not given. An attacker is shown, or
+            guesses, draws at declared sites: elsewhere it would take a hidden draw for a known one.
     """
 
     __slots__ = ("__draw", "__vote")
@@ -242,7 +242,7 @@ def same_vote(noise: Noise, source: Noise) -> Noise:
 
 
 def _library(device: torch.device) -> tuple[ModuleType, Callable[[Tensor], Any]]:
-    """The array library for `device`, and what turns an int64 tensor into one of its arrays."""
+    """The array library for `device`, and the function that makes its arrays of int64 tensors."""
     if device.type == "cpu":
         return np, lambda numbers: numbers.numpy().astype(np.uint64)
     return torch, lambda numbers: numbers.to(device)

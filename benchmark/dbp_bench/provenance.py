@@ -18,7 +18,7 @@ def provenance(identity: Mapping[str, Any], entries: dict[str, str], data: str) 
     """The provenance of what a job computes here.
 
     Args:
-        identity: That of the job.
+        identity: The identity of the job.
         entries: The sha256 of its entry files.
         data: The digest of its images.
     """

@@ -42,11 +42,12 @@ class Predicted(Strict):
 
     clean: Classes
     adversarial: Classes
-    """Where draws are known, column j was attacked knowing draw j; elsewhere all columns evaluate
-    one set of images, which was frozen before any of these draws was made."""
+    """The predictions on adversarial images. Where draws are known, column j was attacked knowing
+    draw j; elsewhere all columns evaluate one set of images, which was frozen before any of these
+    draws was made."""
     fresh: list[Classes] | None
-    """Where draws are known: image x known draw x fresh draw, the images that were made for one
-    draw evaluated on draws that no attacker was shown. Null elsewhere."""
+    """The predictions on images made for one known draw, evaluated on fresh draws that no attacker
+    was shown: image x known draw x fresh draw. Null where no draw is known."""
 
 
 class EvaluationCounts(Strict):
@@ -84,11 +85,11 @@ class Conformance(Strict):
     """The findings of the short conformance checks of the defense."""
 
     checks: dict[str, str]
-    """By the check's name, "pass" or the reason why it failed."""
+    """The outcome of each check, by its name: "pass" or the reason why it failed."""
     gradient: GradientCheck | None
-    """Null where no gradient was followed or it was not tested."""
+    """The check of the attack's gradient; null where none was followed or it was not tested."""
     taped: dict[str, Any] | None = None
-    """Where a torch module that draws by itself draws, as its probe found. Null, and not written,
+    """The probe's record of where a torch module that draws by itself draws. Null, and not written,
     for a purifier that draws from the noise that it is handed."""
 
 
@@ -172,7 +173,7 @@ class Result(Strict):
     no accuracy where draws are hidden. Null, and not written, where the attack doesn't say."""
     evaluations: EvaluationCounts
     conformance: Conformance | None
-    """Null where the defense was not tested."""
+    """The findings of the conformance checks; null where the defense was not tested."""
     arithmetic: Arithmetic
     provenance: Provenance
     digest: str
@@ -253,7 +254,7 @@ class Result(Strict):
         return self.evaluations.per_image(kind, len(self.ids))
 
     def covers(self, images: int, draws: int) -> bool:
-        """Tell whether it has so many images, and so many draws, or more."""
+        """True if it has at least so many images and so many draws."""
         return len(self.ids) >= images and len(self.draws) >= draws
 
     def path(self, folder: Path) -> Path:
@@ -355,7 +356,7 @@ def searched_effort(effort: dict[str, Any], knows: list[str], sites: list[str]) 
 
 
 def without_draws(effort: dict[str, Any]) -> dict[str, Any]:
-    """An `effort` and those of an ensemble's members, but for the draws that they average over."""
+    """The `effort`, and those of an ensemble's members, without the numbers of EoT samples."""
     counts = {key: value for key, value in effort.items() if key not in ("eot", "compare")}
     members = counts.get("members")
     if isinstance(members, list):

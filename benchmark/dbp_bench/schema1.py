@@ -15,13 +15,13 @@ class _NetworkCalls(Strict):
 
     per_purification: int
     gradient: int
-    """By the attack, each followed by a backward pass."""
+    """Calls in those of the attack's evaluations that a backward pass follows."""
     judging: int
-    """Without gradient: by the attack's forward evaluations and by the verdicts."""
+    """Calls without a gradient: in the attack's forward evaluations and in the verdicts."""
 
 
 class _Arithmetic(Strict):
-    """As in schema 2, under other names."""
+    """The arithmetic of schema 2, under other names."""
 
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "float64"]

@@ -76,7 +76,7 @@ class Linf:
         return torch.minimum(torch.maximum(images, low), high)
 
     def ascent(self, gradient: Tensor) -> Tensor:
-        """The sign."""
+        """The sign of the gradient."""
         return gradient.sign()
 
     def size(self, perturbation: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class L1:
         return perturbation.flatten(1).abs().sum(1)
 
     def sample(self, like: Tensor, tape: Tape, step: int) -> Tensor:
-        """Laplace numbers over their norm plus one exponential number (Barthe et al. 2005)."""
+        """Uniform in the ball: Laplace over norm plus exponential numbers (Barthe et al. 2005)."""
         u = 2 * tape.uniform(_START, step, like) - 1
         laplace = -u.sign() * (1 - u.abs()).log()
         radius = -tape.uniform(_RADIUS, step, like[:, :1, :1, :1]).log()
@@ -187,7 +187,7 @@ def budget(norm: Norm, eps: float) -> Budget:
 
 
 SLACK = 1e-6
-"""By how much rounding in float32 may leave a budget."""
+"""The distance by which rounding in float32 may leave a budget."""
 
 
 def is_inside(ball: Budget, images: Tensor, clean: Tensor) -> bool:
@@ -217,11 +217,11 @@ class Gradient(NamedTuple):
     """A mean gradient and what it was made of."""
 
     mean: Tensor
-    """``(b, c, h, w)``."""
+    """The mean gradient ``(b, c, h, w)``."""
     losses: Tensor
-    """``(b, draws)``."""
+    """The losses ``(b, draws)``."""
     logits: Tensor
-    """``(b, draws, k)``."""
+    """The logits ``(b, draws, k)``."""
 
 
 Method = Callable[["AttackerView", Tensor, Tensor, Budget], Tensor]
@@ -330,7 +330,7 @@ class AttackerView:
         return view
 
     def random_start(self, images: Tensor, budget: Budget, number: int) -> Tensor:
-        """`images` moved to a random point of the `budget`, and projected; `number` numbers it."""
+        """The `images` moved to a random point of the `budget`, another for each `number`."""
         return budget.project(images + budget.sample(images, self._guess, number), images)
 
     def logits(self, images: Tensor, draws: Sequence[int]) -> Tensor:
@@ -456,7 +456,7 @@ class AttackerView:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """All that decides, beside its options, how many evaluations an attack takes and if it fits."""
+    """Everything but its options that decides an attack's evaluations, and whether it fits."""
 
     hidden: bool
     """True where some draw is hidden, so that the attacker has to guess."""
@@ -464,7 +464,7 @@ class Setup:
     eps: float = 0.0
     classes: int = 10
     sources: Mapping[str, bool] = field(default_factory=dict)
-    """Other defenses that the attack searches in, and whether they draw noise."""
+    """The other defenses that the attack searches in, by name: True where they draw noise."""
     gradient: str = "exact"
     """The kind of gradient: ``exact``, ``bpda``, ``surrogate:N`` or ``declared-surrogate``."""
 

@@ -59,7 +59,7 @@ def scratch_folder(what: str) -> Iterator[Path]:
     """A folder for as long as it is needed; those that killed commands left are removed first.
 
     Args:
-        what: What it is for, which is in its name.
+        what: The purpose of the folder, which is in its name.
     """
     sweep(Path(gettempdir()) / what)
     with TemporaryDirectory(prefix=f".{what}.{os.getpid()}.", suffix=".tmp") as folder:
@@ -104,8 +104,8 @@ def write_together(
     Args:
         folder: The folder.
         files: Contents by name, or by path in the folder.
-        with_folders: Whether the folders in it belong to it and are swapped, too. Otherwise one
-            that has any is not swapped.
+        with_folders: True if the folders in it belong to it and are swapped, too. Otherwise a
+            folder that has any is not swapped.
     """
     folder = folder.resolve()
     with naming(folder):
@@ -185,8 +185,8 @@ def locked(place: Path, *, what: str, wait: bool = False) -> Iterator[None]:
 
     Args:
         place: A file or folder; the lock lies beside it.
-        what: What is at work there, for the message.
-        wait: Until it is free.
+        what: The work that goes on there, for the message.
+        wait: True to wait until it is free.
 
     Raises:
         Busy: Another command is at work there.

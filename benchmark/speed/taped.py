@@ -1,4 +1,4 @@
-"""What it costs to run a module that draws by itself under a tape: ratios to the module alone."""
+"""The cost of running a module that draws by itself under a tape: ratios to the module alone."""
 
 import statistics
 from collections.abc import Callable
@@ -82,7 +82,7 @@ def measure(device: str, rounds: int, images: int = IMAGES, steps: int = STEPS) 
 
 
 def _operations(device: str, rounds: int) -> Row:
-    """What an operation that draws nothing takes longer."""
+    """The extra time under a tape of an operation that draws nothing."""
     one = torch.ones(1, device=device)
 
     def operate(images: Tensor) -> Tensor:

@@ -88,11 +88,11 @@ def analyse(
 
     Args:
         name: One of :data:`dbp_bench.analyses.catalog.NAMES`.
-        registry: Where the entries come from.
+        registry: The source of the entries.
         track: The track's name.
         defenses: Names of the defenses, which share one record and one figure.
         seed: Decides every draw.
-        device: Where to compute.
+        device: The device to compute on.
         out: The folder of results.
         examples: The first images of the track; the analysis has a number of its own.
         options: Given options of the analysis, by name.

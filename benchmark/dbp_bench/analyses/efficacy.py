@@ -76,7 +76,10 @@ def directions(target: Target, options: Options, group: Group) -> Tensors:
 
 
 def _along(target: Target, options: Options, key: str, group: Group, steps: Tensors) -> Tensors:
-    """Losses ``(b, 2 REACH + 1)`` along the steps called `key`: each at its draw, or one at all."""
+    """Mean losses ``(b, 2 REACH + 1)`` along the steps called `key`, at known and at fresh draws.
+
+    A step of "single" meets its own known draw; the one step of another `key` meets them all.
+    """
     unit = steps[key].to(group.images) * (target.budget.eps / REACH)
     known = [[draw] for draw in range(options.known)] if key == "single" else [range(options.known)]
     found: dict[str, list[torch.Tensor]] = {"known": [], "fresh": []}

@@ -57,7 +57,7 @@ def _band(
 
 
 def _bars(value: Row, scale: float = 1.0) -> tuple[float, list[list[float]]]:
-    """The value, and how far its interval reaches below and above."""
+    """The value, and the distances from it to both ends of its interval."""
     low = value.value if value.low is None else value.low
     high = value.value if value.high is None else value.high
     return scale * value.value, [[scale * (value.value - low)], [scale * (high - value.value)]]
@@ -318,7 +318,7 @@ def _runs(record: Record, name: str, image: int, *quantities: str) -> list[tuple
 
 
 def _kind(record: Record, series: str) -> tuple[str, int]:
-    """What a run is called, and the number of its colour."""
+    """The label of a run, and the number of its colour."""
     kind, _, number = series.rpartition(" ")
     if kind == "white-box":
         return "white-box, EoT-1", 1

@@ -85,7 +85,7 @@ def grid(points: int) -> list[float]:
 
 
 def beside(eot: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
-    """The part of `eot` ``(b, ...)`` beside `dw`, and that along it ``(b,)`` in lengths of `dw`."""
+    """The part of `eot` ``(b, ...)`` orthogonal to `dw`, and its multiple ``(b,)`` of `dw`."""
     e, d = eot.flatten(1), dw.flatten(1)
     along = (e * d).sum(1) / (d * d).sum(1).clamp(min=1e-12)
     return eot - along.view(-1, *[1] * (eot.dim() - 1)) * dw, along

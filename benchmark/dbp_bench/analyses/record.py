@@ -56,7 +56,7 @@ def record_path(out: Path, track: str, analysis: str, defenses: list[str]) -> Pa
 
 
 class Record(BaseModel):
-    """All that an analysis wrote down; its figure is drawn from nothing else."""
+    """The record of an analysis; its figure is drawn from nothing else."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

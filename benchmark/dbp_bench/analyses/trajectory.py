@@ -86,7 +86,7 @@ def iterates(
 
 
 def plane(dw: Tensor, eot: Tensor) -> tuple[Tensor, Tensor]:
-    """Two orthonormal directions ``(d,)``: along `dw`, and along what `eot` has beside it.
+    """Two orthonormal directions ``(d,)``: along `dw`, and the part of `eot` orthogonal to it.
 
     The second is zero where `eot` is parallel to `dw`, up to rounding in float32.
     """

@@ -29,7 +29,7 @@ def names() -> list[str]:
 
 
 def check_name(name: str) -> None:
-    """Refuse a `name` that no module here answers to; a part after a colon is the module's affair.
+    """Refuse a `name` of no module here; the module itself checks the part after a colon.
 
     Raises:
         UnknownName: There is no such attack.
@@ -89,7 +89,7 @@ def construct(kind: type[Any], options: Mapping[str, Any]) -> Any:
 
 
 def _typed(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The `options` of a plain dataclass, which checks nothing itself, of the types that it says.
+    """The `options` of a plain dataclass, checked and converted to the types of its fields.
 
     Raises:
         ValueError: One is unknown or of another type.

@@ -26,7 +26,7 @@ from dbp_bench.threat import L1, AttackerView, Budget, Evaluations, Setup
 from dbp_bench.threat import budget as budget_of
 
 MOMENTUM = 0.75
-"""Share of the new step; the rest goes on in the direction of the last one (alpha)."""
+"""The weight alpha of the new step; the rest goes on in the direction of the last one."""
 
 
 @checked
@@ -49,17 +49,17 @@ class APGD:
     Args:
         steps: Gradient steps of a run.
         eot: EoT samples of each step, fresh at every step; and draws that compare iterates.
-        loss: What is maximised.
+        loss: The loss that is maximised.
         rho: Halve the step size where at most this share of the steps raised the loss.
-        random_start: Whether to start at a random point of the ball, not at the clean image.
+        random_start: True to start at a random point of the ball, not at the clean image.
         restarts: Runs for each target.
         targets: Target classes, the most likely wrong ones by mean logits of the clean image over
             common draws; None where the loss has no target.
     """
 
     retire: ClassVar[bool] = True
-    """Finished images stop. This is no option, since the images found are the same: False is for
-    measuring what it saves."""
+    """True: no more steps are spent on finished images. This is no option, since the images found
+    are the same; False serves to measure the saving."""
 
     steps: Count = 100
     eot: Count = 10
@@ -188,8 +188,8 @@ class APGD:
             steps: Number of steps.
             draws: The EoT samples of each step, where draws are hidden: fresh at every step.
             comparing: The guesses of every comparison in the run, which no gradient is taken on.
-            finish: Whether an image is finished where an iterate is misclassified, if every draw is
-                known.
+            finish: True if an image is finished once an iterate is misclassified, where every draw
+                is known.
         """
         finish = finish and view.deterministic and view.decided_by_logits
         s = Search(clean, start, budget)
@@ -324,7 +324,7 @@ def update_sparse_step_size(s: Search, clean: Tensor, eps: float) -> None:
 
 
 def checkpoints(steps: int, *, sparse: bool = False) -> Iterator[int]:
-    """After how many steps the step size is examined (Croce and Hein 2020, section 3.2).
+    """The numbers of steps after which the step size is examined (Croce and Hein 2020, 3.2).
 
     At ``p_j * steps`` with p_1 = 0.22 and p_(j+1) - p_j = max(p_j - p_(j-1) - 0.03, 0.06), each
     interval rounded down, as in the authors' code; in the `sparse` search every 0.04 of the steps.

@@ -14,7 +14,7 @@ from dbp_bench.errors import did_you_mean
 from dbp_bench.threat import Attack, AttackerView, Budget, Evaluations, Method, Setup
 
 COMPARISON = SELECTION + (1 << 30)
-"""Guesses from here on compare members; no member ever evaluates one."""
+"""The number of the first guess that compares members; no member evaluates it or a later one."""
 
 
 _DEFAULT = (
@@ -91,7 +91,7 @@ def strongest(
     labels: Tensor,
     budget: Budget,
 ) -> Tensor:
-    """For each image the candidate of `members` that hurts most; see :class:`Ensemble`."""
+    """The strongest candidate of the `members` for each image; see :class:`Ensemble`."""
     found = images.clone()
     accuracy, best = _value(view, images, labels, compare)
     left = torch.arange(len(images), device=images.device)

@@ -35,9 +35,9 @@ class PGD:
         steps: Gradient steps of each restart.
         step_size: Length of a step, relative to eps.
         eot: EoT samples of each step, fresh at every step.
-        loss: What is maximised; with a targeted loss, each restart aims at another wrong class.
-        random_start: Whether to start at a random point of the ball, not at the clean image.
-        restarts: How often to search.
+        loss: The loss that is maximised; if targeted, each restart aims at another wrong class.
+        random_start: True to start at a random point of the ball, not at the clean image.
+        restarts: The number of searches.
     """
 
     steps: Count = 20

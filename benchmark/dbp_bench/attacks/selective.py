@@ -36,8 +36,8 @@ class Selective:
         steps: Gradient steps.
         step_size: Length of a step, relative to eps.
         eot: EoT samples of each step, of which some are chosen.
-        loss: What is maximised. The margin fits: it is above 0 where a draw is won.
-        sharpness: How strictly draws are chosen, per unit of loss; 0 is the plain mean.
+        loss: The loss that is maximised. The margin fits: it is above 0 where a draw is won.
+        sharpness: The strictness of the choice of draws, per unit of loss; 0 is the plain mean.
         rounds: Rounds of expectation maximisation per step, which take no pass.
     """
 
@@ -84,11 +84,11 @@ def shares(
     one draw that promises most.
 
     Args:
-        gradients: At each draw, ``(draws, b, c, h, w)``.
-        losses: At each draw, ``(draws, b)``.
-        budget: Whose norm decides which direction is steepest, and whose eps how far it goes.
-        sharpness: 0 weighs all alike.
-        rounds: Of both steps.
+        gradients: The gradients at each draw, ``(draws, b, c, h, w)``.
+        losses: The losses at each draw, ``(draws, b)``.
+        budget: The ball, whose norm decides the steepest direction and whose eps the distance.
+        sharpness: The strictness of the choice; 0 weighs all draws alike.
+        rounds: The number of rounds of both steps.
     """
 
     def won(common: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from dbp_bench.threat import L2, AttackerView, Budget, Evaluations, Linf, Setup
 _STRIPES, _PLACE, _SIGN = Site("square/start"), Site("square/place"), Site("square/sign")
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-"""After which queries of 10,000 the share of pixels in a square halves (section 4.1)."""
+"""The queries, of 10,000, after which the share of pixels in a square halves (section 4.1)."""
 
 
 @checked
@@ -40,8 +40,8 @@ class Square:
     """
 
     retire: ClassVar[bool] = True
-    """Finished images stop. This is no option, since the images found are the same: False is for
-    measuring what it saves."""
+    """True: no more queries are spent on finished images. This is no option, since the images found
+    are the same; False serves to measure the saving."""
 
     n_queries: Count = 1000
     p_init: Share = 0.8
@@ -216,7 +216,7 @@ def _signs(view: AttackerView, site: Site, step: int, like: Tensor) -> Tensor:
 
 
 def _exact(view: AttackerView, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The margins ``(b,)``, and which images are wrong for certain."""
+    """The margins ``(b,)``, and a mask ``(b,)`` of the images that are wrong for certain."""
     logits = view.logits(images, [0])[:, 0]
     return margin(logits, labels), surely_wrong(logits, labels) & view.decided_by_logits
 

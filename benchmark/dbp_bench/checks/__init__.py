@@ -1,1 +1,1 @@
-"""What a defense, its gradient and an installation must satisfy."""
+"""Checks of a defense, of its gradient and of an installation."""

@@ -155,7 +155,7 @@ def check_sites_matter(defense: Defense, images: Tensor) -> None:
 
 
 def check_batch(defense: Defense, images: Tensor) -> None:
-    """An image's logits don't depend on who else is in its batch, how many, or in which row."""
+    """An image's logits depend neither on the other images of its batch nor on its row."""
     ids = torch.arange(len(images))
     together = _logits(defense, images, _tape(images))
     scale = float(together.abs().max())
@@ -234,10 +234,10 @@ def _check_gradient_of_one(defense: Defense, x: Tensor, tape: Tape) -> None:
 def difference_errors(
     defense: Defense, images: Tensor, directions: int = DIRECTIONS
 ) -> list[float | None]:
-    """For each of `images`, how far its gradient is off from central differences, relative.
+    """The relative error of each image's gradient against central differences, in float64.
 
-    As :func:`check_gradient` measures it, over `directions`; None where no gradient reaches the
-    image or all of it is zero. For float64.
+    It is measured like that of :func:`check_gradient`, over `directions`; None where no gradient
+    reaches the image or all of it is zero.
     """
     errors: list[float | None] = []
     with _policy(defense, "none"):
@@ -348,7 +348,7 @@ CHECKS: Mapping[str, Check] = {**AS_RUN, **IN_FLOAT64}
 FOLLOWING: Mapping[Check, tuple[Check, ...]] = {
     check_replay: (check_checkpointing, check_batch, check_gradient),
 }
-"""Checks that follow another: they compare two answers of what fails it, and fail for its cause."""
+"""The checks that compare two answers, by the check whose failure makes them fail, too."""
 
 NOT_TESTED = "not tested"
 STOPPED = "it stopped with"

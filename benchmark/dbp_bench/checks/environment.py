@@ -156,7 +156,7 @@ def _draws(device: str, stored: Mapping[str, str]) -> str:
 
 
 def _draw_digests(device: str) -> dict[str, str]:
-    """By distribution, the sha256 of some draws as little-endian float32."""
+    """The sha256 of some draws as little-endian float32, by distribution."""
     tape = Tape.make(SEED, VICTIM, [0, 1, 1796, 2**40], draw=3)
     like = torch.empty(4, 1, 8, 8, device=device)
     draws = {
@@ -221,7 +221,7 @@ def _attack(device: str, stored: Mapping[str, Any]) -> str:
 
 
 def _case(subject: Subject) -> dict[str, Any]:
-    """All that decides the numbers of the case."""
+    """Everything that decides the numbers of the case."""
     track = subject.track
     return {
         "defense": subject.name,

@@ -82,9 +82,9 @@ def measure(
 
     Args:
         exact: The defense.
-        modes: What attacks differentiate in its place, by name.
+        modes: The defenses that attacks differentiate in its place, by name.
         group: Images ``(b, c, h, w)`` in [0, 1], float64; nothing is added to them.
-        seed: Decides the draws: 0 ... N-1 for a mean of N, and as many others for its other half.
+        seed: The seed of the draws: 0 ... N-1 for a mean of N, as many others for its other half.
         max_batch: Images x EoT samples in one pass through the networks, at most.
         loss: One of :data:`dbp_bench.attacks.common.objectives.OBJECTIVES`.
         counts: Draws per mean.
@@ -116,7 +116,7 @@ def _means(
     seed: int,
     max_batch: int,
 ) -> list[Tensor]:
-    """For each of the increasing `counts`, the mean gradient ``(b, d)`` over draws from `start`."""
+    """The mean gradients ``(b, d)``, one for each of the rising `counts` of draws from `start`."""
     view = AttackerView(
         defense,
         frozenset(),

@@ -41,10 +41,10 @@ COSINE: Final = 0.9
 """The least cosine of the gradient in float32 with the one in float64."""
 
 WRONG: Final = 1e-2
-"""From this relative distance to finite differences on, a gradient is wrong whatever the kinks."""
+"""The relative distance to finite differences above which kinks no longer explain the error."""
 
 _FEW = 2
-"""Images that are also evaluated alone, and in float64."""
+"""The number of images that are also evaluated alone, and in float64."""
 
 _OWNER = "conformance"
 
@@ -55,14 +55,14 @@ Build = Callable[[torch.dtype], tuple[Defense, Defense]]
 
 @dataclass(frozen=True, slots=True)
 class Approach:
-    """How a run comes at a defense: all that a record depends on."""
+    """The way in which a run attacks a defense: everything that a conformance record depends on."""
 
     defense: tuple[Path, Path, str]
     """The entries of the track and of the defense, and the device."""
     knows: frozenset[Site]
-    """Sites whose draws the attacker is shown."""
+    """The sites whose draws the attacker is shown."""
     gradient: str | None
-    """What is differentiated; None where no gradient is followed."""
+    """The kind of gradient that the attack follows; None where it follows none."""
     loss: str
     """The attack's loss; cross-entropy where it names none."""
     samples: int
@@ -76,11 +76,11 @@ class Approach:
 
 @dataclass(frozen=True, slots=True)
 class Memo:
-    """What the records of one command share."""
+    """The records and gradient errors that the runs of one command share."""
 
     records: dict[Approach, Conformance] = field(default_factory=dict)
     errors: dict[tuple[Path, Path, str], list[float | None] | None] = field(default_factory=dict)
-    """Of the exact gradient of each defense; None where it has none that can be tested."""
+    """The errors of each defense's exact gradient; None where it has none that can be tested."""
 
 
 def record(build: Build, group: Group, approach: Approach, memo: Memo | None = None) -> Conformance:
@@ -90,8 +90,8 @@ def record(build: Build, group: Group, approach: Approach, memo: Memo | None = N
         build: Builds the defense.
         group: The first images of its track, on its device: as many as are evaluated together, or
             two if that is more.
-        approach: How the run attacks it.
-        memo: What the records of this command share.
+        approach: The way in which the run attacks it.
+        memo: The records that the runs of this command share.
     """
     memo = memo or Memo()
     if approach not in memo.records:
@@ -202,7 +202,7 @@ class Case:
 
     @property
     def images(self) -> Tensor:
-        """``(b, c, h, w)`` in [0, 1]."""
+        """The images ``(b, c, h, w)`` in [0, 1]."""
         return self.group.images[: self.approach.batch_size]
 
     @property
@@ -256,7 +256,7 @@ class Case:
         return found.logits[:, 0], found.mean
 
     def _weighted(self, logits: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
-        """A sum that no confidence saturates, of the first draw of each image alone."""
+        """A weighted sum of logits at each image's first draw, which no confidence saturates."""
         weights = Tape.make(0, _OWNER, [0]).normal(Site("logits"), 0, logits[:1])
         first = (torch.arange(len(logits), device=logits.device) % self._count == 0).to(logits)
         return (logits * weights).sum(1) * first
@@ -363,7 +363,7 @@ CHECKS: Mapping[str, Callable[[Case], None]] = {
 """The short checks, by name."""
 
 PRECISION: Final = "is the same program in float64"
-"""One more, where the defense runs in float64."""
+"""The name of one more check, made where the defense runs in float64."""
 
 
 def _check_gap(difference: Tensor, logits: Tensor, when: str, tolerance: float = TOLERANCE) -> None:

@@ -60,7 +60,7 @@ def list_entries(
 
 
 def _title_of(read: Callable[[str], "Entry[Any]"], name: str) -> str:
-    """The title of an entry; what is wrong with one that can't be read."""
+    """The title of an entry, or the fault of one that can't be read."""
     try:
         return str(read(name).entry.title)
     except BadEntry as error:

@@ -18,7 +18,7 @@ COMMANDS: Mapping[str, str] = {
     "push": "`push` is gone: `submit --upload owner/name` proposes a bundle to a data set.",
     "pull": "`pull` is gone: `report --results hf://datasets/owner/name` reads results from there.",
 }
-"""The line that each command prints that is no more."""
+"""The line that each removed command prints."""
 
 OPTIONS: Mapping[str, str] = {
     **{
@@ -31,7 +31,7 @@ OPTIONS: Mapping[str, str] = {
     "--rows": "`--rows` is now `--max-batch`.",
     "--resume": "`--resume` is gone: what is there is continued unless `--no-resume` is given.",
 }
-"""The line that each option of `run` prints that is no more."""
+"""The line that each removed option of `run` prints."""
 
 
 def _register(name: str, said: str) -> None:

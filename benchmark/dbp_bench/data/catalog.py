@@ -1,4 +1,4 @@
-"""The data sets: how many images and classes, what size, and where they are published."""
+"""The data sets: their numbers of images and classes, their sizes, and their publications."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -49,7 +49,7 @@ class Facts:
     shipped: str | None = None
     """The sha256 of the file that ships with the package, if one does."""
     pixels: Mapping[str, str] = field(default_factory=dict)
-    """By split, the digest of its images and labels that files must have.
+    """The digest that the images and labels of each split must have.
 
     It is that of :meth:`dbp_bench.data.DataSet.pixel_digest`, and is filled in where the published
     files are lossless and somebody has computed it from them. Where it is blank, nothing is

@@ -1,4 +1,4 @@
-"""From a name in an entry to the object that it means: networks, purifiers, attacks.
+"""Builds the networks, purifiers and attacks that entries name.
 
 Only what is registered may be named: classes in ``dbp_bench.purifiers``, ``dbp_bench.networks`` and
 ``dbp_bench.attacks``, and code from outside this package where the user trusts it.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dbp_bench.threat import Attack
 
 Kind = Literal["purifiers", "networks", "attacks"]
-"""An entry may name classes of the sub-package of this name."""
+"""The sub-packages whose classes an entry may name."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Builder:
 
     Args:
         folders: The user's folders of entries, beside which modules may lie.
-        trust_code: Whether code outside this package may run.
-        data: Where the user says that data sets are.
-        random_weights: Whether checkpoints that aren't in the cache get random weights.
+        trust_code: True if code outside this package may run.
+        data: The user's folder of data sets.
+        random_weights: True if checkpoints that aren't in the cache get random weights.
     """
 
     folders: tuple[Path, ...] = ()
@@ -73,8 +73,8 @@ class Builder:
 
         Args:
             name: Such as ``pgd``, ``torchattacks:PGD`` or ``my_package.module:MyAttack``.
-            options: Its fields.
-            where: Where they are from, for messages.
+            options: The values of its fields.
+            where: The place that the options are from, for messages.
             entry: The entry that names it, beside which its module may lie.
 
         Raises:

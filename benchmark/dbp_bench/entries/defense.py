@@ -9,7 +9,7 @@ from dbp_bench.entries.fields import AnyNetwork, AnyRef, DottedPath, Name, Names
 from dbp_bench.errors import did_you_mean
 
 OWN_CLASSIFIER = "defense.classifier"
-"""Beside "classifier", which is the track's: its results are compared by that."""
+"""The role of a defense's own classifier in results, beside that of the track, "classifier"."""
 
 
 class Surrogate(Strict):
@@ -35,12 +35,13 @@ class Setting(Strict):
     """The side of the square images that the purifier takes; null for the track's own. May be left
     out."""
     surrogate: Surrogate | None = None
-    """``gradient: declared-surrogate`` differentiates this. May be left out."""
+    """The surrogate that ``gradient: declared-surrogate`` differentiates. May be left out."""
     lines: dict[str, Name] = Field(default_factory=dict)
     """By ``file.py:line`` the site of what is drawn there, for a torch module that draws by itself
     (see :class:`dbp_bench.Taped`). May be left out."""
     classifier: AnyNetwork | None = None
-    """In place of the track's, for models that are robust by their training. May be left out."""
+    """The classifier in place of the track's, for models that are robust by their training. May be
+    left out."""
 
     @property
     def refs(self) -> dict[str, AnyRef]:
@@ -70,7 +71,7 @@ class Setting(Strict):
 
 
 class DefenseEntry(Strict):
-    """A purifier, and how it is set up on each track."""
+    """A purifier, and its setting on each track."""
 
     title: str
     kind: Literal["control", "defense"]

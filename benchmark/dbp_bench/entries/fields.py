@@ -61,7 +61,7 @@ class CheckpointRef(Strict):
     """A published network, taken from the cache of checkpoints."""
 
     checkpoint: str
-    """In the catalog, or ``robustbench:<dataset>/<threat>/<model>``, or ``timm:<model>``."""
+    """A name of the catalog, or ``robustbench:<dataset>/<threat>/<model>``, or ``timm:<model>``."""
 
     @field_validator("checkpoint")
     @classmethod

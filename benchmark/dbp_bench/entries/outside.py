@@ -20,7 +20,7 @@ GROUP = "dbp_bench.entries"
 
 OWN = "dbp_bench"
 _LARGEST = 4 << 20
-"""Bytes of a source file."""
+"""The most bytes that a source file may have."""
 
 
 # ---------------------------------------------------------------------------- folders of entries
@@ -57,7 +57,7 @@ def _places(top: str) -> list[Path]:
 
 
 def _spec(top: str) -> ModuleSpec | None:
-    """Where the import system would find `top`, if anywhere."""
+    """The module spec by which the import system would load `top`; None if it finds none."""
     try:
         return find_spec(top)
     except (ImportError, ValueError):
@@ -73,7 +73,7 @@ class Source:
 
     top: str
     files: Mapping[str, Path]
-    """By path as it would be imported from, such as ``package/module.py``."""
+    """The files, each under the path that it is imported from, such as ``package/module.py``."""
 
     @property
     def sha256(self) -> str:
@@ -85,7 +85,7 @@ class Source:
 
 
 def code(dotted: Iterable[tuple[str, Path]], folders: Sequence[Path]) -> dict[str, str]:
-    """By top-level module, the sha256 of the code outside this package that `dotted` paths name.
+    """The sha256 of the code outside this package that `dotted` paths name, by top-level module.
 
     Each path comes with the entry that names it. Where two entries mean modules of one name in two
     folders, one sha256 stands for both. Modules that can't be found are left out: importing them
@@ -138,9 +138,9 @@ def source(top: str, places: Sequence[Path | None], *, installed: bool = True) -
 
     Args:
         top: Without dots.
-        places: Where it may lie (see :func:`places`), before those that are installed. A module
+        places: The folders to look in (see :func:`places`), before installed packages. A module
             there is taken with those beside it that it imports.
-        installed: Whether those that are installed count.
+        installed: True if installed packages count.
     """
     if folder := beside(top, places):
         return Source(top, _with_imports(top, folder))
@@ -161,7 +161,7 @@ def _installed(top: str) -> tuple[str, Path] | None:
 
 
 def is_in(top: str, folder: Path) -> bool:
-    """Whether `folder` has a module or package called `top`."""
+    """True if `folder` has a module or package called `top`."""
     return top != OWN and any(_files_of(top, folder))
 
 

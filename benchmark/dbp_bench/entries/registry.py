@@ -36,8 +36,8 @@ class Registry:
 
     Args:
         folders: Folders with `defenses/`, `attacks/` and `tracks/` of one's own, or with modules.
-        trust_code: Whether code that an entry names outside this package may run.
-        data: Where the user says that data sets are; None for the environment variable or the hub.
+        trust_code: True if code that an entry names outside this package may run.
+        data: The user's folder of data sets; None for the environment variable or the hub.
         instead: Files of defenses, by name, that count in place of any of that name.
 
     Installed packages add folders of their own (see :mod:`dbp_bench.entries.outside`); to install

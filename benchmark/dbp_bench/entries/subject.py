@@ -121,7 +121,7 @@ class Subject:
         return [name for name in names if not store.has(name)]
 
     def with_random_weights(self) -> "Subject":
-        """The same, where checkpoints that aren't in the cache get random weights."""
+        """The same subject, whose checkpoints that aren't in the cache get random weights."""
         return replace(self, builder=replace(self.builder, random_weights=True))
 
     @property

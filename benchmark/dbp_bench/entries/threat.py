@@ -12,7 +12,7 @@ from dbp_bench.entries.fields import DOTTED_PATH, Eps, Names, Options
 from dbp_bench.errors import UnknownName
 
 KNOWN_DRAWS = 3
-"""Known draws at which each image is attacked, at least."""
+"""The least number of known draws at which each image is attacked."""
 
 
 class AllBut(Strict):
@@ -22,7 +22,7 @@ class AllBut(Strict):
 
 
 def _form(value: object) -> str | None:
-    """In which form a threat says what is known, so that a mistake gets one message, not three."""
+    """The form in which an entry states `knows`, so that a mistake gets one message, not three."""
     if isinstance(value, AllBut) or (isinstance(value, dict) and set(value) == {"all-but"}):
         return "<but>"
     if isinstance(value, list):
@@ -90,7 +90,7 @@ class Threat(Strict):
     draws: int = Field(ge=1, le=10_000)
     """Fresh draws that evaluate an image; where draws are known, known ones, each attacked anew."""
     eps: Eps | None
-    """``null``: the track's. 0: the null attack."""
+    """The radius in [0, 1] pixel units: null for the track's, 0 for the null attack."""
     protocol: bool
     """True for the threat models that a leaderboard is made of, which "all" stands for."""
 

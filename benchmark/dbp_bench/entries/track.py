@@ -38,7 +38,7 @@ class Track(Strict):
     """The base classifier, which the defenses of the track protect."""
     norm: Literal["linf", "l2", "l1"]
     eps: Eps
-    """In [0, 1] pixel units: 8/255, not 8."""
+    """The budget in [0, 1] pixel units: 8/255, not 8."""
     batch_size: int = Field(ge=1)
     """Images evaluated together: a fixed group, so that the arithmetic has a fixed shape."""
     max_batch: int = Field(ge=1)

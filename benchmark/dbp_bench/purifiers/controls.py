@@ -1,4 +1,4 @@
-"""Controls: what noise alone and one denoising step do, so that the columns can be believed."""
+"""Controls: noise alone and one denoising step, to read the columns of purifiers against."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -34,7 +34,7 @@ class Posterior:
     x0_weight: float
     z_weight: float
     sigma: float
-    """0 for the step to level 0; the largest, where it is learned."""
+    """The noise's standard deviation: 0 for the step to level 0, the largest if it is learned."""
     bounds: tuple[float, float] | None = None
     """Logarithms of the least and the largest variance, where it is learned."""
 
@@ -61,8 +61,8 @@ class Posterior:
         """The standard deviation of the noise.
 
         Args:
-            share: Where a learned variance is between its bounds, from -1 to 1; None where the
-                network doesn't say.
+            share: The place of a learned variance between its bounds, from -1 to 1; None where the
+                network doesn't predict it.
 
         Raises:
             BadEntry: The variance is learned and the network doesn't say.
@@ -91,7 +91,7 @@ class DDPM:
     sites: ClassVar[frozenset[Site]] = frozenset({FORWARD, REVERSE})
 
     def __post_init__(self) -> None:
-        """Refuse a grid that cannot be."""
+        """Refuse `t_star` and `steps` that give no grid."""
         LINEAR.grid(self.t_star, self.steps, published=self.published_grid)
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:

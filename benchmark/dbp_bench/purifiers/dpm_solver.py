@@ -36,7 +36,7 @@ class DPMSolver:
     sites: ClassVar[frozenset[Site]] = frozenset({FORWARD})
 
     def __post_init__(self) -> None:
-        """Refuse a grid that cannot be."""
+        """Refuse `t_star` and `steps` that give no grid."""
         LINEAR.grid(self.t_star, self.steps)
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:

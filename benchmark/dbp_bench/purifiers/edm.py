@@ -43,7 +43,7 @@ class EDM:
     solver: Solver
     clamp_output: bool
     s_churn: float = 0.0
-    """New noise, over all steps (algorithm 2); 0 for none (algorithm 1)."""
+    """The amount of new noise over all steps (algorithm 2); 0 for none (algorithm 1)."""
     s_min: float = 0.0
     s_max: float = inf
     """New noise is added only at noise levels in s_min ... s_max."""
@@ -72,7 +72,7 @@ class EDM:
 
     @property
     def sites(self) -> frozenset[Site]:
-        """Forward and, where a step has new noise, reverse."""
+        """The forward site and, where a step has new noise, the reverse site."""
         churned = any(self.gamma(sigma) > 0 for sigma in self.levels()[1:])
         return frozenset({FORWARD, REVERSE} if churned else {FORWARD})
 

@@ -19,7 +19,7 @@ from dbp_bench.purifiers.schedule import LINEAR, Diffusion, denoise, to_diffusio
 
 @dataclass(frozen=True)
 class Gradual:
-    """The `stages`, one after the other, each from what the one before left."""
+    """The `stages` in a row, each of which purifies the output of the one before."""
 
     denoiser: Denoiser
     stages: list[dict[str, int]]
@@ -54,7 +54,7 @@ class Gradual:
 
     @property
     def sites(self) -> frozenset[Site]:
-        """Forward and, where a step adds noise, reverse: the step to level 0 never does."""
+        """The forward site and, where a step adds noise, the reverse site; last steps add none."""
         noisy = self.eta > 0 and any(stage["steps"] > 1 for stage in self.stages)
         return frozenset({FORWARD, REVERSE} if noisy else {FORWARD})
 

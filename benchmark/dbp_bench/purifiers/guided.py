@@ -106,7 +106,7 @@ class GDMP:
     clip_x0: bool
     clamp_output: bool
     window: int | None = None
-    """Side of the window of SSIM, in pixels; goes with it."""
+    """The side of SSIM's window in pixels; None for another distance."""
     batch_mean: bool = False
     """The distance is a mean over the images of the batch too: the guidance of each then depends on
     how many there are."""
@@ -141,7 +141,7 @@ class GDMP:
 
     @property
     def sites(self) -> frozenset[Site]:
-        """Forward, reverse and, where the target is noised, guidance."""
+        """The sites forward, reverse and, where the target is noised, guidance."""
         return frozenset({FORWARD, REVERSE} | ({GUIDANCE} if self.noisy_target else set()))
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:

@@ -108,7 +108,7 @@ def times(level: int, like: Tensor) -> Tensor:
 
 
 class Prediction(NamedTuple):
-    """The noise that a network predicts in a noisy image, and how sure it is."""
+    """The noise that a network predicts in a noisy image, and its learned variance."""
 
     noise: Tensor
     """``(b, c, h, w)``."""
@@ -136,7 +136,7 @@ def predict(denoiser: Denoiser, z: Tensor, t: Tensor) -> Prediction:
 
 
 def denoise(denoiser: Denoiser, z: Tensor, t: int, *, clip: bool) -> tuple[Tensor, Prediction]:
-    """The image that `z` at level `t` shows by the predicted noise, and the prediction.
+    """The image estimated from `z` at level `t` by the predicted noise, and the prediction.
 
     It is ``(b, c, h, w)`` in [-1, 1] (Ho et al. 2020, equation 15); with `clip` it is clipped.
     """
@@ -147,11 +147,14 @@ def denoise(denoiser: Denoiser, z: Tensor, t: int, *, clip: bool) -> tuple[Tenso
 
 
 def to_diffusion(images: Tensor) -> Tensor:
-    """From [0, 1] to diffusion space [-1, 1]."""
+    """The `images` in [0, 1] mapped to diffusion space [-1, 1]."""
     return 2 * images - 1
 
 
 def to_images(z: Tensor, clamp: bool) -> Tensor:
-    """From diffusion space to [0, 1]; outside, clamped (zero gradient there) or left as it is."""
+    """The images of `z` in diffusion space, with [0, 1] for [-1, 1].
+
+    With `clamp`, values outside [0, 1] are clamped, and their gradient is zero.
+    """
     images = (z + 1) / 2
     return images.clamp(0, 1) if clamp else images

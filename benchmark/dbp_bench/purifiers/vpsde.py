@@ -78,7 +78,7 @@ class DiffPure:
 
     @property
     def sites(self) -> frozenset[Site]:
-        """Forward and, for the SDE, reverse."""
+        """The forward site and, for the SDE, the reverse site."""
         return frozenset({FORWARD} if self.ode else {FORWARD, REVERSE})
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:

@@ -1,1 +1,1 @@
-"""From result files alone to numbers, tables and pages; nothing here runs a network."""
+"""Turns result files into numbers, tables and pages; nothing here runs a network."""

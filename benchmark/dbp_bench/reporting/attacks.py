@@ -1,6 +1,7 @@
-"""Attacks other than the leaderboard's own, as CSV and Markdown: side by side, with what they cost.
+"""Tables of attacks other than the leaderboard's own, as CSV and Markdown.
 
-Their worst case, third-party attacks against ours, and what sweeps found.
+They show attacks side by side with their evaluations and their worst case, third-party attacks
+against ours, and the findings of sweeps.
 """
 
 from collections.abc import Collection, Sequence
@@ -28,15 +29,15 @@ from dbp_bench.reporting.tables import how, of_track, setting_of
 from dbp_bench.reporting.votes import worst_hidden, worst_known
 
 _ORDER: Final = ("none", FORWARD, f"all but {FORWARD}", "all")
-"""What attackers know, in order of tables."""
+"""The attackers' knowledge, in the order of tables."""
 _KNOWS: Final = {"none": "no draw", "all": "all draws"}
-"""The same in titles, where it is said otherwise."""
+"""The knowledge in the words of titles, where they differ."""
 _UNEQUAL: Final = 0.02
-"""From this share of evaluations on, two attacks are marked as of unequal effort."""
+"""The relative difference in evaluations above which an attack's effort is marked as unequal."""
 
 
 def attack_files(board: Leaderboard) -> dict[str, str]:
-    """The files on other attacks, by how their names end; those that have something to say."""
+    """The files on other attacks, by the ends of their names; files without rows are left out."""
     attacks, third_party = _attacks_frame(board), _third_party_frame(board)
     frames = {
         "-third-party.csv": of_track(third_party, board),
@@ -53,12 +54,12 @@ def attack_files(board: Leaderboard) -> dict[str, str]:
 
 
 def _attacks_frame(board: Leaderboard) -> pd.DataFrame:
-    """A row for each attack, by defense and by what is known; no rows where only our own ran.
+    """A row for each attack, by defense and knowledge; none where only the leaderboard's own ran.
 
-    `own` says whether it is the leaderboard's; `ratio` is of its evaluations to those of the
-    leaderboard's own. Where the attack's package gives a verdict, the share of images that it
-    calls robust is there, and how much that is above our accuracy (paired by image). The worst case
-    is that of all rows of the defense and knowledge.
+    `own` is True for the leaderboard's own attack; `ratio` is the ratio of evaluations to those of
+    that attack. Where the attack's package gives a verdict, `package_verdict` is the share of
+    images that it calls robust, and `package_gap` that share minus our accuracy, paired by image.
+    The worst case is that of all rows of the defense and knowledge.
     """
     groups: dict[tuple[str, str], list[Pool]] = {}
     for pool in _at_eps(board):
@@ -108,9 +109,9 @@ def _at_eps(board: Leaderboard) -> list[Pool]:
 def _third_party_frame(board: Leaderboard) -> pd.DataFrame:
     """A row for each third-party attack, with the strongest of ours on that defense.
 
-    Of ours that know the same and take at most as many evaluations; `why` says why there is none.
-    `lower` is whether the third party's leaves less by more than the interval of the difference,
-    which is theirs minus ours, paired by image.
+    Ours must have the same knowledge and at most as many evaluations; `why` is the reason if there
+    is none. `difference` is the accuracy under theirs minus that under ours, paired by image, and
+    `lower` is True where its whole interval is below 0.
     """
     kinds = {row.defense: row.kind for row in board.rows}
     pools = _at_eps(board)
@@ -145,7 +146,7 @@ def _side(prefix: str, pool: Pool | None) -> dict[str, object]:
 
 
 def _ours(theirs: Pool, pools: Sequence[Pool]) -> tuple[Pool | None, str]:
-    """The strongest of ours with at most as many evaluations as `theirs`; why, if there is none."""
+    """Our strongest with at most as many evaluations as `theirs`; the reason if there is none."""
     same = (theirs.any.defense, theirs.knows)
     rivals = [p for p in pools if (p.any.defense, p.knows) == same and not p.third_party]
     counted = {pool: count for pool in rivals if (count := pool.evaluations) is not None}
@@ -161,7 +162,7 @@ def _ours(theirs: Pool, pools: Sequence[Pool]) -> tuple[Pool | None, str]:
 
 
 def _worst_case(pools: Collection[Pool]) -> tuple[Score | None, int]:
-    """The worst case over attacks, on the seeds and draws they share, and how many draws."""
+    """The worst case over attacks, on the seeds and draws they share, and the number of draws."""
     known = all(pool.all_known for pool in pools)
     seeds = sorted(set.intersection(*(set(pool.seeds) for pool in pools)))
     draws = sorted(
@@ -210,7 +211,7 @@ def _sweeps_frame(findings: Sequence[Findings]) -> pd.DataFrame:
 
 
 def _markdown(board: Leaderboard, attacks: pd.DataFrame, third_party: pd.DataFrame) -> str:
-    """For reading on a page: attacks side by side, their worst case, and what each one cost."""
+    """The tables in Markdown: attacks side by side, their worst case, and the effort of each."""
     text = [f"# Attacks on {md(board.title)}", ""]
     if not attacks.empty:
         text += _side_by_side(board, attacks)
@@ -224,14 +225,14 @@ def _markdown(board: Leaderboard, attacks: pd.DataFrame, third_party: pd.DataFra
 
 
 def _titled(frame: pd.DataFrame) -> pd.DataFrame:
-    """The columns that are shown by name, with the defenses that are controls marked."""
+    """The `frame` with the headings that readers see, and the defenses that are controls marked."""
     names = [named(*pair) for pair in zip(frame["defense"], frame["kind"], strict=True)]
     frame = frame.assign(defense=pd.Series(names, index=frame.index, dtype=object))
     return frame.rename(columns=lambda name: name.replace("_", " ").capitalize())
 
 
 def _side_by_side(board: Leaderboard, attacks: pd.DataFrame) -> list[str]:
-    """By what is known, a table of attacks by defenses."""
+    """A table for each knowledge, with a row for each attack and a column for each defense."""
     said = note("beside", norm=board.norm, eps=shown_eps(board.eps), images=board.images)
     text = [said, ""]
     frame = _titled(attacks)
@@ -248,7 +249,7 @@ def _side_by_side(board: Leaderboard, attacks: pd.DataFrame) -> list[str]:
 
 
 def _left(row: Any) -> Marked:
-    """What an attack left standing, and how its effort compares where it isn't equal."""
+    """The robust accuracy under an attack, and the ratio of its effort where that isn't equal."""
     if row.gradient_evaluations == row.forward_evaluations == 0:
         return Marked(f"{percent(row.robust)} (no query)")
     unequal = row.ratio is not None and abs(row.ratio - 1) > _UNEQUAL
@@ -256,7 +257,7 @@ def _left(row: Any) -> Marked:
 
 
 def _verdicts(frame: pd.DataFrame) -> list[str]:
-    """What packages say of themselves, beside what we say."""
+    """The verdicts of attack packages, beside our accuracies."""
     shown = _titled(frame[[percent(each) != "" for each in frame["package_verdict"]]])
     if shown.empty:
         return []
@@ -283,7 +284,7 @@ def _third_party(frame: pd.DataFrame) -> list[str]:
 
 
 def _sweeps(board: Leaderboard) -> list[str]:
-    """What was swept over, and what that said."""
+    """The sweeps, with the accuracy at each value and their findings."""
     if not board.sweeps:
         return ["## Sweeps", "", "None was run. `dbp-bench sweep` runs some.", ""]
     table = frame_of(
@@ -309,7 +310,7 @@ def _findings(found: Findings) -> list[str]:
 
 
 def _swept(found: Findings) -> list[str]:
-    """Each value, and the accuracy there."""
+    """Each value of a sweep, and the accuracy there."""
     cells = []
     for each in found.values:
         value = each.value if isinstance(each.value, str) else f"{each.value:g}"
@@ -319,7 +320,7 @@ def _swept(found: Findings) -> list[str]:
 
 
 def _efforts(frame: pd.DataFrame) -> list[str]:
-    """How each attack searched, and what that took on each defense."""
+    """The effort of each attack, and its evaluations on each defense."""
     setting = ["Knows", "Threat", "Attack", "Effort"]
     long = _titled(frame).assign(
         Effort=frame["search"],

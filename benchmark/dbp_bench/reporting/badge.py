@@ -1,4 +1,4 @@
-"""The badge of a defense's results: what somebody else verified of them, and how closely.
+"""The badge of a defense's results: the degree to which somebody else verified them.
 
 The record of a verification lies beside the results and holds their hashes: results that were
 changed since, or added, are not covered by it. Never imports torch.
@@ -20,22 +20,22 @@ Part = Literal["test", "train"]
 Badge = Literal["self-reported", "checked", "replayed", "re-attacked"]
 
 BADGES: Final[tuple[Badge, ...]] = ("self-reported", "checked", "replayed", "re-attacked")
-"""From the least to the most that stands behind a number."""
+"""All badges, from the weakest verification to the strongest."""
 PARTS: Final[tuple[Part, ...]] = ("test", "train")
 FILE: Final = "verification.json"
 
 
 class Compared(Strict):
-    """Outcomes that were computed again, and how many of them are others than stated."""
+    """The number of outcomes computed again, and of those that differ from the stated ones."""
 
     outcomes: int = Field(ge=0)
     differing: int = Field(ge=0)
     allowed: int = Field(ge=0)
-    """How many of those may differ: 0 on the machine's own kind, else what rounding may change."""
+    """The number that may differ: 0 on the same kind of machine, else what rounding explains."""
 
 
 class Fall(Strict):
-    """An accuracy that is stated, beside that on other images."""
+    """A stated accuracy, beside the accuracy found on images outside the track's list."""
 
     threat: str
     kind: Literal["clean", "adversarial"]
@@ -50,33 +50,33 @@ class Unseen(Strict):
     """Accuracies on images outside the track's list."""
 
     seed: int
-    """It decides which images, and every draw."""
+    """The seed that selects the images and all draws."""
     part: Part
-    """Where they are from. Networks have seen the training images: only a fall says something."""
+    """The split they are from. Networks have seen the training images: only a fall counts there."""
     images: int
     falls: list[Fall]
-    """None of them is larger than chance explains."""
+    """The accuracies compared; none falls by more than chance explains."""
 
 
 class Verification(Strict):
-    """What was verified of a bundle, by which version, and which result files that covers."""
+    """The record of a verification: the checks made of a bundle, and the result files covered."""
 
     schema_version: Literal[1] = Field(alias="schema")
     level: Level
     dbp_bench: str
-    """The version that verified."""
+    """The version of dbp-bench that verified."""
     bundle: str
     """sha256 of the bundle."""
     track: str
     defense: str
     checks: list[str]
-    """What was verified, in words."""
+    """The checks that were made, in words."""
     replay: Compared | None
     attack: Compared | None
     share: float | None
     """The share of the groups of images that were attacked again."""
     unseen: Unseen | None = None
-    """Null where no other images were attacked."""
+    """The accuracies on other images; null where none were attacked."""
     device_name: str | None
     """The machine that replayed or attacked."""
     files: dict[str, str]
@@ -101,7 +101,7 @@ class Verification(Strict):
         return read_json(path, cls, "a verification")
 
     def covers(self, folder: Path) -> bool:
-        """Whether the results it names are still those in the defense's `folder`, of all seeds."""
+        """True if the results that it names are those in the defense's `folder`, of all seeds."""
         settings = {Path(name).parent for name in self.files}
         there = {
             path.relative_to(folder).as_posix()

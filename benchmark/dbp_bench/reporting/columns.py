@@ -23,7 +23,7 @@ SECTIONS: Final = (ACCURACY, PARTS, CHECKS)
 
 @dataclass(frozen=True)
 class Column:
-    """A number with its interval that is said of every defense."""
+    """A number with its interval that every defense has."""
 
     key: str
     """Its name in CSV files."""
@@ -32,9 +32,9 @@ class Column:
     section: str
     """One of :data:`SECTIONS`."""
     of: tuple[str, ...] = ()
-    """The columns whose results it follows from; none where it has results of its own."""
+    """The columns whose results it follows from; empty where it has results of its own."""
     formula: Callable[..., Replicates | None] | None = None
-    """What it is of the robust accuracies of those columns; null where it is an accuracy."""
+    """Computes it from the robust accuracies of those columns; None if it is an accuracy."""
 
 
 def _share(hidden: Replicates, all_known: Replicates, base: Replicates) -> Replicates | None:
@@ -45,10 +45,9 @@ def _share(hidden: Replicates, all_known: Replicates, base: Replicates) -> Repli
 def _shapley(
     hidden: Replicates, known: Replicates, other_known: Replicates, all_known: Replicates
 ) -> Replicates:
-    """What hiding the noise at one place adds: its gain when hidden last and first, averaged.
+    """The Shapley value of hiding the noise of one site: its gain hidden first and last, averaged.
 
-    This is its Shapley value: the order doesn't matter, and the parts of two places add up to what
-    hiding both adds.
+    It doesn't depend on the order, and the values of two sites add up to the gain of hiding both.
     """
     part: Replicates = ((hidden - known) + (other_known - all_known)) / 2
     return part
@@ -64,7 +63,7 @@ COLUMNS: Final = (
     Column("forward_known", "Forward known, R_F", ACCURACY),
     Column("reverse_known", "Reverse known, R_R", ACCURACY),
     Column("all_known", "All known, R_DW", ACCURACY),
-    # What is left with all draws known, above the base classifier; what hiding the draws adds.
+    # P: the accuracy with all draws known, above the base classifier's. S: the gain of hiding them.
     Column("purification", "Purification, P", PARTS, ("all_known", "base"), sub),
     Column("stochasticity", "Stochasticity, S", PARTS, ("hidden", "all_known"), sub),
     Column("share", "Share of S, %", PARTS, ("hidden", "all_known", "base"), _share),
@@ -73,7 +72,7 @@ COLUMNS: Final = (
     Column("fresh", "Known-draw images on fresh draws", CHECKS, ("all_known",)),
     Column(NULL, "Null attack, eps = 0", CHECKS),
 )
-"""Each in the order of CSV files; the tables show those of their section in this order."""
+"""All columns in the order of CSV files, which is also that of each section's table."""
 
 
 def columns_of(extra: Iterable[str], eot: Mapping[str, object]) -> list[Column]:
@@ -81,7 +80,7 @@ def columns_of(extra: Iterable[str], eot: Mapping[str, object]) -> list[Column]:
 
     Args:
         extra: The protocol's other columns, which are named as their threat models are.
-        eot: By column, the EoT samples of its attack, where that is said in its heading.
+        eot: The EoT samples to show in a column's heading, by its key.
     """
     others = [Column(key, key, CHECKS) for key in extra]
     return [
@@ -93,7 +92,7 @@ def columns_of(extra: Iterable[str], eot: Mapping[str, object]) -> list[Column]:
 
 
 def derived(robust: Mapping[str, Replicates]) -> dict[str, Replicates | None]:
-    """The columns with a formula, from the robust accuracies of others; null where one lacks."""
+    """The columns with a formula, from the robust accuracies of others; None where one lacks."""
     return {
         column.key: column.formula(*(robust[key] for key in column.of))
         if all(key in robust for key in column.of)

@@ -22,12 +22,12 @@ from dbp_bench.result import without_draws
 
 @dataclass(frozen=True)
 class Side:
-    """What one of the two names stands for."""
+    """The results that one of the two names stands for."""
 
     name: str
-    """As given."""
+    """The name as given."""
     pools: Mapping[tuple[str, str, str], Pool]
-    """By defense, threat model and attack."""
+    """The results by defense, threat model and attack."""
 
 
 @dataclass(frozen=True)
@@ -35,34 +35,34 @@ class McNemar:
     """The exact test of McNemar (1947) on one verdict for each image."""
 
     only_a: Sequence[int]
-    """Ids of images on which A is right and B is not; right: in more than half of the draws."""
+    """Ids of images right for A only, where right means in more than half of the draws."""
     only_b: Sequence[int]
     p: float
-    """Two-sided: of as uneven a split of these images between A and B, if each were a coin's."""
+    """The two-sided p-value: the chance of so uneven a split if each image were a fair coin."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A setting of A against one of B."""
+    """The comparison of a setting of A with one of B."""
 
     a: Pool
     b: Pool
     difference: Estimate
-    """Difference of robust accuracies, A minus B, over the same images."""
+    """The difference of robust accuracies, A minus B, over the same images."""
     clean: Estimate
-    """The same of clean accuracies."""
+    """The difference of clean accuracies likewise."""
     permutation: float
-    """Two-sided p-value of the difference, where A and B are exchanged image by image."""
+    """The two-sided p-value of the difference, by exchanging A and B image by image."""
     adjusted: float
-    """The same, adjusted by Holm for the number of comparisons."""
+    """The same p-value, adjusted by Holm's rule for the number of comparisons."""
     mcnemar: McNemar
     notes: Sequence[str]
-    """In what the two differ, beside their names."""
+    """The other ways in which the two differ, such as unequal effort, in words."""
 
 
 @dataclass(frozen=True)
 class Comparisons:
-    """All settings that both sides have."""
+    """The comparisons of all settings that both sides have."""
 
     a: Side
     b: Side
@@ -72,13 +72,13 @@ class Comparisons:
 
 
 def side(name: str, results: Path | Sequence[Path], track: str | None) -> Side:
-    """What `name` stands for: a result file, a folder, or a name below the folder `results`.
+    """The results that `name` stands for: a file, a folder, or a name below the folder `results`.
 
     Args:
         name: A file or folder; or a defense, threat model or attack, or several of them in this
             order, as in ``ddpm/eot``, ``eot/apgd`` or ``ddpm/eot/apgd``.
         results: The folder of results, or several, for names.
-        track: Of the results below it.
+        track: The one track whose results are taken; all if None.
 
     Raises:
         BadRequest: It is none of these.
@@ -206,10 +206,10 @@ def _refuse(a: Record, b: Record, *, draws: bool) -> None:
     Args:
         a: One result.
         b: The other.
-        draws: Whether the draws must be the same in any case.
+        draws: True if the draws must be the same in any case.
 
     Raises:
-        NotComparable: With both files and what differs.
+        NotComparable: They differ; the message names both files and the facts.
     """
     first, second = (
         {"track": r.track, "eps": r.eps, **track_facts(r)} for r in (a.result, b.result)
@@ -229,7 +229,7 @@ def _refuse(a: Record, b: Record, *, draws: bool) -> None:
 
 
 def _notes(a: Pool, b: Pool) -> list[str]:
-    """In what two settings differ that should be said beside their difference."""
+    """Differences in knowledge, draws and effort to state beside the difference in accuracy."""
     notes = []
     if a.knows != b.knows:
         known = [" and ".join(pool.any.knows) or "no draw" for pool in (a, b)]
@@ -251,7 +251,7 @@ def _notes(a: Pool, b: Pool) -> list[str]:
 
 
 def _verdicts(pool: Pool) -> list[bool]:
-    """Whether each image was right in more than half of its draws, over all seeds."""
+    """True for each image that was right in more than half of its draws, over all seeds."""
     return [2 * count > pool.robust.score.trials for count in pool.robust.score.right]
 
 
@@ -266,7 +266,7 @@ def mcnemar(ids: Sequence[int], a: Sequence[bool], b: Sequence[bool]) -> McNemar
 
 
 def to_table(found: Comparisons) -> dict[str, object]:
-    """For scripts."""
+    """The comparisons as a table that JSON can hold, for scripts."""
     return {
         "a": found.a.name,
         "b": found.b.name,
@@ -305,7 +305,7 @@ def _side_of(pool: Pool) -> dict[str, object]:
 
 
 def in_words(found: Comparisons, ids: int = 12) -> list[str]:
-    """For reading, in lines; no more than `ids` images of each kind are named."""
+    """The comparisons as lines of text; at most `ids` images of each kind are named."""
     lines = [
         f"A = {found.a.name}, B = {found.b.name}; accuracies in percent, differences in points"
     ]

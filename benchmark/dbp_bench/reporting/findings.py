@@ -1,4 +1,4 @@
-"""What sweeps found, as they write it down and a report reads it. Never imports torch."""
+"""The findings of sweeps, as a sweep writes and a report reads them. Never imports torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +15,18 @@ SCHEMA: Literal[1] = 1
 
 
 class Measured(Strict):
-    """What one value gave."""
+    """The accuracy at one value of a sweep."""
 
     value: float | str
-    """Where on the axis: steps, EoT samples, eps, or the name of a black box."""
+    """The value on the axis: steps, EoT samples, eps, or the name of a black-box attack."""
     file: str | None
-    """Its result, below the folder of results; null where the attack found zero gradients only."""
+    """The path of its result, below the folder of results; null if all gradients were zero."""
     accuracy: Estimate | None
-    """Under attack, over images and draws."""
+    """The robust accuracy, over images and draws."""
     fall: Estimate | None
-    """Accuracy at the standard minus this one, over the same images and draws (paired)."""
+    """The accuracy at the standard value minus this one, paired over the same images and draws."""
     zero_gradient: float | None
-    """Share of the images whose gradient was zero at every step."""
+    """The share of the images whose gradient was zero at every step."""
 
 
 class Flag(Strict):
@@ -37,7 +37,7 @@ class Flag(Strict):
 
 
 class Findings(Strict):
-    """What a sweep over one axis found; the file lies beside its results."""
+    """The findings of a sweep over one axis; the file lies beside its results."""
 
     schema_version: Literal[1] = Field(alias="schema")
     track: str
@@ -48,19 +48,19 @@ class Findings(Strict):
     seed: int
     axis: Literal["steps", "eot", "eps", "black-box"]
     standard: float | str
-    """The threat's own value."""
+    """The threat model's own value on the axis."""
     images: int
     draws: int
     chance: float
-    """The accuracy that a budget without bounds must bring: 0 where every draw is known."""
+    """The accuracy that an unlimited budget must lead to: 0 if every draw is known, else chance."""
     values: list[Measured]
     flags: list[Flag]
     notes: list[str]
-    """What could not be decided, and what would do."""
+    """The questions that the sweep leaves open, each with what would decide it."""
 
     @property
     def setting(self) -> str:
-        """How texts name what was swept: threat model and attack."""
+        """The threat model and the attack, as texts name them: ``eot/pgd``."""
         return f"{self.threat}/{self.attack}"
 
     def write(self, path: Path) -> None:
@@ -80,7 +80,7 @@ class Findings(Strict):
 def findings_path(
     out: Path, track: str, defense: str, threat: str, attack: str, seed: int, axis: str
 ) -> Path:
-    """Where the findings over an `axis` lie, below the folder of results `out`."""
+    """The path of the findings over an `axis`, below the folder of results `out`."""
     setting = Path(track, defense, threat, attack)
     return out / "sweeps" / "findings" / setting / f"seed-{seed}-{axis}.json"
 

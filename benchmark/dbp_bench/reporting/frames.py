@@ -20,14 +20,14 @@ NOT_MEASURED: Final = Estimate(float("nan"), float("nan"), float("nan"))
 
 
 class Shared(Estimate):
-    """A cell that another setting's result serves, too; it is marked with ``=``."""
+    """An estimate taken from the equivalent result of another setting; it is marked with ``=``."""
 
 
 class Signed(Estimate):
     """A difference, shown with its sign."""
 
     def percent(self, *, sign: bool = True) -> str:
-        """As in ``+1.2 [0.1, 2.3]``."""
+        """The text in percent with its sign, such as ``+1.2 [0.1, 2.3]``."""
         return super().percent(sign=sign)
 
 
@@ -43,7 +43,7 @@ class Marked:
 
 
 def named(defense: str, kind: str) -> Marked:
-    """A defense in Markdown; a control is marked."""
+    """The name of a defense in Markdown; a control is marked."""
     return Marked(f"{md(defense)} *(control)*" if kind == "control" else md(defense))
 
 
@@ -55,7 +55,7 @@ def cell(estimate: Estimate | None, kind: type[Estimate] = Estimate) -> Estimate
 
 
 def frame_of(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
-    """A table with a row for each mapping; every cell stays what it is."""
+    """A table with a row for each mapping; every cell keeps its Python type."""
     return pd.DataFrame(list(rows), dtype=object)
 
 
@@ -79,7 +79,7 @@ _READ_AS_MISSING: Final = frozenset(
     "#N/A,#N/A N/A,#NA,-1.#IND,-1.#QNAN,-NaN,-nan,1.#IND,1.#QNAN,<NA>,N/A,NA,NULL,NaN,None,n/a,nan,"  # noqa: SIM905
     "null".split(",")
 )
-"""What ``pandas.read_csv`` takes for a missing value."""
+"""The texts that ``pandas.read_csv`` takes for a missing value."""
 
 
 def csv_name(each: object) -> object:
@@ -94,7 +94,7 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def percent(estimate: Estimate | None) -> str:
-    """In percent with its interval; blank where not measured."""
+    """An estimate in percent with its interval; blank where it was not measured."""
     return "" if _missing(estimate) or estimate is None else estimate.percent()
 
 
@@ -158,7 +158,7 @@ def symbols(heading: str, indexed: str) -> str:
 
 
 def _two_lines(heading: str) -> str:
-    """On two lines, so that a column is as wide as its numbers."""
+    """The heading on two lines, so that a column is as wide as its numbers."""
     words = heading.split(" ")
     if len(words) == 1:
         return heading

@@ -1,7 +1,8 @@
-"""From the results of a track to its numbers: accuracies, and their split by what is known.
+"""Computes a track's leaderboard: accuracies, and their split by the attacker's knowledge.
 
 A setting is what the attacker knew and how hard it searched, not the name of a threat model: where
-a defense has no reverse noise, knowing the forward noise is knowing all, and one result serves.
+a defense has no reverse noise, knowing the forward noise is knowing all, and one result serves both
+columns.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,29 +37,29 @@ class Row:
     """A defense on a leaderboard."""
 
     rank: Standing | None
-    """Among the defenses; null for a control, and where the column that ranks was not measured."""
+    """The rank among the defenses; None for a control, or if the ranking column is missing."""
     defense: str
     kind: Kind
     estimates: Mapping[str, Estimate | None]
-    """By column; null where something that it needs was not measured."""
+    """The value of each column, by its key; None where a result that it needs is missing."""
     columns: Mapping[str, Pool]
-    """The results behind the columns, `clean` and the null attack among them."""
+    """The results behind each column, by its key; `clean` and the null attack are included."""
     served_by: Mapping[str, str]
-    """For columns that another threat model's result serves: which."""
+    """The name of the threat model whose result serves a column in place of the column's own."""
     tallies: Mapping[str, tuple[Pool, Tally]]
-    """What the draws say of `clean`, `hidden` and `null`, by column, and whose draws they are."""
+    """The tally of draws for each of `clean`, `hidden` and `null`, with the pool it is of."""
     pools: Sequence[Pool]
-    """All that was measured of the protocol; where nothing was, all that was measured."""
+    """The results that belong to the protocol or, if there are none, all of the defense's."""
     flags: Sequence[str]
-    """What a reader should know before trusting the row."""
+    """Warnings that a reader should know before trusting the row."""
     checks: Sequence[Check]
-    """What was tested, whether it was found or not."""
+    """The checks for weak attacks and masked gradients, with what each tested and found."""
     badge: Badge
-    """What somebody else verified of its results."""
+    """The degree to which somebody else verified its results."""
 
     @property
     def sites(self) -> Sequence[str]:
-        """Where the defense draws noise."""
+        """The sites at which the defense draws noise."""
         return self.pools[0].any.sites
 
     @property
@@ -68,43 +69,43 @@ class Row:
 
     @property
     def hidden_draws(self) -> int | None:
-        """Draws that evaluate images made with all draws hidden."""
+        """The number of evaluation draws of images attacked with all draws hidden."""
         hidden = self.columns.get("hidden")
         return hidden.draws if hidden else None
 
     @property
     def known_draws(self) -> int | None:
-        """Draws that were known, each attacked anew."""
+        """The number of known draws, each attacked anew."""
         return next((pool.draws for pool in self.columns.values() if pool.knows), None)
 
     @property
     def fresh_draws(self) -> int | None:
-        """Fresh draws for each known draw."""
+        """The number of fresh draws for each known draw."""
         known = self.columns.get("all_known")
         return known.fresh_draws if known else None
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """What is known of all defenses on a track."""
+    """All defenses on a track with their numbers."""
 
     track: str
     entry: Track | None
-    """Null where the track isn't registered here."""
+    """The track's entry; None where the track isn't registered here."""
     sort: Sort
     norm: str
     eps: float
     images: int
     protocol: Protocol
     reference: Result | None
-    """A result of the columns at equal effort, for how it searched; null where there is none."""
+    """A result at equal effort, which stands for the attack and its options; None without one."""
     columns: Sequence[Column]
-    """What is said of each defense."""
+    """The columns, the same for every defense."""
     rows: Sequence[Row]
     pools: Sequence[tuple[Pool, Kind]]
-    """All that was measured."""
+    """All results, each with the kind of its defense."""
     sweeps: Sequence[Findings]
-    """What was swept over."""
+    """The findings of all sweeps on the track."""
 
     @property
     def title(self) -> str:
@@ -113,12 +114,12 @@ class Leaderboard:
 
     @property
     def demonstration(self) -> bool:
-        """Whether the numbers stand for nothing but the method."""
+        """True if the track demonstrates the method, and its numbers stand for nothing else."""
         return self.entry is not None and self.entry.demonstration
 
     @property
     def eot(self) -> object:
-        """EoT samples of the columns at equal effort; null where that isn't recorded."""
+        """The EoT samples per step of the columns at equal effort; None where not recorded."""
         return _eot(self.reference)
 
 
@@ -128,14 +129,14 @@ def leaderboard(
     sort: Sort = "hidden",
     findings: Sequence[Findings] = (),
 ) -> Leaderboard:
-    """What the results of one track say of its defenses.
+    """The leaderboard of one track, computed from its results.
 
     Args:
         records: Results, all of one track.
-        registry: Where the protocol, titles and kinds come from; the package's own entries if not
+        registry: The source of the protocol, titles and kinds; the package's own entries if not
             given.
         sort: The accuracy that ranks: with all draws hidden, or with all of them known.
-        findings: What sweeps found on that track.
+        findings: The findings of sweeps on that track.
 
     Raises:
         NotComparable: Two of the results may not stand in one table.
@@ -196,7 +197,7 @@ def leaderboard(
 
 
 def _reference(results: Sequence[Result]) -> Result | None:
-    """One of `results` for its effort; rather one with hidden draws, where EoT isn't idle."""
+    """The result whose effort others must match: one with hidden draws if any, where EoT counts."""
     return min(results, key=lambda result: set(result.knows) == set(result.sites), default=None)
 
 
@@ -207,12 +208,12 @@ def _eot(result: Result | None) -> object:
 def _serving(
     pools: Sequence[Pool], protocol: Protocol, like: Mapping[str, Result | None]
 ) -> dict[str, Pool]:
-    """The results of one defense that serve the columns; a column without one isn't there.
+    """The results that serve the columns, by key; a column without a result is left out.
 
     Args:
-        pools: Of the defense and the protocol.
+        pools: The results of one defense that belong to the protocol.
         protocol: The threat models.
-        like: By column, a result that searched as hard as it should.
+        like: For each column, a result with the attack and the effort that it must have.
     """
     serving = {}
     for column in protocol.every:
@@ -244,9 +245,9 @@ def _row(
     findings: Sequence[Findings],
     zero: Pool | None,
 ) -> Row:
-    """One defense, all of whose results are `pools`; `zero` is the base classifier's."""
+    """The row of a defense from all its `pools`; `zero` is the pool of the base classifier."""
     own = [pool for pool in pools if protocol.holds(pool.any)] or list(pools)
-    # A defense is as clean in every setting; the one with most draws tells it best.
+    # Clean accuracy is the same in every setting; the one with most draws estimates it best.
     clean = max(own, key=lambda pool: pool.draws)
     attacked = {**serving, **({"base": zero} if zero else {})}
     parts = derived({key: pool.robust.replicates for key, pool in attacked.items()})
@@ -261,7 +262,7 @@ def _row(
     }
     share = estimates["share"]
     if share is not None and not 0 <= share.value <= 1:
-        estimates["share"] = None  # a part below 0 makes it a share of nothing
+        estimates["share"] = None  # shares have no meaning where a part is below 0
     # Clean images are evaluated with the draws that evaluate the adversarial ones.
     first = serving.get("hidden", clean)
     tallies = {"clean": (first, first.tally("clean"))}
@@ -293,7 +294,7 @@ def _row(
 
 
 def _below_zero(estimates: Mapping[str, Estimate | None]) -> list[str]:
-    """What parts of the robustness mean that are below 0, and those that may be."""
+    """Notes on the parts of the robustness that are below 0."""
     said = []
     for key, texts in _BELOW_ZERO.items():
         found = estimates[key]
@@ -305,15 +306,15 @@ def _below_zero(estimates: Mapping[str, Estimate | None]) -> list[str]:
 
 _BELOW_ZERO: Final = {
     "purification": {"shown": "purification_below", "unclear": "purification_unclear"},
-    "stochasticity": {"unclear": "stochasticity_unclear"},  # below: a check, more knowledge
+    "stochasticity": {"unclear": "stochasticity_unclear"},  # the check flags `shown`
     "stochasticity_forward": {"shown": "noise_below"},
     "stochasticity_reverse": {"shown": "noise_below"},
 }
-"""By part, the note where its interval is below 0, and where that reaches above."""
+"""The notes on a part below 0: `shown` if its whole interval is, `unclear` if it reaches above."""
 
 
 def _ranked(rows: Sequence[Row], sort: Sort) -> list[Row]:
-    """Best first; what was not measured after it, controls last."""
+    """The rows with their ranks: best first, then those not measured, controls last."""
     column = "hidden" if sort == "hidden" else "all_known"
 
     def order(row: Row) -> tuple[bool, bool, float, str]:

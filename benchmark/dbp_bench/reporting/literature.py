@@ -1,4 +1,4 @@
-"""What others published: numbers with their source, and how to cite the papers. Data, no code."""
+"""Published numbers with their sources, and citations of papers, as a data file holds them."""
 
 from fractions import Fraction
 from functools import cache
@@ -14,25 +14,25 @@ _FILE = Path(__file__).with_name("literature.yaml")
 
 
 class Source(Strict):
-    """Where a number was read."""
+    """The publication that a number was read from."""
 
     cite: str
     url: str
 
 
 class Number(Strict):
-    """A defense under one attack."""
+    """The published accuracies of a defense under one attack."""
 
     defense: str
     clean: float | None = Field(ge=0, le=100)
-    """In percent; null where the source doesn't say."""
+    """The clean accuracy in percent; null where the source doesn't state it."""
     robust: float = Field(ge=0, le=100)
     attack: str
     knows: str
     source: str
-    """One of the file's sources."""
+    """The key of its source in the file."""
     where: str
-    """In the source."""
+    """The place in the source, such as a table."""
 
 
 class NumberSet(Strict):
@@ -46,7 +46,7 @@ class NumberSet(Strict):
 
 
 class Paper(Strict):
-    """How to cite a paper that entries name by its address."""
+    """The citation of a paper that entries name by its address."""
 
     url: str
     type: Literal["inproceedings", "article", "misc"]
@@ -67,7 +67,7 @@ class Paper(Strict):
 
 
 class Published(Strict):
-    """All of it."""
+    """The contents of the file."""
 
     sources: dict[str, Source]
     sets: list[NumberSet]
@@ -87,5 +87,5 @@ class Published(Strict):
 
 @cache
 def published() -> Published:
-    """The package's own file."""
+    """The numbers and citations that come with the package."""
     return read_yaml(_FILE, Published)

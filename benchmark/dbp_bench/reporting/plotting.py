@@ -1,4 +1,4 @@
-"""How every figure looks, on a track's page and in an analysis, and a figure as part of a page.
+"""The style of every figure, on a track's page and in an analysis, and figures as SVG of a page.
 
 Colours are those of Okabe and Ito, which can be told apart without full colour vision; markers and
 line styles differ as well.
@@ -39,7 +39,7 @@ ON_DARK: Final[Mapping[str, str]] = {
     RULE: "#363c44",
     PAPER: "#14171b",
 }
-"""What a page shows in place of a colour where the reader asks for a dark one."""
+"""The colour that a dark page shows in place of a light page's."""
 
 STYLE: Final[dict[Any, Any]] = {
     "svg.hashsalt": "dbp-bench",
@@ -69,7 +69,7 @@ _ON_PAGE: Final[dict[Any, Any]] = {
 }
 
 _PIXELS: Final = 4 / 3
-"""Of a page, for each point of a figure."""
+"""The pixels of a page for each point (1/72 inch) of a figure."""
 
 
 def dark_css() -> str:
@@ -83,7 +83,7 @@ def dark_css() -> str:
 
 
 def look(number: int, *, joined: bool = True) -> dict[str, Any]:
-    """How the curve of this number is drawn, or its points alone."""
+    """The line style of the curve of this `number`; that of its points alone if not `joined`."""
     marks = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
     return {**marks, "markeredgecolor": PAPER, "linestyle": "-" if joined else "none"}
 
@@ -111,9 +111,9 @@ def to_svg(figure: Figure, label: str, *, silent: bool = False) -> Markup:
     override; the page allows no style of an element's own. The same figure gives the same bytes.
 
     Args:
-        figure: Drawn under :func:`on_page`.
-        label: What it shows, for those who can't see it; no two figures of a page have the same.
-        silent: Whether the text beside it says that already.
+        figure: A figure that was drawn under :func:`on_page`.
+        label: A description for those who can't see it; no two figures of a page have the same.
+        silent: True if the text beside it says the same already.
     """
     buffer = io.BytesIO()
     # Ids are hashes of what they name: of different salts, no two figures share one.

@@ -21,13 +21,13 @@ THIRD_PARTY: Final = ("autoattack", "torchattacks")
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How often each image was right."""
+    """The accuracy over images, kept as the number of trials in which each image is right."""
 
     score: Score
 
     @classmethod
     def of(cls, tables: Sequence[Right]) -> "Accuracy":
-        """Over all columns of all `tables` of the same images."""
+        """The accuracy over all columns of all `tables` (image x draw) of the same images."""
         right = np.concatenate(tables, axis=1)
         return cls(Score(right.sum(1).tolist(), right.shape[1]))
 
@@ -42,7 +42,7 @@ class Accuracy:
         return Bootstrap.of(len(self.score.right)).mean(*self.score)
 
     def above(self, other: "Accuracy") -> Estimate:
-        """This minus the `other` of the same images, paired by image."""
+        """This accuracy minus the `other`, of the same images and paired by image."""
         bootstrap = Bootstrap.of(len(self.score.right))
         return bootstrap.estimate(self.replicates - other.replicates)
 
@@ -53,41 +53,41 @@ class Pool:
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = records
         self.any = result = records[0].result
-        """One of them, for what they have in common."""
+        """One of the results, for the fields that all of them share."""
         self.setting = records[0].setting
         """The threat model and the attack, as texts name them: ``eot/pgd``."""
         self.sites, self.knows = frozenset(result.sites), frozenset(result.knows)
-        """Where the defense draws noise, and where the attacker was shown it."""
+        """The sites at which the defense draws noise, and those whose draws the attacker knows."""
         self.knowledge = knowledge(result)
         self.all_known = self.knows == self.sites
         self.seeds = [record.result.seed for record in records]
         self.draws = sum(len(record.result.draws) for record in records)
-        """Draws of all seeds."""
+        """The number of evaluation draws, summed over the seeds."""
         self.fresh_draws = fresh_draws(result)
-        """Fresh draws for each known draw."""
+        """The number of fresh draws for each known draw; None where no draw is known."""
         self.effort = self.searched(result.effort)
         """The part of the effort that counts for this defense and this knowledge."""
         self.third_party = result.attack.partition(":")[0] in THIRD_PARTY
         self.gradient_evaluations = self._per_attack("gradient")
         self.forward_evaluations = self._per_attack("forward")
-        """Of one attack on one image, on average; None where not recorded."""
+        """The average count for one attack on one image; None where it is not recorded."""
         count, others = self.gradient_evaluations, self.forward_evaluations
         self.evaluations = None if count is None or others is None else count + others
         self.black_box = result.gradient is None if count is None else count == 0
-        """Whether the attack follows no gradient of the defense."""
+        """True if the attack follows no gradient of the defense."""
 
     @classmethod
     def of(cls, result: Result) -> "Pool":
-        """One `result`, wherever it lies."""
+        """The pool of a single `result`, which need not have a file."""
         return cls([Record(Path(), "", "", result)])
 
     def searched(self, effort: dict[str, object]) -> dict[str, object]:
-        """The part of another `effort` that would count here."""
+        """The part of another `effort` that would count for this defense and this knowledge."""
         return searched_effort(effort, self.any.knows, self.any.sites)
 
     @property
     def search(self) -> str:
-        """The attack and how it searched, in words."""
+        """The attack, its options and its gradient, in words."""
         return search_in_words(self.any, self.effort)
 
     def _per_attack(self, kind: Literal["gradient", "forward"]) -> float | None:
@@ -98,11 +98,11 @@ class Pool:
         return sum(c for c in counts if c is not None) / (self.draws if self.knows else len(counts))
 
     def right(self, kind: Kind) -> list[Right]:
-        """Whether each prediction is right, one table for each seed."""
+        """One table for each seed, True where a prediction is right (see :meth:`Result.right`)."""
         return [record.result.right(kind) for record in self.records]
 
     def tally(self, kind: Literal["clean", "adversarial"]) -> Tally:
-        """What the draws say of `kind`, seed by seed: the mean, votes and worst cases."""
+        """The mean, votes and worst cases of the draws of `kind`, seed by seed."""
         if kind not in self._tallies:
             tables = [record.result.classes(kind) for record in self.records]
             self._tallies[kind] = Tally(tables, self.any.labels, noisy=bool(self.sites))
@@ -114,33 +114,33 @@ class Pool:
 
     @cached_property
     def clean(self) -> Accuracy:
-        """On clean images, over the draws of all seeds."""
+        """The accuracy on clean images, over the draws of all seeds."""
         return Accuracy.of(self.right("clean"))
 
     @cached_property
     def robust(self) -> Accuracy:
-        """On adversarial images, over the draws of all seeds: what the attack left standing."""
+        """The robust accuracy: on adversarial images, over the draws of all seeds."""
         return Accuracy.of(self.right("adversarial"))
 
     @cached_property
     def fresh(self) -> Accuracy | None:
-        """Of images made for a known draw, on draws that no attacker was shown."""
+        """The accuracy of images made for a known draw, on draws that no attacker was shown."""
         if not self.fresh_draws:
             return None
         return Accuracy.of([table.reshape(len(table), -1) for table in self.right("fresh")])
 
     @cached_property
     def package(self) -> Accuracy | None:
-        """How often the attack's own package calls images robust; None if it doesn't say."""
+        """The robust accuracy that the attack's own package reports; None if it reports none."""
         tables = [record.result.package_robust for record in self.records]
         found = [np.array(table) for table in tables if table is not None]
         return Accuracy.of(found) if len(found) == len(tables) else None
 
     def zero_gradients(self) -> int | None:
-        """Images that stay right in some draw and met no gradient but zero, in the worst seed.
+        """The number of images that stay right at some draw though every gradient was zero.
 
-        An image that is wrong from the start may retire before its first gradient: it hides
-        nothing. None where no gradient was followed.
+        It is the largest number over the seeds, and None where no gradient was followed. Images
+        that are wrong from the start don't count: they may retire before their first gradient.
         """
         zero = [record.result.zero_gradient for record in self.records]
         pairs = zip(zero, self.right("adversarial"), strict=True)
@@ -150,7 +150,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Accuracies of one result, with intervals; `fresh` is null where no draw was known."""
+    """The accuracies of one result with intervals; `fresh` is None where no draw was known."""
 
     clean: Estimate
     robust: Estimate
@@ -158,7 +158,7 @@ class Accuracies:
 
 
 def accuracies(result: Result) -> Accuracies:
-    """Clean, robust and fresh-draw accuracy of one result."""
+    """The clean, robust and fresh-draw accuracies of one result."""
     pool = Pool.of(result)
     return Accuracies(
         pool.clean.estimate, pool.robust.estimate, pool.fresh.estimate if pool.fresh else None
@@ -166,7 +166,7 @@ def accuracies(result: Result) -> Accuracies:
 
 
 def pooled(records: Sequence[Record]) -> list[Pool]:
-    """The `records` by defense, threat model and attack, in this order, each with all its seeds."""
+    """One pool of all seeds for each defense, threat model and attack of `records`, in order."""
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in sorted(records, key=lambda record: record.result.seed):
         result = record.result
@@ -175,7 +175,7 @@ def pooled(records: Sequence[Record]) -> list[Pool]:
 
 
 def strongest(pools: Iterable[Pool]) -> Pool | None:
-    """The attack that leaves least; of a tie, the one with fewest evaluations. None of none."""
+    """The pool of lowest robust accuracy, ties by fewest evaluations; None if there is no pool."""
 
     def order(pool: Pool) -> tuple[float, float, str]:
         evaluations = float("inf") if pool.evaluations is None else pool.evaluations
@@ -185,7 +185,7 @@ def strongest(pools: Iterable[Pool]) -> Pool | None:
 
 
 def search_in_words(result: Result, effort: dict[str, object] | None = None) -> str:
-    """The attack and how it searched, as it reads in a sentence."""
+    """The attack, its options and its gradient, as they read in a sentence."""
     gradient = f"gradient {result.gradient}" if result.gradient else "no gradient"
     options = in_words(result.effort if effort is None else effort)
     return ", ".join(filter(None, [result.label, options, gradient]))

@@ -1,4 +1,4 @@
-"""Which columns a leaderboard has: one for each threat model whose entry says `protocol: true`."""
+"""The columns of a leaderboard: one for each threat model whose entry says `protocol: true`."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from dbp_bench.result import Result, without_draws
 FORWARD: Final = "forward"
 
 _SITES: Final = frozenset({FORWARD, "reverse", "guidance", "any other"})
-"""Sites on which it shows what a threat model's `knows` means."""
+"""The sites of an imagined defense, of which each kind of knowledge covers different ones."""
 
 KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "hidden": frozenset(),
@@ -21,11 +21,11 @@ KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "reverse_known": _SITES - {FORWARD},
     "all_known": _SITES,
 }
-"""The columns between which robustness is split: what the attacker knows of :data:`_SITES`."""
+"""The columns that split robustness, each with the sites of :data:`_SITES` that are known."""
 
 
 def knowledge(result: Result) -> str:
-    """What the attacker was shown: none, forward, all but forward, all, or the sites' names.
+    """The attacker's knowledge: none, forward, all but forward, all, or the names of the sites.
 
     Where a defense draws no noise, nothing is hidden, and the answer is `all`.
     """
@@ -39,30 +39,30 @@ def knowledge(result: Result) -> str:
 
 @dataclass(frozen=True)
 class ThreatColumn:
-    """A column of the leaderboard with results of its own: what one threat model leaves."""
+    """A column of the leaderboard with results of its own: those of one threat model."""
 
     key: str
-    """Its name in tables: one of :data:`KNOWN`, else that of the threat model."""
+    """The column's name in tables: a key of :data:`KNOWN`, else the threat model's name."""
     threat: str
     entry: Threat
 
     def knows(self, sites: Iterable[str]) -> frozenset[str]:
-        """The sites, of those of a defense, that this threat model knows."""
+        """The sites among those of a defense whose draws this threat model knows."""
         return frozenset(self.entry.sites(sorted(sites)))
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """The threat models that a leaderboard is made of. Others are attacks to hold against it."""
+    """The threat models that a leaderboard is made of; others are only compared with it."""
 
     columns: Sequence[ThreatColumn]
-    """Those of :data:`KNOWN`, at equal effort."""
+    """The columns of :data:`KNOWN`, at equal effort."""
     extra: Sequence[ThreatColumn]
-    """Those that know something else, or search with another effort, such as another EoT."""
+    """The columns that know something else, or search with another effort, such as other EoT."""
     null: str | None
-    """The threat model with eps = 0."""
+    """The threat model with eps = 0; None if there is none."""
     attacks: Mapping[str, str]
-    """The attack that each of them takes by default."""
+    """The default attack of each of these threat models, by name."""
 
     @classmethod
     def of(cls, registry: Registry) -> "Protocol":
@@ -88,7 +88,7 @@ class Protocol:
 
     @property
     def every(self) -> Sequence[ThreatColumn]:
-        """All of them but the null attack."""
+        """All columns but that of the null attack."""
         return (*self.columns, *self.extra)
 
     @property
@@ -97,7 +97,7 @@ class Protocol:
         return frozenset(each.threat for each in self.every if not self.free(each.threat))
 
     def holds(self, result: Result) -> bool:
-        """Whether `result` is of the protocol: one of its threat models, with its own attack."""
+        """True if `result` is of one of these threat models, with the threat model's own attack."""
         own = self.attacks.get(result.threat)
         return result.setting is None and own is not None and result.attack == own
 
@@ -117,9 +117,9 @@ def shipped() -> Protocol:
 
 
 def _equal_effort(threats: Mapping[str, Threat]) -> list[str]:
-    """The most of `threats` whose attack searches equally hard, by name.
+    """The names of the largest group of `threats` with one attack, gradient and effort.
 
-    Where every draw is known, averaging over draws is idle and may differ.
+    Where every draw is known, averaging over draws changes nothing, and its number may differ.
     """
 
     def search(entry: Threat, *, draws: bool) -> str:

@@ -1,8 +1,8 @@
 """Ranks with ties: two defenses differ only where a paired test says so.
 
-For each pair, the two are exchanged image by image, as in a comparison of the two alone. Over all
-pairs the p-values are adjusted by Holm (1979), so that the chance of one false order in the whole
-ranking is 5 %.
+Each pair is tested by a permutation test, which exchanges the two image by image. Over all pairs
+the p-values are adjusted by Holm (1979), so that the chance of one false order in the whole ranking
+is 5 %.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ from dbp_bench.reporting.statistics import Score
 
 ALPHA: Final = 0.05
 FLIPS: Final = 20_000
-"""Random exchanges of the two sides in the permutation test, at least."""
+"""The least number of random exchanges of the two sides in the permutation test."""
 SEED: Final = 3
 _EXACT: Final = 14
-"""Up to this many images that differ, all exchanges are gone through."""
+"""The most differing images for which all exchanges are counted."""
 _CHUNK: Final = 1_000
 _PER_PAIR: Final = 200
 """Exchanges for each of several pairs, so that Holm's strictest level is well above the least p."""
@@ -28,26 +28,26 @@ _PER_PAIR: Final = 200
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where one of several defenses can stand."""
+    """The span of ranks that one of several defenses can have."""
 
     best: int
-    """One more than those that are shown to be better: the shared rank."""
+    """One more than the number of defenses shown to be better: the shared rank."""
     worst: int
-    """All but those that are shown to be worse."""
+    """The number of all defenses but those shown to be worse."""
 
     def __str__(self) -> str:
-        """As in ``2`` or ``2-5``."""
+        """The text of the span, such as ``2`` or ``2-5``."""
         return str(self.best) if self.best == self.worst else f"{self.best}-{self.worst}"
 
 
 def ranks_with_ties(scores: Mapping[str, Score], alpha: float = ALPHA) -> dict[str, Standing]:
     """The standing of each of `scores`, best first; those that tie in order of their score.
 
-    Not to be told apart isn't transitive: the first may tie with the second and the second with the
-    third while the first is better than the third. Hence a span of ranks for each.
+    Ties are not transitive: the first may tie with the second and the second with the third while
+    the first is better than the third. So each has a span of ranks.
 
     Args:
-        scores: By name, on the same images in the same order.
+        scores: The scores by name, of the same images in the same order.
         alpha: The chance of any false order.
 
     Raises:
@@ -89,13 +89,13 @@ def permutation(a: Score, b: Score, flips: int = FLIPS) -> float:
     """The two-sided p-value of the difference of means, by exchanging A and B image by image.
 
     If the two were the same, each image's difference would be as likely with either sign
-    (Fisher 1935). All exchanges where few images differ, else `flips` random ones and the one
-    that was seen.
+    (Fisher 1935). All exchanges are counted where few images differ, else `flips` random ones and
+    the observed one.
 
     Args:
-        a: How often each image was right.
-        b: The same of the other side, of the same images.
-        flips: Random exchanges, where they are.
+        a: The number of trials in which each image was right.
+        b: The same for the other side, of the same images.
+        flips: The number of random exchanges, where not all are counted.
     """
     counts = difference(a, b)
     differing = counts[counts != 0]

@@ -1,4 +1,4 @@
-"""Reads results, and refuses those that may not stand in one leaderboard."""
+"""Reads result files, and refuses results that may not stand in one leaderboard."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,15 +21,15 @@ class Record:
     """A result, and the file it was read from."""
 
     path: Path
-    """As given."""
+    """The path as given."""
     name: str
-    """Path below the folder of results."""
+    """The path below the folder of results."""
     sha256: str
     result: Result
 
     @property
     def setting(self) -> str:
-        """How texts name what was measured on a defense: threat model and attack."""
+        """The threat model and the attack, as texts name them: ``eot/pgd``."""
         return f"{self.result.threat}/{self.result.label}"
 
     @property
@@ -92,7 +92,7 @@ def result_files(place: Path) -> list[Path]:
 
 
 def read_record(path: Path, name: str | None = None) -> Record:
-    """The result in the file at `path`, wherever it lies; `name` is how it is called.
+    """The result in the file at `path`; its `name` is the path of its setting if not given.
 
     Raises:
         BadResult: It isn't one.
@@ -116,11 +116,11 @@ def check_comparable(records: Sequence[Record], protocol: Protocol | None = None
     """Refuse results of one track that may not be subtracted from, or ranked by, each other.
 
     All must be of the same images, and each defense the same one everywhere. Budget, effort, draws
-    and seeds must agree among the threat models of the `protocol` (the package's own if not given);
-    what other threat models and attacks do is their own affair, and is stated beside their numbers.
+    and seeds must agree among the threat models of the `protocol` (the package's own if not given).
+    Other threat models and attacks may differ in these, which are stated beside their numbers.
 
     Raises:
-        NotComparable: With the two files and the fields in which they differ.
+        NotComparable: Two results disagree; the message names both files and the fields.
     """
     protocol = protocol or shipped()
     ordered = sorted(records, key=lambda record: _nothing_hidden(record.result))
@@ -160,7 +160,7 @@ def _check_alike(
 ) -> None:
     """Refuse a result whose facts differ from those of the first of its group.
 
-    The `facts` are those of a result and of its effort, as far as that counts.
+    `facts` takes a result and the part of its effort that counts.
     """
     first: dict[str, Record] = {}
     for record in records:
@@ -182,7 +182,7 @@ def _check_alike(
 
 
 def differences(theirs: Mapping[str, object], mine: Mapping[str, object]) -> list[str]:
-    """The facts that differ, each with both values; a key that only one has is one of them."""
+    """The facts that differ, each with both values; a key that only one side has differs, too."""
     return [
         f"{key} {_brief(theirs.get(key), mine.get(key))}"
         for key in sorted({*mine, *theirs})
@@ -195,7 +195,7 @@ def _nothing_hidden(result: Result) -> bool:
 
 
 def _brief(theirs: object, mine: object) -> str:
-    """Both values, or what is worth saying of them."""
+    """Both values as text: of lists their lengths, of long texts only that they differ."""
     if isinstance(theirs, list) and isinstance(mine, list):
         if len(theirs) != len(mine):
             return f"({len(theirs)} and {len(mine)})"
@@ -207,7 +207,7 @@ def _brief(theirs: object, mine: object) -> str:
 
 
 def track_facts(result: Result, _: object = None) -> _Facts:
-    """What must be equal for two results to be of the same track, whatever it is called."""
+    """The facts that must be equal for two results to be of the same track, whatever its name."""
     return {
         "norm": result.norm,
         "ids": result.ids,
@@ -219,7 +219,7 @@ def track_facts(result: Result, _: object = None) -> _Facts:
 
 
 def _defense_facts(result: Result, _: object = None) -> _Facts:
-    """What must be equal for two results to be of the same defense, whatever it is called."""
+    """The facts that must be equal for two results to be of one defense, whatever its name."""
     return {
         "sites": sorted(result.sites),
         **_below("options", result.options),
@@ -230,9 +230,9 @@ def _defense_facts(result: Result, _: object = None) -> _Facts:
 
 
 def _only_of_the_attack(result: Result) -> set[str]:
-    """Facts of what the attack brings along: its code, and the weights of what it searches in.
+    """The facts that come from the attack: its code, and the weights of what it searches in.
 
-    Where the defense has them too, they count.
+    They are compared only where both results have them.
     """
     module = result.attack.partition(":")[0].split(".")[0]
     roles = [role for role in result.provenance.weights if "." in role and role != OWN_CLASSIFIER]
@@ -240,7 +240,7 @@ def _only_of_the_attack(result: Result) -> set[str]:
 
 
 def _search_facts(result: Result, effort: Mapping[str, object]) -> _Facts:
-    """How the attack searched."""
+    """The attack, its gradient and its effort."""
     return {"attack": result.attack, "gradient": result.gradient, **_below("effort", effort)}
 
 
@@ -253,7 +253,7 @@ def _draw_facts(result: Result, _: object = None) -> _Facts:
 
 
 def fresh_draws(result: Result) -> int | None:
-    """Fresh draws for each known draw; None where no draw is known."""
+    """The number of fresh draws for each known draw; None where no draw is known."""
     fresh = result.predicted.fresh
     return None if fresh is None else len(fresh[0][0])
 

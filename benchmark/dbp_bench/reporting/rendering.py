@@ -1,4 +1,4 @@
-"""How numbers and names are written: effort in words, Markdown, LaTeX, and tables of terminals."""
+"""Writes numbers and names as text: effort in words, Markdown, LaTeX, tables of terminals."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,12 +32,12 @@ def _notes() -> dict[str, str]:
 
 
 def note(name: str, **numbers: object) -> str:
-    """What ``notes.yaml`` says under `name`, with its `numbers` filled in."""
+    """The text under `name` in ``notes.yaml``, with its `numbers` filled in."""
     return _notes()[name].format(level=f"{100 * LEVEL:.0f}", resamples=RESAMPLES, **numbers)
 
 
 def shown_eps(eps: float) -> str:
-    """As a decimal where it is one, else as a fraction of 255."""
+    """The text of an `eps` in [0, 1]: a decimal of six digits if exact, else a fraction of 255."""
     if float(f"{eps:.6g}") == eps:
         return f"{eps:.6g}"
     levels = round(eps * 255)
@@ -45,12 +45,12 @@ def shown_eps(eps: float) -> str:
 
 
 def listed(values: Iterable[int | None]) -> str:
-    """Numbers in a sentence, without null."""
+    """The different numbers in order, joined by "or"; None is left out."""
     return " or ".join(str(value) for value in sorted({v for v in values if v is not None}))
 
 
 def md(text: str) -> str:
-    """Plain text, as Markdown that shows it as it is."""
+    """The Markdown that shows `text` as plain text."""
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(text.split()))
 
 
@@ -65,12 +65,12 @@ _TEX: Final = {
 
 
 def tex(text: str) -> str:
-    """Plain text, as LaTeX that prints it as it is."""
+    """The LaTeX that prints `text` as plain text."""
     return "".join(_TEX.get(character, character) for character in " ".join(text.split()))
 
 
 def in_words(effort: Mapping[str, object]) -> str:
-    """An effort as it reads in a sentence, without what isn't set."""
+    """An effort as it reads in a sentence; options that are None are left out."""
     words = [_PHRASES[key].format(effort[key]) for key in _PHRASES if effort.get(key) is not None]
     for key, value in effort.items():
         if key not in (*_PHRASES, "attack") and value is not None:
@@ -82,7 +82,7 @@ _PHRASES: Final = {"steps": "{} steps", "step_size": "step size {} eps", "eot": 
 
 
 def _setting(key: str, value: object) -> str:
-    """One setting of an effort; attacks inside another, with their own, stand in parentheses."""
+    """One option of an effort; the options of an attack inside another stand in parentheses."""
     if isinstance(value, bool):
         return key if value else f"no {key}"
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Writes what the results say: leaderboards, and the outcomes as one table."""
+"""Writes reports of results: leaderboards, and the outcomes as one table."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,9 +29,9 @@ def write_leaderboards(
 ) -> list[Path]:
     """Write ``<track>.csv``, ``.md``, ``.tex``, ``.html`` and more by track.
 
-    That is also ``<track>-draws.csv`` and ``<track>-results.csv``. Where there are results of
-    attacks other than the leaderboard's own, also ``<track>-attacks.csv`` and ``.md``; of
-    third-party attacks, ``<track>-third-party.csv``; findings of sweeps, ``<track>-sweeps.csv`` and
+    Every track also gets ``<track>-draws.csv`` and ``<track>-results.csv``. Results of attacks
+    other than the leaderboard's own add ``<track>-attacks.csv`` and ``.md``; those of third-party
+    attacks, ``<track>-third-party.csv``; findings of sweeps, ``<track>-sweeps.csv`` and
     ``<track>-attacks.md``.
 
     All are written together, and none if any of the results is refused.
@@ -39,9 +39,9 @@ def write_leaderboards(
     Args:
         results: The folder that `run` writes to, or several folders and result files.
         out: Folder of the leaderboards.
-        track: Only this one.
+        track: The one track to write; all if None.
         sort: The accuracy that ranks: with all draws hidden, or with all of them known.
-        registry: Where the protocol, titles and kinds come from; the package's own entries if not
+        registry: The source of the protocol, titles and kinds; the package's own entries if not
             given.
 
     Raises:

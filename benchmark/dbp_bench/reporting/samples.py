@@ -18,7 +18,7 @@ SCHEMA: Literal[1] = 1
 NOTE: Final = "8-bit pictures for looking at, not data: no number comes from them"
 _SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _LARGEST: Final = 1 << 20
-"""Bytes of a picture that a page may carry."""
+"""The most bytes that a picture on a page may have."""
 
 
 def _png(text: str) -> str:
@@ -46,9 +46,9 @@ class Sample(Strict):
     """The adversarial image as the first network of the purifier sees it, from diffusion space
     [-1, 1]; null where no network is called."""
     purified: Png
-    """What the purifier makes of the adversarial image."""
+    """The adversarial image after purification."""
     said_clean: int
-    """The class of the clean image, after the defense."""
+    """The class that the defense predicts for the clean image."""
     said_adversarial: int
 
 
@@ -66,9 +66,9 @@ class Samples(Strict):
     result_sha256: str
     """sha256 of the result file that they belong to."""
     compared: int
-    """Outcomes that were computed again when the pictures were made."""
+    """The number of outcomes that were computed again when the pictures were made."""
     differing: int
-    """How many of these differed from the result's."""
+    """The number of these that differed from the result's."""
     images: list[Sample]
 
     def write(self, path: Path) -> None:
@@ -86,7 +86,7 @@ class Samples(Strict):
 
 
 def samples_path(result: Path) -> Path:
-    """Where the samples of a result lie."""
+    """The path of the pictures of the result at the path `result`."""
     return result.with_name(f"samples-{result.name}")
 
 

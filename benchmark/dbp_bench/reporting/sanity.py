@@ -1,7 +1,7 @@
 """Signs that a number can't be trusted: attacks that are too weak, gradients that are masked.
 
-Each check says what it tested, so that no flag isn't mistaken for not tested (Athalye et al.
-2018, section 3.1, lists the signs).
+Each check names what it tested, so that "no finding" isn't mistaken for "not tested" (Athalye et
+al. 2018, section 3.1, lists the signs).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,29 +16,29 @@ from dbp_bench.reporting.statistics import Estimate
 from dbp_bench.result import Result
 
 FEW_DRAWS: Final = 3
-"""Known draws below which an average over them is flagged."""
+"""The number of known draws below which an average over them is flagged."""
 ERROR: Final = 1e-5
-"""From this relative distance to finite differences on, a gradient isn't exact."""
+"""The relative distance to finite differences above which a gradient isn't exact."""
 COSINE: Final = 0.5
-"""Below this cosine with the exact gradient, an approximate one is flagged."""
+"""The cosine with the exact gradient below which an approximate one is flagged."""
 EXACT: Final = 0.999
-"""The same, of a gradient that is called exact."""
+"""The same bound for a gradient that is called exact."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A sign that was tested for."""
+    """A test for one sign of weak attacks or masked gradients, and its outcome."""
 
     name: str
     tested: Sequence[str]
     """Threat models with their attacks, or sweeps, that could have shown it; empty where it was not
     tested."""
     flags: Sequence[str]
-    """What was found."""
+    """The findings, in words; empty where nothing was found."""
 
     @property
     def outcome(self) -> str:
-        """In two words."""
+        """The outcome: "flagged", "no finding" or "not tested"."""
         return "flagged" if self.flags else "no finding" if self.tested else "not tested"
 
 
@@ -48,13 +48,13 @@ def checks(
     findings: Sequence[Findings],
     stochasticity: Estimate | None,
 ) -> list[Check]:
-    """All signs that are tested for, on one defense.
+    """All checks on one defense.
 
     Args:
         columns: Results that serve the leaderboard's columns.
         pools: All results at the leaderboard's eps.
-        findings: What sweeps found.
-        stochasticity: What hiding the draws adds, where that was measured.
+        findings: The findings of sweeps.
+        stochasticity: The gain of hiding the draws, where that was measured.
     """
     return [
         _null(columns.get("null")),
@@ -76,7 +76,7 @@ def checks(
 
 
 def doubts(result: Result) -> list[str]:
-    """What should be known wherever the accuracies of one `result` are printed."""
+    """The warnings that belong wherever the accuracies of one `result` are printed."""
     pool = Pool.of(result)
     made = [_zero_gradients({}, [pool]), _conformance([pool]), _gradient([pool])]
     if result.eps == 0:
@@ -85,7 +85,7 @@ def doubts(result: Result) -> list[str]:
 
 
 def _null(pool: Pool | None) -> Check:
-    """Whether under the null attack each image and draw has the class of the clean image."""
+    """Check that under the null attack each image and draw has the class of the clean image."""
     if pool is None:
         return Check("null attack", [], [])
     outcomes = differing = 0
@@ -108,7 +108,7 @@ def _more_knowledge(columns: Mapping[str, Pool], stochasticity: Estimate | None)
 
 
 def _zero_gradients(columns: Mapping[str, Pool], pools: Sequence[Pool]) -> Check:
-    """Images that stay right and met no gradient but zero."""
+    """Look for images that stay right though all their gradients were zero."""
     served = {pool: key.replace("_", " ") for key, pool in reversed(list(columns.items()))}
     counts = {pool: pool.zero_gradients() for pool in pools}
     return Check(
@@ -123,7 +123,7 @@ def _zero_gradients(columns: Mapping[str, Pool], pools: Sequence[Pool]) -> Check
 
 
 def _conformance(pools: Sequence[Pool]) -> Check:
-    """The short conformance record that each run stores of its defense."""
+    """Read the short conformance record that each run stores of its defense."""
     tested: list[str] = []
     failed: dict[str, str] = {}
     for pool in pools:
@@ -137,7 +137,7 @@ def _conformance(pools: Sequence[Pool]) -> Check:
 
 
 def _gradient(pools: Sequence[Pool]) -> Check:
-    """The quick gradient check that each run of an attack with gradients stores."""
+    """Read the quick gradient check that each run of an attack with gradients stores."""
     tested: list[str] = []
     wrong: dict[tuple[str, str], list[str]] = {}
     for pool in pools:
@@ -162,13 +162,13 @@ def _gradient(pools: Sequence[Pool]) -> Check:
 
 
 def _stronger(columns: Mapping[str, Pool], pools: Sequence[Pool]) -> list[Check]:
-    """Attacks that leave less than others should, by more than the paired interval."""
+    """Look for attacks that beat one they should not beat, by more than the paired interval."""
     names = ("black box", "more effort", "other attacks")
     tested: dict[str, list[str]] = {name: [] for name in names}
     flags: dict[str, list[str]] = {name: [] for name in names}
     for pool in pools:
         own = _own(columns, pool)
-        # Whom this attack should not be below, and what to say if it is.
+        # The attacks that this one should not beat, and the note to add if it does.
         rivals: list[tuple[str, Pool]] = []
         if pool.black_box:
             name = "black box"
@@ -204,7 +204,7 @@ def _own(columns: Mapping[str, Pool], pool: Pool) -> Pool | None:
 
 
 def _more(pool: Pool, own: Pool) -> bool:
-    """Whether `pool` is the same attack as `own` along the same gradient, but for more of it."""
+    """True if `pool` is the attack of `own` along the same gradient, with more evaluations."""
     mine, theirs = own.gradient_evaluations, pool.gradient_evaluations
     if mine is None or theirs is None or theirs <= mine:
         return False

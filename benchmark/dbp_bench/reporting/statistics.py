@@ -2,7 +2,7 @@
 
 An accuracy has the interval of Clopper and Pearson (1934) at an effective sample size, as Korn and
 Graubard (1998) take it for small proportions in clusters of unequal weight, which images with
-several draws each are. A bootstrap has no width at 0 or 100 % and too little near them.
+several draws each are. A bootstrap interval has no width at 0 or 100 % and too little near them.
 """
 
 from collections.abc import Sequence
@@ -35,14 +35,14 @@ class Estimate:
     high: float
 
     def percent(self, *, sign: bool = False) -> str:
-        """As in ``46.6 [43.4, 49.9]``; `sign` also shows a plus."""
+        """The text in percent, such as ``46.6 [43.4, 49.9]``; `sign` also shows a plus."""
         # Adding 0 turns -0.0 into 0.0.
         value, low, high = (round(100 * x, 1) + 0.0 for x in (self.value, self.low, self.high))
         return f"{value:{'+' if sign else ''}.1f} [{low:.1f}, {high:.1f}]"
 
 
 class Score(NamedTuple):
-    """How often each image was right, in how many trials: a mean that is exact."""
+    """The number of `trials` in which each image was right: integers, whose mean is exact."""
 
     right: Sequence[int]
     trials: int
@@ -63,8 +63,8 @@ def proportion(score: Score, draws: int | None = None) -> Estimate:
     of Clopper and Pearson for p n_eff successes in n_eff trials.
 
     Args:
-        score: How often each image was right.
-        draws: Of each image; the score's trials if not given.
+        score: The number of trials in which each image was right.
+        draws: The draws of each image; the score's trials if not given.
     """
     n, total, whole = len(score.right), sum(score.right), score.trials * len(score.right)
     p = total / whole
@@ -79,7 +79,7 @@ def proportion(score: Score, draws: int | None = None) -> Estimate:
 
 
 def _beta_quantile(chance: float, a: float, b: float) -> float:
-    """Where the distribution function of Beta(a, b) reaches `chance`, by bisection."""
+    """The quantile of Beta(a, b) at the probability `chance`, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
@@ -116,9 +116,9 @@ class Bootstrap:
     arrays, element by element, and :meth:`estimate` reads value and interval off the result.
 
     Args:
-        images: How many images the outcomes are of.
-        resamples: How often they are drawn anew, with replacement.
-        seed: Of the resamples.
+        images: The number of images that the outcomes are of.
+        resamples: The number of times they are drawn anew, with replacement.
+        seed: The seed of the resamples.
     """
 
     def __init__(self, images: int, resamples: int = RESAMPLES, seed: int = SEED) -> None:
@@ -167,7 +167,7 @@ class Bootstrap:
 def ratio(numerator: Replicates, denominator: Replicates) -> Replicates | None:
     """The quotient, or None where a replicate of `denominator` isn't positive.
 
-    A share of something that may be nothing says nothing.
+    A share of a quantity that may be zero has no meaning.
     """
     if not bool((denominator > 0).all()):
         return None

@@ -28,11 +28,11 @@ from dbp_bench.reporting.statistics import LEVEL, Estimate
 from dbp_bench.reporting.votes import FEW, METRICS, Tally
 
 _NAMED: Final = 4
-"""How many names a cell of a table holds."""
+"""The most names that a cell of a table lists."""
 
 
 _COST: Final = {"nfe": "NFE", "draws": "Draws hidden / known"}
-"""What is said of each defense beside its columns."""
+"""The headings of what a table shows of each defense beside its columns."""
 _IMAGES: Final = {"clean": "clean", "hidden": "attacked, draws hidden", NULL: "null attack"}
 
 
@@ -40,7 +40,7 @@ _IMAGES: Final = {"clean": "clean", "hidden": "attacked, draws hidden", NULL: "n
 
 
 def csv_tables(board: Leaderboard) -> Mapping[str, str]:
-    """The CSV files of a leaderboard, by how their names end."""
+    """The CSV files of a leaderboard, by the ends of their names."""
     return {
         ".csv": to_csv(of_track(rows_frame(board), board)),
         "-draws.csv": to_csv(of_track(draws_frame(board).drop(columns="rank"), board)),
@@ -49,7 +49,7 @@ def csv_tables(board: Leaderboard) -> Mapping[str, str]:
 
 
 def of_track(frame: pd.DataFrame, board: Leaderboard) -> pd.DataFrame:
-    """The same rows, which say of what track, budget and images they are."""
+    """The `frame` with the track, the budget and the number of images in every row."""
     facts: dict[str, Any] = {
         "track": board.track,
         "norm": board.norm,
@@ -60,7 +60,7 @@ def of_track(frame: pd.DataFrame, board: Leaderboard) -> pd.DataFrame:
 
 
 def rows_frame(board: Leaderboard) -> pd.DataFrame:
-    """One row per defense; accuracies are estimates."""
+    """The leaderboard's numbers, one row per defense; accuracies are estimates."""
     search = board.reference
     return frame_of(
         {
@@ -92,7 +92,7 @@ def rows_frame(board: Leaderboard) -> pd.DataFrame:
 
 
 def results_frame(board: Leaderboard) -> pd.DataFrame:
-    """One row per defense, threat model and attack, with the files that it follows from."""
+    """All results, one row per defense, threat model and attack, with the files they are from."""
     return frame_of(_result(pool, kind) for pool, kind in board.pools)
 
 
@@ -134,7 +134,7 @@ def setting_of(pool: Pool) -> dict[str, object]:
 
 
 def how(pool: Pool) -> dict[str, object]:
-    """How the attack searched, and the evaluations of one attack on one image, as cells."""
+    """The effort and gradient of an attack, its evaluations per image and its NFE, as cells."""
     counts = {
         "gradient_evaluations": pool.gradient_evaluations,
         "forward_evaluations": pool.forward_evaluations,
@@ -152,7 +152,7 @@ def how(pool: Pool) -> dict[str, object]:
 def draws_frame(board: Leaderboard) -> pd.DataFrame:
     """One row per defense and kind of images: clean, attacked with all draws hidden, null attack.
 
-    What one draw gives, what votes over draws, and the worst of several.
+    A row has the accuracies of one draw, of votes over draws, and of the worst of several.
     """
     return frame_of(
         {
@@ -181,7 +181,7 @@ def _joined(values: Iterable[object]) -> str | None:
 
 
 def _said(check: Check) -> str:
-    """What was tested, where, and with what outcome."""
+    """The name of a check, its outcome and the attacks that it tested."""
     where = f" ({', '.join(check.tested)})" if check.tested else ""
     return f"{check.name}: {check.outcome}{where}"
 
@@ -202,7 +202,7 @@ def sections(board: Leaderboard) -> dict[str, pd.DataFrame]:
 
 
 def draws_table(board: Leaderboard) -> pd.DataFrame:
-    """What one draw, votes and the worst of several say, with the headings that readers see."""
+    """The accuracies of :func:`draws_frame`, with the headings that readers see."""
     frame = draws_frame(board)
     frame["images_of"] = frame["images_of"].map(_IMAGES)
     frame["draws"] = [_many(each) for row in board.rows for _, each in row.tallies.values()]
@@ -217,18 +217,18 @@ _DRAWS: Final = {
     **{"mean": "One draw", "plurality": "Plurality of k"},
     **{f"worst_{FEW}": f"Worst of {FEW}", "worst_all": "Worst of M"},
 }
-"""What the columns of the table of draws are called; the metrics are those of METRICS."""
+"""The headings of the table of draws, by column; its metrics are those of METRICS."""
 
 
 def _many(found: Tally) -> str:
-    """How many draws, and of how many the vote is where that is another number."""
+    """The number of draws, and that of a vote's draws, k, where it is another number."""
     if found.draws is None:
         return "any"
     return f"{found.draws}" + (f", k = {found.votes}" if found.votes != found.draws else "")
 
 
 def leaderboard_markdown(board: Leaderboard) -> str:
-    """For reading on a page: the tables, and what they mean."""
+    """The leaderboard in Markdown: its tables, and their meaning."""
     text = [f"# {md(board.title)}", ""]
     if board.demonstration:
         text += [f"> **A demonstration.** {note('demonstration')}", ""]
@@ -266,7 +266,7 @@ def leaderboard_markdown(board: Leaderboard) -> str:
 
 
 def _tested(board: Leaderboard) -> pd.DataFrame:
-    """Which signs of weak attacks and masked gradients were tested."""
+    """The checks for weak attacks and masked gradients, with their outcomes, by defense."""
 
     def outcome(check: Check) -> Marked:
         text = f"**{check.outcome}**" if check.flags else check.outcome
@@ -282,13 +282,13 @@ def _tested(board: Leaderboard) -> pd.DataFrame:
 
 
 def _badges(board: Leaderboard) -> list[str]:
-    """Which defenses have each badge, that of the closest look first."""
+    """The defenses that have each badge, the strongest verification first."""
     names = {badge: [md(r.defense) for r in board.rows if r.badge == badge] for badge in BADGES}
     return [f"{badge}: {', '.join(names[badge])}." for badge in reversed(BADGES) if names[badge]]
 
 
 def leaderboard_latex(board: Leaderboard) -> str:
-    """For a paper: the tables in one float, and a note."""
+    """The leaderboard in LaTeX, for a paper: its tables in one float, and a note."""
     text = [
         "% Written by dbp-bench report. Needs \\usepackage{booktabs}.",
         r"\begin{table*}[t]",
@@ -321,7 +321,7 @@ def leaderboard_latex(board: Leaderboard) -> str:
 
 
 def ranking(board: Leaderboard) -> str:
-    """How the ranks came about, in a few sentences."""
+    """The rule that ranks the defenses, in a few sentences."""
     which = "hidden" if board.sort == "hidden" else "known"
     return note("ranking", which=which, alpha=f"{100 * ALPHA:.0f}")
 
@@ -336,7 +336,7 @@ def protocol(board: Leaderboard) -> str:
 
 
 def _measured(board: Leaderboard) -> str:
-    """How everything was measured, in a sentence or two."""
+    """The protocol and the numbers of draws, in a sentence or two."""
     noisy = [row for row in board.rows if any(pool.sites for pool in row.pools)]
     hidden = listed(row.hidden_draws for row in noisy)
     known = listed(row.known_draws for row in noisy)
@@ -353,7 +353,7 @@ def _measured(board: Leaderboard) -> str:
 
 
 def _meanings(board: Leaderboard) -> list[str]:
-    """What each column is."""
+    """The meaning of each column, in sentences."""
     titles = {column.key: column.entry.title for column in board.protocol.extra}
     extra = [f"{c.heading}: {titles[c.key]}." for c in board.columns if c.key in titles]
     parts = note("parts", base=repr(BASE))

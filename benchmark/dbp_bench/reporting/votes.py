@@ -1,4 +1,4 @@
-"""What repeated draws say beyond their mean: votes, worst cases, the worst of several attacks."""
+"""Statistics of repeated draws beyond the mean: votes, worst cases, worst of several attacks."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,8 @@ FEW: Final = 3
 """The number of draws whose worst case every table shows."""
 
 METRICS: Final = ("mean", "plurality", f"worst_{FEW}", "worst_all")
-"""One draw; the vote of :func:`votes` draws; the worst of :data:`FEW`, and of all draws."""
+"""The accuracies of one draw, of a vote of :func:`votes` draws, and of the worst of :data:`FEW`
+and of all draws."""
 
 Classes = NDArray[np.int64]
 """Predicted classes (image x draw)."""
@@ -39,7 +40,7 @@ def worst(m: int, draws: int) -> tuple[list[int], int]:
 
 
 def plurality(predicted: Sequence[int], label: int, k: int) -> int:
-    """In how many of the C(M, k) choices of `k` of the M draws the label wins the vote.
+    """The number of the C(M, k) choices of `k` of the M draws in which the label wins the vote.
 
     It wins where more draws predict it than any other class: a tie is wrong. A draw whose own votes
     had no majority predicts no class, and votes for none. Divided by C(M, k), this is the chance
@@ -49,7 +50,7 @@ def plurality(predicted: Sequence[int], label: int, k: int) -> int:
     Args:
         predicted: The class that each of the M draws predicts; -1 for no majority.
         label: The right class.
-        k: The draws that vote.
+        k: The number of draws that vote.
 
     Raises:
         ValueError: `k` isn't in 1 ... M, or a class was not recorded.
@@ -82,7 +83,7 @@ def _wins(mine: int, silent: int, others: tuple[int, ...], k: int) -> int:
 
 
 def votes(draws: int) -> int:
-    """The draws of a vote: the largest odd number up to `draws`, where ties are fewest."""
+    """The number of draws in a vote: the largest odd one up to `draws`, where ties are fewest."""
     return draws - (draws + 1) % 2
 
 
@@ -92,13 +93,13 @@ def _check(number: int, draws: int) -> None:
 
 
 class Tally:
-    """What the draws of one setting predict, and what that says beyond their mean.
+    """The predictions of all draws of one setting, with their mean, votes and worst cases.
 
     Args:
         tables: Predicted classes (image x draw), one table for each seed, which attacked anew.
         labels: The right classes.
-        noisy: Whether noise is drawn. Without, one draw is as good as any number, and every metric
-            is the mean.
+        noisy: True if the defense draws noise. Without noise, one draw is as good as any number,
+            and every metric is the mean.
 
     Raises:
         ValueError: The tables are not of the same images and number of draws.
@@ -112,12 +113,12 @@ class Tally:
 
     @property
     def draws(self) -> int | None:
-        """M, of each seed; None where no noise is drawn: any number of draws is alike."""
+        """The number M of draws of each seed; None where the defense draws no noise."""
         return self._each if self._noisy else None
 
     @property
     def votes(self) -> int | None:
-        """The draws of a vote, k; None where :attr:`draws` is."""
+        """The number k of draws in a vote; None where :attr:`draws` is."""
         return votes(self._each) if self._noisy else None
 
     def score(self, name: str) -> Score | None:

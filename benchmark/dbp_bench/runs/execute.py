@@ -63,14 +63,14 @@ def execute(
     """Run `job`, or what is missing of it, and write its result below `out`.
 
     Args:
-        job: What to measure.
+        job: The job to run.
         out: The folder of results.
         policy: Gradient checkpointing; doesn't change a bit of the result.
         resume: Continue what is there. Otherwise it is thrown away first.
         save_adversarial: Also write the adversarial images, as safetensors.
-        wait: Until another command that is at work on it is done.
+        wait: True to wait until another command that is at work on it is done.
         progress: Told how far the job is.
-        memo: What the conformance records of this command share.
+        memo: The conformance records that the runs of this command share.
 
     Returns:
         The path of the result file.
@@ -178,8 +178,8 @@ def _complete(
     """Do what is missing, and store each piece as soon as it is done.
 
     Args:
-        pieces: What is done.
-        run: What does it.
+        pieces: The pieces that are done.
+        run: The run that computes the others.
         data: The images.
         evaluations: Gradient evaluations that one attack takes of one image.
         progress: Told how far it is.
@@ -293,12 +293,12 @@ def _assemble(
     """The result of a job whose `pieces` are all there.
 
     Args:
-        identity: That of the job.
+        identity: The identity of the job.
         entries: The sha256 of its entry files.
         overrides: The options that were set against them.
-        pieces: What was done.
+        pieces: The pieces of the job.
         data: The images and labels.
-        digest: That of the images.
+        digest: The digest of the images.
         conformance: The conformance record of the defense.
     """
     ids = [id_ for group in pieces.groups for id_ in group][: pieces.examples]

@@ -74,7 +74,7 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """All that decides the outcomes, except the arithmetic of the machine."""
+    """Everything that decides the outcomes, except the arithmetic of the machine."""
 
     subject: Subject
     threat: Entry[Threat]
@@ -145,7 +145,7 @@ class Job:
 
     @property
     def approach(self) -> "Approach":
-        """All that decides the conformance record of the defense."""
+        """Everything that decides the conformance record of the defense."""
         from dbp_bench.checks.record import Approach
         from dbp_bench.noise import Site
 
@@ -191,7 +191,7 @@ class Job:
 
     @property
     def setup(self) -> "Setup":
-        """All that decides, beside its options, how many evaluations the attack takes."""
+        """Everything but the attack's options that decides its number of evaluations."""
         gradient = self.search.gradient or "exact"
         return _setup(self.subject, self.knows, self.eps, self.sources, gradient)
 
@@ -392,7 +392,7 @@ def resolve(
         threat: Name of the threat model.
         attack: An attack, or a named setting of one, in place of the threat's own.
         seed: It decides every draw.
-        device: Where the job runs: "cpu" or "cuda".
+        device: The device that the job runs on: "cpu" or "cuda".
         overrides: Options set against the entries.
 
     Raises:

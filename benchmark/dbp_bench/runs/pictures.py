@@ -26,7 +26,7 @@ def write_pictures(path: Path, result: Result, job: Job, again: Again) -> Path:
 
     Args:
         path: The file of the result.
-        result: What it holds.
+        result: The result in that file.
         job: The job that wrote it.
         again: The first group of its images, attacked again: these are pictured.
     """

@@ -125,8 +125,8 @@ class Pieces:
         """Read what is done of a job.
 
         Args:
-            folder: Where its unfinished work is.
-            identity: That of the job: what answers another request isn't done.
+            folder: The folder of its unfinished work.
+            identity: The identity of the job; work on another request doesn't count.
             groups: Ids of the images of each group.
             examples: Images that are asked for; the last group may have more.
             attacks: Attacks on each image.
@@ -162,7 +162,7 @@ class Pieces:
                 yield "evaluate", draw
 
     def rows(self, kind: str) -> Tensor:
-        """All that is known of a `kind`: one row per image, one column per draw or attack."""
+        """The values of a `kind`: one row per image, one column per draw or attack."""
         numbers = range(self.draws if kind in _BY_DRAW else self.attacks)
         groups = [torch.stack([s[f"{kind}/{n}"] for n in numbers], dim=1) for s in self.states]
         return torch.cat(groups)[: self.examples]

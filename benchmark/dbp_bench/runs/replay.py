@@ -38,10 +38,10 @@ def job_of(
     """The job that wrote `result`, as the entries say today.
 
     Args:
-        result: What it wrote.
+        result: The result that it wrote.
         path: Its file, for messages.
-        registry: Where its entries come from.
-        device: Where it would run now.
+        registry: The source of its entries.
+        device: The device that it would run on now.
         examples: The first of its images; all of them if not given.
 
     Raises:
@@ -176,11 +176,11 @@ class Difference:
 
     outcomes: int
     lost: int
-    """Stated right, found wrong."""
+    """The number stated right and found wrong."""
     gained: int
-    """Stated wrong, found right."""
+    """The number stated wrong and found right."""
     other: int
-    """Wrong both times, of another class."""
+    """The number wrong both times, of another class."""
     allowed: int
     """The number of outcomes that may differ, in each of the three ways."""
 
@@ -247,7 +247,7 @@ def compare(
     Args:
         stated: A stored result.
         found: Classes of the images in `rows`, in the shape of the result's.
-        device: Where they were computed.
+        device: The device that they were computed on.
         rows: Images of the result; all of them if not given.
     """
     kept = np.arange(len(stated.ids)) if rows is None else np.asarray(rows, dtype=int)

@@ -29,9 +29,9 @@ def write_saved(
 
     Args:
         path: The file.
-        identity: That of the job that made them.
-        ids: Which images: the first of the track.
-        images: They themselves.
+        identity: The identity of the job that made them.
+        ids: The ids of the images, the first of the track.
+        images: The adversarial images, in [0, 1].
     """
     tensors = {"images": images.contiguous(), "ids": torch.tensor(ids)}
     write_atomically(path, save(tensors, metadata={"request": json.dumps(identity)}))
@@ -85,7 +85,7 @@ def read_saved(path: Path, job: Job) -> Saved:
 
 
 def as_8_bit(saved: Saved, job: Job) -> tuple[Saved, int]:
-    """The images as a file of 256 grey levels would hold them, and how many left the budget so.
+    """The images as a file of 256 grey levels would hold them, and the number that left the budget.
 
     They are rounded to whole numbers of 1/255, then projected, since rounding can leave the budget
     by half a level.

@@ -1,4 +1,4 @@
-"""Does an attack stop being weak when it gets more? One threat at several efforts or budgets.
+"""Sweeps of one threat model over efforts or budgets, which expose an attack that is too weak.
 
 Signs of an attack that is too weak, or of a gradient that is masked (Athalye et al. 2018, section
 3.1): accuracy still falls with more steps or more draws per gradient; a budget that allows any
@@ -24,7 +24,7 @@ BLACK_BOX = "black-box"
 """The axis whose second value is another attack, one that follows no gradient."""
 
 Resolve = Callable[..., Job]
-"""Gives the job of some `attack`, or None for the threat's own, with some `overrides`."""
+"""Gives the job of an `attack` (None for the threat's own) with some `overrides`."""
 
 Execute = Callable[[Job, Path], Path]
 """Runs a job below a folder and gives the path of its result."""
@@ -40,7 +40,7 @@ class Point:
     value: float | str
     job: Job
     folder: str
-    """Below the folder of results."""
+    """The folder's path below the folder of results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Sweep:
     axis: str
     standard: Point
     points: list[Point]
-    """All of them, the standard included, by value."""
+    """All points in the order of their values, the standard included."""
 
 
 def parse(text: str) -> tuple[str, list[float]]:
@@ -81,10 +81,10 @@ def plan(
 
     Args:
         resolve: Resolves jobs of one defense under one threat model.
-        attack: As it takes it.
-        overrides: What is set against the entries at every value.
+        attack: The attack's name, which `resolve` takes; None for the threat's own.
+        overrides: The options set against the entries at every value.
         axis: One of :data:`AXES`.
-        values: What is set along it.
+        values: The values of the axis.
 
     Raises:
         BadRequest: The axis can't change this attack, or no value could show that it is weak.
@@ -162,9 +162,9 @@ def assess(sweep: Sweep, results: Sequence[Result | None], files: Sequence[str |
     """The findings in the `results` of the points of `sweep`; None where all gradients were zero.
 
     Args:
-        sweep: What was run.
+        sweep: The sweep that was run.
         results: One for each point, of its images and draws or more.
-        files: Where they lie.
+        files: The paths of the results.
     """
     own = sweep.standard.job
     bootstrap = Bootstrap(own.examples)

@@ -1,4 +1,4 @@
-"""Computes claims again and compares: evaluates their images, attacks them anew, or others instead.
+"""Computes claims again and compares: evaluates their images, attacks them anew, attacks others.
 
 The code of a defense runs in a process of its own (see :mod:`dbp_bench.submission.isolation`).
 """
@@ -35,12 +35,12 @@ from dbp_bench.weights.files import digest
 from dbp_bench.writing import scratch_folder
 
 STANDARD_ERRORS: Final = 4.0
-"""A fresh evaluation may miss the stated accuracy by so many. At 4, all threat models together
-refuse an honest bundle less than once in a thousand."""
+"""The standard errors by which a fresh evaluation may miss the stated accuracy. At 4, all threat
+models together refuse an honest bundle less than once in a thousand."""
 
 UNSEEN: Final = 128
-"""Images outside the track's list that are attacked if no number is given. Half of the 95 %
-interval of an accuracy of 50 % is then 9 points."""
+"""The number of images outside the track's list that are attacked if none is given. Half of the
+95 % interval of an accuracy of 50 % is then 9 points."""
 
 
 def compute(
@@ -62,10 +62,10 @@ def compute(
 
     Args:
         verified: The bundle, which was found sound.
-        device: Where to compute.
+        device: The device to compute on.
         evaluate: Evaluate the adversarial images again: at the stated draws, then at fresh ones.
         share: The share of the images, in (0, 1], to attack again from the stated seeds.
-        unseen: How many images outside the track's list to attack.
+        unseen: The number of images outside the track's list to attack.
 
     Raises:
         Refused: Too many outcomes, an accuracy, or a record are others than stated.

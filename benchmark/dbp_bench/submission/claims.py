@@ -58,7 +58,7 @@ class Protocol:
 
     @property
     def same(self) -> dict[str, str]:
-        """For each threat model, the one under whose name the same setting is measured."""
+        """The threat model under whose name the setting of each threat model is measured."""
         return {
             item.job.threat.name: (item.instead or item.job).threat.name for item in self.planned
         }

@@ -94,7 +94,7 @@ def repo_of(name: str) -> str:
 
 
 def place_of(bundle: Path, repo: str) -> str:
-    """Where `bundle` is read from while pull request number N is open."""
+    """The address from which `bundle` is read while pull request number N is open."""
     return f"{HUB}{repo}/{_FOLDER}/{bundle.name}@refs/pr/N"
 
 
@@ -123,7 +123,7 @@ def propose(bundle: Path, repo: str, title: str, description: str) -> str:
 
 
 def _reached(repo: str, action: Callable[[], T], instead: str) -> T:
-    """What `action` returns; the message of a failure says what to do `instead`.
+    """The value that `action` returns; the message of a failure says what to do `instead`.
 
     Raises:
         NotReached: There is no connection, no such repository, or no right to it.

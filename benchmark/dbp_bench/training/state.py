@@ -173,7 +173,7 @@ class Checkpoint:
         write_atomically(self.path, save(tensors, {_KEY: json.dumps(numbers)}))
 
     def restore(self, state: State) -> int:
-        """Bring `state` to where the file says; how many updates that is, 0 without a file.
+        """Bring `state` to that of the file, and return its number of updates, 0 without a file.
 
         Raises:
             BadRequest: The file belongs to another request.

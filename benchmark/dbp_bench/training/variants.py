@@ -1,4 +1,4 @@
-"""The networks that can be trained, by name: for which data and diffusion, and how."""
+"""The networks that can be trained, by name, with their data, diffusion and settings."""
 
 import re
 from dataclasses import dataclass, replace
@@ -23,13 +23,13 @@ class Variant:
     kind: Kind
     """A classifier, or the diffusion that the network denoises."""
     size: Size
-    """For a GPU, as published; for trials on a GPU; for trials on one processor core."""
+    """The network's size: as published, for trials on a GPU, or for trials on one CPU core."""
     builder: str
     """``module:callable``, of the networks of this package, that builds it."""
     training: Settings
     """The settings from random weights; its iterations are 0 where epochs are given."""
     finetuning: Settings | None = None
-    """The same of ADDT and its ablations; None for a classifier."""
+    """The settings of ADDT and its ablations; None for a classifier."""
     epochs: int = 0
     """The duration where settings have no number of iterations."""
 

@@ -1,4 +1,4 @@
-"""The catalog: which published checkpoints there are, where, in which layout, on what terms."""
+"""The catalog of published checkpoints, with their addresses, layouts and licences."""
 
 import re
 from functools import cache

@@ -34,8 +34,8 @@ def verify(
     Args:
         path: The file.
         expected: The sha256 in hexadecimal.
-        said: Who says so, for the message.
-        remedy: What would do, for the message.
+        said: The origin of the expected sha256, for the message.
+        remedy: The way out, for the message.
 
     Raises:
         BadWeights: The sha256 is another; the message tells a damaged file from a pickle.

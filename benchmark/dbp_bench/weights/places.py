@@ -1,4 +1,4 @@
-"""Where weights are looked for: beside an entry, among what ships, and in the cache."""
+"""The places of weights: beside an entry, among what ships, and in the cache."""
 
 import os
 import shutil

@@ -125,7 +125,7 @@ def write(
         name: The checkpoint's name.
         sha256: The digest that its weights must have.
         source: The file that was converted, if one was.
-        published: Whether that is the published one, where it is known.
+        published: True if that is the published file; None where that isn't known.
     """
     entry = catalog.find(name)
     record = Record(

@@ -10,7 +10,7 @@ from dbp_bench.errors import AttackFailed
 from dbp_bench.threat import AttackerView, Objective, Setup
 
 SELECTION = 1 << 31
-"""Guesses from here on compare what was found; no gradient is ever taken on one."""
+"""The number of the first guess that compares candidates; no gradient is taken from it on."""
 
 _ROUNDING = 1e-4
 """A margin below this share of the spread of the logits may be a matter of batch size."""
@@ -99,7 +99,7 @@ def likely_targets(view: AttackerView, images: Tensor, labels: Tensor, eot: int)
     """All wrong classes ``(b, k - 1)``, the most likely first, by mean logits over guesses.
 
     Args:
-        view: Of a defense that tells `k` classes apart.
+        view: The view of a defense that tells `k` classes apart.
         images: Clean, ``(b, c, h, w)`` in [0, 1].
         labels: ``(b,)``.
         eot: The number of guesses, which no gradient is taken on and no candidate is compared on;
@@ -119,7 +119,7 @@ def ordered_targets(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def too_many_targets(option: str, targets: int, setup: Setup) -> str | None:
-    """Why a targeted loss cannot aim at so many `targets`; None where it can.
+    """The reason why a targeted loss cannot aim at so many `targets`; None where it can.
 
     Args:
         option: The option that says how many, for the message.

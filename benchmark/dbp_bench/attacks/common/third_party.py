@@ -34,10 +34,10 @@ _IN_ORDER = frozenset(
     )
     if hasattr(home, name) and callable(getattr(home, name))
 ) | {_F.interpolate, _F.pad, _F.conv2d}
-"""Operations whose row i comes of row i of their arguments alone, if there are as many rows."""
+"""Operations whose row i depends on row i of their arguments alone, if there are as many rows."""
 
 _RESHAPE = {_T.reshape, _T.view, _T.flatten, torch.reshape, torch.flatten}
-"""With as many rows as before, each of them is what it was."""
+"""Operations that keep each row as it is, if there are as many rows afterwards as before."""
 _DATA = _T.data.__get__
 
 _INDEX = {_T.__getitem__}
@@ -45,13 +45,13 @@ _JOIN = {torch.cat, torch.concat}
 
 
 class Tracked(Tensor):
-    """Images that know which rows of the batch they are; None where that has been lost."""
+    """Images that carry their row numbers in the batch; None where these can't be told."""
 
     rows: Tensor | None = None
 
     @classmethod
     def of(cls, images: Tensor) -> "Tracked":
-        """`images` ``(b, c, h, w)``, row i of which is row i."""
+        """The `images` ``(b, c, h, w)`` with the row numbers 0 ... b - 1."""
         tracked: Tracked = images.detach().clone().as_subclass(cls)
         tracked.rows = torch.arange(len(images))
         return tracked
@@ -191,7 +191,7 @@ def norm_of(budget: Budget, takes: Sequence[str], who: str) -> str:
 
 
 def seed_of(view: AttackerView, images: Tensor, number: int) -> int:
-    """A seed for a package's own generator, from the tape of the first image; `number` numbers it.
+    """A seed for a package's own generator, from the first image's tape, another for each `number`.
 
     A fixed seed would repeat the same random numbers in every batch.
     """

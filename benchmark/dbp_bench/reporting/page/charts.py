@@ -1,4 +1,4 @@
-"""The charts of a track's page, from its leaderboard; one without data says what would give it."""
+"""The charts of a track's page; a chart without data names the command that measures it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ from dbp_bench.reporting.statistics import Estimate
 from dbp_bench.result import Right, without_draws
 
 ARROWS: Final = (("ddpm", "addt"),)
-"""From a defense to the one that was trained from it."""
+"""Pairs of defenses, of which the second was trained from the first."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Chart:
     title: str
     caption: str
     drawings: Mapping[str, Figure]
-    """By what each shows."""
+    """The figures, each under a short text that describes it."""
     legend: Sequence[tuple[Artist, str]]
     missing: str
-    """The command that gives the data, for where there is nothing to draw."""
+    """The command that measures the data, shown where there is nothing to draw."""
 
 
 def charts(board: Leaderboard) -> list[Chart]:
-    """All of them, in order."""
+    """All charts of a page, in order."""
     makers: tuple[Callable[[Leaderboard], Chart], ...] = (
         _decomposition,
         _hidden_against_known,
@@ -73,7 +73,7 @@ def charts(board: Leaderboard) -> list[Chart]:
 
 
 def swatch(artist: Artist) -> Figure:
-    """The mark of a legend."""
+    """A small figure that shows one mark of a legend."""
     bare = {"borderpad": 0, "borderaxespad": 0, "handletextpad": 0}
     with on_page():
         figure = Figure(figsize=(22 / 96, 12 / 96))
@@ -107,7 +107,7 @@ def _axes(width: float, height: float, *margins: float) -> tuple[Figure, Axes]:
 
 
 def _short(name: str, most: int) -> str:
-    """A name as it fits, without what no drawing can hold."""
+    """The name cut to `most` characters, with unprintable ones replaced."""
     shown = "".join(each if each.isprintable() else "\ufffd" for each in name)
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
@@ -136,7 +136,7 @@ def _dashes(colour: str = INK) -> Line2D:
 
 
 Bar = Mapping[str, Estimate | None]
-"""What is known of one defense, by the leaderboard's names."""
+"""The estimates of one defense, by the leaderboard's columns; None where not measured."""
 
 _PARTS: Final = {
     "base": (GREY, "base classifier"),
@@ -147,11 +147,11 @@ _PARTS: Final = {
     "unsplit": (AMBER, "hidden noise, not split"),
     "unknown": (MIST, "not split: known draws were not measured"),
 }
-"""The parts of a bar, from the left: colour, and what each is."""
+"""The parts of a bar, from the left, each with its colour and its label."""
 
 
 def parts(bar: Bar) -> dict[str, float]:
-    """The size of each part of a bar, from the left."""
+    """The size of each part of a bar, from the left, as a fraction of the images."""
     known, stochasticity = bar["all_known"], bar["stochasticity"]
     sizes = {
         "base": bar["base"] if bar["purification"] else None,
@@ -223,12 +223,12 @@ _POINTS: Final[Mapping[bool, dict[str, Any]]] = {
     False: {"color": BLUE, "marker": "o", "linestyle": "none"},
     True: {"color": GREY, "marker": "s", "linestyle": "none"},
 }
-"""Whether a point is a control, and how it looks."""
+"""The marks of defenses (False) and of controls (True)."""
 _KINDS: Final = [
     (Line2D([], [], **style), "control" if control else "defense")
     for control, style in _POINTS.items()
 ]
-"""The same, for a legend."""
+"""The same marks, as a legend lists them."""
 
 
 def plane(
@@ -239,7 +239,7 @@ def plane(
     diagonal: bool = False,
     arrows: Sequence[tuple[str, str]] = (),
 ) -> Figure:
-    """Named points with intervals; both axes are alike where there is a `diagonal`."""
+    """A plot of named points with intervals; with a `diagonal`, both axes have one range."""
     figure, axes = _axes(620, 430, 64, 14, 14, 58)
     for control, mark in _POINTS.items():
         these = [point for point in points if point.control == control]
@@ -267,7 +267,7 @@ _DIRECTIONS: Final = (
 
 
 def _write_names(axes: Axes, at: Mapping[str, tuple[float, float]], size: float) -> None:
-    """Write each name near its point, clear of all points of this size and of names before."""
+    """Write each name near its point, where it covers no point (of this size) and no name."""
     centres = axes.transData.transform(list(at.values()))
     taken = [Bbox.from_bounds(x - size, y - size, 2 * size, 2 * size) for x, y in centres]
     for name, point in at.items():
@@ -287,10 +287,10 @@ def _write_names(axes: Axes, at: Mapping[str, tuple[float, float]], size: float)
 
 
 class Curve(NamedTuple):
-    """Points of one kind: where on the axis, and the accuracy there."""
+    """Points of one kind, each a place on the axis and the accuracy there."""
 
     number: int
-    """Of its colour and marker."""
+    """The number of its colour and marker."""
     points: Sequence[tuple[float, Estimate]]
     joined: bool = True
 
@@ -300,11 +300,11 @@ class Panel(NamedTuple):
 
     curves: Sequence[Curve]
     level: float | None = None
-    """A fraction to hold the curves against."""
+    """An accuracy, as a fraction, drawn as a horizontal line for reference."""
 
     @property
     def xs(self) -> set[float]:
-        """Where points are."""
+        """The places of all points on the axis."""
         return {x for curve in self.curves for x, _ in curve.points}
 
 
@@ -314,10 +314,10 @@ def panels(
     """Small figures of one height; on a logarithmic axis, also of one width.
 
     Args:
-        found: By defense.
-        x_name: What the axis is.
-        log: Whether it is logarithmic, which a zero forbids.
-        names: What the places 0, 1, ... of the axis are called, if they are no numbers.
+        found: The panels, by defense.
+        x_name: The label of the axis.
+        log: True for a logarithmic axis; it stays linear where there is a zero.
+        names: The labels of the places 0, 1, ... of the axis, if they are not numbers.
     """
     highs = [e.high for each in found.values() for curve in each.curves for _, e in curve.points]
     levels = [each.level for each in found.values() if each.level is not None]
@@ -354,9 +354,9 @@ def panels(
 
 
 _SHARES: Final = LinearSegmentedColormap.from_list("right", ["#d55e01", "#ececec", "#0072b3"])
-"""The colours of shares of draws: none, half, all. No dark page changes them, nor the picture."""
+"""The colours of the share of right draws (none, half, all), on light and dark pages alike."""
 _COLUMNS: Final = 480
-"""More images than this are averaged with their neighbours."""
+"""The most columns of a strip; of more images, neighbours are averaged."""
 
 
 def strips(name: str, rows: Mapping[str, NDArray[np.float64]]) -> Figure:
@@ -364,8 +364,8 @@ def strips(name: str, rows: Mapping[str, NDArray[np.float64]]) -> Figure:
 
     Args:
         name: The defense.
-        rows: By setting; the images in the same order everywhere. They are drawn best first in the
-            first row, those that tie by the next ones.
+        rows: The share of right draws of each image, by setting, with the images in one order. They
+            are drawn sorted by the first row, best first, and ties by the next rows.
     """
     shares = np.array(list(rows.values()))
     shares = shares[:, np.lexsort(-shares[::-1])]

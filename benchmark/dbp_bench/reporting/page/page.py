@@ -1,4 +1,4 @@
-"""What goes onto a track's page, from its leaderboard; the template says how it looks."""
+"""The contents of a track's page, computed from its leaderboard; the template lays them out."""
 
 import shlex
 from base64 import b64encode
@@ -38,10 +38,10 @@ class Cell(NamedTuple):
     value: str = ""
     interval: str = ""
     sort: str = ""
-    """For programs; empty sorts last."""
+    """The value to sort by, a fraction with six digits; an empty one sorts last."""
     href: str = ""
     same: bool = False
-    """Whether another setting's result serves this column too."""
+    """True if the result of another, equivalent threat model serves this column."""
 
 
 def to_html(
@@ -49,12 +49,12 @@ def to_html(
     samples: Mapping[str, Samples] | None = None,
     registry: Registry | None = None,
 ) -> str:
-    """The page of a track, which needs nothing but itself; every name in it is escaped.
+    """The page of a track: one HTML text without external resources, every name in it escaped.
 
     Args:
         board: The leaderboard.
         samples: Pictures, by the name of their result.
-        registry: Where titles and papers come from; the package's own entries if not given.
+        registry: The source of titles and papers; the package's own entries if not given.
     """
     style, script = _text("style.css") + dark_css(), _text("script.js")
     return _template().render(
@@ -91,10 +91,10 @@ def _template() -> Template:
 
 
 def load_samples(records: Iterable[Record]) -> dict[str, Samples]:
-    """The samples beside the results that have some, by the results' names.
+    """The pictures that lie beside the results, by the names of the results.
 
     Raises:
-        BadResult: A file holds none, or those of another result.
+        BadResult: A file of pictures can't be read, or belongs to another result.
     """
     found = {}
     for record in records:
@@ -112,7 +112,7 @@ def load_samples(records: Iterable[Record]) -> dict[str, Samples]:
 
 
 def command_of(record: Record, registry: Registry) -> str:
-    """What makes a result again, beside the folder of results, and compares its outcomes."""
+    """The command that computes a result again and compares outcomes, run beside ``results/``."""
     words = ["dbp-bench", "verify", f"results/{record.name}", "--again"]
     result = record.result
     outside = result.defense not in registry.defenses or result.track not in registry.tracks
@@ -124,7 +124,7 @@ def command_of(record: Record, registry: Registry) -> str:
 
 
 class _Page:
-    """What the template asks for, beside what the leaderboard holds."""
+    """The values that the template needs and the leaderboard doesn't hold."""
 
     def __init__(
         self, board: Leaderboard, samples: Mapping[str, Samples], registry: Registry
@@ -138,20 +138,20 @@ class _Page:
             for section in SECTIONS
         }
         self.sites = sorted({site for row in board.rows for site in row.sites})
-        # Numbers, since a name of an entry may hold anything.
+        # Links go by number, since the name of an entry may hold any character.
         self.results = {record.name: f"result-{i}" for i, (record, _) in enumerate(self.records, 1)}
         self.defenses = {row.defense: f"defense-{i}" for i, row in enumerate(board.rows, 1)}
 
     def link(self, record: Record) -> str:
-        """To the line of a result file."""
+        """The link to the line of a result file."""
         return f"#{self.results[record.name]}"
 
     def heading(self, column: Column) -> Markup:
-        """Its name, with the indices of its symbols."""
+        """The heading of a column, with the indices of its symbols as subscripts."""
         return Markup(symbols(str(escape(column.heading)), r"\1<sub>\2</sub>"))
 
     def cells(self, row: Row) -> list[list[Cell]]:
-        """The numbers of a defense, by section; each leads to what it follows from."""
+        """The numbers of a defense, by section; each links to the result that it follows from."""
         found: list[list[Cell]] = []
         for columns in self.sections.values():
             found.append([])
@@ -165,7 +165,7 @@ class _Page:
     def others(self) -> list[tuple[Pool, str, Cell]]:
         """Results at the leaderboard's eps that serve no column of equal effort.
 
-        Each with the ratio of its evaluations to those of the column that knows the same.
+        Each comes with the ratio of its evaluations to those of the column of equal knowledge.
         """
         found = []
         for row in self.board.rows:
@@ -198,7 +198,7 @@ class _Page:
         return lines
 
     def details(self, row: Row) -> dict[str, Any]:
-        """What a row opens to, beside its numbers."""
+        """The details that a row opens to: paper, options, commands, environment and weights."""
         known = row.defense in self.registry.defenses
         entry = self.registry.defense(row.defense).entry if known else None
         url = entry.paper if entry else None
@@ -209,7 +209,7 @@ class _Page:
             "title": entry.title if entry else "",
             "options": [f"{key}: {value}" for key, value in row.pools[0].any.options.items()],
             "paper": f"{paper.title} ({paper.year})" if paper else url,
-            # An entry is anyone's: only an address that a browser reads and doesn't run.
+            # Anyone writes entries: keep only an address that a browser reads and doesn't run.
             "url": url if url and url.startswith(("https://", "http://")) else "",
             "bibtex": paper.bibtex() if paper else "",
             "galleries": [r for r in records if r.name in self.samples],
@@ -223,11 +223,11 @@ class _Page:
         }
 
     def command(self, record: Record) -> str:
-        """What makes a result again."""
+        """The command that computes a result again."""
         return command_of(record, self.registry)
 
     def made(self, record: Record, pool: Pool) -> str:
-        """How a result came about, in words."""
+        """The attack, budget, images, draws, seed and commit of a result, in words."""
         result = record.result
         draws = f"{len(result.draws)} {'known ' if result.knows else ''}draws"
         return (
@@ -237,7 +237,7 @@ class _Page:
         )
 
     def knows(self, pool: Pool) -> str:
-        """What the attacker knows, in words."""
+        """The attacker's knowledge, in words."""
         return pool.knowledge if pool.sites else "all (there is no noise)"
 
 
@@ -250,7 +250,7 @@ def _hash(text: str) -> str:
 
 
 def cell(estimate: Estimate | None, href: str = "", *, same: bool = False) -> Cell:
-    """The cell of a number that leads to `href`; blank where it was not measured."""
+    """The cell of an estimate, linked to `href`; blank where it was not measured."""
     if estimate is None or isnan(estimate.value):
         return Cell()
     value, interval = estimate.percent().split(" ", 1)
@@ -258,7 +258,7 @@ def cell(estimate: Estimate | None, href: str = "", *, same: bool = False) -> Ce
 
 
 def environment_of(result: Result) -> str:
-    """What a result was made with, and where."""
+    """The versions, device, arithmetic and commit that a result was computed with, in words."""
     where = result.provenance
     packages = ", ".join(f"{name} {version}" for name, version in sorted(where.packages.items()))
     return (
