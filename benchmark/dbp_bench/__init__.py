@@ -7,19 +7,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dbp_bench.defense import Defense as Defense
-    from dbp_bench.defense import Purifier as Purifier
-    from dbp_bench.noise import Noise as Noise
-    from dbp_bench.noise import Site as Site
-    from dbp_bench.reporting.script import Report as Report
-    from dbp_bench.scripting import check as check
-    from dbp_bench.scripting import evaluate as evaluate
-    from dbp_bench.scripting import load_defense as load_defense
-    from dbp_bench.scripting import load_track as load_track
-    from dbp_bench.taped import Taped as Taped
-    from dbp_bench.threat import Attack as Attack
+    from dbp_bench.defense import Defense, Purifier
+    from dbp_bench.noise import Noise, Site
+    from dbp_bench.reporting.script import Report
+    from dbp_bench.scripting import check, evaluate, load_defense, load_track
+    from dbp_bench.taped import Taped
+    from dbp_bench.threat import Attack
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Attack",
+    "Defense",
+    "Noise",
+    "Purifier",
+    "Report",
+    "Site",
+    "Taped",
+    "__version__",
+    "check",
+    "evaluate",
+    "load_defense",
+    "load_track",
+]
 
 _HOMES = {
     "Attack": "threat",
@@ -29,20 +39,14 @@ _HOMES = {
     "Report": "reporting.script",
     "Site": "noise",
     "Taped": "taped",
-    "check": "scripting",
-    "evaluate": "scripting",
-    "load_defense": "scripting",
-    "load_track": "scripting",
 }
-"""The module of each name."""
-
-__all__ = [*sorted(_HOMES), "__version__"]
+"""The module of each name; the functions are in ``scripting``."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'scripting')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -4,25 +4,31 @@
 builds, from objects in place of names, and run them with the same code.
 """
 
+import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
+from pydantic import AfterValidator, Field, ValidationError
 from torch import Tensor, nn
 
+from dbp_bench.checks.conformance import IMAGES, check_sites, check_subject
 from dbp_bench.checks.record import Memo
+from dbp_bench.declaration import Strict, explain
 from dbp_bench.defense import Defense, Purifier
-from dbp_bench.entries.fields import NAME
+from dbp_bench.entries.fields import NAME, Eps
 from dbp_bench.entries.given import BASE, FEW, Classifier, Given, ScriptRegistry, base_of, given_on
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
-from dbp_bench.errors import BadRequest
+from dbp_bench.errors import BadRequest, DbpError
 from dbp_bench.runs.execute import execute
-from dbp_bench.runs.job import Overrides, plan
+from dbp_bench.runs.job import Job, Overrides, plan, why_same
 from dbp_bench.runs.progress import progress_of_job
 from dbp_bench.taped import Taped
 from dbp_bench.threat import Attack, Norm
@@ -32,6 +38,80 @@ if TYPE_CHECKING:
     from dbp_bench.reporting.script import Report
 
 
+def _name(name: str) -> str:
+    if not re.match(NAME, name) or name in ("all", BASE):
+        raise ValueError(
+            f"{name!r}: give lower-case letters, digits, dots and dashes, not {BASE} or all"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_name)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Asked(Strict):
+    """What :func:`evaluate` and :func:`check` are asked, but for objects."""
+
+    name: Name = "mine"
+    norm: Norm | None = None
+    eps: Eps | None = None
+    threats: list[str] | None = None
+    options: dict[str, Any] | None = None
+    track: str | None = None
+    sites: dict[str, Name] | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    draws: Count | None = None
+    examples: Count | None = None
+    batch_size: Count | None = None
+    max_batch: Count | None = None
+    device: Literal["cpu", "cuda"] | None = None
+
+    @classmethod
+    def of(cls, **given: Any) -> "_Asked":
+        """The arguments, of the types that they must have.
+
+        Raises:
+            BadRequest: One can't be right.
+        """
+        plain = {
+            # Numbers of NumPy and of torch are numbers.
+            key: value.item() if getattr(value, "ndim", None) == 0 else value
+            for key, value in given.items()
+        }
+        try:
+            return cls(**plain)
+        except ValidationError as error:
+            raise BadRequest(explain(error, cls)) from None
+
+
+_OPTION = re.compile(
+    r"(?<!\S)--(data|draws|examples|batch-size|max-batch|seed|set|attack|threat|eps|out|no-resume"
+    r"|trust-code)\b"
+)
+_ARGUMENTS = {
+    "set": "options",
+    "threat": "threats",
+    "no-resume": "resume=False",
+    "trust-code": "trust_code=True",
+}
+
+
+@contextmanager
+def _in_arguments() -> Iterator[None]:
+    """Errors name the arguments of a function where they would name options of a command."""
+    try:
+        yield
+    except DbpError as error:
+        parts = str(error).split("`")  # Every second part is a command.
+        parts[::2] = [
+            _OPTION.sub(lambda found: _ARGUMENTS.get(found[1], found[1].replace("-", "_")), part)
+            for part in parts[::2]
+        ]
+        raise type(error)("`".join(parts)) from error.__cause__
+
+
+@_in_arguments()
 def evaluate(
     purifier: Purifier | Callable[[Tensor], Tensor],
     classifier: Classifier | None = None,
@@ -54,14 +134,18 @@ def evaluate(
     max_batch: int | None = None,
     device: str | None = None,
     out: str | Path | None = None,
+    resume: bool = True,
+    entries: Sequence[str | Path] = (),
+    trust_code: bool = False,
     quiet: bool = False,
 ) -> "Report":
     """Attack a purification defense, and the classifier that it protects, under threat models.
 
     A torch module or function that draws by itself (``torch.randn_like`` somewhere inside) is run
     under a tape, without a change to it: see :class:`dbp_bench.Taped`. It is probed first, and
-    refused where its draws can't be told apart. Called again with the same arguments, the
-    evaluation continues where it was stopped.
+    refused where its draws can't be told apart. No weight gets a gradient, and the classifier is
+    put in eval mode. Called again with the same arguments, the evaluation continues where it was
+    stopped.
 
     Args:
         purifier: Maps images ``(b, c, h, w)`` in [0, 1] to purified images; or a
@@ -82,12 +166,15 @@ def evaluate(
         name: The defense's name in tables: lower-case letters, digits, dots and dashes.
         sites: By ``file.py:line`` the site of what a module draws there; see
             :class:`dbp_bench.Taped`.
-        seed: It decides every draw.
+        seed: It decides every draw: a whole number.
         draws: Draws that evaluate each image, in place of the threats' own number.
         batch_size: Images evaluated together.
         max_batch: Images x EoT samples in one pass through the networks, at most.
-        device: "cpu" or "cuda"; where the images are, if not given.
+        device: With a `track`, "cpu" or "cuda". Otherwise it is the one that the images are on.
         out: The folder of results; a cache, if not given.
+        resume: Whether what is there is continued, and not replaced.
+        entries: Folders with entries of your own, such as tracks and threat models.
+        trust_code: Whether code that an entry names outside this package may run.
         quiet: Whether no progress is shown.
 
     Returns:
@@ -102,58 +189,92 @@ def evaluate(
 
     from dbp_bench.reporting.script import Report
 
-    if not re.match(NAME, name) or name in ("all", BASE):
-        raise BadRequest(
-            f"name={name!r}: give lower-case letters, digits, dots and dashes, not {BASE} or all."
-        )
-    own = Registry(data=None if data is None else Path(data))
-    objects: dict[str, Any] = {
-        "classifier": classifier,
-        "images": images,
-        "labels": labels,
-        "norm": norm,
-    }
+    asked = _Asked.of(
+        name=name,
+        norm=norm,
+        eps=eps,
+        threats=_listed(threats),
+        options=dict(options) if isinstance(options, Mapping) else options,
+        track=track,
+        sites=sites,
+        seed=seed,
+        draws=draws,
+        examples=examples,
+        batch_size=batch_size,
+        max_batch=max_batch,
+        device=None if device is None else str(device).partition(":")[0],
+    )
+    place = None if data is None else Path(data)
+    own = Registry([Path(folder) for folder in entries], trust_code=trust_code, data=place)
     base: Subject
-    if track is not None:
+    if asked.track is not None:
+        objects = {"classifier": classifier, "images": images, "labels": labels, "norm": norm}
         doubled = [key for key, value in objects.items() if value is not None]
         if doubled:
             raise BadRequest(
                 f"{doubled[0]}: track {track!r} has its own; leave out one of the two."
             )
-        base = own.subject(BASE, track)
-        place = device or "cpu"
+        base, home = own.subject(BASE, asked.track), asked.device or "cpu"
+        if home == "cuda" and not torch.cuda.is_available():
+            raise BadRequest("device='cuda': this torch sees no GPU.")
     else:
-        base = _base(**objects, eps=eps)
-        place = device or base.home
-    few = base.data().select(base.ids()[:FEW])[0].to(place)
-    mine = given_on(base, name, _as_purifier(purifier, few, sites), place)
-    registry = ScriptRegistry(own, {BASE: base, name: mine}, attack)
+        base = _base(classifier, images, labels, asked.norm, asked.eps)
+        home = base.home
+        if asked.device not in (None, home):
+            raise BadRequest(
+                f"device={device!r}, but the images are on {home}: move images, classifier and "
+                "purifier, and leave out the device."
+            )
+    few = base.data().select(base.ids()[:FEW])[0].to(home)
+    mine = given_on(base, asked.name, _as_purifier(purifier, few, asked.sites), home)
+    if not isinstance(mine.purifier, Taped):
+        check_sites(mine.defense(), few)
+    registry = ScriptRegistry(own, {BASE: base, asked.name: mine}, attack)
     planned = plan(
         registry,
         base.track.name,
-        [name, BASE],
-        [threats] if isinstance(threats, str) else list(threats),
+        [asked.name, BASE],
+        asked.threats or [],
         attack=registry.attack_name,
-        seed=seed,
-        device=place,
+        seed=asked.seed,
+        device=home,
         overrides=Overrides(
-            effort=dict(options or {}),
-            eps=eps,
-            draws=draws,
-            examples=examples,
-            batch_size=batch_size,
-            max_batch=max_batch,
+            effort=asked.options or {},
+            eps=asked.eps,
+            draws=asked.draws,
+            examples=asked.examples,
+            batch_size=asked.batch_size,
+            max_batch=asked.max_batch,
         ),
     )
-    jobs = [item.job for item in planned if item.instead is None]
-    folder = places.cache() / "scripts" if out is None else Path(out)
-    paths, memo = [], Memo()
-    for job in jobs:
-        with progress_of_job(
-            Console(stderr=True, quiet=quiet, markup=False), job.label
-        ) as progress:
-            paths.append(execute(job, folder, progress=progress, memo=memo))
-    return Report.of(name, paths, registry)
+    console, memo = Console(stderr=True, quiet=quiet, markup=False), Memo()
+    paths = []
+    for job in (item.job for item in planned if item.instead is None):
+        with progress_of_job(console, job.label) as progress:
+            folder = _cache_of(job) if out is None else Path(out)
+            paths.append(execute(job, folder, resume=resume, progress=progress, memo=memo))
+    same = {
+        item.job.threat.name: (
+            item.instead.threat.name,
+            why_same(item.job, item.instead.threat.entry),
+        )
+        for item in planned
+        if item.instead is not None and item.job.subject.name == asked.name
+    }
+    return Report.of(asked.name, paths, registry, same)
+
+
+def _listed(names: object) -> object:
+    """One name or several as a list."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        return [names]
+    return list(names)
+
+
+def _cache_of(job: Job) -> Path:
+    """A folder of its own for each request: what is asked otherwise never meets it."""
+    digest = sha256(json.dumps(job.identity(), sort_keys=True).encode()).hexdigest()
+    return places.cache() / "scripts" / digest[:16]
 
 
 def _base(
@@ -187,12 +308,17 @@ def _as_purifier(
         BadRequest: Sites are given for a purifier that says its own.
         NotConforming: The module's draws can't be told apart.
     """
-    if not isinstance(purifier, Taped) and not hasattr(purifier, "sites"):
+    found = None if isinstance(purifier, Taped) else getattr(purifier, "sites", None)
+    if found is None and not isinstance(purifier, Taped):
         taped = Taped(purifier, sites)
         taped.probe(few)
         return taped
     if sites is not None:
         raise BadRequest("sites: this purifier says itself where it draws.")
+    if found is not None and not isinstance(found, frozenset):
+        raise BadRequest(f"the purifier's sites are a {type(found).__name__}: give a frozenset.")
+    if isinstance(purifier, Taped) and purifier.unprobed:
+        purifier.probe(few)
     return cast(Purifier, purifier)
 
 
@@ -219,6 +345,7 @@ class Checked:
         return "\n".join([*lines, *(["", self.trace] if self.trace else [])])
 
 
+@_in_arguments()
 def check(
     purifier: Purifier | Callable[[Tensor], Tensor],
     classifier: Classifier,
@@ -238,17 +365,16 @@ def check(
         BadRequest: An argument can't be right.
         NotConforming: A module's draws can't be told apart.
     """
-    from dbp_bench.checks.conformance import IMAGES, check_subject
-
-    few = images[:IMAGES]
+    asked, few = _Asked.of(sites=sites), images[:IMAGES]
     labels = torch.zeros(len(few), dtype=torch.int64)
     base = base_of(classifier, few, labels, "linf", 0.0)
-    made = _as_purifier(purifier, few, sites)
+    made = _as_purifier(purifier, few, asked.sites)
     subject = given_on(base, "mine", made, base.home)
     trace = str(made.record) if isinstance(made, Taped) else ""
     return Checked(dict(check_subject(subject)), trace)
 
 
+@_in_arguments()
 def load_defense(
     name: str,
     track: str,
@@ -289,7 +415,8 @@ class LoadedTrack:
 
     @cached_property
     def _pairs(self) -> tuple[Tensor, Tensor]:
-        return self.subject.data(verified=True).select(self.subject.ids())
+        with _in_arguments():
+            return self.subject.data(verified=True).select(self.subject.ids())
 
     @property
     def images(self) -> Tensor:
@@ -307,6 +434,7 @@ class LoadedTrack:
         return self.subject.defense().classifier
 
 
+@_in_arguments()
 def load_track(
     name: str, *, data: str | Path | None = None, entries: Sequence[str | Path] = ()
 ) -> LoadedTrack:

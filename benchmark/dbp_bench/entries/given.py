@@ -1,12 +1,13 @@
 """Objects in place of entries: a purifier, a classifier and images that a script has at hand."""
 
 import json
-from collections.abc import Callable, Mapping
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,12 @@ from dbp_bench.entries.fields import Entry, NetworkRef, check_eps
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
 from dbp_bench.entries.track import OwnImages, Track
-from dbp_bench.errors import BadRequest
+from dbp_bench.errors import BadRequest, NotConforming, did_you_mean
 from dbp_bench.memory import Policy
-from dbp_bench.noise import Tape
+from dbp_bench.noise import Noise, Site, Tape
 from dbp_bench.taped import Taped
+from dbp_bench.taped.guards import named
+from dbp_bench.taped.purifier import freeze, run
 from dbp_bench.threat import Attack, Norm
 
 BASE = "none"
@@ -37,8 +40,9 @@ Classifier = Callable[[Tensor], Tensor]
 _SCRIPT = Path("<script>")
 """Stands where messages name an entry's file."""
 _BATCH, _MAX_BATCH = 64, 256
+FEW = 4
+"""Images on which objects are tried."""
 
-T = TypeVar("T")
 E = TypeVar("E", bound=Strict)
 
 
@@ -57,12 +61,14 @@ class Given(Subject):
     """A defense made of objects, on a track or on images that were given."""
 
     purifier: Purifier
-    classifier: Classifier
+    classifier: nn.Module
     held: DataSet
     digests: Mapping[str, str]
     """What stands for the objects, by role; the same for objects that do the same."""
     home: str
     """The device that the objects are on."""
+    networks: Sequence[nn.Module] = field(default=(), repr=False)
+    """The denoising networks, whose calls are counted."""
 
     @property
     def facts(self) -> Facts:
@@ -94,47 +100,59 @@ class Given(Subject):
     def defense(
         self,
         *,
-        device: "torch.device | str" = "cpu",
+        device: "torch.device | str" = "cpu",  # noqa: ARG002
         dtype: torch.dtype | None = None,
         policy: Policy = "auto",
         options: Mapping[str, Any] | None = None,
         votes: int | None = None,
     ) -> Defense:
-        """The defense; in another precision, a copy of it.
+        """The defense; in float64 it is the same objects, whose weights are widened as they go.
 
         Raises:
-            BadRequest: Other options or votes are asked for, or another device than the objects'.
+            BadRequest: Other options or votes are asked for.
         """
         if options or votes:
             raise BadRequest(f"{self.name}: a defense that a script gives has no options.")
-        if torch.device(device).type != self.home:
-            raise BadRequest(
-                f"device={str(device)!r}, but the purifier and the classifier were tried on "
-                f"{self.home}: move them, and give that device."
-            )
-        purifier, classifier = self.purifier, self.classifier
-        if dtype not in (None, torch.float32):
-            purifier, classifier = _as_type(purifier, dtype), _as_type(classifier, dtype)
-        module = classifier if isinstance(classifier, nn.Module) else _Function(classifier)
-        defense = Defense(purifier, module, (), policy, classes=self.facts.classes)
-        for network in _modules(purifier):
-            network.register_forward_pre_hook(defense.count)
+        wide = dtype == torch.float64 and not isinstance(self.purifier, Taped)
+        purifier = _Wide(self.purifier) if wide else self.purifier
+        defense = Defense(purifier, self.classifier, (), policy, classes=self.facts.classes)
+        _count_calls(defense, self.networks)
         return defense
 
 
-def _as_it_is(logits: Tensor) -> Tensor:
-    return logits
+@dataclass(frozen=True)
+class _Wide:
+    """A purifier in float64, whose networks stay in float32."""
+
+    inner: Purifier
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """The sites at which it draws."""
+        return self.inner.sites
+
+    def __call__(self, images: Tensor, noise: Noise) -> Tensor:
+        """Purified images."""
+        return run(lambda given: self.inner(given, noise), images, noise, None, alone=False)
 
 
-class _Function(nn.Module):
-    """A function as a module."""
+class _Classifier(nn.Module):
+    """A classifier, module or function, which takes float64 too where its weights are float32."""
 
     def __init__(self, function: Classifier) -> None:
         super().__init__()
         self.function = function
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.function(images)
+    def forward(self, images: Tensor) -> Any:
+        if images.dtype != torch.float64:
+            return self.function(images)
+        return run(self._logits, images, Tape.make(0, "script", [0]), None, alone=False)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        answer: Any = self.function(images)
+        answer = answer.get("logits") if isinstance(answer, Mapping) else answer
+        logits: Tensor = getattr(answer, "logits", answer)
+        return logits
 
 
 def base_of(
@@ -145,15 +163,16 @@ def base_of(
     Raises:
         BadRequest: Images, labels or logits have another form or range than they must.
     """
-    if norm not in get_args(Norm):
-        raise BadRequest(f"norm={norm!r}: linf, l2 or l1.")
     try:
         check_eps(norm, eps)
     except ValueError as error:
         raise BadRequest(str(error)) from None
     images, labels = _checked_images(images), _checked_labels(labels, images)
-    logits = _checked_logits(classifier, images)
+    module = _Classifier(classifier)
+    logits = _checked_logits(module, images)
     n, classes = len(images), logits.shape[1]
+    if classes < 2:
+        raise BadRequest("classifier: it gives one logit for each image: give one for each class.")
     if int(labels.max()) >= classes:
         raise BadRequest(
             f"labels: {int(labels.max())} is there, but the classifier tells {classes} classes "
@@ -188,7 +207,7 @@ def base_of(
         BASE,
         Declared(where, _SCRIPT, track),
         Identity(),
-        classifier,
+        module,
         held,
         {"classifier": digest},
         images.device.type,
@@ -199,31 +218,39 @@ def given_on(base: Subject, name: str, purifier: Purifier, device: str) -> Given
     """The defense called `name`, of `purifier` and the classifier of `base`, on its images.
 
     A purifier that gives logits is a whole defense: no classifier follows it.
+
+    Raises:
+        NotConforming: The purifier stops, or returns something else than it must.
     """
-    if isinstance(base, Given):
-        classifier = base.classifier
-    else:
-        classifier = base.defense(device=device).classifier
     few = base.data().select(base.ids()[:FEW])[0].to(device)
     tape = Tape.make(0, "script", range(len(few)))
-    with torch.no_grad():
-        purified = purifier(few.clone(), tape)
-    if purified.dim() == 2:
-        classifier = _as_it_is
+    with _watched() as calls, named(), torch.no_grad():
+        purified: object = purifier(few.clone(), tape)
+    if not isinstance(purified, Tensor) or (purified.dim() != 2 and purified.shape != few.shape):
+        what = tuple(purified.shape) if isinstance(purified, Tensor) else type(purified).__name__
+        raise NotConforming(
+            f"the purifier returns {what} for images {tuple(few.shape)}: it must return images of "
+            "that shape, or logits (b, k) where it is a whole defense."
+        )
+    if purified.dtype != few.dtype or purified.device != few.device:
+        raise NotConforming(
+            f"the purifier returns {purified.dtype} on {purified.device} for {few.dtype} on "
+            f"{few.device}: it must return the type and device that came in."
+        )
+    for call in calls:
+        freeze(call.module)
     digests = {role: found for role, found in base.weights().items() if found is not None}
+    is_whole = purified.dim() == 2
     return _subject(
         name,
         base.track,
         purifier,
-        classifier,
+        nn.Identity() if is_whole else base.defense(device=device).classifier,
         base.data(),
         {**digests, "purifier": fingerprint(purified)},
         device,
+        _denoisers(calls, getattr(purifier, "module", purifier)),
     )
-
-
-FEW = 4
-"""Images on which objects are tried."""
 
 
 def fingerprint(values: Tensor) -> str:
@@ -235,10 +262,11 @@ def _subject(
     name: str,
     track: Entry[Track],
     purifier: Purifier,
-    classifier: Classifier,
+    classifier: nn.Module,
     held: DataSet,
     digests: Mapping[str, str],
     home: str,
+    networks: Sequence[nn.Module] = (),
 ) -> Given:
     record = purifier.record if isinstance(purifier, Taped) else None
     options = {} if record is None else {"taped": json.loads(record.to_json())}
@@ -252,7 +280,84 @@ def _subject(
         settings=[setting],
     )
     declared = Declared(name, _SCRIPT / name, entry)
-    return Given(track, declared, setting, Builder(), purifier, classifier, held, digests, home)
+    return Given(
+        *(track, declared, setting, Builder()),
+        *(purifier, classifier, held, digests, home, networks),
+    )
+
+
+# ---------------------------------------------------------------------- the calls that are counted
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a torch module."""
+
+    module: nn.Module
+    inside: tuple[nn.Module, ...]
+    """The modules whose calls were running, outermost first."""
+    denoises: bool
+    """Whether it maps images, and another tensor such as a time, to something of their size."""
+
+
+@contextmanager
+def _watched() -> Iterator[list[_Call]]:
+    """The calls of torch modules that are made inside."""
+    calls: list[_Call] = []
+    running: list[nn.Module] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(module)
+
+    def leave(module: nn.Module, args: Any, given: Any, out: Any) -> None:
+        running.pop()
+        tensors = [t for t in (*args, *given.values()) if isinstance(t, Tensor)]
+        out = getattr(out, "sample", out)
+        out = out[0] if isinstance(out, tuple) and out else out
+        denoises = (
+            len(tensors) > 1
+            and isinstance(out, Tensor)
+            and tensors[0].dim() == out.dim() == 4
+            and tensors[0].shape[2:] == out.shape[2:]
+        )
+        calls.append(_Call(module, tuple(running), denoises))
+
+    hooks = nn.modules.module
+    handles = (
+        hooks.register_module_forward_pre_hook(enter),
+        hooks.register_module_forward_hook(leave, with_kwargs=True),
+    )
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _denoisers(calls: Sequence[_Call], whole: object) -> list[nn.Module]:
+    """The denoising networks among the modules that the purifier `whole` called.
+
+    They take a time beside the images. Where none does, the only module that is called is one; of
+    several, nobody can tell, and the calls of the purifier itself are counted.
+    """
+    all_of_them = {call.module for call in calls if call.denoises}
+    found = {c.module for c in calls if c.denoises and all_of_them.isdisjoint(c.inside)}
+    if not found:
+        found = {c.module for c in calls if c.module is not whole and {*c.inside} <= {whole}}
+    if len(found) > 1 and not all_of_them:
+        found = set()
+    return list(found) or [c.module for c in calls if c.module is whole][:1]
+
+
+def _count_calls(defense: Defense, networks: Sequence[nn.Module]) -> None:
+    """Count calls of the `networks` for as long as the `defense` lives."""
+    counter = defense.counter
+
+    def count(_: nn.Module, args: Any, given: Any) -> None:
+        counter.add(len(next(t for t in (*args, *given.values()) if isinstance(t, Tensor))))
+
+    for network in networks:
+        finalize(defense, network.register_forward_pre_hook(count, with_kwargs=True).remove)
 
 
 class ScriptRegistry(Registry):
@@ -308,16 +413,26 @@ class _WithAttack(Builder):
         missing = [m for m in ("__call__", "evaluations", "unfit") if not hasattr(self.given, m)]
         if missing:
             raise BadRequest(
-                f"attack: {name} has no method {missing[0]}; `dbp-bench new attack` writes one "
-                "that has all."
+                f"attack: {name} has no method {missing[0]}; see dbp_bench.Attack for all."
             )
-        attack: Attack = replace(self.given, **options) if options else self.given
+        if isinstance(self.given, type):
+            raise BadRequest(f"attack: {name} is a class: give an object, {self.given.__name__}().")
+        known = [each.name for each in fields(self.given)] if is_dataclass(self.given) else []
+        for option in options:
+            if option not in known:
+                raise BadRequest(
+                    f"options: {name} has no field {option!r}.{did_you_mean(option, known)}"
+                )
+        try:
+            attack: Attack = replace(self.given, **options) if options else self.given
+        except (TypeError, ValueError) as error:
+            raise BadRequest(f"options: {name}: {error}") from None
         return attack
 
 
 def _name_of(attack: object) -> str:
     """The dotted path of an attack's class."""
-    kind = type(attack)
+    kind = attack if isinstance(attack, type) else type(attack)
     return f"{kind.__module__}:{kind.__qualname__.rpartition('.')[2]}"
 
 
@@ -331,7 +446,7 @@ def _checked_images(images: Tensor) -> Tensor:
             f"images: {form}: give a float tensor (n, c, h, w) in [0, 1], such as "
             "torch.from_numpy(array).permute(0, 3, 1, 2) / 255."
         )
-    if not len(images):
+    if not images.numel():
         raise BadRequest("images: there is none.")
     if images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
         raise BadRequest(f"images: {form}: channels come second; give images.permute(0, 3, 1, 2).")
@@ -340,6 +455,8 @@ def _checked_images(images: Tensor) -> Tensor:
         remedy = "Normalise inside the purifier and the classifier, not before."
         if low >= 0 and high > 2:
             remedy = "Divide by 255."
+        if not (low - low == high - high == 0):
+            remedy = "Leave out what is not finite."
         raise BadRequest(f"images: in {low:.3g} ... {high:.3g}, where [0, 1] is wanted. {remedy}")
     return images.detach().float()
 
@@ -357,33 +474,11 @@ def _checked_labels(labels: Tensor, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _checked_logits(classifier: Classifier, images: Tensor) -> Tensor:
+def _checked_logits(classifier: nn.Module, images: Tensor) -> Tensor:
     few = images[:FEW]
-    if isinstance(classifier, nn.Module):
-        classifier.eval()
+    classifier.eval()
     try:
-        logits = Defense(Identity(), _Function(classifier)).logits(few, Tape.make(0, "script", [0]))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise BadRequest(
-            f"classifier: it fails on the images: {' '.join(str(error).split())[:300]}"
-        ) from None
-    return logits
-
-
-def _as_type(value: T, dtype: torch.dtype) -> T:
-    """A copy in another precision, of modules and of objects that hold modules."""
-    made = deepcopy(value)
-    inner = getattr(made, "module", made)
-    for module in [inner] if isinstance(inner, nn.Module) else _modules(inner):
-        module.to(dtype)
-    return made
-
-
-def _modules(purifier: object) -> list[nn.Module]:
-    """The networks of a purifier: the parts of a module, or the modules that an object holds."""
-    inner = getattr(purifier, "module", purifier)
-    if isinstance(inner, nn.Module):
-        return list(inner.children()) or [inner]
-    return [
-        value for value in getattr(inner, "__dict__", {}).values() if isinstance(value, nn.Module)
-    ]
+        with named():
+            return Defense(Identity(), classifier).logits(few, Tape.make(0, "script", [0]))
+    except NotConforming as error:
+        raise BadRequest(str(error).replace("the module", "the classifier", 1)) from None

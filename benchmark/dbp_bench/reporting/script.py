@@ -1,7 +1,7 @@
 """What an evaluation in a script found: a table that prints itself, and the results behind it."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import StringIO
@@ -37,12 +37,20 @@ class Report:
     """Its results and those of the base classifier, with their files."""
     board: Leaderboard
     """What they say together."""
+    same: Mapping[str, tuple[str, str]]
+    """By threat that was not run: the one that measures the same of this defense, and why."""
 
     @classmethod
-    def of(cls, name: str, paths: Sequence[Path], registry: Registry) -> "Report":
+    def of(
+        cls,
+        name: str,
+        paths: Sequence[Path],
+        registry: Registry,
+        same: Mapping[str, tuple[str, str]],
+    ) -> "Report":
         """The report of the defense called `name` on the result files at `paths`."""
         records = [read_record(path) for path in paths]
-        return cls(name, records, leaderboard(records, registry))
+        return cls(name, records, leaderboard(records, registry), same)
 
     @property
     def results(self) -> list[Result]:
@@ -66,9 +74,10 @@ class Report:
             BadRequest: It was not measured.
         """
         mine = {each.threat: each for each in self.results if each.defense == self.name}
-        if threat not in mine:
+        known = self.same.get(threat, (threat, ""))[0]
+        if known not in mine:
             raise BadRequest(f"threat {threat!r} was not measured.{did_you_mean(threat, mine)}")
-        return accuracies(mine[threat]).robust
+        return accuracies(mine[known]).robust
 
     @cached_property
     def frame(self) -> pd.DataFrame:
@@ -82,6 +91,7 @@ class Report:
                 "attack": result.label,
                 "images": len(result.ids),
                 "draws": len(result.draws),
+                "nfe": result.evaluations.nfe,
             }
             estimates = {"clean": found.clean, "robust": found.robust, "fresh": found.fresh}
             for key, value in estimates.items():
@@ -133,5 +143,7 @@ class Report:
                 table.add_row(heading, found.percent())
             console.print("")
             console.print(table)
+        for threat, (other, why) in self.same.items():
+            console.print(f"{threat} measures the same as {other}, since {why}.")
         for remark in remarks(self.results):
             console.print(remark)

@@ -8,6 +8,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dbp_bench import memory
 from dbp_bench.errors import NotConforming, brief
@@ -70,6 +72,11 @@ class Taped:
                 "probe(images) with a few images of the data set before a run."
             )
         return self._record
+
+    @property
+    def unprobed(self) -> bool:
+        """True where nothing is known of the module's draws yet."""
+        return self._record is None
 
     @property
     def sites(self) -> frozenset[Site]:
@@ -203,13 +210,35 @@ class _Run:
 
 @contextmanager
 def _numbers(wide: bool) -> Iterator[None]:
-    """Numbers of no stated type are float64 where a run is `wide`, so that it meets no float32."""
+    """Where a run is `wide`, numbers of no stated type are float64, and so is what meets float64.
+
+    The module's weights stay in float32, and are widened where they are used.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if wide else before)
     try:
-        yield
+        with _Widening() if wide else nullcontext():
+            yield
     finally:
         torch.set_default_dtype(before)
+
+
+class _Widening(TorchFunctionMode):
+    """Gives operations float64 in place of float32 where they are given both."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = (args, kwargs or {})
+        met = {leaf.dtype for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
+        in_place = getattr(func, "__name__", "").endswith("_")
+        if {torch.float32, torch.float64} <= met and not in_place:
+            given = tree_map_only(Tensor, _widened, given)
+        return func(*given[0], **given[1])
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.dtype == torch.float32 else tensor
 
 
 def _call(module: Module, images: Tensor) -> Tensor:
