@@ -20,13 +20,16 @@ class HiddenDDPM(nn.Module):
     the first shapes the gradient of the second when they are run again; None: neither.
     """
 
-    def __init__(self, network: nn.Module, reentrant: bool | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, reentrant: bool | None = None, t_star: int = 60, steps: int = 4
+    ) -> None:
         super().__init__()
         self.network, self.reentrant = network, reentrant
+        self.grid = LINEAR.grid(t_star, steps)
 
     def forward(self, images: Tensor) -> Tensor:
         x = to_diffusion(images)
-        grid = LINEAR.grid(60, 4)
+        grid = self.grid
         z = Diffusion(LINEAR.signal(), x, torch.randn_like(x))(grid[0][0])
         for steps in (grid[:2], grid[2:]):
             if self.reentrant is None:

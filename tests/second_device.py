@@ -27,31 +27,34 @@ class MixedDevices(RuntimeError):
 class Far(Tensor):
     """A tensor that says it is on the second device."""
 
-    inner: Tensor
+    near: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> "Far":  # noqa: ANN001
-        out: Far = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    def __new__(cls, near: Tensor) -> "Far":  # noqa: ANN001
+        out: Far = Tensor._make_wrapper_subclass(
             cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
+            near.shape,
+            strides=near.stride(),
+            storage_offset=near.storage_offset(),
+            dtype=near.dtype,
             device=DEVICE,
             requires_grad=False,
         )
-        out.inner = inner
+        out.near = near
         return out
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         return _run(func, args, kwargs or {})
 
 
-class SecondDevice(TorchDispatchMode):
+class SecondDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, factories that are asked for the second device make far tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
@@ -74,14 +77,14 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is _aten.copy_.default:
         return args[0]
     in_place = func._schema.is_mutable and args and isinstance(args[0], Far)
-    if in_place and out is args[0].inner:
+    if in_place and out is args[0].near:
         return args[0]
     goes_far = bool(far) if device is None else torch.device(device).type == DEVICE.type
     return tree_map(_outer, out) if goes_far else out
 
 
 def _inner(value: Any) -> Any:
-    return value.inner if isinstance(value, Far) else value
+    return value.near if isinstance(value, Far) else value
 
 
 def _outer(value: Any) -> Any:

@@ -9,8 +9,9 @@ from dbp_bench import attacks, evaluation
 from dbp_bench.data import load_data
 from dbp_bench.entries.registry import Registry
 from dbp_bench.evaluation import Attacked, Group
+from dbp_bench.training.loop import Options
 from dbp_bench.training.recipes import changed, recipe
-from dbp_bench.training.run import Options, run
+from dbp_bench.training.run import run
 from dbp_bench.weights.files import load
 from second_device import DEVICE, MixedDevices, SecondDevice
 
@@ -84,7 +85,7 @@ def test_training(name: str, tmp_path: Path) -> None:
 
     def trained(device: torch.device) -> dict[str, torch.Tensor]:
         out = tmp_path / device.type
-        run(made, data, out, Options(device=device), lambda _: None)
+        run(made, data, out, Options(device=device), lambda *_: None)
         return load(out / made.file)
 
     wanted = trained(torch.device("cpu"))

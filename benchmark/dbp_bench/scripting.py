@@ -207,6 +207,7 @@ def evaluate(
     place = None if data is None else Path(data)
     own = Registry([Path(folder) for folder in entries], trust_code=trust_code, data=place)
     base: Subject
+    home: str
     if asked.track is not None:
         objects = {"classifier": classifier, "images": images, "labels": labels, "norm": norm}
         doubled = [key for key, value in objects.items() if value is not None]
@@ -310,7 +311,7 @@ def _as_purifier(
     """
     found = None if isinstance(purifier, Taped) else getattr(purifier, "sites", None)
     if found is None and not isinstance(purifier, Taped):
-        taped = Taped(purifier, sites)
+        taped = Taped(cast(Callable[[Tensor], Tensor], purifier), sites)
         taped.probe(few)
         return taped
     if sites is not None:

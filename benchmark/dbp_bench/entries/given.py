@@ -245,7 +245,7 @@ def given_on(base: Subject, name: str, purifier: Purifier, device: str) -> Given
         name,
         base.track,
         purifier,
-        nn.Identity() if is_whole else base.defense(device=device).classifier,
+        nn.Identity() if is_whole else _Classifier(base.defense(device=device).classifier),
         base.data(),
         {**digests, "purifier": fingerprint(purified)},
         device,
@@ -280,10 +280,8 @@ def _subject(
         settings=[setting],
     )
     declared = Declared(name, _SCRIPT / name, entry)
-    return Given(
-        *(track, declared, setting, Builder()),
-        *(purifier, classifier, held, digests, home, networks),
-    )
+    made = (purifier, classifier, held, digests, home, networks)
+    return Given(track, declared, setting, Builder(), *made)
 
 
 # ---------------------------------------------------------------------- the calls that are counted

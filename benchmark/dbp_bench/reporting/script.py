@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
@@ -50,7 +50,15 @@ class Report:
     ) -> "Report":
         """The report of the defense called `name` on the result files at `paths`."""
         records = [read_record(path) for path in paths]
-        return cls(name, records, leaderboard(records, registry), same)
+        # The board compares what one attack left; here that is the one that was asked for.
+        asked = [
+            replace(
+                record, result=record.result.model_copy(update={"attack": own, "setting": None})
+            )
+            for record in records
+            for own in [registry.threat(record.result.threat).entry.attack]
+        ]
+        return cls(name, records, leaderboard(asked, registry), same)
 
     @property
     def results(self) -> list[Result]:
