@@ -1,6 +1,5 @@
 """Objects in place of entries: a purifier, a classifier and images that a script has at hand."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -268,9 +267,7 @@ def _subject(
     home: str,
     networks: Sequence[nn.Module] = (),
 ) -> Given:
-    record = purifier.record if isinstance(purifier, Taped) else None
-    options = {} if record is None else {"taped": json.loads(record.to_json())}
-    setting = Setting(tracks=[track.name], options=options, networks={})
+    setting = Setting(tracks=[track.name], options={}, networks={})
     entry = DefenseEntry(
         title="The base classifier" if name == BASE else f"{name}, given by a script",
         kind="control" if name == BASE else "defense",
