@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dbp_bench.defense import Purifier as Purifier
     from dbp_bench.noise import Noise as Noise
     from dbp_bench.noise import Site as Site
+    from dbp_bench.purifiers.diffusers import from_diffusers as from_diffusers
     from dbp_bench.reporting.script import Report as Report
     from dbp_bench.scripting import check as check
     from dbp_bench.scripting import evaluate as evaluate
@@ -31,6 +32,7 @@ _HOMES = {
     "Taped": "taped",
     "check": "scripting",
     "evaluate": "scripting",
+    "from_diffusers": "purifiers.diffusers",
     "load_defense": "scripting",
     "load_track": "scripting",
 }
