@@ -120,6 +120,7 @@ EXCEPTED = {
     'pip install ".[data]"': "needs the network",
     'pip install ".[figures]"': "needs the network",
     'pip install "dbp-bench[data]"': "needs the network",
+    'pip install "dbp-bench[diffusers]"': "needs the network; .ci/run installs",
     "pip install dbp-bench .": "needs the network; .ci/run installs",
     "pip install torch": "needs the network",
     "pytest -m gpu": "a marker, and pytest is strict about those",

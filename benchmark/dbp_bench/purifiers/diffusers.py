@@ -270,7 +270,8 @@ def _check_scheduler(scheduler: Scheduler, options: Mapping[str, Any]) -> None:
     lacking = [
         p.name
         for p in takes.values()
-        if p.default is p.empty and p.name not in (*first, *options) and p.kind != p.VAR_KEYWORD
+        if ((p.default is p.empty and p.kind != p.VAR_KEYWORD) or p.name == "prev_timestep")
+        and p.name not in (*first, *options)
     ]
     if lacking or tuple(takes)[:3] != first:
         what = lacking[0] if lacking else "other arguments than the prediction, t and the sample"
@@ -391,7 +392,7 @@ class _Pipeline:
             file = _on_hub(pipeline, revision)
         else:
             raise BadWeights(
-                f"{said}: no such folder, and no hub id such as google/ddpm-cifar10-32."
+                f"{said}: no such folder, nor a hub id such as google/ddpm-cifar10-32."
             )
         index = _table(file("model_index.json"))
         _check_index(index, said)
