@@ -23,6 +23,7 @@ from dbp_bench.purifiers import diffusers as purifiers
 from dbp_bench.purifiers.ddpm import DDIM, DDPM
 from dbp_bench.purifiers.dpm_solver import DPMSolver
 from dbp_bench.weights import files
+from dbp_bench.weights.catalog import DIFFUSERS as WEIGHTS
 from dbp_bench.weights.download import NoDownload
 from own_entries import folder, toy_defense
 from toys import BOTH, GaussianDenoiser, Small, SmallDenoiser, normal, uniform
@@ -37,6 +38,20 @@ pytestmark = pytest.mark.filterwarnings(
 IMAGES = 0.3 + 0.4 * uniform(4, 1, 8, 8)
 TAPE = Tape.make(3, "victim", range(4))
 LARGE = {"variance_type": "fixed_large"}
+
+
+SETTINGS = {
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "center_input_sample": False,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-6,
+    "time_embedding_type": "positional",
+}
+"""The settings of google/ddpm-cifar10-32, but for its size."""
 
 
 def scheduler(name: str, **settings: Any) -> Any:
@@ -56,7 +71,7 @@ def small_unet(channels: int = 1) -> nn.Module:
             down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
             norm_num_groups=4,
-            attention_head_dim=None,
+            **SETTINGS,
         )
     return network
 
@@ -134,6 +149,28 @@ def test_memory_is_saved_and_nothing_else_changes() -> None:
     ]
     for one, other in zip(*map(purified, both), strict=True):
         assert torch.equal(one, other)
+
+
+def test_script_evaluates_it(tmp_path: Path) -> None:
+    made = dbp.from_diffusers(SmallDenoiser(), OwnDDIM(), t_star=20, steps=2, image=(1, 8, 8))
+    report = dbp.evaluate(
+        made,
+        Small(),
+        IMAGES,
+        torch.arange(4) % 2,
+        norm="linf",
+        eps=8 / 255,
+        threats=["dwbox"],
+        options={"steps": 1},
+        draws=3,
+        name="my-pipeline",
+        out=tmp_path,
+        quiet=True,
+    )
+    assert "my-pipeline" in str(report)
+    results = list(tmp_path.rglob("my-pipeline/**/*.json"))
+    assert results
+    assert all("randn_like" in result.read_text() for result in results)  # the probe's record
 
 
 def test_what_is_missing_is_said() -> None:
@@ -272,17 +309,26 @@ def test_ancestral_samplers_give_the_data_back(name: str, options: dict[str, Any
 
 
 def flat(saved: Path) -> None:
-    """All files in one folder, as google/ddpm-cifar10-32 has them, with attention's old names."""
+    """As google/ddpm-cifar10-32 is: one folder, old names of attention, the settings of its time."""
     from safetensors.torch import load_file, save_file
 
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    weights = load_file(saved / "unet" / purifiers.WEIGHTS[0])
+    weights = load_file(saved / "unet" / WEIGHTS[0])
     for new, name in old.items():
         weights = {key.replace(f".{new}.", f".{name}."): value for key, value in weights.items()}
-    save_file(weights, saved / purifiers.WEIGHTS[0])
-    shutil.move(saved / "unet" / "config.json", saved / "config.json")
-    shutil.move(saved / "scheduler" / "scheduler_config.json", saved / "scheduler_config.json")
-    shutil.rmtree(saved / "unet")
+    save_file(weights, saved / WEIGHTS[0])
+    network = {*SETTINGS, "sample_size", "in_channels", "out_channels", "layers_per_block"}
+    network |= {"block_out_channels", "down_block_types", "up_block_types", "norm_num_groups"}
+    noise = {"beta_end", "beta_schedule", "beta_start", "clip_sample", "num_train_timesteps"}
+    noise |= {"trained_betas", "variance_type"}
+    for part, name, keys in (
+        ("unet", "config.json", network),
+        ("scheduler", "scheduler_config.json", noise),
+    ):
+        table = json.loads((saved / part / name).read_text())
+        kept = {key: table[key] for key in ("_class_name", *sorted(keys))}
+        (saved / name).write_text(json.dumps({**kept, "_diffusers_version": "0.1.1"}))
+        shutil.rmtree(saved / part)
 
 
 @pytest.mark.extras
@@ -345,7 +391,7 @@ def test_every_check_passes(unet: nn.Module, name: str) -> None:
 
 
 def entry(saved: Path, **changes: Any) -> dict[str, Any]:
-    sha256 = files.digest(saved / "unet" / purifiers.WEIGHTS[0])
+    sha256 = files.digest(saved / "unet" / WEIGHTS[0])
     options = {"pipeline": str(saved), "sha256": sha256, "t_star": 20, "steps": 4}
     options |= {"scheduler": "EulerAncestralDiscreteScheduler", **changes}
     return toy_defense("dbp_bench.purifiers.diffusers:Diffusers", ["forward", "reverse"], **options)
@@ -386,13 +432,17 @@ def write(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**table, **changes}))
 
 
+def no_table(saved: Path) -> None:
+    (saved / "model_index.json").write_text("[]")
+
+
 def as_pickle(saved: Path) -> None:
-    (saved / "unet" / purifiers.WEIGHTS[0]).rename(saved / "unet" / purifiers.WEIGHTS[1])
+    (saved / "unet" / WEIGHTS[0]).rename(saved / "unet" / WEIGHTS[1])
 
 
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "no index": (lambda p: (p / "model_index.json").unlink(), "no model_index.json: give the"),
-    "no table": (lambda p: (p / "model_index.json").write_text("[]") and None, "not a table"),
+    "no table": (no_table, "not a table"),
     "text": (
         lambda p: write(p / "model_index.json", text_encoder=["transformers", "CLIPTextModel"]),
         "a pipeline with text_encoder: only unconditional",
@@ -415,7 +465,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "pickle": (as_pickle, r"diffusion_pytorch_model\.bin: a pickle, .* refused"),
     "no weights": (
-        lambda p: (p / "unet" / purifiers.WEIGHTS[0]).unlink(),
+        lambda p: (p / "unet" / WEIGHTS[0]).unlink(),
         r"no unet/diffusion_pytorch_model\.safetensors",
     ),
     "other network": (
@@ -527,7 +577,7 @@ def test_page_shows_code_that_runs(
     (text,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
     declared = yaml.safe_load(text)
     (setting,) = declared["settings"]
-    setting["options"] |= {"sha256": files.digest(saved / purifiers.WEIGHTS[0])}
+    setting["options"] |= {"sha256": files.digest(saved / WEIGHTS[0])}
     setting["tracks"] = ["digits-linf"]
     entries = folder(tmp_path / "mine", defenses={"euler": declared})
     defense = Registry([entries]).subject("euler", "digits-linf").defense()

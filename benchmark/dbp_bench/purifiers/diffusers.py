@@ -67,8 +67,9 @@ def from_diffusers(
             at timestep 0; see :meth:`dbp_bench.purifiers.schedule.Schedule.grid`.
         step_options: Further arguments of the scheduler's ``step()``, such as ``{"eta": 1.0}``.
         save_memory: Whether the network runs again in the backward pass, in place of keeping what
-            it computed: a third more time, and the memory of one step for a gradient.
-        image: The shape (c, h, w) of an image, where the network has no ``config`` that says it.
+            it computed: more time, and the memory of one step, for a gradient.
+        image: The shape (c, h, w) of an image, where the network has no ``config`` that says it, or
+            is to run at another one.
         revision: The branch, tag or commit of a pipeline on the hub.
 
     Raises:
