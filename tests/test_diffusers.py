@@ -309,7 +309,7 @@ def test_ancestral_samplers_give_the_data_back(name: str, options: dict[str, Any
 
 
 def flat(saved: Path) -> None:
-    """As google/ddpm-cifar10-32 is: one folder, old names of attention, the settings of its time."""
+    """As google/ddpm-cifar10-32 is: one folder, attention under its old names, older settings."""
     from safetensors.torch import load_file, save_file
 
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
