@@ -405,6 +405,8 @@ def test_entry_builds_and_counts(saved: Path, tmp_path: Path, grad: bool) -> Non
     defense = subject.defense()
     made = dbp.from_diffusers(saved, "EulerAncestralDiscreteScheduler", t_star=20, steps=4)
     assert torch.equal(defense.purifier(IMAGES, TAPE), made(IMAGES, TAPE))
+    assert isinstance(defense.purifier, purifiers.Diffusers)
+    assert defense.purifier.record == made.record
     x = IMAGES.clone().requires_grad_(grad)
     before = defense.counter.images
     logits = defense.logits(x, TAPE)

@@ -28,7 +28,7 @@ from dbp_bench.extras import load_extra
 from dbp_bench.networks.ho import from_diffusers as renamed
 from dbp_bench.noise import Noise, Site, Tape
 from dbp_bench.purifiers.schedule import Schedule, to_diffusion, to_images
-from dbp_bench.taped import Taped
+from dbp_bench.taped import Record, Taped
 from dbp_bench.weights import files
 from dbp_bench.weights.catalog import DIFFUSERS as WEIGHTS
 from dbp_bench.weights.download import NoDownload, from_hub
@@ -133,6 +133,11 @@ class Diffusers:
     def sites(self) -> frozenset[Site]:
         """The sites at which it draws: ``forward``, and ``reverse`` where the scheduler draws."""
         return self._taped.sites
+
+    @property
+    def record(self) -> Record:
+        """What the scheduler draws; a result keeps it."""
+        return self._taped.record
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
         """Purified images ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1]."""
