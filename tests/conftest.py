@@ -49,6 +49,7 @@ def command(
 _NEEDS = {
     "test_apgd": "pyautoattack",
     "test_autoattack": "pyautoattack",
+    "test_diffusers": "diffusers",
     "test_square": "pyautoattack",
     "test_torchattacks": "torchattacks",
 }

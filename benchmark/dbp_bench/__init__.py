@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dbp_bench.defense import Defense, Purifier
     from dbp_bench.noise import Noise, Site
+    from dbp_bench.purifiers.diffusers import from_diffusers
     from dbp_bench.reporting.script import Report
     from dbp_bench.scripting import check, evaluate, load_defense, load_track
     from dbp_bench.taped import Taped
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "check",
     "evaluate",
+    "from_diffusers",
     "load_defense",
     "load_track",
 ]
@@ -39,8 +41,9 @@ _HOMES = {
     "Report": "reporting.script",
     "Site": "noise",
     "Taped": "taped",
+    "from_diffusers": "purifiers.diffusers",
 }
-"""The module of each name; the functions are in ``scripting``."""
+"""The module of each name; the others are in ``scripting``."""
 
 
 def __getattr__(name: str) -> Any:

@@ -101,7 +101,7 @@ LIBRARIES = frozenset(
     "IPython PIL _pytest autoattack click huggingface_hub httpx jinja2 joblib markupsafe "  # noqa: SIM905
     "matplotlib numpy pandas pkg_resources pluggy pyarrow pyautoattack pydantic pydantic_core "
     "pytest requests rich robustbench safetensors scipy setuptools shellingham skimage sklearn "
-    "sympy timm torch torchattacks torchvision tqdm typer urllib3 xdist yaml".split()
+    "sympy timm torch torchattacks torchvision tqdm typer urllib3 xdist yaml diffusers".split()
 )
 """Top-level packages that dbp-bench, or an extra of it, brings along."""
 

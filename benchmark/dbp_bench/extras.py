@@ -97,6 +97,12 @@ _EXTRAS = {
         files=("__init__.py", "models/__init__.py"),
         note="it keeps its weights in the cache of huggingface_hub",
     ),
+    "diffusers": _Extra(
+        packages=("diffusers",),
+        requirement="diffusers",
+        files=("__init__.py", "schedulers/__init__.py"),
+        note="for pipelines as purifiers (dbp_bench.from_diffusers)",
+    ),
 }
 
 EXTRAS = tuple(_EXTRAS)
@@ -126,7 +132,7 @@ def load_extra(name: str) -> Mapping[str, ModuleType]:
     ``autoattack`` gives ``autopgd_base``, ``fab_pt`` and ``square``, whose classes are the same
     in `autoattack` and `pyautoattack`; ``torchattacks`` gives ``torchattacks``; ``robustbench``
     gives ``robustbench``, ``model_zoo`` and ``utils``, for the model zoo only; ``figures`` gives
-    ``manifold`` of scikit-learn; ``timm`` gives ``timm``.
+    ``manifold`` of scikit-learn; ``timm`` gives ``timm``; ``diffusers`` gives ``diffusers``.
 
     Raises:
         BadExtra: It is missing, another package shadows it, or it fails to import.

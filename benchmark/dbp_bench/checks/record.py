@@ -25,7 +25,7 @@ from dbp_bench.errors import NotConforming
 from dbp_bench.evaluation import Group
 from dbp_bench.noise import OpaqueNoise, Site, Tape
 from dbp_bench.result import Conformance, GradientCheck
-from dbp_bench.taped import Taped
+from dbp_bench.taped import Record
 from dbp_bench.threat import AttackerView, Gradient, Revealed
 
 TOLERANCE: Final = 1e-4
@@ -115,7 +115,8 @@ def record(build: Build, group: Group, approach: Approach, memo: Memo | None = N
 def _taped(defense: Defense) -> dict[str, Any] | None:
     """The probe's record of a module under a tape; None of another purifier."""
     purifier = getattr(defense.purifier, "purifier", defense.purifier)  # resized
-    return json.loads(purifier.record.to_json()) if isinstance(purifier, Taped) else None
+    found = getattr(purifier, "record", None)
+    return json.loads(found.to_json()) if isinstance(found, Record) else None
 
 
 def _gradient(
