@@ -576,10 +576,7 @@ def plan(
     names = _names("--defense", defenses, registry.defenses)
     if "all" in names:
         registry.check_names("defenses")
-        entries = {name: registry.defense(name).entry for name in sorted(registry.defenses)}
-        names = [name for name, entry in entries.items() if track in entry.tracks]
-        if not names:
-            raise BadRequest(f"--defense all: no defense has a setting for track {track!r}.")
+        names = registry.defenses_of(track)
     threat_names = _names("--threat", threats, registry.threats)
     if "all" in threat_names:
         registry.check_names("attacks/threats")
