@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from dbp_bench.checks.record import Memo
 from dbp_bench.defense import Defense, Purifier
+from dbp_bench.entries.defense import BASE
 from dbp_bench.entries.fields import NAME
-from dbp_bench.entries.given import BASE, FEW, Classifier, Given, ScriptRegistry, base_of, given_on
+from dbp_bench.entries.given import FEW, Classifier, Given, ScriptRegistry, base_of, given_on
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import BadRequest

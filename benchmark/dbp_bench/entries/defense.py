@@ -11,6 +11,8 @@ from dbp_bench.errors import did_you_mean
 OWN_CLASSIFIER = "defense.classifier"
 """The role of a defense's own classifier in results, beside that of the track, "classifier"."""
 
+BASE = "none"
+"""The defense without a purifier: the base classifier of each track."""
 UNPURIFIED = "dbp_bench.purifiers.controls:Unpurified"
 """The factory of what is a classifier alone: it leaves images as they are."""
 

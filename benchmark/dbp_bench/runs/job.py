@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbp_bench import __version__, attacks, data
 from dbp_bench.entries import outside
+from dbp_bench.entries.defense import BASE, UNPURIFIED
 from dbp_bench.entries.fields import Entry, check_eps
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
@@ -546,6 +547,25 @@ def _setup(
         sources={name: bool(source.sites) for name, source in sources.items()},
         gradient=gradient,
     )
+
+
+def bases(registry: Registry, track: str, defenses: Iterable[str]) -> list[str]:
+    """The classifiers alone that `defenses` protect on `track`, as defenses themselves.
+
+    A defense with a classifier of its own has none where no entry is that classifier alone.
+    """
+    found: list[str] = []
+    for name in defenses:
+        own = registry.subject(name, track).setting.classifier
+        if own is None:
+            found.append(BASE)
+            continue
+        for other in registry.defenses_of(track):
+            subject = registry.subject(other, track)
+            if subject.entry.entry.factory == UNPURIFIED and subject.setting.classifier == own:
+                found.append(other)
+                break
+    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True, slots=True)

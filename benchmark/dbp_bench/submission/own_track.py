@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from dbp_bench.data.own import Described, describe
+from dbp_bench.entries.defense import BASE
 from dbp_bench.entries.fields import NAME, CheckpointRef, Entry
-from dbp_bench.entries.given import BASE
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
 from dbp_bench.entries.track import Track
