@@ -84,14 +84,9 @@ def test_the_base_classifier_is_run_along_once(own: Path, command: "Command") ->
     assert "none" not in said.out
     assert path.stat().st_mtime_ns == stamp
     # More images are asked for: they are added to its result, too.
-    more = [
-        word.replace("4", "8") if word == "4" and i == 1 else word for i, word in enumerate(SMALL)
-    ]
-    said = command("run", "--defense", "oneshot", "--threat", "all", *more)
+    said = command("run", "--defense", "oneshot", "--threat", "all", "--examples", "8", *SMALL[2:])
     assert said.code == 0, said.err
     assert len(Result.read(path).ids) == 8
-    assert command("report").code == 0
-    assert "none" in Path("leaderboards/digits-linf.md").read_text()
 
 
 def test_single_threats_and_other_requests_leave_it_alone(own: Path, command: "Command") -> None:
@@ -142,12 +137,11 @@ def row(board: Leaderboard, defense: str) -> Row:
 
 
 def test_the_track_s_zero_is_for_those_with_its_classifier(tmp_path: Path) -> None:
-    for result in [*matrix(), make("other", "eot", 0.5), make("other", "dwbox", 0.3)]:
-        if result.defense == "other":
-            weights = {**result.provenance.weights, "defense.classifier": "f" * 64}
-            provenance = result.provenance.model_copy(update={"weights": weights})
-            result = result.model_copy(update={"provenance": provenance})
-        save(tmp_path, result)
+    save(tmp_path, *matrix())
+    for result in (make("other", "eot", 0.5), make("other", "dwbox", 0.3)):
+        weights = {**result.provenance.weights, "defense.classifier": "f" * 64}
+        provenance = result.provenance.model_copy(update={"weights": weights})
+        save(tmp_path, result.model_copy(update={"provenance": provenance}))
     board = leaderboard(load(tmp_path))
     assert row(board, "both").estimates["base"] is not None
     assert row(board, "other").estimates["base"] is None
