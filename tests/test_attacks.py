@@ -209,7 +209,8 @@ def test_every_threat_model_takes_the_toy_attack(toy: Path, command: "Command") 
     said = command("run", "--entries", toy, "--trust-code", *asked)
     assert (said.code, said.err) == (0, "")
     jobs = json.loads(said.out)["jobs"]
-    assert sorted(job["threat"] for job in jobs) == PROTOCOL
+    assert sorted(job["threat"] for job in jobs if job["defense"] == "oneshot") == PROTOCOL
+    assert {job["threat"] for job in jobs if job["defense"] == "none"} == {"eot", "null"}
     assert all(job["attack"] == OUTSIDE and "toy_momentum" in job["code"] for job in jobs)
 
 

@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+import torch
 
 import dbp_bench.data
 from dbp_bench.entries import outside
+from dbp_bench.networks.digits import DigitsCNN
 from dbp_bench.result import Conformance
 from speed.__main__ import parsed
 
@@ -82,6 +85,23 @@ OF_AN_AUTHOR = (
 )
 """What the author of a defense runs, in order."""
 
+DIGITS = "--network dbp_bench.networks.digits:DigitsCNN"
+OF_OWN_FILES = {
+    "dbp-bench weights convert model.pt " + DIGITS + " --to mine.safetensors": "",
+    "dbp-bench new track my-images --images images.npz": "",
+    "dbp-bench run --defense none --threat null --track my-images --entries my-images": SHORT,
+    "dbp-bench run --defense ddpm --threat all --track my-images --entries my-images": (
+        f"{SHORT} {PLAN}"
+    ),
+    f"dbp-bench new track my-other --images images.npz {DIGITS} --weights mine.safetensors "
+    "--eps 0.2": "",
+    "dbp-bench new attack my_attack": "",
+    f"{DDPM} --threat eot,dwbox --attack my_attack:MomentumPGD --entries my_attack "
+    "--trust-code": f"{SHORT} --draws 8",
+    "dbp-bench report --results mine --baseline": "",
+}
+"""What is done with images, weights and an attack of one's own, in order, and what is added."""
+
 OF_THE_EXAMPLE = (
     "dbp-bench list defenses",
     "dbp-bench check example-heat --trust-code",
@@ -114,6 +134,7 @@ EXCEPTED = {
     "dbp-bench weights fetch NAME": "needs the network; test_weights_fetch has a server",
     "dbp-bench weights fetch cifar10-wrn-28-10": "needs the network; the same",
     "dbp-bench weights fetch cifar10-ddpmpp-deep-vp": "needs the network; the same",
+    "dbp-bench weights fetch --defense diffpure --track cifar10-linf": "the same",
     "dbp-bench weights convert NAME --from FILE": "needs a published file; test_weights_convert",
     "dbp-bench weights convert cifar10-wrn-28-10-meliketoy --from wrn.pt": "the same",
     "pip install .": "needs the network; .ci/run installs",
@@ -130,7 +151,7 @@ EXCEPTED = {
 }
 """Commands that aren't run, and why."""
 
-WORDS = {f"dbp-bench {verb}" for verb in ("analyze", "compare", "run", "sweep")}
+WORDS = {f"dbp-bench {verb}" for verb in ("analyze", "compare", "new track", "run", "sweep")}
 """Names of commands in a sentence."""
 
 START = r"(?:dbp-bench|make|OMP_NUM_THREADS=1 python|python|pip|pytest|torchrun|\.venv/bin/\w)"
@@ -158,7 +179,7 @@ OWN = [command for command in ALL if re.match("dbp-bench|torchrun|pip |pytest|[.
 
 
 def test_every_command_is_run_or_excepted() -> None:
-    known = {*SHORTENED, *OF_AN_AUTHOR, *OF_THE_EXAMPLE, *EXCEPTED, *WORDS}
+    known = {*SHORTENED, *OF_AN_AUTHOR, *OF_OWN_FILES, *OF_THE_EXAMPLE, *EXCEPTED, *WORDS}
     assert set(OWN) - known == set(), "shown by a document, and neither run nor excepted"
     assert known - set(OWN) == set(), "shown by no document any more"
     assert len(OWN) > 50
@@ -218,6 +239,20 @@ def test_what_an_author_runs(command: "Command") -> None:
         asked = shown.replace("BUNDLE ...", "digits-linf-my-defense.zip --replay --trust-code")
         said = command(*arguments(asked))
         assert said.code == 0, said
+
+
+def test_what_is_done_with_files_of_ones_own(
+    command: "Command", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = dbp_bench.data.digits().select(range(64))
+    pixels = (255 * images[:, 0]).round().to(torch.uint8)
+    np.savez("images.npz", images=pixels.numpy(), labels=labels.numpy())
+    torch.save({"state_dict": DigitsCNN().state_dict(), "epoch": 1}, "model.pt")
+    shutil.copytree("results/digits-linf/ddpm", "mine/digits-linf/ddpm")
+    monkeypatch.setattr("dbp_bench.reporting.baseline.committed", lambda: Path("results"))
+    for shown, more in OF_OWN_FILES.items():
+        said = command(*arguments(shown), *more.split())
+        assert (said.code, said.err) == (0, ""), shown
 
 
 @pytest.mark.usefixtures("_few_images")

@@ -341,11 +341,12 @@ def test_all_are_those_with_a_setting_for_the_track(tmp_path: Path) -> None:
         )
         return [p.job.subject.name for p in planned]
 
-    with pytest.raises(BadRequest, match="no defense has a setting for track 'mine'"):
-        names()
+    assert names() == ["none"]  # the base classifier needs no setting
     defense["settings"][0]["tracks"] = ["mine"]
     folder(tmp_path, defenses={"toy": defense})
-    assert names() == ["toy"]
+    assert names() == ["none", "toy"]
+    folder(tmp_path, tracks={"mine": {**table, "settings_of": TRACK}})
+    assert {"ddpm", "none", "toy"} < {*names()}
 
 
 def test_measured_elsewhere(tmp_path: Path) -> None:

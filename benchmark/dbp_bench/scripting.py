@@ -22,8 +22,9 @@ from dbp_bench.checks.conformance import IMAGES, check_sites, check_subject
 from dbp_bench.checks.record import Memo
 from dbp_bench.declaration import Strict, explain
 from dbp_bench.defense import Defense, Purifier
+from dbp_bench.entries.defense import BASE
 from dbp_bench.entries.fields import NAME, Eps
-from dbp_bench.entries.given import BASE, FEW, Classifier, Given, ScriptRegistry, base_of, given_on
+from dbp_bench.entries.given import FEW, Classifier, Given, ScriptRegistry, base_of, given_on
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import BadRequest, DbpError

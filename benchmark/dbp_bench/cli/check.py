@@ -108,9 +108,8 @@ def check(
         return
     names = [defense]
     if defense == "all":
-        known = registry.defenses
         registry.check_names("defenses")
-        names = [n for n in known if track in registry.defense(n).entry.tracks]
+        names = registry.defenses_of(track)
     from dbp_bench.checks.conformance import NOT_TESTED, check_subject
 
     faults = {name: dict(check_subject(registry.subject(name, track))) for name in names}

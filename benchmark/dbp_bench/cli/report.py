@@ -26,10 +26,15 @@ def report(
             show_default=False,
         ),
     ] = None,
+    baseline: Annotated[
+        bool,
+        typer.Option("--baseline", help="Beside them, the project's own results on these tracks."),
+    ] = False,
     entries: Entries = None,
     quiet: Quiet = False,
 ) -> None:
     """Make leaderboards (CSV, Markdown, LaTeX, HTML) from results."""
+    from dbp_bench.reporting.baseline import beside, committed
     from dbp_bench.reporting.records import load
     from dbp_bench.reporting.report import outcomes_csv, write_leaderboards
     from dbp_bench.submission.hub import local
@@ -38,8 +43,11 @@ def report(
         raise BadRequest(f"--sort {sort!r}: hidden or known.")
     say = console(quiet)
     places = [local(place) for place in results or [Path("results")]]
+    project = committed() if baseline else None
     if outcomes is not None:
-        outcomes_csv([record.path for record in load(places, track)], outcomes)
+        records = load(places, track)
+        records += beside(records, project) if project else []
+        outcomes_csv([record.path for record in records], outcomes)
         say.print(str(outcomes), soft_wrap=True)
         return
     paths = write_leaderboards(
@@ -48,6 +56,7 @@ def report(
         track,
         sort="known" if sort == "known" else "hidden",
         registry=registry_of(entries),
+        baseline=project,
     )
     for path in paths:
         say.print(str(path), soft_wrap=True)

@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,16 +92,16 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Attack defenses; write a result for each, under each threat model."""
-    from dbp_bench.runs.job import plan
+    from dbp_bench.runs.job import bases, plan
 
     registry = registry_of(entries, trust_code, data)
     if checkpointing not in ("auto", "none", "step"):
         raise BadRequest(f"--checkpointing {checkpointing!r}: auto, none or step.")
-    planned = plan(
+    planning = partial(
+        plan,
         registry,
         track,
-        split(defense),
-        split(threat),
+        threats=split(threat),
         attack=attack,
         seed=seed,
         device=device_of(device),
@@ -114,10 +115,16 @@ def run(
             max_batch=max_batch,
         ),
     )
+    planned = planning(defenses=split(defense))
     say = console(quiet or as_json)
     source = context.get_parameter_source("track")
     default = source is not None and source.name == "DEFAULT"
     _show_head(say, registry.track(track), default)
+    if split(threat) == ["all"]:
+        names = list(dict.fromkeys(item.job.subject.name for item in planned))
+        for base in bases(registry, track, names):
+            if base not in names:
+                planned += _base(say, base, planning, out)
     if dry_run:
         _plan(say, planned, checkpointing, as_json, out)
         return
@@ -131,6 +138,23 @@ def run(
         save_adversarial=save_adversarial,
         as_json=as_json,
     )
+
+
+def _base(
+    say: "Console", base: str, planning: "Callable[..., list[Planned]]", out: Path
+) -> "list[Planned]":
+    """What is missing of the classifier alone, without which a defense has no zero to its scale."""
+    from dbp_bench.runs.execute import is_wanted
+
+    try:
+        planned = planning(defenses=[base])
+    except BadRequest as error:
+        say.print(f"{base}: not run along as the base classifier. {error}", soft_wrap=True)
+        return []
+    wanted = [item for item in planned if item.instead is None and is_wanted(item.job, out)]
+    if wanted:
+        say.print(f"base     {base}: run along, once, as the zero of the scale (R_0)")
+    return wanted
 
 
 def _show_head(say: "Console", track: "Entry[Track]", default: bool) -> None:

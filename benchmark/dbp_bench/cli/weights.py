@@ -1,14 +1,16 @@
 """Commands for published weights: list, fetch, convert, verify."""
 
+import re
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dbp_bench.cli.app import EVALUATE, AsJson, Quiet, app
-from dbp_bench.cli.shared import console, show, show_json
+from dbp_bench.cli.app import EVALUATE, AsJson, Entries, Force, Quiet, Trust, app
+from dbp_bench.cli.shared import console, registry_of, show, show_json, split
 from dbp_bench.errors import BadRequest, BadWeights
 
 if TYPE_CHECKING:
@@ -21,8 +23,6 @@ weights = typer.Typer(
     help="Published weights: fetch them, or convert local files.", no_args_is_help=True
 )
 app.add_typer(weights, name="weights", rich_help_panel=EVALUATE)
-
-CheckpointName = Annotated[str, typer.Argument(help="See `dbp-bench weights list`.")]
 
 
 @weights.command("list")
@@ -67,11 +67,21 @@ def _terms(entry: "Checkpoint") -> str:
 @weights.command()
 def fetch(
     names: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
-            help="Names of the list, robustbench:<dataset>/<threat>/<model>, or timm:<model>."
+            help="Names of the list, robustbench:<dataset>/<threat>/<model>, or timm:<model>.",
+            show_default=False,
         ),
-    ],
+    ] = None,
+    defense: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="All that these defenses need on a track, instead of names."
+        ),
+    ] = None,
+    track: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The track of --defense.")
+    ] = None,
     accept_licence: Annotated[
         bool, typer.Option("--accept-licence", help="Accept the licences without being asked.")
     ] = False,
@@ -81,70 +91,153 @@ def fetch(
     force: Annotated[
         bool, typer.Option("--force", help="Fetch what is in the cache again.")
     ] = False,
+    entries: Entries = None,
     quiet: Quiet = False,
 ) -> None:
     """Download checkpoints and convert them into the cache; a cut download goes on."""
     from dbp_bench.weights import catalog, store
 
     say = console(quiet)
-    entries = {name: catalog.find(name) for name in names}
-    for name in list(entries):
+    asked = names or []
+    if bool(asked) == (defense is not None) or (defense is None) != (track is None):
+        raise BadRequest("give names of checkpoints, or --defense NAMES and --track NAME.")
+    if defense is not None and track is not None:
+        registry = registry_of(entries)
+        rows = [registry.subject(each, track) for each in split(defense)]
+        asked = list(dict.fromkeys(name for row in rows for name in row.checkpoints()))
+        if not asked:
+            say.print(f"{defense} on {track}: nothing to fetch, all weights are files.")
+    wanted = {name: catalog.find(name) for name in asked}
+    for name in list(wanted):
         if store.has(name) and not force and _problem(name) is None:
             say.print(f"{name}: already in the cache.", highlight=False, soft_wrap=True)
-            del entries[name]
-    for name, entry in entries.items():
-        if not isinstance(entry.source, catalog.ByHand):
-            _accept(say, name, entry, accept_licence)
+            del wanted[name]
+    by_hand = [n for n, entry in wanted.items() if isinstance(entry.source, catalog.ByHand)]
+    linked = {name: entry for name, entry in wanted.items() if name not in by_hand}
+    _accept(say, linked, accept_licence)
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from dbp_bench.weights.fetch import fetch as fetch_one
 
     if quiet:
         disable_progress_bars()
-    for name in entries:
+    for name in [*linked, *by_hand]:  # the others are there before one is refused
         say.print(f"{name}: fetching", highlight=False)
         _report(say, fetch_one(name, keep=keep_download))
 
 
-def _accept(say: "Console", name: str, entry: "Checkpoint", accepted: bool) -> None:
-    """Show the licence, and ask for consent unless it was given.
+def _accept(say: "Console", entries: "Mapping[str, Checkpoint]", accepted: bool) -> None:
+    """Show the licences, and ask for consent to each unless it was given.
 
     Raises:
-        BadRequest: Nobody can be asked, or the answer is no.
+        BadRequest: Nobody can be asked, or an answer is no.
     """
-    for line in (
-        f"{name}: {entry.title}",
-        f"  from: {entry.source.what}",
-        f"  licence: {_terms(entry)}",
-    ):
-        say.print(line, highlight=False, soft_wrap=True)
-    if accepted:
-        return
-    if not sys.stdin.isatty():
-        raise BadRequest(
-            f"{name}: licence {_terms(entry)}: to accept it, add --accept-licence. Nothing was "
-            "downloaded."
-        )
-    if not typer.confirm("Download under this licence?"):
-        raise BadRequest(f"{name}: not downloaded, for its licence wasn't accepted.")
+    asks = sys.stdin.isatty()
+    for name, entry in entries.items():
+        for line in (
+            f"{name}: {entry.title}",
+            f"  from: {entry.source.what}",
+            f"  licence: {_terms(entry)}",
+        ):
+            say.print(line, highlight=False, soft_wrap=True)
+        if not accepted and asks and not typer.confirm("Download under this licence?"):
+            raise BadRequest(f"{name}: not downloaded, for its licence wasn't accepted.")
+    if entries and not accepted and not asks:
+        terms = "; ".join(f"{name}: licence {_terms(e)}" for name, e in entries.items())
+        it = "it" if len(entries) == 1 else "them"
+        raise BadRequest(f"{terms}: to accept {it}, add --accept-licence. Nothing was downloaded.")
 
 
 @weights.command()
 def convert(
-    name: CheckpointName,
-    source: Annotated[
-        Path,
-        typer.Option("--from", help="A file in the published layout, or a folder of diffusers."),
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A name of `dbp-bench weights list`; or, with --network, a file of your own.",
+            metavar="NAME|FILE",
+        ),
     ],
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="A file in the published layout, or a folder of diffusers."),
+    ] = None,
     unpublished: Annotated[
         bool, typer.Option("--unpublished", help="Of another size or digest than published.")
     ] = False,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:CALLABLE",
+            help="Builds the network without arguments; FILE has a state dict of it.",
+        ),
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="The safetensors file that is written of FILE.")
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="Of the names to take, such as ema., where FILE has several networks."),
+    ] = None,
+    force: Force = False,
+    entries: Entries = None,
+    trust_code: Trust = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert a local file into the cache; nothing in it is run."""
-    from dbp_bench.weights.convert import convert as convert_one
+    """Convert a published file into the cache, or one of your own; nothing in it is run."""
+    own = {"--network": network, "--to": to}
+    if all(value is None for value in (*own.values(), prefix)) and not force:
+        from dbp_bench.weights.convert import convert as convert_one
 
-    _report(console(quiet), convert_one(name, source, unpublished=unpublished))
+        if source is None:
+            raise BadRequest(
+                f"{name}: give --from FILE for a published checkpoint; for weights of your own "
+                "--network module:callable --to mine.safetensors."
+            )
+        _report(console(quiet), convert_one(name, source, unpublished=unpublished))
+        return
+    if missing := [option for option, value in own.items() if value is None]:
+        raise BadRequest(f"{name}: {missing[0]} is missing, to convert weights of your own.")
+    if source is not None or unpublished:
+        raise BadRequest(
+            "--from and --unpublished are of published checkpoints; the file of your own is the "
+            "argument: dbp-bench weights convert FILE --network module:callable --to F.safetensors"
+        )
+    assert network is not None
+    assert to is not None
+    _convert_own(Path(name), network, to, prefix, force, entries, trust_code, quiet)
+
+
+def _convert_own(
+    path: Path,
+    network: str,
+    to: Path,
+    prefix: str | None,
+    force: bool,
+    entries: list[Path] | None,
+    trust_code: bool,
+    quiet: bool,
+) -> None:
+    """Write the state of `network` in the file at `path`, and print what an entry says of it."""
+    from dbp_bench.entries.fields import DOTTED_PATH
+    from dbp_bench.weights import own
+
+    if not path.is_file():
+        raise BadWeights(f"{path}: there is no such file.")
+    if not re.match(DOTTED_PATH, network):
+        raise BadRequest(f"--network {network!r}: write it as module:callable.")
+    builder = registry_of(entries, trust_code).builder
+    found = own.find(path, builder.call(network, Path("--network"), "networks", {}), prefix)
+    sha256 = own.save(found, to, force=force)
+    if quiet:
+        return
+    show(f"{to}: {len(found.state)} tensors")
+    if found.prefix:
+        show(f"taken from: {found.prefix}")
+    if found.dropped:
+        show(f"dropped: {', '.join(found.dropped)}")
+    if found.added:
+        show(f"set to 0, for they were missing: {', '.join(found.added)}")
+    show(f"network: {network}\nfile: {to.name}\nsha256: {sha256}")
 
 
 def _report(say: "Console", record: "Record") -> None:

@@ -23,6 +23,7 @@ VARIABLE = "DBP_BENCH_DATA"
 
 _WORDS = {"test": re.compile(r"(test|val|validation)(?![a-z])"), "train": re.compile("train")}
 _BATCH = re.compile(r"(data_batch_\d|test_batch|test|train)")
+FORMS_OF_OWN = ".parquet, .npz, or a folder of images for each class"
 _FORMS = ".parquet, .npz, the binary version of CIFAR, or a folder of images for each class"
 
 
@@ -73,8 +74,9 @@ def open_part(facts: Facts, part: str, place: Path | None) -> Source:
 
 def _candidates(root: Path, facts: Facts, part: str) -> Iterable[Source | None]:
     """The images that each format finds there, in order of preference; tried one by one."""
-    files = [root] if root.is_file() else _files(root)
-    mine = [path for path in files if _part(path, root) == part]
+    files = [root] if root.is_file() else table_files(root)
+    # All images of one's own are to be attacked, whatever their files are called.
+    mine = [path for path in files if facts.own or _part(path, root) == part]
     tables = [path for path in mine if path.suffix == ".parquet"]
     if tables:
         yield parquet(tables, facts)
@@ -93,8 +95,7 @@ def _candidates(root: Path, facts: Facts, part: str) -> Iterable[Source | None]:
             raise BadData(f"{root}: {missing[0]} is missing.")
         yield binary([by_name[name] for name in wanted], facts)
     if root.is_dir() and (part == "test" or facts.train):
-        words = {"test": ("test", "val", "validation", "."), "train": ("train",)}[part]
-        for inner in (root / word for word in words):
+        for inner in class_roots(root) if part == "test" else [root / "train"]:
             if inner.is_dir():
                 yield folder(inner, facts)
     for path in files:
@@ -106,8 +107,13 @@ def _candidates(root: Path, facts: Facts, part: str) -> Iterable[Source | None]:
             )
 
 
-def _files(root: Path) -> list[Path]:
-    """Files in `root` and in its folders, but for folders of other data sets."""
+def class_roots(root: Path) -> list[Path]:
+    """The folders in which the folders of classes of test images can be."""
+    return [root / word for word in ("test", "val", "validation", ".") if (root / word).is_dir()]
+
+
+def table_files(root: Path) -> list[Path]:
+    """Files of many images, in `root` and its folders, but for folders of other data sets."""
     others = set(CATALOG) - {root.name}
     return sorted(
         path

@@ -3,6 +3,7 @@
 Labels are read at once; pixels only of the rows that are asked for. Nothing read here can run code.
 """
 
+import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -174,8 +175,7 @@ def folder(root: Path, facts: Facts) -> Source | None:
     Raises:
         BadData: The folders aren't those of the classes, or an image has no class.
     """
-    folders = sorted(path for path in _visible(root) if path.is_dir())
-    found = {path: place.name for place in folders for path in _images_in(place)}
+    found = class_folders(root)
     classes = sorted(set(found.values()))
     if facts.name == "imagenet":
         classes = wordnet_ids()
@@ -203,6 +203,80 @@ def folder(root: Path, facts: Facts) -> Source | None:
     for row, path in files.items():
         labels[row] = number[found[path]]
     return Source(root, labels, lambda row: decode(files[row].read_bytes(), str(files[row]), facts))
+
+
+def class_folders(root: Path) -> dict[Path, str]:
+    """Each image in a folder for its class, and the name of the folder."""
+    folders = sorted(path for path in _visible(root) if path.is_dir())
+    return {path: place.name for place in folders for path in _images_in(place)}
+
+
+def parquet_head(path: Path) -> tuple[bytes, list[str]]:
+    """The first image of a parquet file, encoded, and the names of the classes that it declares.
+
+    Raises:
+        BadData: The file is damaged, empty, or has other columns.
+        BadExtra: pyarrow is missing.
+    """
+    arrow = need("pyarrow.parquet", "reading parquet")
+    with _reading(path):
+        schema = (file := arrow.ParquetFile(path)).schema_arrow
+        column, label = _columns(schema, Facts("a track", 2, (1, 1, 1), 0, 0), path)
+        batch = next(file.iter_batches(1, columns=[column]), None)
+        cell = batch[column][0].as_py() if batch else None
+        raw = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not isinstance(raw, bytes):
+            raise BadData(f"{path}: row 0: no image bytes in it.")
+        # As the library of data sets of the Hugging Face hub writes them.
+        said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        feature = said.get("info", {}).get("features", {}).get(label, {})
+        return raw, [str(name) for name in feature.get("names") or ()]
+
+
+def npz_shape(path: Path) -> tuple[int, int, int]:
+    """The shape ``(c, h, w)`` of the images of an npz file.
+
+    Raises:
+        BadData: The file is damaged, or holds no images.
+    """
+    with (
+        _reading(path),
+        path.open("rb") as file,
+        np.load(file, allow_pickle=False) as arrays,
+    ):
+        name = next((name for name in ("x_test", "images") if name in arrays.files), None)
+        if name is None:
+            raise BadData(
+                f"{path}: it has {', '.join(arrays.files)}, not x_test and y_test or images and "
+                "labels."
+            )
+        shape = arrays[name].shape
+    match shape:
+        case (_, h, w):
+            return 1, h, w
+        case (_, h, w, 1 | 3 as c) | (_, 1 | 3 as c, h, w):
+            return c, h, w
+    raise BadData(
+        f"{path}: {name} is {shape}, not (n, h, w), (n, h, w, c) or (n, c, h, w) with 1 or 3 "
+        "channels."
+    )
+
+
+def shape_of(raw: bytes, where: str) -> tuple[int, int, int]:
+    """The shape ``(c, h, w)`` of an encoded image: grey ones have one channel, others three.
+
+    Raises:
+        BadData: It isn't a PNG or JPEG file.
+        BadExtra: Pillow is missing.
+    """
+    pillow = need("PIL.Image", "decoding images")
+    try:
+        with pillow.open(BytesIO(raw), formats=("PNG", "JPEG")) as opened:
+            grey = opened.mode in ("1", "L")
+            return (1 if grey else 3), opened.height, opened.width
+    # What a decoder raises for a damaged file is anything.
+    except Exception:
+        raise BadData(f"{where}: neither PNG nor JPEG, or damaged.") from None
 
 
 def wordnet_ids() -> list[str]:

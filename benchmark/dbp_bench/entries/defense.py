@@ -11,6 +11,11 @@ from dbp_bench.errors import did_you_mean
 OWN_CLASSIFIER = "defense.classifier"
 """The role of a defense's own classifier in results, beside that of the track, "classifier"."""
 
+BASE = "none"
+"""The defense without a purifier: the base classifier of each track."""
+UNPURIFIED = "dbp_bench.purifiers.controls:Unpurified"
+"""The factory of what is a classifier alone: it leaves images as they are."""
+
 
 class Surrogate(Strict):
     """A stand-in for a defense, which attacks may differentiate where its authors say so."""
@@ -90,9 +95,14 @@ class DefenseEntry(Strict):
                 raise ValueError(f"settings: track {track!r} has two")
         return self
 
-    def setting(self, track: str) -> Setting | None:
-        """The setting for `track`; None where there is none."""
-        return next((s for s in self.settings if track in s.tracks), None)
+    def setting(self, track: str, like: str | None = None) -> Setting | None:
+        """The setting for `track`, or else for the one that it is `like`; None: there is none.
+
+        The base classifier of a track needs no setting of its own there.
+        """
+        named = (s for name in (track, like) for s in self.settings if name in s.tracks)
+        base = (s for s in self.settings if self.factory == UNPURIFIED and s.classifier is None)
+        return next(named, None) or next(base, None)
 
     @property
     def tracks(self) -> list[str]:

@@ -17,7 +17,7 @@ from dbp_bench.data.readers import Source
 from dbp_bench.declaration import Strict
 from dbp_bench.defense import Defense, Identity, Purifier
 from dbp_bench.entries.build import Builder
-from dbp_bench.entries.defense import DefenseEntry, Setting
+from dbp_bench.entries.defense import BASE, DefenseEntry, Setting
 from dbp_bench.entries.fields import Entry, NetworkRef, check_eps
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
@@ -29,9 +29,6 @@ from dbp_bench.taped import Taped
 from dbp_bench.taped.guards import named
 from dbp_bench.taped.purifier import freeze, run
 from dbp_bench.threat import Attack, Norm
-
-BASE = "none"
-"""The name of the base classifier."""
 
 Classifier = Callable[[Tensor], Tensor]
 """Logits ``(b, k)`` for images ``(b, c, h, w)`` in [0, 1]; a torch module or a function."""

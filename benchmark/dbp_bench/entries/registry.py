@@ -115,7 +115,7 @@ class Registry:
             BadData: The user names a place for data that come with the package.
         """
         where, entry = self.track(track), self.defense(defense)
-        setting = entry.entry.setting(track)
+        setting = entry.entry.setting(track, where.entry.settings_of)
         if setting is None:
             raise UnknownName(
                 f"{entry.path}: defense {defense!r} has no setting for track {track!r}."
@@ -124,6 +124,11 @@ class Registry:
         if self.builder.data is not None:  # one that no file is read from would be ignored
             data.load_data(where.entry.facts(track), self.builder.data)
         return Subject(where, entry, setting, self.builder)
+
+    def defenses_of(self, track: str) -> list[str]:
+        """The defenses that have a setting for `track`, or take that of another, sorted."""
+        like = self.track(track).entry.settings_of
+        return [n for n in sorted(self.defenses) if self.defense(n).entry.setting(track, like)]
 
     def check_name(self, kind: str, name: str) -> None:
         """Refuse an entry whose file is misnamed or misplaced, or whose name is taken.

@@ -114,6 +114,11 @@ class Subject:
         paths = [(ref.network, path) for ref, path in networks if isinstance(ref, NetworkRef)]
         return [(self.entry.entry.factory, own), *paths]
 
+    def checkpoints(self) -> list[str]:
+        """The checkpoints that a run needs, the track's classifier among them."""
+        refs = dict.fromkeys([*self.setting.refs.values(), self.track.entry.classifier])
+        return [ref.checkpoint for ref in refs if isinstance(ref, CheckpointRef)]
+
     def uncached(self) -> list[str]:
         """The checkpoints that it is built from and that aren't in the cache."""
         refs = [*self.setting.networks.values(), self._classifier[0]]

@@ -2,11 +2,11 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from dbp_bench.data.catalog import Facts, facts_of
 from dbp_bench.declaration import Strict
-from dbp_bench.entries.fields import AnyNetwork, Eps, Sha256, check_eps
+from dbp_bench.entries.fields import AnyNetwork, Eps, Name, Sha256, check_eps
 
 
 class OwnImages(Strict):
@@ -30,7 +30,10 @@ class Track(Strict):
     """The images that every defense of the track is attacked on, and the budget."""
 
     title: str
-    data: str | OwnImages
+    data: Annotated[
+        Annotated[str, Tag("<name>")] | Annotated[OwnImages, Tag("<own>")],
+        Discriminator(lambda value: "<name>" if isinstance(value, str) else "<own>"),
+    ]
     """The name of a built-in data set, or images of one's own."""
     split: str
     """Of images of one's own: ``all``, or ``first-N``."""
@@ -43,6 +46,8 @@ class Track(Strict):
     """Images evaluated together: a fixed group, so that the arithmetic has a fixed shape."""
     max_batch: int = Field(ge=1)
     """Images x EoT samples in one pass through the networks, at most."""
+    settings_of: Name | None = None
+    """A track whose settings defenses take that have none for this one. May be left out."""
     demonstration: bool
     """True where its numbers stand for nothing but the method."""
     note: str

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from dbp_bench.entries.defense import BASE, OWN_CLASSIFIER, UNPURIFIED
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.track import Track
 from dbp_bench.errors import NotComparable
@@ -28,9 +29,6 @@ from dbp_bench.result import Result
 Sort = Literal["hidden", "known"]
 Kind = Literal["control", "defense"]
 
-BASE: Final = "none"
-"""The defense without a purifier, whose robust accuracy is the zero of the scale."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -44,6 +42,11 @@ class Row:
     """The value of each column, by its key; None where a result that it needs is missing."""
     columns: Mapping[str, Pool]
     """The results behind each column, by its key; `clean` and the null attack are included."""
+    base: Pool | None
+    """The results of the classifier that the defense protects, without the defense.
+
+    They are the zero of its scale; None where that classifier was not measured alone.
+    """
     served_by: Mapping[str, str]
     """The name of the threat model whose result serves a column in place of the column's own."""
     tallies: Mapping[str, tuple[Pool, Tally]]
@@ -166,7 +169,11 @@ def leaderboard(
         name: _serving([pool for pool in main if pool.any.defense == name], protocol, like)
         for name in names
     }
-    zero = serving.get(BASE, {}).get("hidden")
+    zeros = {
+        protected(serving[name]["hidden"].any): serving[name]["hidden"]
+        for name in sorted(names, key=lambda name: name == BASE)  # it has the last word
+        if "hidden" in serving[name] and _is_classifier(registry, name)
+    }
     rows = [
         _row(
             columns,
@@ -176,7 +183,7 @@ def leaderboard(
             kinds[name],
             protocol,
             [each for each in findings if each.defense == name],
-            zero,
+            zeros.get(protected(next(p.any for p in pools if p.any.defense == name))),
         )
         for name in names
     ]
@@ -245,7 +252,7 @@ def _row(
     findings: Sequence[Findings],
     zero: Pool | None,
 ) -> Row:
-    """The row of a defense from all its `pools`; `zero` is the pool of the base classifier."""
+    """The row of a defense from all its `pools`; `zero` is the pool of its classifier alone."""
     own = [pool for pool in pools if protocol.holds(pool.any)] or list(pools)
     # Clean accuracy is the same in every setting; the one with most draws estimates it best.
     clean = max(own, key=lambda pool: pool.draws)
@@ -280,6 +287,7 @@ def _row(
         kind=kind,
         estimates=estimates,
         columns={"clean": clean, **serving},
+        base=zero,
         served_by={
             column.key: serving[column.key].any.threat
             for column in protocol.every
@@ -329,6 +337,19 @@ def _ranked(rows: Sequence[Row], sort: Sort) -> list[Row]:
         }
     )
     return [replace(row, rank=standings.get(row.defense)) for row in sorted(rows, key=order)]
+
+
+def protected(result: Result) -> str | None:
+    """The digest of the classifier behind the defense: its own where it has one, or the track's."""
+    weights = result.provenance.weights
+    return weights.get(OWN_CLASSIFIER) or weights.get("classifier")
+
+
+def _is_classifier(registry: Registry, defense: str) -> bool:
+    """True if the defense is a classifier alone, without a purifier."""
+    if defense not in registry.defenses:
+        return defense == BASE
+    return registry.defense(defense).entry.factory == UNPURIFIED
 
 
 def _kind(registry: Registry, defense: str) -> Kind:

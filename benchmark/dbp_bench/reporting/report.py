@@ -9,6 +9,7 @@ import pandas as pd
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult
 from dbp_bench.reporting.attacks import attack_files
+from dbp_bench.reporting.baseline import beside, findings_beside
 from dbp_bench.reporting.findings import load_findings
 from dbp_bench.reporting.frames import csv_name
 from dbp_bench.reporting.leaderboard import Sort, leaderboard
@@ -26,6 +27,7 @@ def write_leaderboards(
     *,
     sort: Sort = "hidden",
     registry: Registry | None = None,
+    baseline: Path | None = None,
 ) -> list[Path]:
     """Write ``<track>.csv``, ``.md``, ``.tex``, ``.html`` and more by track.
 
@@ -43,6 +45,7 @@ def write_leaderboards(
         sort: The accuracy that ranks: with all draws hidden, or with all of them known.
         registry: The source of the protocol, titles and kinds; the package's own entries if not
             given.
+        baseline: A folder of results whose rows stand beside them, on the same tracks.
 
     Raises:
         BadResult: There are no results, or one of them or of the findings can't be read.
@@ -52,6 +55,9 @@ def write_leaderboards(
     records = load(places, track)
     tracks = sorted({record.result.track for record in records})
     findings = [each for place in places for each in load_findings(place, tracks)]
+    if baseline is not None:
+        records += beside(records, baseline)
+        findings += findings_beside(findings, baseline, tracks)
     files: dict[str, str] = {}
     for name in tracks:
         its_own = [record for record in records if record.result.track == name]

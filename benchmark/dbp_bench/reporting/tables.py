@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import pandas as pd
 
+from dbp_bench.entries.defense import BASE, OWN_CLASSIFIER
 from dbp_bench.reporting.badge import BADGES
 from dbp_bench.reporting.columns import CHECKS, NULL, SECTIONS
 from dbp_bench.reporting.frames import (
@@ -19,7 +20,7 @@ from dbp_bench.reporting.frames import (
     to_latex,
     to_markdown,
 )
-from dbp_bench.reporting.leaderboard import BASE, Leaderboard
+from dbp_bench.reporting.leaderboard import Leaderboard
 from dbp_bench.reporting.pool import Pool, search_in_words
 from dbp_bench.reporting.ranking import ALPHA
 from dbp_bench.reporting.rendering import listed, md, note, shown_eps, tex
@@ -357,4 +358,6 @@ def _meanings(board: Leaderboard) -> list[str]:
     titles = {column.key: column.entry.title for column in board.protocol.extra}
     extra = [f"{c.heading}: {titles[c.key]}." for c in board.columns if c.key in titles]
     parts = note("parts", base=repr(BASE))
-    return [note("hidden"), parts, note("checks"), *extra, note("votes")]
+    own = any(OWN_CLASSIFIER in row.pools[0].any.provenance.weights for row in board.rows)
+    more = [note("own_classifier")] if own else []
+    return [note("hidden"), parts, *more, note("checks"), *extra, note("votes")]

@@ -123,6 +123,17 @@ def is_complete(job: Job, out: Path) -> bool:
     return identity_of(held) == job.identity() and held.covers(job.examples, job.draws)
 
 
+def is_wanted(job: Job, out: Path) -> bool:
+    """Tell whether `out` lacks a result of `job`, and none of another request is in its place."""
+    path = job.path(out)
+    if not path.is_file():
+        return True
+    held = Result.read(path)
+    smaller = len(held.ids) <= job.examples and len(held.draws) <= job.draws
+    same = identity_of(held) == job.identity(planned=True)
+    return same and smaller and not held.covers(job.examples, job.draws)
+
+
 def missing_gradients(job: Job, out: Path) -> int:
     """Gradient evaluations that `job` has still to take, for an estimate."""
     if is_complete(job, out):

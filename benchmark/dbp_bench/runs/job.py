@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbp_bench import __version__, attacks, data
 from dbp_bench.entries import outside
+from dbp_bench.entries.defense import BASE, UNPURIFIED
 from dbp_bench.entries.fields import Entry, check_eps
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
@@ -548,6 +549,25 @@ def _setup(
     )
 
 
+def bases(registry: Registry, track: str, defenses: Iterable[str]) -> list[str]:
+    """The classifiers alone that `defenses` protect on `track`, as defenses themselves.
+
+    A defense with a classifier of its own has none where no entry is that classifier alone.
+    """
+    found: list[str] = []
+    for name in defenses:
+        own = registry.subject(name, track).setting.classifier
+        if own is None:
+            found.append(BASE)
+            continue
+        for other in registry.defenses_of(track):
+            subject = registry.subject(other, track)
+            if subject.entry.entry.factory == UNPURIFIED and subject.setting.classifier == own:
+                found.append(other)
+                break
+    return list(dict.fromkeys(found))
+
+
 @dataclass(frozen=True, slots=True)
 class Planned:
     """A job, or the job that measures the same thing and runs instead."""
@@ -576,10 +596,7 @@ def plan(
     names = _names("--defense", defenses, registry.defenses)
     if "all" in names:
         registry.check_names("defenses")
-        entries = {name: registry.defense(name).entry for name in sorted(registry.defenses)}
-        names = [name for name, entry in entries.items() if track in entry.tracks]
-        if not names:
-            raise BadRequest(f"--defense all: no defense has a setting for track {track!r}.")
+        names = registry.defenses_of(track)
     threat_names = _names("--threat", threats, registry.threats)
     if "all" in threat_names:
         registry.check_names("attacks/threats")

@@ -16,7 +16,7 @@ from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult
 from dbp_bench.reporting.columns import SECTIONS, Column
 from dbp_bench.reporting.frames import symbols
-from dbp_bench.reporting.leaderboard import BASE, Leaderboard, Row
+from dbp_bench.reporting.leaderboard import Leaderboard, Row
 from dbp_bench.reporting.literature import published
 from dbp_bench.reporting.page.charts import charts, swatch
 from dbp_bench.reporting.plotting import dark_css, to_svg
@@ -183,7 +183,6 @@ class _Page:
 
     def numbers(self, row: Row) -> list[tuple[Markup, str, list[Record]]]:
         """Each number of a defense, and the results that it follows from."""
-        zero = next((each for each in self.board.rows if each.defense == BASE), None)
         lines = []
         for column in (each for columns in self.sections.values() for each in columns):
             estimate = row.estimates[column.key]
@@ -191,8 +190,7 @@ class _Page:
                 continue
             records: list[Record] = []
             for key in column.of or (column.key,):
-                owner, place = (zero, "hidden") if key == "base" else (row, key)
-                pool = owner.columns.get(place) if owner else None
+                pool = row.base if key == "base" else row.columns.get(key)
                 records += pool.records if pool else ()
             lines.append((self.heading(column), estimate.percent(), records))
         return lines

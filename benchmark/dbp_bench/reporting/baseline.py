@@ -1,0 +1,53 @@
+"""The committed results, which one's own can be put beside."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dbp_bench.errors import BadRequest, BadResult
+from dbp_bench.reporting.findings import Findings, load_findings
+from dbp_bench.reporting.records import Record, load
+
+
+def committed() -> Path:
+    """The folder of the committed results, at the top of a checkout.
+
+    Raises:
+        BadRequest: This package was installed without it.
+    """
+    folder = Path(__file__).parents[3] / "results"
+    if not (folder / "schema.json").is_file():
+        raise BadRequest(
+            "--baseline: the committed results are in a checkout of the project, and an installed "
+            "package has none. Give them by --results CHECKOUT/results, beside your own."
+        )
+    return folder
+
+
+def beside(records: Sequence[Record], folder: Path) -> list[Record]:
+    """The results in `folder` on the tracks of `records`, but for settings that those have, too.
+
+    Raises:
+        BadResult: There is none on any of these tracks.
+    """
+    tracks = sorted({record.result.track for record in records})
+    there = [track for track in tracks if (folder / track).is_dir()]
+    if not there:
+        raise BadResult(
+            f"--baseline: no committed results on {', '.join(tracks)}. There are some on "
+            f"{', '.join(sorted(path.parent.name for path in folder.glob('*/none')))}."
+        )
+    own = {record.result.path(Path()) for record in records}
+    found = [record for track in there for record in load(folder, track)]
+    return [record for record in found if record.result.path(Path()) not in own]
+
+
+def findings_beside(
+    findings: Sequence[Findings], folder: Path, tracks: Sequence[str]
+) -> list[Findings]:
+    """The findings of sweeps in `folder` on `tracks`, but for sweeps that `findings` have, too."""
+
+    def key(each: Findings) -> tuple[object, ...]:
+        return each.track, each.defense, each.threat, each.attack, each.seed, each.axis
+
+    own = {key(each) for each in findings}
+    return [each for each in load_findings(folder, tracks) if key(each) not in own]
