@@ -463,7 +463,7 @@ LISTED = "`dbp-bench list {}` lists them."
         (["run", "--defense", "ddim", "--threat", "all", *NO_TRUST], "eps: "),
         (
             ["run", "--defense", "all", "--threat", "eot", "--track", "no-weights", *NO_TRUST],
-            "no defense has a setting for track 'no-weights'",
+            "the entry says 0000000000000000",
         ),
         ([*DDIM, "--dry-run", "--eps", "8"], "Did you mean 8/255?"),
         (["list", "defences"], "no entry 'defences'. Did you mean 'defenses'? `dbp-bench list`"),
