@@ -168,7 +168,7 @@ def test_script_evaluates_it(tmp_path: Path) -> None:
         quiet=True,
     )
     assert "my-pipeline" in str(report)
-    results = list(tmp_path.rglob("my-pipeline/**/*.json"))
+    results = list(tmp_path.rglob("my-pipeline/**/seed-*.json"))
     assert results
     assert all("randn_like" in result.read_text() for result in results)  # the probe's record
 

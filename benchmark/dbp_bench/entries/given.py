@@ -17,7 +17,7 @@ from dbp_bench.data.readers import Source
 from dbp_bench.declaration import Strict
 from dbp_bench.defense import Defense, Identity, Purifier
 from dbp_bench.entries.build import Builder
-from dbp_bench.entries.defense import BASE, DefenseEntry, Setting
+from dbp_bench.entries.defense import BASE, UNPURIFIED, DefenseEntry, Setting
 from dbp_bench.entries.fields import Entry, NetworkRef, check_eps
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
@@ -269,7 +269,7 @@ def _subject(
         title="The base classifier" if name == BASE else f"{name}, given by a script",
         kind="control" if name == BASE else "defense",
         paper=None,
-        factory="script:purifier",
+        factory=UNPURIFIED if name == BASE else "script:purifier",
         sites=sorted(purifier.sites),
         settings=[setting],
     )

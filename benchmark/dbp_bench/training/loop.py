@@ -1,6 +1,7 @@
 """The training loop that all recipes share."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
@@ -79,7 +80,7 @@ def train(
     for update in range(done + 1, settings.iterations + 1):
         tape = Tape.make(options.seed, owner, rows, update - 1)
         dropout.begin(network, tape)
-        with torch.autocast(device, torch.bfloat16, enabled=low):
+        with torch.autocast(device, torch.bfloat16) if low else nullcontext():
             batch = draw(images, labels, tape, flip=settings.flip, crop=settings.crop)
             value = loss(batch)
         state.optimizer.zero_grad()
