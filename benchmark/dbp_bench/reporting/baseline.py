@@ -9,18 +9,18 @@ from dbp_bench.reporting.records import Record, load
 
 
 def committed() -> Path:
-    """The folder of the committed results, at the top of a checkout.
+    """The folder of the committed results: inside a wheel, or at the top of a checkout.
 
     Raises:
         BadRequest: This package was installed without it.
     """
-    folder = Path(__file__).parents[3] / "results"
-    if not (folder / "schema.json").is_file():
-        raise BadRequest(
-            "--baseline: the committed results are in a checkout of the project, and an installed "
-            "package has none. Give them by --results CHECKOUT/results, beside your own."
-        )
-    return folder
+    for top in (Path(__file__).parents[1], Path(__file__).parents[3]):
+        if (top / "results/schema.json").is_file():
+            return top / "results"
+    raise BadRequest(
+        "--baseline: this package was installed without the committed results. Give them by "
+        "--results CHECKOUT/results, beside your own."
+    )
 
 
 def beside(records: Sequence[Record], folder: Path) -> list[Record]:
