@@ -1,4 +1,4 @@
-"""What a script calls: evaluate any purifier, as a torch module or a purifier of this package.
+"""The functions that a script calls: they evaluate any torch module, or purifier, from Python.
 
 ``dbp_bench.evaluate`` and its relatives are here. They build the same jobs that ``dbp-bench run``
 builds, from objects in place of names, and run them with the same code.
@@ -52,7 +52,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class _Asked(Strict):
-    """What :func:`evaluate` and :func:`check` are asked, but for objects."""
+    """The arguments of :func:`evaluate` and :func:`check`, but for objects."""
 
     name: Name = "mine"
     norm: Norm | None = None
@@ -326,16 +326,16 @@ def _as_purifier(
 
 @dataclass(frozen=True)
 class Checked:
-    """What :func:`check` found; it prints as one line for each test."""
+    """The findings of :func:`check`; they print as one line for each test."""
 
     faults: Mapping[str, str | None]
     """By test, why the defense fails it; None where it passes."""
     trace: str
-    """Where a module under a tape draws; empty for another purifier."""
+    """The lines at which a module under a tape draws; empty for another purifier."""
 
     @property
     def passed(self) -> bool:
-        """Whether no test failed."""
+        """True if no test failed."""
         return not any(self.faults.values())
 
     def __str__(self) -> str:

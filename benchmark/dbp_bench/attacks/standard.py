@@ -76,7 +76,7 @@ class Standard:
         return Square(n_queries=self.budget, eot=SAMPLES)
 
     def unfit(self, setup: Setup) -> str | None:
-        """Where a draw is hidden, one step takes two evaluations."""
+        """A budget of one evaluation is too small where a draw is hidden."""
         if setup.hidden and self.budget < SAMPLES:
             return f"budget: {self.budget}, but a step takes {SAMPLES} gradient evaluations"
         return None

@@ -143,7 +143,7 @@ def run(
 def _base(
     say: "Console", base: str, planning: "Callable[..., list[Planned]]", out: Path
 ) -> "list[Planned]":
-    """What is missing of the classifier alone, without which a defense has no zero to its scale."""
+    """The missing jobs of the classifier alone, the zero of a defense's scale."""
     from dbp_bench.runs.execute import is_wanted
 
     try:

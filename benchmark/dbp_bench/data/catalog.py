@@ -56,7 +56,7 @@ class Facts:
     compared: a result records the digest of the images that it was computed on.
     """
     own: bool = False
-    """Whether a track declares it: images of one's own, all of which count as test images."""
+    """True if a track declares it: images of one's own, all of which count as test images."""
 
 
 CATALOG = {

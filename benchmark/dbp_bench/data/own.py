@@ -21,7 +21,7 @@ class Described:
     shape: tuple[int, int, int]
     """``(c, h, w)``."""
     images: int
-    """How many there are, in all."""
+    """The number of images."""
     classes: list[str]
     """Their names, in the order of their labels; numbers where there are none."""
     split: str

@@ -64,7 +64,7 @@ def split_names(data: Facts | str) -> list[str]:
 
 
 def _first_of_own(facts: Facts, split: str) -> int:
-    """How many images a split of one's own images has: ``all``, or ``first-N``."""
+    """The number of images of a split of one's own images: ``all``, or ``first-N``."""
     count = split.removeprefix("first-")
     if split == "all":
         return facts.test

@@ -60,7 +60,7 @@ class Given(Subject):
     classifier: nn.Module
     held: DataSet
     digests: Mapping[str, str]
-    """What stands for the objects, by role; the same for objects that do the same."""
+    """A digest for each object, by role; the same for objects that do the same."""
     home: str
     """The device that the objects are on."""
     networks: Sequence[nn.Module] = field(default=(), repr=False)
@@ -78,7 +78,7 @@ class Given(Subject):
         return self.held
 
     def weights(self, *, planned: bool = False) -> dict[str, str | None]:  # noqa: ARG002
-        """What stands for each object."""
+        """The digest of each object, by role."""
         return dict(self.digests)
 
     def code(self) -> list[tuple[str, Path]]:
@@ -289,7 +289,7 @@ class _Call:
     inside: tuple[nn.Module, ...]
     """The modules whose calls were running, outermost first."""
     denoises: bool
-    """Whether it maps images, and another tensor such as a time, to something of their size."""
+    """True if it maps images, and another tensor such as a time, to something of their size."""
 
 
 @contextmanager

@@ -19,7 +19,7 @@ class OwnImages(Strict):
     """The digest of the decoded pixels and labels of the split, which `dbp-bench new track`
     prints."""
     images: int = Field(ge=1)
-    """How many there are; a split may take the first N."""
+    """The number of images; a split may take the first N."""
     shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)]
     """``[c, h, w]``."""
     classes: Annotated[list[str], Field(min_length=2)]
@@ -36,7 +36,7 @@ class Track(Strict):
     ]
     """The name of a built-in data set, or images of one's own."""
     split: str
-    """Of images of one's own: ``all``, or ``first-N``."""
+    """The split; of images of one's own ``all``, or ``first-N``."""
     classifier: AnyNetwork
     """The base classifier, which the defenses of the track protect."""
     norm: Literal["linf", "l2", "l1"]

@@ -104,7 +104,7 @@ class Diffusers:
     pipeline: str
     """A folder, or a hub id."""
     sha256: str
-    """Of the U-Net's safetensors file."""
+    """The sha256 of the U-Net's safetensors file."""
     t_star: int
     steps: int
     scheduler: str | None = None
@@ -136,7 +136,7 @@ class Diffusers:
 
     @property
     def record(self) -> Record:
-        """What the scheduler draws; a result keeps it."""
+        """The record of the scheduler's draws; a result keeps it."""
         return self._taped.record
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
@@ -198,7 +198,7 @@ class _Sampler(nn.Module):
         return to_images(z, clamp=True)
 
     def _predicted(self, z: Tensor, t: Tensor) -> Tensor:
-        """What the network says of `z` ``(b, c, h, w)`` at the timestep `t`."""
+        """The network's prediction for `z` ``(b, c, h, w)`` at the timestep `t`."""
 
         def call(z: Tensor) -> Tensor:
             out = self.network(z, torch.full((len(z),), float(t), dtype=z.dtype, device=z.device))
@@ -355,7 +355,7 @@ def _set(scheduler: Scheduler, grid: list[int]) -> Iterator[Scheduler]:
 
 
 def _start(scheduler: Scheduler, grid: list[int]) -> int | None:
-    """Where in the timesteps of a scheduler the `grid` begins; None where they haven't it."""
+    """The index at which the `grid` begins in a scheduler's timesteps; None if it isn't there."""
     found: list[float] = scheduler.timesteps.tolist()
     if grid[0] not in found:
         return None
@@ -445,7 +445,7 @@ class _Pipeline:
 
 
 def _in_folder(folder: Path) -> Callable[..., Path]:
-    """What finds the first of some files in a folder."""
+    """A function that finds the first of some files in a folder."""
 
     def file(*names: str) -> Path:
         found = next((folder / name for name in names if (folder / name).is_file()), None)
@@ -467,7 +467,7 @@ def _in_folder(folder: Path) -> Callable[..., Path]:
 
 
 def _on_hub(repository: str, revision: str) -> Callable[..., Path]:
-    """What finds the first of some files of a repository on the hub."""
+    """A function that finds the first of some files of a repository on the hub."""
 
     def file(*names: str) -> Path:
         try:

@@ -39,7 +39,7 @@ def outcome_table(results: Sequence[Result]) -> "Table":
 
 
 def remarks(results: Sequence[Result]) -> list[str]:
-    """What should be known of each result that the table marks."""
+    """The doubts about each result that the table marks."""
     return [
         f"* {result.defense}, {result.threat}: {doubt}."
         for result in results

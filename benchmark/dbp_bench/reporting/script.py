@@ -1,4 +1,4 @@
-"""What an evaluation in a script found: a table that prints itself, and the results behind it."""
+"""The report of an evaluation in a script: a table that prints itself, and its results."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ class Report:
     records: Sequence[Record]
     """Its results and those of the base classifier, with their files."""
     board: Leaderboard
-    """What they say together."""
+    """The leaderboard of these results."""
     same: Mapping[str, tuple[str, str]]
     """By threat that was not run: the one that measures the same of this defense, and why."""
 
@@ -67,7 +67,7 @@ class Report:
 
     @cached_property
     def parts(self) -> dict[str, Estimate | None]:
-        """Where the robustness comes from: `base`, `purification`, `stochasticity`, `share`, ...
+        """The parts of the robustness: `base`, `purification`, `stochasticity`, `share`, ...
 
         Shares of 1, with 95 % intervals over images; None where something was not measured.
         """

@@ -1,4 +1,4 @@
-"""How far a job or a command is: a bar on a terminal and in a notebook, else lines."""
+"""Shows the progress of a job or a command: a bar on a terminal or in a notebook, else lines."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

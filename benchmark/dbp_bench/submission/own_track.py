@@ -198,7 +198,7 @@ def _classifier(
 
 
 def _try(subject: Subject, name: str) -> str:
-    """What the classifier does on the first images, after all of them were verified.
+    """Try the classifier on the first images, after all of them were verified.
 
     Raises:
         BadEntry: It isn't one for these images.

@@ -18,7 +18,7 @@ from dbp_bench.taped.lines import file_of
 
 
 def device_of(given: Mapping[str, Any]) -> torch.device:
-    """Where an operation with these arguments draws."""
+    """The device on which an operation with these arguments draws."""
     device = given.get("device")
     if device is None:
         tensors = (value for value in given.values() if isinstance(value, Tensor))
@@ -43,13 +43,13 @@ def digest(state: Tensor) -> bytes:
 
 
 def just_seeded(generator: torch.Generator, state: Tensor) -> bool:
-    """Whether `state` is the one in which its seed puts it."""
+    """Return whether `state` is the one in which its seed puts it."""
     fresh = torch.Generator(generator.device)
     return torch.equal(state, fresh.manual_seed(generator.initial_seed()).get_state())
 
 
 def as_elsewhere(draw: Callable[[], Any], generator: torch.Generator, state: Tensor) -> Any:
-    """What `draw` gives in another state than `state`; the generator stays where it is."""
+    """The result of `draw` in another state than `state`; the generator stays where it is."""
     after = generator.get_state()
     generator.manual_seed(int.from_bytes(digest(state)[:7], "little"))
     try:

@@ -1,4 +1,4 @@
-"""What stands around a module that is probed: what it must not do, and how its errors are said."""
+"""Guards around a module that is probed: they refuse what it must not do, and name errors."""
 
 import os
 import re

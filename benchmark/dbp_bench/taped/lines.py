@@ -1,4 +1,4 @@
-"""Where in somebody's source a draw is made: the lines that led to it, innermost first."""
+"""The lines of somebody's source that lead to a draw, innermost first."""
 
 import sys
 from collections.abc import Iterator

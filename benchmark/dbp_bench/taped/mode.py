@@ -44,15 +44,15 @@ class Met(NamedTuple):
     state: bytes
     """The digest of its generator's state."""
     keyed: bool
-    """Whether its generator was just seeded for it, as in a tree of noise."""
+    """True if its generator was just seeded for it, as in a tree of noise."""
     answerable: bool
-    """Whether its numbers can be made of normals."""
+    """True if its numbers can be made of normals."""
     moved: bool
-    """Whether the generator moved on."""
+    """True if the generator moved on."""
 
 
 class Seat(NamedTuple):
-    """Where the numbers of a place come from."""
+    """The origin of the numbers of a place."""
 
     site: Site
     each: int = 1
@@ -67,7 +67,7 @@ class Source(Protocol):
     """The noise of the images that a module runs on."""
 
     images: int | None
-    """How many rows a draw has; None where a draw of any shape is one image's own."""
+    """The number of rows of a draw; None where a draw of any shape is one image's own."""
 
     def normal(self, site: Site, step: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Standard normals of `shape`, typed and placed like `like`."""
@@ -122,7 +122,7 @@ class _Draw:
 
 @dataclass(slots=True)
 class Log:
-    """What a call met, in order."""
+    """The draws that a call met, in order."""
 
     met: list[Met] = field(default_factory=list)
     steps: dict[Where, list[int]] = field(default_factory=dict)
@@ -255,7 +255,7 @@ _ITEM = torch.ops.aten._local_scalar_dense.default
 
 
 def _is_asked_for(dtype: torch.dtype | None) -> bool:
-    """Whether a cast to float32 is the module's, and not of one of autograd's own formulas.
+    """Return whether a cast to float32 is the module's, and not of one of autograd's own formulas.
 
     Those go to the type that a tensor had. They run in a backward pass, where a recomputation is
     told apart by its gradients.

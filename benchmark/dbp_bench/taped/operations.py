@@ -15,7 +15,7 @@ Normals = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Standard normals of a shape and type."""
 
 Law = Callable[[Normals], Tensor]
-"""What an operation gives, out of normals."""
+"""Makes the numbers of an operation out of normals."""
 
 _CELLS = 1 << 23
 """Values of a uniform number, so as many integers at most are told apart."""
@@ -23,7 +23,7 @@ _CELLS = 1 << 23
 
 @lru_cache(maxsize=4096)
 def may_draw(func: Any) -> bool:
-    """Whether torch says that the operation may consume a generator."""
+    """Return whether torch says that the operation may consume a generator."""
     return torch.Tag.nondeterministic_seeded in func.tags
 
 
@@ -47,7 +47,7 @@ def arguments(func: Any, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
 
 
 def draws_nothing(name: str, given: Arguments) -> bool:
-    """Whether an operation that may draw does not, called as it is (attention, dropout at 0)."""
+    """Return whether a call of an operation that may draw draws nothing (dropout of 0)."""
     if "attention" in name or "sdp" in name:
         return not given.get("dropout_p")
     if "dropout" in name and name != "_cudnn_init_dropout_state":
@@ -79,7 +79,7 @@ def uniform(normals: Tensor) -> Tensor:
 
 
 def law_of(name: str, given: Arguments, like: Tensor) -> Law | None:
-    """How to make what an operation gives, shaped like `like`; None where that isn't known.
+    """The maker of an operation's numbers, shaped like `like`; None where none is known.
 
     Args:
         name: The operation's name.

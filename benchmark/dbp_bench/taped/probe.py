@@ -26,7 +26,7 @@ ROWS = ((0, 1, 2, 3, 4), (1, 3), (2,))
 """The images of each batch that is tried."""
 
 TOLERANCE = 1e-4
-"""How far rounding may move a purified pixel when the batch size changes."""
+"""The most that rounding may move a purified pixel when the batch size changes."""
 
 TRIES = 8
 """Draws after which a line that changes nothing is called unused: a coin may fall the same way."""
@@ -35,7 +35,7 @@ TRIES = 8
 def probe(
     module: Module, images: Tensor, sites: Mapping[str, str], one_at_a_time: bool | None
 ) -> tuple[Record, Sequence[nn.Module]]:
-    """What `module` draws, settled on `images` ``(b, c, h, w)``, and the torch modules it calls.
+    """The draws of `module`, settled on `images` ``(b, c, h, w)``, and the torch modules it calls.
 
     Args:
         module: Maps images to images.
@@ -78,7 +78,7 @@ class _Ran:
 
     out: Tensor
     gradient: Tensor | None
-    """Of a weighted sum; None where none reaches the images."""
+    """The gradient of a weighted sum; None where none reaches the images."""
     logs: Sequence[Log]
     """One of the batch, or one of each image."""
 
@@ -93,13 +93,13 @@ class _Ran:
         return list(dict.fromkeys(met.where for met in self.met))
 
     def at(self, where: Where) -> list[Met]:
-        """What was met at a place."""
+        """The draws that were met at a place."""
         return [met for met in self.met if met.where == where]
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """What is tried, together or alone."""
+    """A module and the images that it is tried on, together or alone."""
 
     module: Module
     images: Tensor
@@ -210,7 +210,7 @@ class _Probe:
         first: Sequence[_Ran],
         second: Sequence[_Ran],
     ) -> Kind:
-        """What a place draws, from what was seen of it while all was left as it is."""
+        """The draws of a place, as they were seen while all was left as it is."""
         before, after, met = (
             [m for ran in rans for m in ran.at(where)] for rans in (first, second, seen)
         )
@@ -242,7 +242,7 @@ class _Probe:
         return first
 
     def _depends_on_seeds(self, plan: Plan, first: _Ran) -> bool:
-        """Whether something that doesn't come from the noise changes what is purified."""
+        """Return whether something that doesn't come from the noise changes what is purified."""
         if _same(first.out, self.go(plan, entropy=2).out):
             return False
         if not self.alone:
@@ -250,7 +250,7 @@ class _Probe:
         return True
 
     def _culprit(self, plan: Plan, first: _Ran) -> str:
-        """What isn't drawn for each image, and changes it."""
+        """The draws that a batch shares and that change its images."""
         for where, seat in plan.items():
             if seat is None and not _same(first.out, self.go(plan, disturbed=where).out):
                 return f"{where} {_shape(first.at(where))}".rstrip()
@@ -261,7 +261,7 @@ class _Probe:
         return "what is drawn in a thread, another process or compiled code, where torch can't say,"
 
     def _is_used(self, plan: Plan, site: Site, before: _Ran, seeds: bool) -> bool:
-        """Whether another draw of one place changes what is purified, or its gradient."""
+        """Return whether another draw of one place changes what is purified, or its gradient."""
         for draw in range(1, 1 + TRIES):
             if not _same(before.out, self.go(plan, other=site, draw=draw, seeds=seeds).out):
                 return True
@@ -388,7 +388,7 @@ class _Probe:
 
 
 def _is_tree(met: Sequence[Met]) -> bool:
-    """Whether a generator is seeded for each number, as for the points of a Brownian path."""
+    """Return whether each number has a seed of its own, as points of a Brownian path have."""
     return sum(m.keyed for m in met) > 1
 
 
@@ -397,5 +397,5 @@ def _shape(met: Sequence[Met]) -> str:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether every number is equal, NaN to NaN."""
+    """Return whether every number is equal, NaN to NaN."""
     return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)

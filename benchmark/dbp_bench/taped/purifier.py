@@ -61,7 +61,7 @@ class Taped:
 
     @property
     def record(self) -> Record:
-        """What the probe found.
+        """The record of the probe.
 
         Raises:
             NotConforming: The module has not been probed.
@@ -96,7 +96,7 @@ class Taped:
         return self._record
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
-        """What the module makes of `images` ``(b, c, h, w)`` in [0, 1]: images, or logits.
+        """The module's answer to `images` ``(b, c, h, w)`` in [0, 1]: images, or logits.
 
         Raises:
             NotConforming: The module hasn't been probed, was put into another mode since, or draws
@@ -119,7 +119,7 @@ class Taped:
         return purified
 
     def _check_draws_stay(self, changed: nn.Module, met: set[Where]) -> None:
-        """That the module draws what it drew before some part of it was put into another mode."""
+        """Refuse a module of which a part was put into another mode since it was probed."""
         for line in self.record.lines:
             if line.kind == "image" and not line.backward and line.where not in met:
                 raise NotConforming(
@@ -210,7 +210,7 @@ class _Run:
 
 @contextmanager
 def _numbers(wide: bool) -> Iterator[None]:
-    """Where a run is `wide`, numbers of no stated type are float64, and so is what meets float64.
+    """Numbers of no stated type are float64 where a run is `wide`, and so is what meets float64.
 
     The module's weights stay in float32, and are widened where they are used.
     """
@@ -260,7 +260,7 @@ def _call(module: Module, images: Tensor) -> Tensor:
 
 
 def _part(out: object) -> str:
-    """How the images are taken out of what a module returned."""
+    """The expression that takes the images out of a module's answer."""
     if isinstance(out, (list, tuple)):
         return "[0]" if len(out) == 1 or not all(isinstance(o, Tensor) for o in out) else "[-1]"
     if isinstance(out, Mapping):

@@ -1,4 +1,4 @@
-"""What a probe found of a module: where it draws, and at which site; required before a run."""
+"""The record of a probe: the lines and sites of a module's draws; required before a run."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from dbp_bench.taped.mode import Plan, Seat, Where
 Kind = Literal["image", "shared", "seeded", "constant", "unused"]
 
 SEEDS = Site("seeds")
-"""Where the seeds of what no tape can give come from: of NumPy, of random permutations, ..."""
+"""The site of the seeds of what no tape can give: NumPy's draws, random permutations, ..."""
 
 _MEANING: Mapping[Kind, str] = {
     "image": "",
@@ -26,7 +26,7 @@ _MEANING: Mapping[Kind, str] = {
 
 @dataclass(frozen=True)
 class Drawn:
-    """What one line of source draws."""
+    """The draws of one line of source."""
 
     line: str
     """``file.py:line`` of the author's code, the innermost."""
@@ -40,9 +40,9 @@ class Drawn:
     """Each image's own; shared by the batch, and harmless; from a generator that the noise seeds; a
     constant; or never used."""
     backward: bool
-    """Whether it draws in the backward pass alone, as a tree of noise may."""
+    """True if it draws in the backward pass alone, as a tree of noise may."""
     site: str | None
-    """Where it draws; None where its numbers don't come from the noise."""
+    """The site of its draws; None where its numbers don't come from the noise."""
     each: int
     """Rows of a draw for each image."""
     shape: tuple[int, ...]
@@ -60,20 +60,20 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Record:
-    """What was found before a module is believed. It goes to JSON and back."""
+    """The findings of a probe. The record goes to JSON and back."""
 
     lines: tuple[Drawn, ...]
     """Every line that draws."""
     one_at_a_time: bool
-    """Whether each image must be run alone."""
+    """True if each image must be run alone."""
     why: str
-    """What is shared in a batch; empty where nothing is."""
+    """The draw that a batch shares; empty where none is."""
     seeds: bool
-    """Whether generators are seeded from the noise, at the site ``seeds``."""
+    """True if generators are seeded from the noise, at the site ``seeds``."""
     gradient: bool
-    """Whether a gradient reaches the images."""
+    """True if a gradient reaches the images."""
     notes: tuple[str, ...]
-    """What a user should know."""
+    """Remarks for the user."""
     batches: tuple[int, ...]
     """Batch sizes that were tried."""
     image: tuple[int, ...]
@@ -83,13 +83,13 @@ class Record:
 
     @property
     def sites(self) -> frozenset[Site]:
-        """Where the module draws."""
+        """The sites of the module's draws."""
         drawn = {Site(line.site) for line in self.lines if line.site is not None}
         return frozenset(drawn | {SEEDS} if self.seeds else drawn)
 
     @cached_property
     def plan(self) -> Plan:
-        """Where the numbers of each place come from."""
+        """The origin of the numbers of each place."""
         return {d.where: None if d.site is None else Seat(Site(d.site), d.each) for d in self.lines}
 
     def to_json(self) -> str:

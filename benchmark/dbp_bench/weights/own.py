@@ -27,7 +27,7 @@ class Found:
 
     state: dict[str, Tensor]
     prefix: str
-    """What stands before each name in the file, such as ``state_dict.module.``."""
+    """The prefix of each name in the file, such as ``state_dict.module.``."""
     dropped: list[str]
     """Names of what the network doesn't take; what lies deep in it is named by its top."""
     added: list[str]

@@ -37,7 +37,7 @@ class MomentumPGD:
         return found
 
     def evaluations(self, setup: Setup) -> Evaluations:
-        """What one attack takes of one image, known before it runs."""
+        """The evaluations that one attack takes of one image, known before it runs."""
         samples = self.eot if setup.hidden else 1
         return Evaluations(gradient=self.steps * samples, forward=0, exact=True)
 
