@@ -173,6 +173,13 @@ def test_script_evaluates_it(tmp_path: Path) -> None:
     assert all("randn_like" in result.read_text() for result in results)  # the probe's record
 
 
+def test_gradient_is_checked_in_float64_where_memory_is_saved() -> None:
+    """The network runs again in the backward pass, in float64 as in the forward pass."""
+    made = dbp.from_diffusers(SmallDenoiser(), OwnDDIM(), t_star=20, steps=2, image=(1, 8, 8))
+    found = dbp.check(made, Small(), IMAGES)
+    assert found.passed, str(found)
+
+
 def test_what_is_missing_is_said() -> None:
     network = SmallDenoiser()
     with pytest.raises(BadRequest, match=r"give an object .* such as DDIMScheduler\(\)"):

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -318,7 +319,10 @@ class _Held(torch.autograd.Function):
 
 
 def _go_back(out: Tensor, gradient: Tensor, keep: bool) -> None:
-    torch.autograd.backward(out, gradient, retain_graph=keep)
+    # torch.autograd.backward() would lift the mode that widens what a checkpoint runs again.
+    _engine_run_backward(
+        (out,), (gradient,), keep, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 _BACKWARD = 1 << 31
