@@ -84,7 +84,7 @@ def value(rows: Sequence[Row], quantity: str, series: str, *at: float) -> float:
 
 
 def mixed(whole: Target, k: float, draw: int, number: int) -> dict[str, Tensor]:
-    """What an attack by SEARCH leaves at `k`, evaluated on `number` draws."""
+    """The accuracy that an attack by SEARCH leaves at `k`, evaluated on `number` draws."""
     options = stochasticity.Options(**SMALL, fresh=number)
     return stochasticity.mixed_run(whole, options, k, draw, whole.groups[0])
 

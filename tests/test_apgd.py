@@ -507,7 +507,7 @@ def textbook(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def ours(case: str, ball: Budget | None = None, *, finish: bool = False) -> apgd.Search:
-    """What `climb` finds; with `finish`, misclassified images are finished."""
+    """The images that `climb` finds; with `finish`, misclassified images are finished."""
     _, kind, eps, loss = CASES[case]
     model, images, labels, targets, start = problem(kind(eps))
     method = APGD(STEPS, 1, loss, targets=1 if loss in TARGETED else None)

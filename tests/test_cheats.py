@@ -142,7 +142,7 @@ def _small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def said(command: "Command") -> Callable[[str], "Said"]:
-    """What the run of a purifier says."""
+    """The output of the run of a purifier."""
 
     def run(body: str) -> "Said":
         shutil.rmtree("results", ignore_errors=True)

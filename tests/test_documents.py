@@ -83,7 +83,7 @@ OF_AN_AUTHOR = (
     "dbp-bench submit my-defense --entries my_defense",
     "dbp-bench verify BUNDLE ... --into results",
 )
-"""What the author of a defense runs, in order."""
+"""The commands that the author of a defense runs, in order."""
 
 DIGITS = "--network dbp_bench.networks.digits:DigitsCNN"
 OF_OWN_FILES = {
@@ -100,7 +100,7 @@ OF_OWN_FILES = {
     "--trust-code": f"{SHORT} --draws 8",
     "dbp-bench report --results mine --baseline": "",
 }
-"""What is done with images, weights and an attack of one's own, in order, and what is added."""
+"""The commands for images, weights and an attack of one's own, in order, with added options."""
 
 OF_THE_EXAMPLE = (
     "dbp-bench list defenses",

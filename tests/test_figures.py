@@ -1,4 +1,4 @@
-"""What the charts of a page show, and how a figure becomes a part of it."""
+"""Tests of the charts of a page, and of how a figure becomes a part of it."""
 
 import re
 from base64 import b64decode

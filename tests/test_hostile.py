@@ -696,7 +696,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def _refusal(read: Callable[[Foe, Path], object], foe: Foe, top: Path) -> str:
-    """What is said of a hostile file; nothing where it does no harm."""
+    """The message about a hostile file; empty where it does no harm."""
     _watched[:] = [top, foe.trace.parent / "scratch"]
     try:
         read(foe, top)
@@ -726,7 +726,7 @@ def test_a_few_generated_files(alone: Path) -> None:
 
 
 def test_code_and_writes_are_seen(alone: Path) -> None:
-    """What the hostile files would do, if they could."""
+    """The harm that hostile files would do, if they could."""
     acts: list[Callable[[Foe, Path], object]] = [
         lambda *_: (alone / "elsewhere").write_text("x"),
         lambda *_: (alone / "folder").mkdir(),
