@@ -64,6 +64,29 @@ def test_the_optimum_of_a_linear_classifier_in_l2() -> None:
     assert torch.equal(is_right(defense, found.images, group)[apart], (margin > 0)[apart])
 
 
+def test_the_optimum_among_a_hundred_classes() -> None:
+    """A linear classifier: each wrong class has an optimum of its own, and nine are aimed at."""
+    weights = normal(100, 64, seed=7) / 8
+
+    class Hundred(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.flatten(1) @ weights.T
+
+    images = 0.3 + 0.4 * uniform(200, 1, 8, 8)  # the box never binds
+    logits = images.flatten(1) @ weights.T
+    labels = logits.argmax(1)
+    apart = weights[:, None] - weights[None, :]
+    reach = logits + 0.03 * apart[:, labels].abs().sum(2).T
+    best = reach - logits.gather(1, labels[:, None])
+    foolable = best.scatter(1, labels[:, None], -torch.inf).amax(1) > 1e-4
+    found = searched(
+        Defense(Identity(), Hundred()), Group(images, labels, range(200)), Linf(0.03)
+    ).images
+    fooled = (found.flatten(1) @ weights.T).argmax(1) != labels
+    assert 0.3 < float(foolable.float().mean()) < 0.9
+    assert torch.equal(fooled, foolable)
+
+
 def test_an_image_is_finished_once_it_is_misclassified() -> None:
     classifier, group = linear()
     found = searched(Defense(Identity(), classifier), group, Linf(0.05))
@@ -98,6 +121,21 @@ def test_hidden_draws_take_two_samples_a_step() -> None:
     assert searched(defense, group, Linf(0.1), 21, frozenset()).gradient.tolist() == [20, 20, 20]
     assert Standard(1).unfit(Setup(hidden=True)) is not None
     assert Standard(1).unfit(Setup(hidden=False)) is None
+
+
+def test_an_image_that_hidden_draws_cannot_save_is_finished() -> None:
+    """Some images are lost under any draw; those that a draw may save take the whole budget."""
+    classifier, group = linear()
+    defense = Defense(Noisy(0.02, 0.02), classifier)
+    found = searched(defense, group, Linf(0.05), 200, frozenset())
+    draws = range(1 << 32, (1 << 32) + 32)
+    right = torch.stack([is_right(defense, found.images, group, draw) for draw in draws])
+    robust = right.float().mean(0)
+    finished = found.gradient < 200
+    assert 0.2 < float(finished.float().mean()) < 0.9
+    assert found.gradient.min() == 20
+    assert float(robust[finished].max()) <= 1 / 32
+    assert (found.gradient[robust > 0.1] == 200).all()
 
 
 @pytest.mark.parametrize("knows", [frozenset(), BOTH])

@@ -30,6 +30,9 @@ MOMENTUM = 0.8
 """The share of the running mean gradient that a step keeps where a draw is hidden."""
 FIRST, LAST_KNOWN, LAST_HIDDEN = 2.0, 0.02, 0.01
 """Lengths of the first and the last step of a search, relative to eps."""
+WINDOW, EASE = 20, 3.0
+"""Where a draw is hidden, an image is finished when the log-odds of being wrong of its last 20
+draws have a mean of more than 3 standard deviations."""
 SHORTEST = 10
 """Steps of a leg, at least."""
 
@@ -96,22 +99,31 @@ class Standard:
     # ------------------------------------------------------------------- a draw is hidden
 
     def _hidden(self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
-        found, mean = images, torch.zeros_like(images)
+        found, rows = images.clone(), torch.arange(len(images), device=images.device)
+        x, mean = images, torch.zeros_like(images)
+        odds = images.new_empty(len(images), 0)
         loss: Objective = log_odds
-        met: list[Tensor] = []
         plan = _plan(self.budget)
         for step, samples in enumerate(plan):
-            draws = range(sum(plan[:step]), sum(plan[: step + 1]))
-            seen = view.gradient(found, labels, loss, draws)
-            # The temperature is the scale of all log-odds met so far.
-            odds = log_odds(seen.logits.flatten(0, 1), labels.repeat_interleave(samples))
-            met.append(odds.view(len(images), samples))
-            loss = SmoothError(_scale(torch.cat(met, 1)))
+            draws = range(odds.shape[1], odds.shape[1] + samples)
+            part, own = view[rows], labels[rows]
+            seen = part.gradient(x, own, loss, draws)
+            met = log_odds(seen.logits.flatten(0, 1), own.repeat_interleave(samples))
+            odds = torch.cat([odds, met.view(-1, samples)], 1)
             # A step along the running mean of the gradients, projected. The first gradient is that
             # of the log-odds themselves, unscaled, so that it weighs on the steps that follow.
             mean = seen.mean if step == 0 else MOMENTUM * mean + (1 - MOMENTUM) * seen.mean
             size = _falling(FIRST, LAST_HIDDEN, step, len(plan)) * budget.eps
-            found = budget.project(found + size * budget.ascent(mean), images)
+            ahead = budget.project(x + size * budget.ascent(mean), images[rows])
+            # An image that its last draws misclassified with ease is finished, where it stands.
+            finished = _lost(odds) & view.decided_by_logits
+            found[rows] = torch.where(finished[:, None, None, None], x, ahead)
+            left = ~finished
+            rows, x, mean, odds = rows[left], ahead[left], mean[left], odds[left]
+            if not len(rows):
+                break
+            # The temperature is the scale of all log-odds met so far.
+            loss = SmoothError(_scale(odds))
         return found
 
     # ------------------------------------------------------------------- every draw is known
@@ -166,6 +178,13 @@ def _scale(odds: Tensor) -> Tensor:
     It is an eighth of their mean at least, beyond which the sigmoid would have no gradient.
     """
     return torch.maximum(odds.std(1, correction=0), odds.mean(1).abs() / 8).clamp(min=1e-6)
+
+
+def _lost(odds: Tensor) -> Tensor:
+    """True ``(b,)`` where the last log-odds of ``(b, n)`` lie above 0 by some deviations."""
+    last = odds[:, -WINDOW:]
+    lost = last.mean(1) > EASE * last.std(1, correction=0)
+    return lost & (odds.shape[1] >= WINDOW)
 
 
 def _falling(first: float, last: float, step: int, steps: int) -> float:
