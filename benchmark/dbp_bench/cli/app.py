@@ -134,6 +134,15 @@ Options = Annotated[
         help="An option of the attack, such as steps=50 or eot=20; can be repeated.",
     ),
 ]
+Effort = Annotated[
+    int | None,
+    _changed(
+        "--budget",
+        metavar="N",
+        help="Gradient evaluations of the standard attack for each image, or known draw: --set "
+        "budget=N.",
+    ),
+]
 Gradient = Annotated[
     str | None,
     _changed(

@@ -20,6 +20,7 @@ from dbp_bench.cli.app import (
     Defenses,
     Device,
     Draws,
+    Effort,
     Entries,
     Eps,
     Examples,
@@ -67,6 +68,7 @@ def run(
     seed: Seed = 0,
     out: Out = Path("results"),
     options: Options = None,
+    budget: Effort = None,
     gradient: Gradient = None,
     eps: Eps = None,
     examples: Examples = None,
@@ -108,6 +110,7 @@ def run(
         overrides=overrides_of(
             options,
             eps,
+            budget,
             gradient=gradient,
             draws=draws,
             examples=examples,

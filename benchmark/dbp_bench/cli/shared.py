@@ -107,12 +107,22 @@ def eps_of(text: str) -> float:
         raise BadRequest(f"--eps {text!r}: not a number such as 0.2 or 8/255.") from None
 
 
-def overrides_of(options: list[str] | None, eps: str | None = None, **others: Any) -> "Overrides":
-    """The options that are set against entries: ``--set``, ``--eps``, and others as they are."""
+def overrides_of(
+    options: list[str] | None, eps: str | None = None, budget: int | None = None, **others: Any
+) -> "Overrides":
+    """The options that are set against entries.
+
+    They are ``--set``, ``--eps`` and ``--budget``, and others as they are.
+    """
     from dbp_bench.runs.job import Overrides
 
     size = None if eps is None else eps_of(eps)
-    return Overrides(effort=options_of(options), eps=size, **others)
+    effort = options_of(options)
+    if budget is not None:
+        if "budget" in effort:
+            raise BadRequest(f"--budget {budget}: --set gives a budget, too. Give one.")
+        effort["budget"] = budget
+    return Overrides(effort=effort, eps=size, **others)
 
 
 def device_of(name: str) -> str:

@@ -23,6 +23,7 @@ from dbp_bench.cli.app import (
     Out,
     Quiet,
     Seed,
+    Threats,
     TrackName,
     Trust,
     app,
@@ -33,6 +34,7 @@ from dbp_bench.cli.shared import (
     overrides_of,
     registry_of,
     show_json,
+    split,
 )
 from dbp_bench.errors import BadRequest
 
@@ -45,14 +47,17 @@ if TYPE_CHECKING:
 
 @app.command(rich_help_panel=DIAGNOSE)
 def sweep(
-    defense: Annotated[str, typer.Argument(help="A defense.")],
-    threat: Annotated[str, typer.Option(metavar="NAME", help="A threat model.")],
+    defense: Annotated[
+        str, typer.Argument(metavar="DEFENSES", help="Separated by commas, or all.")
+    ],
+    threat: Threats,
     attack: Attack = None,
     over: Annotated[
         list[str] | None,
         typer.Option(
             metavar="AXIS=VALUES",
-            help="steps=20,40,100, eot=1,10,40 or eps=0.1,0.2,0.5; can be repeated.",
+            help="budget=400, eps=0.1,0.2,0.5, or any number among the attack's options; can be "
+            "repeated.",
         ),
     ] = None,
     black_box: Annotated[
@@ -77,11 +82,11 @@ def sweep(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Look for a weak attack or a masked gradient: more steps, larger eps."""
+    """Look for a weak attack or a masked gradient: more effort, larger eps."""
     from dbp_bench.checks.record import Memo
     from dbp_bench.runs import sweep as sweeps
     from dbp_bench.runs.execute import execute
-    from dbp_bench.runs.job import resolve
+    from dbp_bench.runs.job import plan, resolve
     from dbp_bench.runs.progress import progress_of_job
 
     registry = registry_of(entries, trust_code, data)
@@ -94,12 +99,29 @@ def sweep(
         batch_size=batch_size,
         max_batch=max_batch,
     )
-    one = partial(resolve, registry, track, defense, threat, seed=seed, device=device_of(device))
-    planned = [sweeps.plan(one, attack, overrides, *sweeps.parse(text)) for text in over or []]
-    if black_box != "none":
-        planned.append(sweeps.against(one, attack, overrides, black_box))
-    if not planned:
-        raise BadRequest("--over names nothing. Write it as steps=20,40,100.")
+    if not over and black_box == "none":
+        raise BadRequest("--over names nothing. Write it as budget=400.")
+    axes = [sweeps.parse(text) for text in over or []]
+    device = device_of(device)
+    planned: list[sweeps.Sweep] = []
+    for item in plan(
+        registry,
+        track,
+        split(defense),
+        split(threat),
+        attack=attack,
+        seed=seed,
+        device=device,
+        overrides=overrides,
+    ):
+        job = item.job
+        if item.instead is not None or (split(threat) == ["all"] and job.eps == 0):
+            continue  # measured under another name, or nothing that an attack could change
+        names = (track, job.subject.name, job.threat.name)
+        one = partial(resolve, registry, *names, seed=seed, device=device)
+        planned += [sweeps.plan(one, attack, overrides, *axis) for axis in axes]
+        if black_box != "none":
+            planned.append(sweeps.against(one, attack, overrides, black_box))
 
     memo = Memo()
 
@@ -119,6 +141,7 @@ def _show_sweeps(say: "Console", found: "Sequence[Findings]") -> None:
     from dbp_bench.runs.sweep import shown
 
     for item in found:
+        say.print(f"{item.defense} / {item.setting}")
         table = table_of([], [item.axis, "robust % [95 %]", "falls by [95 %]", "zero gradient %"])
         for row in item.values:
             mark = " *" if row.value == item.standard else ""

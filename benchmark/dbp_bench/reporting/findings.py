@@ -46,7 +46,8 @@ class Findings(Strict):
     attack: str
     """The attack's label."""
     seed: int
-    axis: Literal["steps", "eot", "eps", "black-box"]
+    axis: str
+    """``eps``, an option of the attack that is a number, such as ``budget``, or ``black-box``."""
     standard: float | str
     """The threat model's own value on the axis."""
     images: int

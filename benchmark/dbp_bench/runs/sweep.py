@@ -15,10 +15,11 @@ from dbp_bench.errors import BadRequest, ZeroGradient, did_you_mean
 from dbp_bench.reporting.findings import SCHEMA, Findings, Flag, Measured, findings_path
 from dbp_bench.reporting.statistics import Bootstrap, Replicates
 from dbp_bench.result import Result
+from dbp_bench.runs.execute import is_complete
 from dbp_bench.runs.job import Job, Overrides
 
-AXES = ("steps", "eot", "eps")
-"""The options that can be swept over."""
+EFFORTS = ("budget", "steps", "eot")
+"""The options of attacks of which more can only lower the accuracy, if too few were taken."""
 
 BLACK_BOX = "black-box"
 """The axis whose second value is another attack, one that follows no gradient."""
@@ -48,29 +49,28 @@ class Sweep:
     """The jobs along one axis."""
 
     axis: str
+    """``eps``, an option of the attack that is a number, or :data:`BLACK_BOX`."""
     standard: Point
     points: list[Point]
     """All points in the order of their values, the standard included."""
 
 
 def parse(text: str) -> tuple[str, list[float]]:
-    """Axis and values of, for example, ``steps=20,40`` or ``eps=8/255,0.5``.
+    """Axis and values of, for example, ``budget=400`` or ``eps=8/255,0.5``.
 
     Raises:
-        BadRequest: The text names no axis, or values that it can't have.
+        BadRequest: The text names no axis, or no numbers.
     """
     axis, equals, listed = text.partition("=")
-    if not equals or axis not in AXES:
-        hint = did_you_mean(axis, AXES)
-        raise BadRequest(f"--over {text!r}: write it as steps=20,40,100.{hint}")
+    axis = axis.strip().replace("-", "_")
+    if not equals or not axis:
+        raise BadRequest(f"--over {text!r}: write it as budget=400 or steps=20,40,100.")
     values = []
     for part in listed.split(","):
         try:
             values.append(number(part))
         except ValueError:
             raise BadRequest(f"--over {text!r}: {part.strip()!r} is no number.") from None
-    if axis != "eps" and any(value != int(value) or value < 1 for value in values):
-        raise BadRequest(f"--over {text!r}: {axis} are whole numbers of 1 or more.")
     return axis, sorted(set(values))
 
 
@@ -83,28 +83,39 @@ def plan(
         resolve: Resolves jobs of one defense under one threat model.
         attack: The attack's name, which `resolve` takes; None for the threat's own.
         overrides: The options set against the entries at every value.
-        axis: One of :data:`AXES`.
+        axis: ``eps``, or an option of the attack that is a number.
         values: The values of the axis.
 
     Raises:
         BadRequest: The axis can't change this attack, or no value could show that it is weak.
     """
+    own = resolve(attack=attack, overrides=overrides)
+    numbers = {"eps": own.eps} | {
+        name: value
+        for name, value in own.search.effort.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    if axis not in numbers:
+        raise BadRequest(
+            f"--over {axis}: {own.search.name} has no such number.{did_you_mean(axis, numbers)}"
+        )
+    held = numbers[axis]
+    whole = isinstance(held, int)
+    if whole and any(value != int(value) for value in values):
+        raise BadRequest(f"--over {axis}: {own.search.name} takes whole numbers alone.")
 
     def at(value: float) -> Job:
         if axis == "eps":
             return resolve(attack=attack, overrides=replace(overrides, eps=value))
-        effort = {**overrides.effort, axis: int(value)}
+        effort = {**overrides.effort, axis: int(value) if whole else value}
         return resolve(attack=attack, overrides=replace(overrides, effort=effort))
 
-    own = resolve(attack=attack, overrides=overrides)
     if axis == "eot" and own.knows == own.sites:
         raise BadRequest(
             f"--over eot: nothing is hidden from {own.threat.name} in {own.subject.name}, so that "
-            "every gradient draw is the same. Sweep over steps or eps."
+            "every gradient draw is the same. Sweep over another option, or eps."
         )
-    at(max(values))  # refuses what this attack doesn't take
-    held = own.eps if axis == "eps" else own.search.effort[axis]
-    if axis != "eps" and max(values) <= held:
+    if axis in EFFORTS and max(values) <= held:
         raise BadRequest(
             f"--over {axis}={max(values):g}: none is above the {held:g} of {own.threat.name}, and "
             "only more can show that this is too few."
@@ -142,7 +153,7 @@ def run(sweep: Sweep, out: Path, execute: Execute) -> Findings:
     files: list[str | None] = []
     for point in sweep.points:
         try:
-            path = execute(point.job, out / point.folder)
+            path = _measured(sweep, point, out) or execute(point.job, out / point.folder)
         except ZeroGradient:
             results.append(None)
             files.append(None)
@@ -156,6 +167,13 @@ def run(sweep: Sweep, out: Path, execute: Execute) -> Findings:
         )
     )
     return found
+
+
+def _measured(sweep: Sweep, point: Point, out: Path) -> Path | None:
+    """The result of the standard among those that `out` holds, where it covers what is asked."""
+    if point is not sweep.standard or not is_complete(point.job, out):
+        return None
+    return point.job.path(out)
 
 
 def assess(sweep: Sweep, results: Sequence[Result | None], files: Sequence[str | None]) -> Findings:
@@ -196,7 +214,7 @@ def assess(sweep: Sweep, results: Sequence[Result | None], files: Sequence[str |
         threat=own.threat.name,
         attack=own.search.label,
         seed=own.seed,
-        axis=sweep.axis,  # type: ignore[arg-type]
+        axis=sweep.axis,
         standard=sweep.standard.value,
         images=own.examples,
         draws=own.draws,
@@ -225,7 +243,7 @@ def _flags(
     last = values[-1]
     standard = values[sweep.points.index(sweep.standard)]
     falls = last.fall is not None and last.fall.low > 0
-    if sweep.axis in ("steps", "eot") and falls:
+    if sweep.axis in EFFORTS and falls:
         yield Flag(name="not-converged", message=_fall(sweep.axis, standard, last))
     if sweep.axis == BLACK_BOX and falls:
         yield Flag(name="black-box-stronger", message=_fall("the attack", standard, last))
