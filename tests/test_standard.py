@@ -133,7 +133,7 @@ def test_an_image_that_hidden_draws_cannot_save_is_finished() -> None:
     robust = right.float().mean(0)
     finished = found.gradient < 200
     assert 0.2 < float(finished.float().mean()) < 0.9
-    assert found.gradient.min() == 20
+    assert 20 <= found.gradient.min() <= 40
     assert float(robust[finished].max()) <= 1 / 32
     assert (found.gradient[robust > 0.1] == 200).all()
 

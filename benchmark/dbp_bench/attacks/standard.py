@@ -30,9 +30,9 @@ MOMENTUM = 0.8
 """The share of the running mean gradient that a step keeps where a draw is hidden."""
 FIRST, LAST_KNOWN, LAST_HIDDEN = 2.0, 0.02, 0.01
 """Lengths of the first and the last step of a search, relative to eps."""
-WINDOW, EASE = 20, 3.0
+WINDOW, EASE = 20, 5.0
 """Where a draw is hidden, an image is finished when the log-odds of being wrong of its last 20
-draws have a mean of more than 3 standard deviations."""
+draws have a mean of more than 5 standard deviations."""
 SHORTEST = 10
 """Steps of a leg, at least."""
 
