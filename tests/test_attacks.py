@@ -98,7 +98,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str], R
         registry = Registry([mine], trust_code=True)
         found = {}
         for threat in PROTOCOL:
-            own = [None] if threat == "eot" else []
+            own = ["pgd"] if threat == "eot" else []
             for attack in (*own, INSIDE, OUTSIDE):
                 job = job_of(registry, threat, attack)
                 cost = estimate(job, top / "results", "none")
@@ -255,7 +255,7 @@ REFUSED: list[tuple[Sequence[str], str]] = [
     (["--attack", "low_frequency"], "Did you mean 'low-frequency'?"),
     (["--attack", "pgd:fast"], "pgd has no variants; write pgd."),
     (["--attack", "apgd", "--set", "stepz=3"], "apgd: stepz: is unknown. Did you mean 'steps'?"),
-    (["--set", "stepz=3"], "eot.yaml with --set stepz: pgd: stepz: is unknown. Did you mean"),
+    (["--set", "budged=3"], "eot.yaml with --set budged: standard: budged: is unknown. Did you"),
     (["--attack", "ensemble-hidden", "--set", "eott=3"], "ensemble: eott: is unknown. Did you"),
     # What it cannot differentiate.
     (

@@ -21,7 +21,7 @@ from records import make, matrix, save
 if TYPE_CHECKING:
     from conftest import Command
 
-SMALL = ("--examples", "4", "--batch-size", "4", "--draws", "8", "--set", "steps=1")
+SMALL = ("--examples", "4", "--batch-size", "4", "--draws", "8", "--budget", "2")
 UNPURIFIED = "dbp_bench.purifiers.controls:Unpurified"
 
 
@@ -77,7 +77,7 @@ def test_the_base_classifier_is_run_along_once(own: Path, command: "Command") ->
     said = command(*run)
     assert said.code == 0, said.err
     assert "none: run along, once, as the zero of the scale (R_0)" in said.out
-    path = Path("results/digits-linf/none/eot/pgd/seed-0.json")
+    path = Path("results/digits-linf/none/eot/standard/seed-0.json")
     stamp = path.stat().st_mtime_ns
     said = command("run", "--defense", "noise-only", "--threat", "all", *SMALL)
     assert said.code == 0, said.err
@@ -93,11 +93,11 @@ def test_single_threats_and_other_requests_leave_it_alone(own: Path, command: "C
     assert command("run", "--defense", "oneshot", "--threat", "eot", *SMALL).code == 0
     assert not Path("results/digits-linf/none").exists()
     eot = ("run", "--defense", "none", "--threat", "eot,null")
-    assert command(*eot, *SMALL[:-1], "steps=2").code == 0
+    assert command(*eot, *SMALL[:-1], "4").code == 0
     said = command("run", "--defense", "oneshot", "--threat", "all", *SMALL)
     assert said.code == 0, said.err
-    held = Result.read(Path("results/digits-linf/none/eot/pgd/seed-0.json"))
-    assert held.effort["steps"] == 2
+    held = Result.read(Path("results/digits-linf/none/eot/standard/seed-0.json"))
+    assert held.effort["budget"] == 4
 
 
 def test_where_it_can_t_be_run_along_that_is_said(own: Path, command: "Command") -> None:

@@ -125,7 +125,7 @@ UNSEEN = {
 }
 """Those that are as good when they are computed again, and fail elsewhere."""
 
-RESULT = "results/digits-linf/cheat/eot/pgd/seed-0.json"
+RESULT = "results/digits-linf/cheat/eot/standard/seed-0.json"
 OWN = ["--entries", "mine", "--trust-code"]
 RUN = ["run", "--defense", "cheat", "--threat", "eot", "--batch-size", "12", "--draws", "3", *OWN]
 Ran = Callable[[str], Result]
@@ -148,7 +148,7 @@ def said(command: "Command") -> Callable[[str], "Said"]:
         shutil.rmtree("results", ignore_errors=True)
         folder(Path("mine"), defenses={"cheat": toy_defense("cheat:Purifier", ["forward"])})
         Path("mine/cheat.py").write_text(f"{MODULE}        {body.strip()}\n")
-        return command(*RUN, "--set", "steps=5", "--set", "eot=2")
+        return command(*RUN, "--budget", "10")
 
     return run
 

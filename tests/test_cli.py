@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from conftest import Command
 
 FIXTURE = Path(__file__).parent / "results/schema-2-known.json"
-SMALL = ["--set", "steps=1", "--set", "eot=2", "--examples", "4", "--batch-size", "4"]
+SMALL = ["--budget", "4", "--examples", "4", "--batch-size", "4"]
 RUN = ["run", "--defense", "oneshot", "--threat", "dwbox", *SMALL]
-OF_RUN = "results/digits-linf/oneshot/dwbox/pgd"
+OF_RUN = "results/digits-linf/oneshot/dwbox/standard"
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +161,7 @@ def test_run_json(command: "Command") -> None:
     assert said.err == ""
     (row,) = json.loads(said.out)
     result = Result.read(Path(row["file"]))
-    assert (row["defense"], row["threat"], row["attack"]) == ("oneshot", "dwbox", "pgd")
+    assert (row["defense"], row["threat"], row["attack"]) == ("oneshot", "dwbox", "standard")
     assert (row["images"], row["draws"]) == (4, 3)
     assert row["robust"]["value"] == result.right("adversarial").mean()
     assert row["fresh"]["value"] == result.right("fresh").mean()
@@ -178,26 +178,27 @@ def test_run_of_a_setting_that_has_another_name(command: "Command", tmp_path: Pa
     # Its images were never saved, so it is run where they are asked for.
     saved = ["run", "--defense", "oneshot", "--threat", "dw-fwd", *SMALL, "--save-adversarial"]
     assert command(*saved).code == 0
-    assert len(list(tmp_path.glob("results/*/*/dw-fwd/pgd/adversarial-*"))) == 1
+    assert len(list(tmp_path.glob("results/*/*/dw-fwd/standard/adversarial-*"))) == 1
 
 
 def test_overrides_are_in_the_result(command: "Command", tmp_path: Path) -> None:
-    given = {"step_size": 0.5, "loss": "margin", "restarts": 2, "random_start": True}
+    given = {"steps": 1, "step_size": 0.5, "loss": "margin", "restarts": 2, "random_start": True}
     sets = [part for name, v in given.items() for part in ("--set", f"{name}={json.dumps(v)}")]
     options = ["--eps", "8/255", "--seed", "7", "--gradient", "bpda", "--max-batch", "8", "-q"]
-    assert command(*RUN, *sets, *options).code == 0
-    result = Result.read(tmp_path / OF_RUN / "seed-7.json")
+    asked = ["run", "--defense", "oneshot", "--threat", "dwbox", "--attack", "pgd", *SMALL[2:]]
+    assert command(*asked, *sets, *options).code == 0
+    result = Result.read(tmp_path / OF_RUN.replace("standard", "pgd") / "seed-7.json")
     assert result.eps == 8 / 255
-    assert result.effort.items() >= {"steps": 1, "eot": 2, **given}.items()
+    assert result.effort.items() >= {"eot": 10, **given}.items()
     assert result.gradient == "bpda"
     assert result.arithmetic.max_batch == 8
-    named = [*given, "steps", "eot", "eps", "batch_size", "gradient", "max_batch"]
+    named = [*given, "eps", "batch_size", "gradient", "max_batch"]
     assert result.overrides == sorted(named)
 
 
 def test_another_attack_at_the_same_knowledge(command: "Command", tmp_path: Path) -> None:
     said = command(*RUN, "--attack", "square", "--set", "n_queries=3")
-    assert said.code == 2, "steps is no option of square"
+    assert said.code == 2, "budget is no option of square"
     small = ["--examples", "2", "--batch-size", "2", "--set", "n_queries=3"]
     names = ["run", "--defense", "oneshot", "--threat", "dwbox", "--attack", "square"]
     said = command(*names, *small)
@@ -266,7 +267,7 @@ def test_a_plan_in_80_columns(command: "Command", monkeypatch: pytest.MonkeyPatc
         ["none", "dwbox", "nothing", "4", "1"],
     ]
     assert sum(line.startswith("attack ") for line in lines) == 1
-    assert "attack   pgd: steps=1, step_size=0.25, eot=2, loss=ce, " in said.out
+    assert "attack   standard: budget=4; gradient exact" in said.out
 
 
 def test_plan_counts_what_is_left(command: "Command") -> None:
@@ -354,13 +355,13 @@ def test_brackets_are_text(command: "Command", tmp_path: Path) -> None:
     said = command(*ask, "--threat", "eot")
     assert (said.code, said.err) == (0, "")
     assert title in said.out
-    assert said.out.splitlines()[-1] == str(out / "mine/toy/eot/pgd/seed-0.json")
+    assert said.out.splitlines()[-1] == str(out / "mine/toy/eot/standard/seed-0.json")
     same = command(*ask, "--threat", "eot,dwbox")
     assert f"see {out}" in same.out
     assert title in command("list", "tracks", "--entries", mine).out
     assert title in command(*ask, "--threat", "eot", "--dry-run").out
-    swept = ["sweep", "toy", "--threat", "eot", "--track", "mine", "--over", "steps=21"]
-    small = ["--examples", "2", "--batch-size", "2", "--black-box", "none"]
+    swept = ["sweep", "toy", "--threat", "eot", "--track", "mine", "--over", "budget=3"]
+    small = ["--examples", "2", "--batch-size", "2", "--set", "budget=2", "--black-box", "none"]
     assert command(*swept, *small, "--entries", mine, "--out", out).code == 0
 
 
@@ -392,6 +393,7 @@ def entries(where: Path) -> None:
 
 
 DDIM = ["run", "--defense", "ddim", "--threat", "dwbox", "--examples", "4"]
+PGD = ["--attack", "pgd"]
 LISTED = "`dbp-bench list {}` lists them."
 
 
@@ -417,21 +419,24 @@ LISTED = "`dbp-bench list {}` lists them."
         ([*DDIM, "--draws", "-1"], "--draws -1: must be 1 or more"),
         ([*DDIM, "--set", "steps"], "--set 'steps': write it as steps=50."),
         (
-            [*DDIM, "--set", "stepz=3"],
+            [*DDIM, *PGD, "--set", "stepz=3"],
             "with --set stepz: pgd: stepz: is unknown. Did you mean 'steps'?",
         ),
         (
-            [*DDIM, "--set", "steps=0"],
+            [*DDIM, *PGD, "--set", "steps=0"],
             "with --set steps: pgd: steps: input should be greater than or",
         ),
-        ([*DDIM, "--set", "eot=-3"], "eot: input should be"),
-        ([*DDIM, "--set", "step-size=.nan"], "step_size: input should be"),
-        ([*DDIM, "--set", "step_size=inf"], "step_size: input should be"),
+        ([*DDIM, *PGD, "--set", "eot=-3"], "eot: input should be"),
+        ([*DDIM, *PGD, "--set", "step-size=.nan"], "step_size: input should be"),
+        ([*DDIM, *PGD, "--set", "step_size=inf"], "step_size: input should be"),
         (
-            [*DDIM, "--set", "loss=cee"],
+            [*DDIM, *PGD, "--set", "loss=cee"],
             "loss: input should be 'ce', 'margin', 'dlr', 'ce-targeted'",
         ),
-        ([*DDIM, "--set", "restarts=3"], "restarts: more than 1 needs random_start"),
+        ([*DDIM, *PGD, "--set", "restarts=3"], "restarts: more than 1 needs random_start"),
+        ([*DDIM, *PGD, "--budget", "3"], "pgd: budget: is unknown. Known: eot, loss, "),
+        ([*DDIM, "--budget", "0"], "standard: budget: input should be greater than or equal to 1"),
+        ([*DDIM, "--budget", "3", "--set", "budget=4"], "--set gives a budget, too. Give one."),
         ([*DDIM, "--gradient", "bpad"], "--gradient 'bpad': exact, bpda, declared-surrogate, or"),
         ([*DDIM, "--eps", "8"], "Did you mean 8/255?"),
         ([*DDIM, "--eps=-0.1"], "a radius cannot be negative"),
@@ -536,7 +541,7 @@ def test_an_option_that_would_be_ignored(
 ) -> None:
     said = command("run", "--defense", "none", "--threat", "eot", *twice, "--dry-run")
     assert (said.code, said.err) == (2, f"dbp-bench: {says}\n")
-    again = ("--examples", "3", "--examples", "2", "--set", "eot=3", "--set", "eot=1")
+    again = ("--examples", "3", "--examples", "2", "--set", "budget=3", "--set", "budget=2")
     assert command("run", "--defense", "none", "--threat", "eot", *again, "--dry-run").code == 0
     assert command("submit", "none", "--results", "a", "--results", "b").err.startswith(
         "dbp-bench: --results: given twice"

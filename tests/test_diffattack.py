@@ -288,7 +288,9 @@ class Twice:
 )
 def test_a_purifier_that_shows_nothing_is_refused(purifier: Any) -> None:
     defense = Defense(purifier, Small(), [], "none")
-    with pytest.raises(AttackFailed, match=r"shows no states .* take attack pgd .*eot") as failed:
+    with pytest.raises(
+        AttackFailed, match=r"shows no states .* take attack standard .*eot"
+    ) as failed:
         run(defense, DiffAttack(1, 0.4, 2))
     assert "\n" not in str(failed.value)
     run(defense, DiffAttack(1, 0.4, 2, weight=0.0))

@@ -30,13 +30,13 @@ DOCUMENTS = sorted(
 )
 
 SMALL = "--examples 2 --batch-size 2"
-SHORT = f"{SMALL} --set steps=1 --out out"
+SHORT = f"{SMALL} --budget 2 --out out"
 PLAN = "--dry-run --max-batch 20"
 DDPM = "dbp-bench run --defense ddpm"
 PLACES = {
     "<name>": "ddim",
     "<track>": "digits-linf",
-    "FILE": "results/digits-linf/none/eot/pgd/seed-0.json",
+    "FILE": "results/digits-linf/none/eot/standard/seed-0.json",
 }
 
 SHORTENED = {
@@ -196,7 +196,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dbp_bench.runs.execute.record", lambda *_: none)
     for defense in ("none", "ddpm", "addt"):
         folder = Path("results/digits-linf") / defense
-        for path in (TOP / folder).glob("*/pgd/seed-0.json"):
+        for path in (TOP / folder).glob("*/*/seed-0.json"):
             (tmp_path / path.relative_to(TOP)).parent.mkdir(parents=True)
             shutil.copy(path, tmp_path / path.relative_to(TOP))
 

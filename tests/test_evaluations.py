@@ -8,6 +8,7 @@ import yaml
 from torch import Tensor, nn
 
 from dbp_bench.attacks import make
+from dbp_bench.attacks.standard import Standard
 from dbp_bench.defense import Defense
 from dbp_bench.entries.registry import Registry
 from dbp_bench.evaluation import Attacked, Group, attack
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from conftest import Command
 
 SHORT = {"steps": 6, "eot": 2, "eot_iter": 2, "queries": 5, "n_queries": 5, "compare": 3}
-SHORT |= {"N": 3, "targets": 2}
+SHORT |= {"N": 3, "targets": 2, "budget": 24}
 """Options that take no time, none of which is 1 where the entry's isn't."""
 
 EXTRAS = {"autoattack": "pyautoattack", "torchattacks": "torchattacks"}
@@ -112,7 +113,7 @@ def cases(each: list[tuple[str, str | None]]) -> list[Any]:
         pytest.param(
             threat,
             name,
-            id=f"{threat}-{name or 'pgd'}",
+            id=f"{threat}-{name or 'own'}",
             marks=[pytest.mark.extras] if (name or "").partition(":")[0] in EXTRAS else [],
         )
         for threat, name in each
@@ -126,6 +127,9 @@ def every_attack() -> list[tuple[str, str | None]]:
         ("dw-rev", None),
         ("null", None),
         ("whitebox", None),
+        ("pgd20-eot", None),
+        ("pgd20-dw-fwd", None),
+        ("pgd20-dwbox", None),
     ]
     hidden = ["ensemble-hidden", "gradual-published", "autoattack:rand"]
     known = ["ensemble-known", "autoattack:standard"]
@@ -152,6 +156,9 @@ BOUNDED += [
 ]
 """Where images may finish early, so that the plan tells a bound."""
 
+STANDARD = [(threat, None) for threat in ("eot", "dw-fwd", "dw-rev", "dwbox", "null")]
+"""Where the bound also holds a search that only a masked gradient needs."""
+
 
 def needed(attack: str | None) -> None:
     """Skip where the package of an attack isn't there and wasn't promised."""
@@ -169,8 +176,23 @@ def test_a_run_takes_as_many_evaluations_as_its_plan_says(
 ) -> None:
     needed(attack_name)
     job = job_of(registry, threat, attack_name)
-    assert job.evaluations.exact == ((threat, attack_name) not in BOUNDED)
+    assert job.evaluations.exact == ((threat, attack_name) not in [*BOUNDED, *STANDARD])
     check_plan(job, tmp_path, monkeypatch, reached=False)
+
+
+@pytest.mark.parametrize("threat", ["eot", "dwbox"])
+def test_the_standard_attack_takes_its_budget_where_no_image_falls(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threat: str
+) -> None:
+    """With eps = 0: of each image, and of each known draw."""
+    monkeypatch.setattr("dbp_bench.runs.execute.record", lambda *_: None)
+    job = job_of(registry, threat, None, eps=0.0)
+    taken = Result.read(execute(job, tmp_path)).evaluations
+    assert job.search.effort == {"budget": 24}
+    assert taken.gradient == [24 * job.attacks] * 4
+    # Where all is known: the legs' targets, and the end of each of the two legs.
+    assert taken.forward == [3 * 3 if threat == "dwbox" else 0] * 4
+    assert job.evaluations.gradient == 24
 
 
 @pytest.mark.parametrize(("threat", "attack_name"), cases([*BOUNDED]))
@@ -284,7 +306,7 @@ def test_a_plan_counts_the_calls_of_a_source(tmp_path: Path, source: str, calls:
 
 
 def test_partly_known_draws_leave_some_to_guess() -> None:
-    names = (Registry(), "digits-linf", "ddpm", "dw-fwd")
+    names = (Registry(), "digits-linf", "ddpm", "pgd20-dw-fwd")
     job = resolve(*names, seed=0, device="cpu", overrides=Overrides({"steps": 3, "eot": 4}))
     assert job.evaluations == Evaluations(12, 0, exact=True)
 
@@ -303,7 +325,7 @@ def test_a_track_of_ones_own_may_be_in_l1(tmp_path: Path) -> None:
     own = folder(tmp_path / "entries", tracks=tracks, defenses={"own": defense})
     effort = {"steps": 3, "step_size": 1.0, "eot": 2, "random_start": True, "restarts": 2}
     small = Overrides(effort, examples=6, batch_size=6)
-    names = (Registry([own]), "own", "own", "eot")
+    names = (Registry([own]), "own", "own", "pgd20-eot")
     job = resolve(*names, seed=0, device="cpu", overrides=small)
     out = tmp_path / "out"
     result = Result.read(execute(job, out, save_adversarial=True))
@@ -322,5 +344,10 @@ def test_a_plan_says_where_its_count_is_a_bound(command: "Command", tmp_path: Pa
     assert said.out.count("at most") == 2, "the count, and the size of a pass"
     assert f"at most {2 * 3 * (100 + 1 + 5)}" in said.out
     assert "or less: images may finish early" in " ".join(said.out.split())
-    exact = command("run", "--dry-run", "--threat", "eot", *small)
+    exact = command("run", "--dry-run", "--threat", "pgd20-eot", *small)
     assert "or less" not in exact.out
+    standard = " ".join(command("run", "--dry-run", "--threat", "eot", *small).out.split())
+    # With Square's 200 queries at two draws, on two halves of them, and its end.
+    searched = Standard().evaluations(Setup(hidden=True))
+    assert f"at most {2 * (searched.gradient + searched.forward + 2 * 9):,}" in standard
+    assert "a search without gradients is only for those whose gradient is zero" in standard

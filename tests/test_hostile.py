@@ -130,7 +130,7 @@ def test_a_result_with_half_a_character(tmp_path: Path) -> None:
 
 
 def job(**changes: Any) -> Job:
-    small: dict[str, Any] = {"examples": 4, "batch_size": 2, "draws": 3, "effort": {"steps": 1}}
+    small: dict[str, Any] = {"examples": 4, "batch_size": 2, "draws": 3, "effort": {"budget": 2}}
     return resolve(
         *(SHIPPED, "digits-linf", "oneshot", "dwbox"),
         seed=0,
@@ -334,7 +334,7 @@ def test_no_control_character_reaches_the_terminal(command: Command, tmp_path: P
     for asked in (
         ("run", "--defense", "none", "--threat", "null", *small, "--out", out),
         ("report", "--results", out, "--out", out),
-        ("verify", out / "digits-linf/none/null/pgd/seed-0.json"),
+        ("verify", out / "digits-linf/none/null/standard/seed-0.json"),
     ):
         each = command(*asked)
         assert each.code == 0
@@ -543,7 +543,7 @@ def _read_bundle(foe: Foe, top: Path) -> None:
     files = {
         "entries/defenses/hostile.yaml": foe.text(ENTRY).encode(errors="replace"),
         "entries/trap.py": f"open({str(foe.trace)!r}, 'w')\n".encode(),
-        "results/digits-linf/hostile/eot/pgd/seed-0.json": make("hostile", "eot", 0.5)
+        "results/digits-linf/hostile/eot/standard/seed-0.json": make("hostile", "eot", 0.5)
         .to_json()
         .encode(),
     }

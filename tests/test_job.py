@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ SHIPPED = Registry()
 NONE = SHIPPED.defense("none").entry.factory
 TRACK = "digits-linf"
 PROTOCOL = SHIPPED.protocol
+PGD = {"attack": "pgd"}
 
 
 def job(
@@ -38,10 +40,12 @@ def job(
     )
 
 
-def runs(defense: str, **overrides: Any) -> dict[str, str | None]:
+def runs(
+    defense: str, threats: Sequence[str] = PROTOCOL, **overrides: Any
+) -> dict[str, str | None]:
     """By threat, the threat that is run instead."""
     planned = plan(
-        SHIPPED, TRACK, [defense], PROTOCOL, seed=0, device="cpu", overrides=Overrides(**overrides)
+        SHIPPED, TRACK, [defense], threats, seed=0, device="cpu", overrides=Overrides(**overrides)
     )
     return {p.job.threat.name: p.instead.threat.name if p.instead else None for p in planned}
 
@@ -52,8 +56,13 @@ def runs(defense: str, **overrides: Any) -> dict[str, str | None]:
 def test_defaults_are_those_of_the_entries() -> None:
     made = job()
     assert made.eps == SHIPPED.track(TRACK).entry.eps
-    assert made.search.effort == SHIPPED.threat("dwbox").entry.effort
-    assert (made.search.name, made.search.label, made.search.setting) == ("pgd", "pgd", None)
+    assert made.search.effort == {"budget": 200}, "the attack's own, where the entry says nothing"
+    assert (made.search.name, made.search.label, made.search.setting) == (
+        "standard",
+        "standard",
+        None,
+    )
+    assert job(threat="null").search.effort == SHIPPED.threat("null").entry.effort
     assert made.search.gradient == "exact"
     assert made.knows == made.sites == ["forward", "reverse"]
     assert (made.draws, made.examples, made.overrides) == (3, 360, [])
@@ -61,9 +70,8 @@ def test_defaults_are_those_of_the_entries() -> None:
 
 
 def test_overrides_are_recorded() -> None:
-    made = job(
-        effort={"steps": 7, "restarts": 2, "random_start": True}, eps=0.1, draws=4, batch_size=8
-    )
+    effort = {"steps": 7, "restarts": 2, "random_start": True}
+    made = job(threat="pgd20-dwbox", effort=effort, eps=0.1, draws=4, batch_size=8)
     assert made.search.effort["steps"] == 7
     assert made.search.effort["eot"] == 10
     assert (made.eps, made.draws, made.batch_size) == (0.1, 4, 8)
@@ -80,12 +88,15 @@ def test_examples_are_no_override() -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ({"effort": {"queries": 5}}, r"pgd: queries: is unknown\. Known: eot, loss, "),
-        ({"effort": {"stepz": 5}}, r"pgd: stepz: is unknown\. Did you mean 'steps'\?"),
-        ({"effort": {"steps": 0}}, "steps: input should be greater than or equal to 1, not 0"),
-        ({"effort": {"restarts": 2}}, r"restarts: more than 1 needs random_start: true"),
-        ({"effort": {"loss": "cee"}}, "loss: input should be 'ce', 'margin', .*, not 'cee'"),
-        ({"effort": {"step_size": float("nan")}}, "step_size: input should be .*, not nan"),
+        ({"effort": {"queries": 5}}, r"standard: queries: is unknown\. Known: budget"),
+        ({**PGD, "effort": {"stepz": 5}}, r"pgd: stepz: is unknown\. Did you mean 'steps'\?"),
+        (
+            {**PGD, "effort": {"steps": 0}},
+            "steps: input should be greater than or equal to 1, not 0",
+        ),
+        ({**PGD, "effort": {"restarts": 2}}, r"restarts: more than 1 needs random_start: true"),
+        ({**PGD, "effort": {"loss": "cee"}}, "loss: input should be 'ce', 'margin', .*, not 'cee'"),
+        ({**PGD, "effort": {"step_size": float("nan")}}, "step_size: input should be .*, not nan"),
         ({"gradient": "surrogate"}, r"^--gradient 'surrogate': exact, bpda, declared-surrogate, "),
         ({"gradient": "surrogate:0"}, r"^--gradient 'surrogate:0': exact, bpda, "),
         ({"eps": -0.1}, r"^--eps -0\.1: a radius cannot be negative"),
@@ -182,7 +193,7 @@ def test_another_attack_has_its_own_defaults() -> None:
 
 
 def test_the_threat_s_own_attack_by_name_is_the_threat_s_own() -> None:
-    assert job(attack="pgd").identity() == job().identity()
+    assert job(attack="standard").identity() == job().identity()
 
 
 def test_a_named_setting_of_an_attack() -> None:
@@ -226,19 +237,25 @@ def test_an_attack_without_gradients_follows_none() -> None:
 
 def test_what_does_not_go_together_is_refused_with_the_reason() -> None:
     with pytest.raises(BadRequest, match=r"^ddpm / dwbox / pgd: restarts: .* 9 "):
-        job(effort={"loss": "ce-targeted", "restarts": 20})
+        job(attack="pgd", effort={"loss": "ce-targeted", "restarts": 20})
 
 
 # -------------------------------------------------------------------------------------- cost
 
 
 def test_gradients_counted() -> None:
+    # 360 images x the budget at most, times 3 known draws.
+    assert job("ddpm", "eot").gradient_evaluations == 360 * 200
+    assert job("ddpm", "dw-fwd").gradient_evaluations == 360 * 200 * 3
+    assert job("ddpm", "dwbox").gradient_evaluations == 360 * 200 * 3
+    assert job("none", "eot").gradient_evaluations == 360 * 200
+    assert job("ddpm", "eot", effort={"budget": 7}).gradient_evaluations == 360 * 6, "whole steps"
     # 360 images x 20 steps, times 10 guesses where something is hidden, times 3 known draws.
-    assert job("ddpm", "eot").gradient_evaluations == 360 * 20 * 10
+    assert job("ddpm", "pgd20-eot").gradient_evaluations == 360 * 20 * 10
     assert job("ddpm", "whitebox").gradient_evaluations == 360 * 20
-    assert job("ddpm", "dw-fwd").gradient_evaluations == 360 * 20 * 10 * 3
-    assert job("ddpm", "dwbox").gradient_evaluations == 360 * 20 * 3
-    assert job("none", "eot").gradient_evaluations == 360 * 20
+    assert job("ddpm", "pgd20-dw-fwd").gradient_evaluations == 360 * 20 * 10 * 3
+    assert job("ddpm", "pgd20-dwbox").gradient_evaluations == 360 * 20 * 3
+    assert job("none", "pgd20-eot").gradient_evaluations == 360 * 20
     # A group is always whole: 70 images are two groups of 60.
     assert job("ddpm", "whitebox", examples=70).gradient_evaluations == 120 * 20
     restarts = {"restarts": 3, "random_start": True}
@@ -264,7 +281,6 @@ def test_no_noise_leaves_one_setting_and_the_null_attack() -> None:
 def test_no_reverse_noise_makes_forward_known_and_all_known_one() -> None:
     assert runs("ddim") == {
         "eot": None,
-        "whitebox": None,
         "null": None,
         "dwbox": None,
         "dw-fwd": "dwbox",
@@ -278,8 +294,23 @@ def test_guidance_counts_as_reverse_noise() -> None:
 
 
 def test_eot_1_for_all_makes_whitebox_and_eot_one() -> None:
-    assert runs("ddpm", effort={"eot": 1})["whitebox"] == "eot"
+    names = ("whitebox", "pgd20-eot")
+    assert runs("ddpm", names, effort={"eot": 1}) == {"whitebox": "pgd20-eot", "pgd20-eot": None}
+    assert set(runs("ddpm", names).values()) == {None}
     assert set(runs("ddpm").values()) == {None}
+
+
+def test_a_threat_by_another_attack_s_name_is_that_of_the_attack() -> None:
+    held = job("ddpm", "eot", attack="pgd")
+    assert job("ddpm", "pgd20-eot").same_setting(held)
+    assert not job("ddpm", "whitebox").same_setting(held)
+
+
+def test_samples_of_a_step() -> None:
+    assert job("ddpm", "pgd20-eot").samples == 10
+    assert job("ddpm", "eot").samples == 20, "the first step takes a tenth of the budget"
+    assert job("ddpm", "eot", effort={"budget": 400}).samples == 40
+    assert job("ddpm", "dwbox").samples == job("ddpm", "pgd20-dwbox").samples == 1
 
 
 def test_same_setting_means_no_more_draws_or_images() -> None:
@@ -350,7 +381,7 @@ def test_all_are_those_with_a_setting_for_the_track(tmp_path: Path) -> None:
 
 
 def test_measured_elsewhere(tmp_path: Path) -> None:
-    small: dict[str, Any] = {"effort": {"steps": 1}, "examples": 4, "batch_size": 4}
+    small: dict[str, Any] = {"effort": {"budget": 2}, "examples": 4, "batch_size": 4}
     everything = job("ddim", "dwbox", **small)
     forward = job("ddim", "dw-fwd", **small)
     assert forward.measured_elsewhere(tmp_path) is None
@@ -368,13 +399,13 @@ def test_measured_elsewhere(tmp_path: Path) -> None:
 
 
 def test_refusal_names_what_differs() -> None:
-    asked, held = job().identity(), job(eps=0.1, effort={"steps": 3}).identity()
+    asked, held = job().identity(), job(eps=0.1, effort={"budget": 3}).identity()
     refuse_other_request(asked, asked, Path("there"))
     with pytest.raises(BadRequest) as caught:
         refuse_other_request(asked, held, Path("there"))
     message = str(caught.value)
     assert message.startswith(
-        "there holds another request: eps is 0.1 there, 0.2 asked; effort.steps is"
+        "there holds another request: eps is 0.1 there, 0.2 asked; effort.budget is"
     )
     assert message.count("asked") == 2
     assert "--no-resume" in message

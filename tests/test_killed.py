@@ -105,7 +105,7 @@ def whole_files(here: Path, wanted: dict[str, str]) -> None:
     assert {name: digest for name, digest in found.items() if wanted.get(name) != digest} == {}
 
 
-SMALL = ["--set", "steps=4", "--batch-size", "20", "--seed", "0"]
+SMALL = ["--budget", "8", "--batch-size", "20", "--seed", "0"]
 RUN = ["run", "--defense", "oneshot", "--threat", "eot,dwbox", "--examples", "120", *SMALL]
 
 
@@ -122,7 +122,7 @@ def test_verify(tmp_path: Path) -> None:
             finish(tmp_path / "made", *RUN)
         shutil.copytree(tmp_path / "made/results", here / "results")
 
-    file = "results/digits-linf/oneshot/dwbox/pgd/seed-0.json"
+    file = "results/digits-linf/oneshot/dwbox/standard/seed-0.json"
     arguments = ["verify", file, "--again", "--pictures"]
     kill_and_go_on(tmp_path, 2, arguments, prepare=prepare, check=whole_files)
 
@@ -148,7 +148,7 @@ def test_report(tmp_path: Path) -> None:
 
     def add(here: Path, defense: str) -> None:
         for threat in threats:
-            path = f"{defense}/{threat}/pgd/seed-0.json"
+            path = f"{defense}/{threat}/standard/seed-0.json"
             if (top / path).is_file():
                 to = here / "results/digits-linf" / path
                 to.parent.mkdir(parents=True)

@@ -23,8 +23,8 @@ from own_entries import folder, toy_defense
 if TYPE_CHECKING:
     from conftest import Command, Said
 
-SMALL = ["--set", "steps=1", "--set", "eot=2", "--examples", "4", "--batch-size", "4"]
-NO_BOX = ["--black-box", "none", "--draws", "1", "--set", "eot=1"]
+SMALL = ["--budget", "4", "--examples", "4", "--batch-size", "4"]
+NO_BOX = ["--black-box", "none", "--draws", "1", "--set", "budget=2"]
 MAIN = [sys.executable, "-c", "from dbp_bench.cli import main; main()"]
 
 
@@ -260,8 +260,8 @@ def test_other_commands_give_json_too(command: "Command", verb: str) -> None:
     asked = {
         "check": ["check", "mine"],
         "dry-run": ["run", "--defense", "mine", "--threat", "eot", *SMALL, "--dry-run"],
-        "verify": ["verify", "results/digits-linf/mine/eot/pgd/seed-0.json"],
-        "sweep": ["sweep", "mine", "--threat", "eot", "--over", "steps=21", *SMALL[4:], *NO_BOX],
+        "verify": ["verify", "results/digits-linf/mine/eot/standard/seed-0.json"],
+        "sweep": ["sweep", "mine", "--threat", "eot", "--over", "budget=3", *SMALL[2:], *NO_BOX],
     }[verb]
     said = command(*asked, *OWN, "--json")
     assert json.loads(said.out), said
@@ -538,40 +538,45 @@ def test_an_entry_that_cannot_be_read_stops_no_list(command: "Command") -> None:
 
 
 def test_two_threats_that_an_override_makes_equal(command: "Command") -> None:
-    asked = ["run", "--defense", "addt", "--threat", "whitebox,eot", "--dry-run", "--json"]
+    both = "whitebox,pgd20-eot"
+    asked = ["run", "--defense", "addt", "--threat", both, "--dry-run", "--json"]
     jobs = json.loads(command(*asked, "--set", "eot=2").out)["jobs"]
     assert [job["same_setting_as"] for job in jobs].count(None) == 1
     small = ["--examples", "2", "--batch-size", "2", "--set", "steps=1", "--set", "eot=2"]
-    said = command("run", "--defense", "oneshot", "--threat", "whitebox,eot", *small)
+    said = command("run", "--defense", "oneshot", "--threat", both, *small)
     assert "since --set eot=2 makes them equal. Not run twice" in said.out
     assert "draws noise" not in said.out
     later = command("run", "--defense", "oneshot", "--threat", "whitebox", *small)
     assert "since --set eot=2 makes them equal. Not run twice" in later.out
     square = ["--attack", "square", "--set", "n_queries=2", *small[:4]]
-    said = command("run", "--defense", "oneshot", "--threat", "whitebox,eot", *square)
+    said = command("run", "--defense", "oneshot", "--threat", both, *square)
     assert "since --attack square takes the place of both" in said.out
-    said = command("run", "--defense", "none", "--threat", "whitebox,eot", *small)
+    said = command("run", "--defense", "none", "--threat", both, *small)
     assert "since none draws no noise" in said.out
-    said = command("run", "--defense", "oneshot", "--threat", "dw-fwd,dwbox", *small)
+    said = command("run", "--defense", "oneshot", "--threat", "dw-fwd,dwbox", *SMALL)
     assert "since oneshot draws noise at forward alone" in said.out
+    pgd = ["--attack", "pgd", "--set", "steps=2", *small[:4]]
+    assert command("run", "--defense", "oneshot", "--threat", "eot", *pgd).code == 0
+    said = command("run", "--defense", "oneshot", "--threat", "pgd20-eot", *pgd[2:])
+    assert "the same setting as eot, since their attacks are both pgd. Not run twice" in said.out
 
 
-ONESHOT = ["run", "--defense", "oneshot", "--threat", "dwbox", "--set", "steps=1"]
+ONESHOT = ["run", "--defense", "oneshot", "--threat", "dwbox", "--budget", "2"]
 
 
 def test_fewer_images_than_there_are(command: "Command") -> None:
-    assert command(*ONESHOT, *SMALL[4:], "-q").code == 0
+    assert command(*ONESHOT, *SMALL[2:], "-q").code == 0
     said = command(*ONESHOT, "--batch-size", "4", "--examples", "2")
     assert "oneshot / dwbox: 2 images x 3 draws asked; the row below is of all that is" in said.out
     assert "there, 4 images x 3 draws." in said.out.replace("\n", " ")
-    assert "asked" not in command(*ONESHOT, *SMALL[4:]).out
+    assert "asked" not in command(*ONESHOT, *SMALL[2:]).out
 
 
 def test_no_resume_keeps_a_larger_result(
     command: "Command", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = Path("results/digits-linf/oneshot/dwbox/pgd/seed-0.json")
-    assert command(*ONESHOT, *SMALL[4:], "-q").code == 0
+    path = Path("results/digits-linf/oneshot/dwbox/standard/seed-0.json")
+    assert command(*ONESHOT, *SMALL[2:], "-q").code == 0
     before = path.read_bytes()
     again = [*ONESHOT, "--batch-size", "4", "--examples", "2", "--no-resume"]
     message = one_line(command(*again), 2)
@@ -587,10 +592,10 @@ def test_no_resume_keeps_a_larger_result(
 
 
 def test_a_changed_option_is_one_readable_difference(command: "Command") -> None:
-    assert command(*ONESHOT, *SMALL[4:], "-q").code == 0
-    said = command(*ONESHOT, *SMALL[4:], "--set", "step_size=0.5")
+    assert command(*ONESHOT, *SMALL[2:], "-q").code == 0
+    said = command(*ONESHOT[:-1], "3", *SMALL[2:])
     message = one_line(said, 2)
-    assert "holds another request: effort.step_size is 0.25 there, 0.5 asked." in message
+    assert "holds another request: effort.budget is 2 there, 3 asked." in message
     assert "{" not in message
 
 
@@ -598,8 +603,8 @@ def test_a_changed_option_is_one_readable_difference(command: "Command") -> None
 
 
 def test_a_result_is_made_again(command: "Command", tmp_path: Path) -> None:
-    path = Path("results/digits-linf/oneshot/dwbox/pgd/seed-0.json")
-    small = ["--set", "steps=1", "--examples", "6", "--batch-size", "4"]
+    path = Path("results/digits-linf/oneshot/dwbox/standard/seed-0.json")
+    small = ["--budget", "2", "--examples", "6", "--batch-size", "4"]
     assert command("run", "--defense", "oneshot", "--threat", "dwbox", *small, "-q").code == 0
     before = path.read_bytes()
     said = command("verify", path, "--again")
@@ -619,8 +624,8 @@ def test_a_result_is_made_again(command: "Command", tmp_path: Path) -> None:
 
 
 def test_a_result_that_is_not_made_again(command: "Command") -> None:
-    path = Path("results/digits-linf/oneshot/dwbox/pgd/seed-0.json")
-    small = ["--set", "steps=1", "--examples", "6", "--batch-size", "4"]
+    path = Path("results/digits-linf/oneshot/dwbox/standard/seed-0.json")
+    small = ["--budget", "2", "--examples", "6", "--batch-size", "4"]
     assert command("run", "--defense", "oneshot", "--threat", "dwbox", *small, "-q").code == 0
     result = Result.read(path)
     table = [list(row) for row in result.predicted.adversarial]

@@ -91,7 +91,7 @@ def test_a_track_of_each_form_runs(form: str, command: "Command", tmp_path: Path
     assert held["classifier"]["file"] == "digits-classifier.safetensors"
     said = command(*RUN)
     assert said.code == 0, said.err
-    result = json.loads(Path("results/own/none/null/pgd/seed-0.json").read_text())
+    result = json.loads(Path("results/own/none/null/standard/seed-0.json").read_text())
     assert len(result["ids"]) == N
 
 
@@ -145,7 +145,7 @@ def test_images_elsewhere(own: Path, command: "Command", tmp_path: Path) -> None
 
 def test_what_is_made_of_a_result(own: Path, command: "Command") -> None:
     run = ("run", "--defense", "ddpm,none", "--threat", "eot,dwbox", "--track", "own")
-    small = ("--examples", "6", "--batch-size", "3", "--set", "steps=1", "--set", "eot=1")
+    small = ("--examples", "6", "--batch-size", "3", "--budget", "2")
     more = ("--draws", "8", "--save-adversarial", "--entries", "mine")
     said = command(*run, *small, *more)
     assert said.code == 0, said.err
@@ -155,7 +155,7 @@ def test_what_is_made_of_a_result(own: Path, command: "Command") -> None:
         text = Path("leaderboards/own.md").read_text()
         assert "| ddpm" in text
     assert "12 images of one's own" in text
-    result = "results/own/ddpm/eot/pgd/seed-0.json"
+    result = "results/own/ddpm/eot/standard/seed-0.json"
     said = command("verify", result, "--entries", "mine")
     assert said.code == 0, said.err
     said = command("verify", result, "--entries", "mine", "--replay")

@@ -439,7 +439,7 @@ def job_of(
     options = {"steps": 1, "eot": 1, **effort}
     overrides = Overrides(options, gradient, examples=IMAGES, batch_size=IMAGES, draws=1)
     return resolve(
-        registry, track, name, "eot", attack=attack, seed=0, device="cpu", overrides=overrides
+        registry, track, name, "pgd20-eot", attack=attack, seed=0, device="cpu", overrides=overrides
     )
 
 

@@ -48,7 +48,10 @@ def refused(path: Path, kind: str, text: str) -> str:
 
 def test_every_shipped_entry_loads() -> None:
     assert {"none", "ddpm", "ddim", "addt", "gdmp", "diffpure"} <= set(SHIPPED.defenses)
-    assert {"whitebox", "eot", "dw-fwd", "dw-rev", "dwbox", "null"} <= set(SHIPPED.threats)
+    protocol = {"eot", "dw-fwd", "dw-rev", "dwbox", "null"}
+    assert set(SHIPPED.protocol) == protocol
+    assert {SHIPPED.threat(name).entry.attack for name in protocol} == {"standard"}
+    assert {"whitebox", *(f"pgd20-{name}" for name in protocol - {"null"})} <= set(SHIPPED.threats)
     assert {"digits-linf", "digits-l2"} <= set(SHIPPED.tracks)
     for name in SHIPPED.defenses:
         assert SHIPPED.defense(name).name == name
@@ -278,6 +281,8 @@ def test_which_sites_are_known() -> None:
         "dw-rev": ["guidance", "reverse"],
         "dwbox": ["forward", "guidance", "reverse"],
     }
+    protocol = ("eot", "dw-fwd", "dw-rev", "dwbox")
+    declared |= {f"pgd20-{name}": declared[name] for name in protocol}
     assert {name: SHIPPED.threat(name).entry.sites(sites) for name in declared} == declared
 
 

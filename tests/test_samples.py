@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def run(defense: str, threat: str, out: Path) -> Path:
     """A quick result: 6 images in groups of 4."""
     overrides = Overrides(
-        effort={"steps": 2}, examples=6, batch_size=4, draws=None if threat == "dwbox" else 2
+        effort={"budget": 4}, examples=6, batch_size=4, draws=None if threat == "dwbox" else 2
     )
     job = resolve(
         Registry(), "digits-linf", defense, threat, seed=3, device="cpu", overrides=overrides
@@ -49,7 +49,7 @@ def diffused(image: torch.Tensor, number: int) -> torch.Tensor:
     return ((noised + 1) / 2).clamp(0, 1).view(8, 8)
 
 
-@pytest.mark.parametrize(("defense", "threat"), [("oneshot", "dwbox"), ("noise-only", "whitebox")])
+@pytest.mark.parametrize(("defense", "threat"), [("oneshot", "dwbox"), ("noise-only", "eot")])
 def test_pictures_of_a_result(
     defense: str, threat: str, tmp_path: Path, command: "Command"
 ) -> None:
@@ -86,7 +86,7 @@ def test_pictures_of_a_result(
 
 
 def test_an_edited_result_is_found_out(tmp_path: Path, command: "Command") -> None:
-    path = run("oneshot", "whitebox", tmp_path)
+    path = run("oneshot", "eot", tmp_path)
     result = Result.read(path)
     raised = [[label] * 2 for label in result.labels]
     assert result.predicted.adversarial[:4] != raised[:4]
@@ -109,7 +109,7 @@ def test_an_edited_result_is_found_out(tmp_path: Path, command: "Command") -> No
 
 
 def test_a_result_of_other_weights_is_refused(tmp_path: Path, command: "Command") -> None:
-    path = run("oneshot", "whitebox", tmp_path)
+    path = run("oneshot", "eot", tmp_path)
     table = json.loads(path.read_text())
     table["provenance"]["weights"]["denoiser"] = "0" * 64
     Result.model_validate(table).write(path)

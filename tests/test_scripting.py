@@ -66,7 +66,7 @@ def evaluate(tmp_path: Path) -> Callable[..., dbp.Report]:
             **options,
         }
         if "attack" not in given:
-            given.setdefault("options", {"steps": 2, "eot": 2})
+            given.setdefault("options", {"budget": 4})
         return dbp.evaluate(purifier, classifier, images, labels, **given)
 
     return call
@@ -119,7 +119,7 @@ def test_results_equal_those_of_the_command(
     command: Command, evaluate: Callable[..., dbp.Report], tmp_path: Path
 ) -> None:
     asked = ["--threat", "eot,dwbox", "--examples", "5", "--draws", "3", "--seed", "4"]
-    asked += ["--set", "steps=2", "--set", "eot=2"]
+    asked += ["--budget", "4"]
     said = command("run", "--defense", "ddpm", *asked, "--out", tmp_path / "command")
     assert said.code == 0, said.err
     defense = dbp.load_defense("ddpm", track="digits-linf")
@@ -131,7 +131,7 @@ def test_results_equal_those_of_the_command(
             examples=5,
             draws=3,
             seed=4,
-            options={"steps": 2, "eot": 2},
+            options={"budget": 4},
             name=name,
             out=tmp_path / "script",
             quiet=True,
@@ -142,7 +142,7 @@ def test_results_equal_those_of_the_command(
         )
     )
     for threat in ("eot", "dwbox"):
-        wanted = Result.read(tmp_path / f"command/digits-linf/ddpm/{threat}/pgd/seed-4.json")
+        wanted = Result.read(tmp_path / f"command/digits-linf/ddpm/{threat}/standard/seed-4.json")
         for report in (native, taped):
             found = next(r for r in report.results if r.threat == threat and r.defense != "none")
             for key in ("ids", "labels", "predicted", "evaluations", "digest", "zero_gradient"):
@@ -691,8 +691,8 @@ BAD: dict[str, tuple[Nothing, str]] = {
     "no threat": ({"threats": []}, "threats: names nothing. Known: .*dwbox"),
     "threats": ({"threats": 3}, "valid string, not 3"),
     "attack": ({"attack": "apdg"}, "Did you mean 'apgd'"),
-    "option": ({"options": {"stepz": 3}}, "options stepz: pgd: stepz: is unknown"),
-    "value": ({"options": {"steps": "a"}}, "options.*valid integer, not 'a'"),
+    "option": ({"options": {"budged": 3}}, "options budged: standard: budged: is unknown"),
+    "value": ({"options": {"budget": "a"}}, "options.*valid integer, not 'a'"),
     "options": ({"options": [1]}, "options: input should be a valid dictionary"),
     "seed": ({"seed": -1}, "seed: .* not -1"),
     "seed as float": ({"seed": 1.5}, "seed: .*valid integer, not 1.5"),
@@ -744,7 +744,7 @@ def test_page_shows_code_that_runs(
     def short(*given: Any, **options: Any) -> dbp.Report:
         options.update(examples=2, draws=3)
         if "attack" not in options:
-            options.setdefault("options", {"steps": 2, "eot": 2})
+            options.setdefault("options", {"budget": 4})
         return whole(*given, **options)
 
     monkeypatch.setattr(dbp, "evaluate", short, raising=False)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 TRACK, NAME = "digits-linf", "my-defense"
 OWN = f"results/{TRACK}/{NAME}"
-NULL, EOT, DWBOX = (f"{OWN}/{threat}/pgd/seed-0.json" for threat in ("null", "eot", "dwbox"))
+NULL, EOT, DWBOX = (f"{OWN}/{threat}/standard/seed-0.json" for threat in ("null", "eot", "dwbox"))
 IDS = dbp_bench.data.split_ids("digits", "test")[:8]
 Edit = Callable[[Path], None]
 
@@ -253,7 +253,7 @@ def test_a_bundle_holds_all_that_the_results_come_from(made: Made) -> None:
         ]
         # With one site, forward known is everything known, and reverse known is nothing known.
         results = [n for n in held.files if Path(n).name == "seed-0.json"]
-        assert [Path(n).parents[1].name for n in results] == ["dwbox", "eot", "null", "whitebox"]
+        assert [Path(n).parents[1].name for n in results] == ["dwbox", "eot", "null"]
         for name in results:
             assert f"{Path(name).parent}/adversarial-seed-0.safetensors" in held.files
         right = read_record(held.folder / EOT).result.right("adversarial")
@@ -282,20 +282,18 @@ def test_from_bundle_to_badge(made: Made, tmp_path: Path, command: "Command") ->
     record = Verification.read(own / FILE)
     assert record.dbp_bench == __version__
     assert record.attack is not None
-    # One group of 4: null, whitebox and eot each evaluate clean and adversarial images at 9 draws;
+    # One group of 4: null and eot each evaluate clean and adversarial images at 9 draws;
     # dwbox at 3, and at 3 fresh ones.
-    assert record.attack.outcomes == 4 * (3 * 18 + 6 + 9)
+    assert record.attack.outcomes == 4 * (2 * 18 + 6 + 9)
     assert (record.attack.differing, record.attack.allowed) == (0, 0)
     assert record.unseen is not None
     assert (record.unseen.images, record.unseen.part) == (6, "test")
     # Of the null attack nothing is to be seen.
     assert [(each.threat, each.kind) for each in record.unseen.falls] == [
-        (threat, kind)
-        for threat in ("dwbox", "eot", "whitebox")
-        for kind in ("clean", "adversarial")
+        (threat, kind) for threat in ("dwbox", "eot") for kind in ("clean", "adversarial")
     ]
-    threats = ("dwbox", "eot", "null", "whitebox")
-    assert set(record.files) == {f"{threat}/pgd/seed-0.json" for threat in threats}
+    threats = ("dwbox", "eot", "null")
+    assert set(record.files) == {f"{threat}/standard/seed-0.json" for threat in threats}
     assert {p.name for p in own.rglob("*") if p.is_file()} == {FILE, "seed-0.json"}
 
 
@@ -373,25 +371,25 @@ def test_submit_says_what_is_missing(made: Made, tmp_path: Path, command: "Comma
         return found.err
 
     empty = said(tmp_path / "results")
-    assert "no result for dwbox, eot, null, whitebox (the null attack), seed 0" in empty
-    assert f"dbp-bench run --defense {NAME} --threat dwbox,eot,null,whitebox --track" in empty
+    assert "no result for dwbox, eot, null (the null attack), seed 0" in empty
+    assert f"dbp-bench run --defense {NAME} --threat dwbox,eot,null --track" in empty
     assert "--save-adversarial" in empty
     assert "--trust-code" in empty
     held = tmp_path / "results"
     shutil.copytree(made.results, held)
-    (held / TRACK / NAME / "eot/pgd/adversarial-seed-0.safetensors").unlink()
+    (held / TRACK / NAME / "eot/standard/adversarial-seed-0.safetensors").unlink()
     lacking = said(held)
     assert "its adversarial images were not saved" in lacking
     assert "--threat eot --track digits-linf --seed 0 --save-adversarial" in lacking
     assert "--batch-size 4" in lacking
-    eot = held / TRACK / NAME / "eot/pgd/seed-0.json"
+    eot = held / TRACK / NAME / "eot/standard/seed-0.json"
     rewrite(str(eot.relative_to(held)), _first_images)(held)
     cut = said(held)
     assert "4 images x 9 draws; the protocol takes 8 x 9. Complete it: dbp-bench run" in cut
     shutil.copyfile(made.results / eot.relative_to(held), eot)
     shutil.copyfile(adversarial_path(made.results / eot.relative_to(held)), adversarial_path(eot))
     shutil.copyfile(eot, eot.with_name("seed-1.json"))
-    assert "no result for dwbox, null, whitebox (the null attack), seed 1. Make it" in said(held)
+    assert "no result for dwbox, null (the null attack), seed 1. Make it" in said(held)
     shutil.rmtree(held / TRACK / NAME / "null")
     assert "no result for null (the null attack)" in said(held)
 
@@ -467,16 +465,16 @@ def test_submit_opens_a_pull_request(
     assert command_there in asked["commit_description"]
 
 
-def test_the_protocol_of_a_defense_with_two_sites_has_six_threat_models() -> None:
+def test_the_protocol_of_a_defense_with_two_sites_has_five_threat_models() -> None:
     asked = claims.protocol(Registry(), TRACK, "ddpm")
-    threats = {"null", "whitebox", "eot", "dw-fwd", "dw-rev", "dwbox"}
+    threats = {"null", "eot", "dw-fwd", "dw-rev", "dwbox"}
     assert set(asked.missing(set())) == threats
     assert asked.missing(threats - {"dw-rev"}) == ["dw-rev"]
     assert asked.null == {"null"}
     # DDIM draws forward noise only: forward known is everything known, under either name.
     asked = claims.protocol(Registry(), TRACK, "ddim")
-    assert set(asked.missing(set())) == {"null", "whitebox", "eot", "dwbox"}
-    assert asked.missing({"null", "whitebox", "dw-rev", "dw-fwd"}) == []
+    assert set(asked.missing(set())) == {"null", "eot", "dwbox"}
+    assert asked.missing({"null", "dw-rev", "dw-fwd"}) == []
 
 
 # -------------------------------------------------------------------------------- forged bundles
@@ -566,7 +564,7 @@ FORGERIES: dict[str, tuple[Edit, str]] = {
     "no entry": (_drop(f"entries/defenses/{NAME}.yaml"), "the entry is missing"),
     "no source": (_drop("entries/my_defense.py"), "the source of my_defense"),
     "no images": (
-        _drop(f"{OWN}/eot/pgd/adversarial-seed-0.safetensors"),
+        _drop(f"{OWN}/eot/standard/adversarial-seed-0.safetensors"),
         "its adversarial images are missing",
     ),
     "chosen seed": (_move_seed, "seeds 7: must be 0"),
@@ -586,12 +584,12 @@ FORGERIES: dict[str, tuple[Edit, str]] = {
     ),
     "another threat": (
         _then(
-            _copy(EOT, f"{OWN}/lf/pgd/seed-0.json"),
+            _copy(EOT, f"{OWN}/lf/standard/seed-0.json"),
             _copy(
-                f"{OWN}/eot/pgd/adversarial-seed-0.safetensors",
-                f"{OWN}/lf/pgd/adversarial-seed-0.safetensors",
+                f"{OWN}/eot/standard/adversarial-seed-0.safetensors",
+                f"{OWN}/lf/standard/adversarial-seed-0.safetensors",
             ),
-            rewrite(f"{OWN}/lf/pgd/seed-0.json", lambda t: t.update(threat="lf")),
+            rewrite(f"{OWN}/lf/standard/seed-0.json", lambda t: t.update(threat="lf")),
         ),
         "not a threat model of the protocol",
     ),
@@ -603,13 +601,13 @@ FORGERIES: dict[str, tuple[Edit, str]] = {
         rewrite(EOT, lambda t: t.update(schema=0)),
         "schema 0, this version reads 1 and 2",
     ),
-    "missing key": (rewrite(EOT, lambda t: t.pop("draws")), "eot/pgd/seed-0.json: draws"),
+    "missing key": (rewrite(EOT, lambda t: t.pop("draws")), "eot/standard/seed-0.json: draws"),
     "weaker attack, said": (
-        rewrite(EOT, lambda t: (t["effort"].update(steps=1), t.update(overrides=["steps"]))),
-        "set against the protocol: steps",
+        rewrite(EOT, lambda t: (t["effort"].update(budget=2), t.update(overrides=["budget"]))),
+        "set against the protocol: budget",
     ),
     "weaker attack, not said": (
-        rewrite(EOT, lambda t: t["effort"].update(steps=1)),
+        rewrite(EOT, lambda t: t["effort"].update(budget=2)),
         "not as the protocol says: effort",
     ),
     "knows less": (
@@ -705,8 +703,8 @@ FORGERIES: dict[str, tuple[Edit, str]] = {
     ),
     "images of another request": (
         _copy(
-            f"{OWN}/whitebox/pgd/adversarial-seed-0.safetensors",
-            f"{OWN}/eot/pgd/adversarial-seed-0.safetensors",
+            f"{OWN}/null/standard/adversarial-seed-0.safetensors",
+            f"{OWN}/eot/standard/adversarial-seed-0.safetensors",
         ),
         "holds another request: threat is",
     ),
@@ -892,8 +890,8 @@ def test_one_flipped_outcome_is_found_by_replaying(made: Made, tmp_path: Path) -
     """With the manifest made anew, nothing else contradicts it: `checked` doesn't see it."""
     path = forged(made, tmp_path, rewrite(EOT, flip("adversarial", 5, 3)))
     reason = (
-        "eot/pgd/seed-0.json: computed again, 1 of 72 adversarial outcomes stated as right are "
-        "wrong (0 may be, on this machine)"
+        "eot/standard/seed-0.json: computed again, 1 of 72 adversarial outcomes stated as right "
+        "are wrong (0 may be, on this machine)"
     )
     assert reason in refused(path, replayed)
     assert reason in refused(path, attacked)
@@ -905,7 +903,7 @@ def test_one_flipped_fresh_outcome_is_found_by_replaying(made: Made, tmp_path: P
         row[0] = (label + 1) % 10 if row[0] == label else label
 
     path = forged(made, tmp_path, rewrite(DWBOX, edit))
-    reason = "dwbox/pgd/seed-0.json: computed again, 1 of 72 fresh outcomes stated as right"
+    reason = "dwbox/standard/seed-0.json: computed again, 1 of 72 fresh outcomes stated as right"
     assert reason in refused(path, replayed, "dwbox")
 
 
@@ -919,7 +917,7 @@ def test_a_weak_attack_is_found_only_by_attacking(made: Made, tmp_path: Path) ->
 
     path = forged(made, tmp_path, edit)
     assert refused(path, replayed) == ""
-    assert "eot/pgd/seed-0.json: computed again" in refused(path, attacked)
+    assert "eot/standard/seed-0.json: computed again" in refused(path, attacked)
 
 
 def test_other_images_of_equal_outcomes_are_found_by_attacking(made: Made, tmp_path: Path) -> None:
@@ -961,10 +959,10 @@ def test_what_is_published_is_what_the_verifier_computed(
         only = [claim for claim in found.claims if claim.result.threat == "eot"]
         record = again.compute(replace(found, claims=only), "cpu", **how)
         verify.place(held, record, tmp_path / "results")
-    mine = next((tmp_path / "results").rglob("eot/pgd/seed-0.json"))
-    honest = next(made.results.rglob("eot/pgd/seed-0.json"))
+    mine = next((tmp_path / "results").rglob("eot/standard/seed-0.json"))
+    honest = next(made.results.rglob("eot/standard/seed-0.json"))
     assert Result.read(mine).digest == Result.read(honest).digest
-    assert record.files["eot/pgd/seed-0.json"] == digest(mine)
+    assert record.files["eot/standard/seed-0.json"] == digest(mine)
 
 
 def _all_right(table: dict[str, Any]) -> None:
@@ -1018,15 +1016,15 @@ def placed(made: Made, tmp_path: Path) -> Path:
 
 def test_a_badge_is_lost_with_the_results_it_was_given_to(placed: Path) -> None:
     assert badge_of(placed) == "checked"
-    path = placed / "eot/pgd/seed-0.json"
+    path = placed / "eot/standard/seed-0.json"
     held = path.read_bytes()
     path.write_bytes(held + b"\n")
     assert badge_of(placed) == "self-reported"
     path.write_bytes(held)
     assert badge_of(placed) == "checked"
-    (placed / "eot/pgd/seed-1.json").write_bytes(held)
+    (placed / "eot/standard/seed-1.json").write_bytes(held)
     assert badge_of(placed) == "self-reported"
-    (placed / "eot/pgd/seed-1.json").unlink()
+    (placed / "eot/standard/seed-1.json").unlink()
     path.unlink()
     assert badge_of(placed) == "self-reported"
 
@@ -1044,7 +1042,7 @@ def test_a_badge_of_another_defense_or_none(placed: Path) -> None:
 
 
 def test_results_are_not_replaced_unless_asked(made: Made, placed: Path) -> None:
-    path = placed / "eot/pgd/seed-0.json"
+    path = placed / "eot/standard/seed-0.json"
     path.write_text("mine")
     results = placed.parents[1]
     with archive.opened(made.bundle) as held:

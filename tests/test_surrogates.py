@@ -59,9 +59,7 @@ def entries(path: Path, **setting: Any) -> Registry:
 
 
 def job(registry: Registry, gradient: str | None = None, defense: str = "mine") -> Job:
-    overrides = Overrides(
-        {"steps": 1, "eot": 1}, gradient=gradient, draws=2, examples=2, batch_size=2
-    )
+    overrides = Overrides({"budget": 2}, gradient=gradient, draws=2, examples=2, batch_size=2)
     return resolve(
         registry, "digits-linf", defense, "eot", seed=0, device="cpu", overrides=overrides
     )
@@ -97,7 +95,7 @@ def test_a_run_records_it_and_nothing_where_none_is_used(tmp_path: Path) -> None
         assert identity_of(result) == asked.identity()
         assert result.options == {"eta": 1, "clamp_output": False, "stages": STAGES, "votes": 3}
         assert result.gradient == gradient
-        assert result.overrides == ["batch_size", "draws", "eot", "gradient", "steps"]
+        assert result.overrides == ["batch_size", "budget", "draws", "gradient"]
         evaluations[gradient] = result.evaluations
         execute(asked, tmp_path / gradient)  # continues what is there
     assert "surrogate" not in paths["exact"].read_text()

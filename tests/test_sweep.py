@@ -3,7 +3,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -31,14 +31,15 @@ FIXTURE = Path(__file__).parent / "results/schema-2-hidden.json"
 def swept(
     text: str,
     defense: str = "ddpm",
-    threat: str = "eot",
+    threat: str = "pgd20-eot",
     registry: Registry | None = None,
     examples: int = 40,
     draws: int | None = None,
+    effort: dict[str, Any] | None = None,
 ) -> Sweep:
     names = (registry or Registry(), "digits-linf", defense, threat)
     one = partial(resolve, *names, seed=0, device="cpu")
-    overrides = Overrides(examples=examples, draws=draws, batch_size=20)
+    overrides = Overrides(effort or {}, examples=examples, draws=draws, batch_size=20)
     return plan(one, None, overrides, *parse(text))
 
 
@@ -48,17 +49,16 @@ def swept(
 def test_parse() -> None:
     assert parse("steps=40,20,40") == ("steps", [20, 40])
     assert parse("eps=8/255, 1e-1") == ("eps", [8 / 255, 0.1])
+    assert parse("step-size=1/2") == ("step_size", [0.5])
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("steps", "write it as steps=20,40,100"),
-        ("step=3", "Did you mean 'steps'?"),
+        ("steps", "write it as budget=400 or steps=20,40,100"),
+        ("=3", "write it as budget=400"),
         ("steps=", "'' is no number"),
         ("steps=2,x", "'x' is no number"),
-        ("eot=2.5", "eot are whole numbers"),
-        ("eot=0", "eot are whole numbers"),
     ],
 )
 def test_axes_that_cannot_be_read(text: str, says: str) -> None:
@@ -87,8 +87,14 @@ def test_the_standard_is_always_there_and_shared_by_all_axes() -> None:
 @pytest.mark.parametrize(
     ("text", "threat", "says"),
     [
-        ("steps=10,20", "eot", "none is above the 20 of eot"),
-        ("eot=20", "dwbox", "every gradient draw is the same"),
+        ("steps=10,20", "pgd20-eot", "none is above the 20 of pgd20-eot"),
+        ("budget=100", "eot", "none is above the 200 of eot"),
+        ("budget=400.5", "eot", "standard takes whole numbers alone"),
+        ("steps=40", "eot", "standard has no such number. Known: budget, eps"),
+        ("loss=1", "pgd20-eot", "pgd has no such number. Did you mean"),
+        ("random_start=1", "pgd20-eot", "pgd has no such number"),
+        ("eot=0", "pgd20-eot", "none is above the 10"),
+        ("eot=20", "pgd20-dwbox", "every gradient draw is the same"),
         ("eps=0.1,8", "eot", "Did you mean 8/255?"),
     ],
 )
@@ -202,7 +208,7 @@ def test_zero_gradients() -> None:
 
 
 def compared(black: str, attack: str | None = None) -> Sweep:
-    one = partial(resolve, Registry(), "digits-linf", "ddpm", "eot", seed=0, device="cpu")
+    one = partial(resolve, Registry(), "digits-linf", "ddpm", "pgd20-eot", seed=0, device="cpu")
     return against(one, attack, Overrides(examples=40, draws=3), black)
 
 
@@ -266,7 +272,7 @@ def test_a_masked_gradient_is_found(
     toy: Callable[[str], Path], tmp_path: Path, kind: str, flags: list[str]
 ) -> None:
     registry = Registry([toy(kind)], trust_code=True)
-    sweep = swept("eps=0.5,1", "toy", "dwbox", registry, examples=20)
+    sweep = swept("eps=0.5,1", "toy", "pgd20-dwbox", registry, examples=20)
     found = run(sweep, tmp_path, execute)
     assert names(found) == flags
     assert found.notes == []
@@ -275,7 +281,7 @@ def test_a_masked_gradient_is_found(
         assert last.accuracy is not None
         assert last.accuracy.value == 0
     assert (
-        Findings.read(findings_path(tmp_path, "digits-linf", "toy", "dwbox", "pgd", 0, "eps"))
+        Findings.read(findings_path(tmp_path, "digits-linf", "toy", "pgd20-dwbox", "pgd", 0, "eps"))
         == found
     )
     for value in found.values:
@@ -305,6 +311,45 @@ def test_command(command: "Command", tmp_path: Path) -> None:
     # A report reads the results of the protocol alone.
     said = command("report", "--results", tmp_path, "--out", tmp_path / "boards")
     assert said.code == 2
+
+
+def test_the_standard_attack_searches_on_and_says_so(
+    toy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Where every gradient is zero it takes another search, and the sweep is flagged as ever."""
+    registry = Registry([toy("flat")], trust_code=True)
+    sweep = swept("budget=6", "toy", "dwbox", registry, examples=20, effort={"budget": 4})
+    found = run(sweep, tmp_path, execute)
+    assert names(found) == ["zero-gradient"]
+    (name,) = {value.file for value in found.values if value.value == 6}
+    result = Result.read(tmp_path / str(name))
+    assert result.zero_gradient == [True] * 20
+    assert result.evaluations.gradient == [6] * 20
+    assert isinstance(result.evaluations.forward, list)
+    assert min(result.evaluations.forward) > 2, "queries"
+    assert result.conformance is not None
+    assert result.conformance.gradient is not None
+    assert result.conformance.gradient.difference_errors == [None, None], "it has none to compare"
+
+
+def test_several_at_once(command: "Command", tmp_path: Path) -> None:
+    """Each setting once, not the null attack, and the standard only if it isn't there already."""
+    small = ["--examples", "4", "--batch-size", "4", "--out", tmp_path, "--set", "budget=4"]
+    assert command("run", "--defense", "none,oneshot", "--threat", "all", *small).code == 0
+    ask = ["sweep", "none,oneshot", "--threat", "all", "--over", "budget=8", "--black-box", "none"]
+    said = command(*ask, *small, "--json")
+    assert (said.code, said.err) == (0, "")
+    tables = json.loads(said.out)
+    swept = ["none/eot", "oneshot/dwbox", "oneshot/eot"]
+    assert sorted(f"{table['defense']}/{table['threat']}" for table in tables) == swept
+    for table in tables:
+        setting = f"digits-linf/{table['defense']}/{table['threat']}/standard/seed-0.json"
+        files = [value["file"] for value in table["values"]]
+        assert files == [setting, f"sweeps/budget-8/{setting}"]
+    assert "oneshot / dwbox/standard" in command(*ask, *small).out
+    # More images than there are: the standard is run for them, beside the others.
+    assert command(*ask, *small, "--examples", "5", "--batch-size", "4").code == 0
+    assert len(list(tmp_path.glob("sweeps/standard/*/*/*/*/seed-0.json"))) == 3
 
 
 def test_command_without_an_axis(command: "Command") -> None:

@@ -157,7 +157,7 @@ def test_a_lock_keeps_others_away(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------- commands
 
-RUN = ("run", "--defense", "none", "--examples", "2", "--draws", "3", "--set", "steps=1")
+RUN = ("run", "--defense", "none", "--examples", "2", "--draws", "3", "--budget", "2")
 
 
 def test_two_trainings_into_one_folder(command: Command, tmp_path: Path) -> None:
@@ -171,14 +171,14 @@ def test_two_trainings_into_one_folder(command: Command, tmp_path: Path) -> None
 
 def test_two_runs_into_one_folder(tmp_path: Path) -> None:
     """The second takes the next free job, then waits for the first."""
-    busy = tmp_path / ".work/digits-linf/none/null/pgd/seed-0"
+    busy = tmp_path / ".work/digits-linf/none/null/standard/seed-0"
     words = [*RUN, "--threat", "null,eot", "--out", str(tmp_path)]
     code = "from dbp_bench.cli import main; main()"
     with locked(busy, what="run of this job"):
         second = subprocess.Popen(
             [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True
         )
-        made = tmp_path / "digits-linf/none/eot/pgd/seed-0.json"
+        made = tmp_path / "digits-linf/none/eot/standard/seed-0.json"
         until = time.monotonic() + 120
         while not made.is_file() and time.monotonic() < until:
             time.sleep(0.1)
@@ -187,11 +187,11 @@ def test_two_runs_into_one_folder(tmp_path: Path) -> None:
     said, _ = second.communicate(timeout=120)
     assert second.returncode == 0
     assert "none / null: another command runs it; waiting for that one." in said
-    assert (tmp_path / "digits-linf/none/null/pgd/seed-0.json").is_file()
+    assert (tmp_path / "digits-linf/none/null/standard/seed-0.json").is_file()
 
 
 def test_a_run_whose_only_job_is_busy_says_so(command: Command, tmp_path: Path) -> None:
-    busy = tmp_path / ".work/digits-linf/none/null/pgd/seed-0"
+    busy = tmp_path / ".work/digits-linf/none/null/standard/seed-0"
     with locked(busy, what="run of this job"):
         said = command(*RUN, "--threat", "null", "--out", tmp_path)
     assert said.code == 2
@@ -201,7 +201,7 @@ def test_a_run_whose_only_job_is_busy_says_so(command: Command, tmp_path: Path) 
 def test_a_killed_run_leaves_nothing_half_written(tmp_path: Path) -> None:
     words = [*RUN, "--threat", "eot", "--out", str(tmp_path)]
     code = "from dbp_bench.cli import main; main()"
-    left = tmp_path / f"digits-linf/none/eot/pgd/.seed-0.json.{DEAD}.tmp"
+    left = tmp_path / f"digits-linf/none/eot/standard/.seed-0.json.{DEAD}.tmp"
     left.parent.mkdir(parents=True)
     left.write_text("half")
     process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL)

@@ -491,8 +491,9 @@ class Attack(Protocol):
     """A search for adversarial images. Its options are the fields of its dataclass.
 
     An attack never asks which threat model it is under: it sees a view and searches. A field called
-    `eot` is the number of EoT samples of a step, which is idle where every draw is known. An attack
-    that searches in other defenses names them in an attribute `sources`.
+    `eot` is the number of EoT samples of a step, which is idle where every draw is known; where
+    steps take different numbers of them, an attribute `samples` is the largest. An attack that
+    searches in other defenses names them in an attribute `sources`.
     """
 
     def __call__(
@@ -523,8 +524,8 @@ def _usable(states: Sequence[State], rows: int) -> Sequence[State]:
     if not states or not all(s.reverse.requires_grad and len(s.reverse) == rows for s in states):
         raise AttackFailed(
             "the purifier shows no states between its noise and its output, one for each image, "
-            "that carry a gradient, so no deviation can be attacked: take attack pgd (as in threat "
-            "eot), or let memory.descend run its steps, with the forward process."
+            "that carry a gradient, so no deviation can be attacked: take attack standard (as in "
+            "threat eot), or let memory.descend run its steps, with the forward process."
         )
     return states
 

@@ -78,6 +78,11 @@ class Standard:
     def _square(self) -> Square:
         return Square(n_queries=self.budget, eot=SAMPLES)
 
+    @property
+    def samples(self) -> int:
+        """EoT samples of the first step, where a draw is hidden; no step takes more."""
+        return max(_plan(self.budget))
+
     def unfit(self, setup: Setup) -> str | None:
         """A budget of one evaluation is too small where a draw is hidden."""
         if setup.hidden and self.budget < SAMPLES:

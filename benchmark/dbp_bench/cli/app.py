@@ -131,7 +131,7 @@ Options = Annotated[
     _changed(
         "--set",
         metavar="NAME=VALUE",
-        help="An option of the attack, such as steps=50 or eot=20; can be repeated.",
+        help="An option of the attack, such as budget=400 or steps=50; can be repeated.",
     ),
 ]
 Effort = Annotated[

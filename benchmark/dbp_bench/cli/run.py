@@ -362,7 +362,7 @@ def _plan(
             continue
         table.add_row(
             *head,
-            f"{'at most ' if cost.at_most else ''}{cost.nfe:,}",
+            f"{'at most ' if cost.at_most and cost.nfe else ''}{cost.nfe:,}",
             "all there" if is_complete(job, out) else duration(cost.seconds),
             f"{cost.bytes / 2**20:,.0f} MiB{' *' if cost.by_step else ''}",
         )
@@ -371,10 +371,12 @@ def _plan(
     known_costs = [(job, cost) for job, _, cost in costs if cost is not None]
     _show_limits(say, known_costs)
     early = any(cost.at_most for _, cost in known_costs)
-    say.print(
-        f"total    {duration(total)} on this device"
-        f"{', or less: images may finish early' if early else ''}"
-    )
+    said = f"total    {duration(total)} on this device"
+    if early:
+        said += ", or less: images may finish early"
+    if any(getattr(job.attack(), "without_gradient", False) for job, _ in known_costs):
+        said += ", and a search without gradients is only for those whose gradient is zero"
+    say.print(said, soft_wrap=True)
     say.print(
         "NFE: of all images and evaluations, forward; those of gradients are followed "
         "by as many backward.",

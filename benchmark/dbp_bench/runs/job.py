@@ -187,8 +187,10 @@ class Job:
 
     @property
     def samples(self) -> int:
-        """EoT samples that are computed in each step: one where nothing is hidden."""
-        return 1 if self.knows == self.sites else int(self.search.effort.get("eot", 1))
+        """EoT samples of a step, at most: one where nothing is hidden."""
+        if self.knows == self.sites:
+            return 1
+        return int(getattr(self.search.attack, "samples", self.search.effort.get("eot", 1)))
 
     @property
     def setup(self) -> "Setup":
@@ -354,8 +356,10 @@ def why_same(job: Job, other: Threat | None) -> str:
     mine = job.threat.entry
     if other is None or not job.sites or mine.knows != other.knows:
         return f"{job.subject.name} draws {noise}"
-    if job.search.name != mine.attack or job.search.setting is not None:
+    if job.search.name not in (mine.attack, other.attack) or job.search.setting is not None:
         return f"--attack {job.search.label} takes the place of both"
+    if mine.attack != other.attack:
+        return f"their attacks are both {job.search.label}"
     declared, its = _declared(mine), _declared(other)
     values = {**job.search.effort, "eps": job.eps, "gradient": job.search.gradient}
     causes = [
