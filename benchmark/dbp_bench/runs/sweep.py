@@ -232,9 +232,13 @@ def _accuracy(bootstrap: Bootstrap, result: Result, job: Job) -> Replicates:
 
 
 def _zero(result: Result, job: Job) -> float | None:
-    if result.zero_gradient is None:
+    """The share of the images whose gradient was asked for, and was zero each time."""
+    zero, taken = result.zero_gradient, result.evaluations.gradient
+    if zero is None:
         return None
-    return sum(result.zero_gradient[: job.examples]) / job.examples
+    if isinstance(taken, list):  # an image that is wrong from the start may be asked for none
+        zero = [each and count > 0 for each, count in zip(zero, taken, strict=True)]
+    return sum(zero[: job.examples]) / job.examples
 
 
 def _flags(
