@@ -242,7 +242,7 @@ def test_plan(command: "Command", tmp_path: Path) -> None:
     assert jobs["ddim", "dw-fwd"]["same_setting_as"] == "dwbox"
     assert jobs["ddim", "dw-fwd"]["cost"] is None
     # 4 images: 3 attacks of 1 step, 3 x 5 evaluations, an NFE of 10 each.
-    assert jobs["ddim", "dwbox"]["cost"]["nfe"] == 10 * 4 * (3 + 15)
+    assert jobs["ddim", "dwbox"]["cost"]["nfe"] == 10 * 4 * (3 * (4 + 2 + 6) + 15)
     assert not (tmp_path / "results").exists()
 
 

@@ -45,11 +45,14 @@ SHORTENED = {
     "dbp-bench list <track>": "",
     "dbp-bench run --defense addt --threat dwbox": SHORT,
     "dbp-bench run --defense all --threat all": f"{SHORT} {PLAN}",
-    "dbp-bench run --defense all --threat all --track digits-linf --seed 0": f"{SHORT} {PLAN}",
     "dbp-bench run --defense <name> --threat all --dry-run": "--max-batch 20",
     "dbp-bench run --defense ddpm --threat all --dry-run": "--max-batch 20",
-    "dbp-bench run --defense ddpm --threat dwbox --attack apgd": SHORT,
-    "dbp-bench run --defense ddpm --threat dwbox --attack apgd --set steps=50": SHORT,
+    "dbp-bench run --defense ddpm --threat eot --budget 400": SHORT,
+    "dbp-bench run --defense ddpm --threat pgd20-eot": f"{SMALL} --set steps=1 --out out",
+    "dbp-bench run --defense ddpm --threat dwbox --attack apgd": f"{SMALL} --set steps=2 --out out",
+    "dbp-bench run --defense ddpm --threat dwbox --attack apgd --set steps=50": (
+        f"{SMALL} --set steps=2 --out out"
+    ),
     "dbp-bench run --defense ddpm --threat eot --attack ensemble-hidden": f"{SMALL} {PLAN}",
     f"{DDPM} --threat dwbox --attack my_module:MyAttack --entries FOLDER --trust-code": (
         f"{SMALL} --out out"
@@ -58,8 +61,8 @@ SHORTENED = {
     "dbp-bench compare addt/dwbox ddpm/dwbox": "",
     "dbp-bench check ddpm": "",
     "dbp-bench check <name>": "",
-    "dbp-bench sweep ddpm --threat eot --over steps=20,40": (
-        f"{SMALL} --draws 1 --set eot=1 --black-box none --out out"
+    "dbp-bench sweep ddpm --threat eot --over budget=400": (
+        f"{SMALL} --draws 1 --black-box none --out out"
     ),
     "dbp-bench analyze landscape --defense ddpm,addt": (
         "--examples 2 --points 3 --steps 1 --eot 1 --no-figure --out out"
@@ -97,7 +100,7 @@ OF_OWN_FILES = {
     "--eps 0.2": "",
     "dbp-bench new attack my_attack": "",
     f"{DDPM} --threat eot,dwbox --attack my_attack:MomentumPGD --entries my_attack "
-    "--trust-code": f"{SHORT} --draws 8",
+    "--trust-code": f"{SMALL} --set steps=1 --out out --draws 8",
     "dbp-bench report --results mine --baseline": "",
 }
 """The commands for images, weights and an attack of one's own, in order, with added options."""
@@ -123,6 +126,9 @@ EXCEPTED = {
     ),
     "dbp-bench run --defense ddpm,addt,ddim,none --threat null,whitebox,eot,dw-fwd,dw-rev,dwbox "
     "--track cifar10-jpeg-linf --examples 128 --data PLACE": "needs the images of CIFAR-10",
+    "dbp-bench sweep all --threat all --over budget=400 --black-box none": (
+        "takes an hour; test_sweep sweeps several settings at once"
+    ),
     "dbp-bench train RECIPE --track TRACK": CIFAR,
     "dbp-bench train classifier --track cifar10": CIFAR,
     "dbp-bench train addt --track cifar10 --init cifar10-ddpm-ema": CIFAR,

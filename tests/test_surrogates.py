@@ -104,7 +104,7 @@ def test_a_run_records_it_and_nothing_where_none_is_used(tmp_path: Path) -> None
     exact, short = evaluations.values()
     assert exact.nfe == short.nfe == exact.searched_nfe == 3 * (2 + 2 + 3)
     assert short.searched_nfe == 1 + 2
-    assert exact.gradient == short.gradient == [1, 1]
+    assert exact.gradient == short.gradient == [2, 2]
     assert result.conformance is not None
     assert result.conformance.gradient is not None
     assert all(c is not None and c < 0.999 for c in result.conformance.gradient.cosine)

@@ -376,7 +376,7 @@ def _plan(
         said += ", or less: images may finish early"
     if any(getattr(job.attack(), "without_gradient", False) for job, _ in known_costs):
         said += ", and a search without gradients is only for those whose gradient is zero"
-    say.print(said, soft_wrap=True)
+    say.print(said)
     say.print(
         "NFE: of all images and evaluations, forward; those of gradients are followed "
         "by as many backward.",
