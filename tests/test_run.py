@@ -33,7 +33,7 @@ from dbp_bench.writing import locked
 from own_entries import folder, toy_defense
 
 SHIPPED = Registry()
-SMALL: dict[str, Any] = {"effort": {"budget": 4}, "examples": 8, "batch_size": 4}
+SMALL: dict[str, Any] = {"effort": {"steps": 2, "eot": 2}, "examples": 8, "batch_size": 4}
 
 
 def job(
@@ -42,10 +42,10 @@ def job(
     seed: int = 0,
     registry: Registry = SHIPPED,
     track: str = "digits-linf",
-    attack: str | None = None,
+    attack: str = "pgd",
     **changes: Any,
 ) -> Job:
-    """A small request: two groups of four images."""
+    """A small request: two groups of four images, each of whose evaluations is known beforehand."""
     return resolve(
         registry,
         track,
@@ -115,11 +115,11 @@ def files(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("defense", "threat", "nfe", "gradients"),
     [
-        # NFE; and for each image, the budget x attacks, none of which finishes early
+        # NFE; and for each image, steps x EoT samples x attacks
         ("ddim", "dwbox", 10, 2 * 3),
         ("ddpm", "eot", 10, 2 * 2),
         ("ddpm", "dw-fwd", 10, 2 * 2 * 3),
-        ("noise-only", "eot", 0, 2 * 2),
+        ("noise-only", "whitebox", 0, 2 * 2),
         ("oneshot", "dwbox", 1, 2 * 3),
         ("none", "eot", 0, 2),
     ],
@@ -132,7 +132,7 @@ def test_a_small_request(
     started: list[int] = []
     progress = Progress(start=started.append, tick=ticked.append)
     path = execute(asked, tmp_path, progress=progress)
-    assert path == tmp_path / "digits-linf" / defense / threat / "standard" / "seed-0.json"
+    assert path == tmp_path / "digits-linf" / defense / threat / "pgd" / "seed-0.json"
     jsonschema.validate(json.loads(path.read_text()), json_schema())
     result = Result.read(path)
     assert result.ids == asked.track_ids[:8]
@@ -168,7 +168,7 @@ def test_of_an_attack_without_gradients_forward_evaluations_count(tmp_path: Path
 @pytest.mark.parametrize("track", ["digits-linf", "digits-l2"])
 @pytest.mark.parametrize("defense", ["none", "ddim", "ddpm", "noise-only"])
 def test_the_null_attack_gives_the_clean_outcomes(tmp_path: Path, defense: str, track: str) -> None:
-    asked = job(defense, "null", track=track, effort={"budget": 2}, draws=2)
+    asked = job(defense, "null", track=track, effort={"steps": 1, "eot": 1}, draws=2)
     path = execute(asked, tmp_path, save_adversarial=True)
     result = Result.read(path)
     assert result.eps == 0
@@ -302,9 +302,10 @@ main()
 
 def test_killed_processes(tmp_path: Path) -> None:
     """Real signals to processes that are far from done; each is continued, and nothing differs."""
-    changes: dict[str, Any] = {"effort": {"budget": 8}}
+    changes: dict[str, Any] = {"effort": {"steps": 4}}
     asked = job("oneshot", "dwbox", **changes)
-    options = "run --defense oneshot --threat dwbox --budget 8 --batch-size 4 --examples 360"
+    options = "run --defense oneshot --threat dwbox --attack pgd --set steps=4 --batch-size 4"
+    options += " --examples 360"
 
     def work(out: Path) -> Path:
         return out / ".work" / asked.path(out).relative_to(out).with_suffix("")
@@ -420,11 +421,11 @@ def test_another_request_in_the_same_folder(
     if held == "result alone":
         shutil.rmtree(tmp_path / ".work")
     before = files(tmp_path)
-    other = job(eps=0.1, effort={"budget": 5})
+    other = job(eps=0.1, effort={"steps": 3, "eot": 2})
     with pytest.raises(BadRequest) as caught:
         execute(other, tmp_path)
     message = str(caught.value)
-    assert "eps is 0.2 there, 0.1 asked; effort.budget is 4 there, 5 asked." in message
+    assert "eps is 0.2 there, 0.1 asked; effort.steps is 2 there, 3 asked." in message
     assert "batch_size" not in message
     assert "\n" not in message
     assert [name for name in files(tmp_path) if not name.endswith(".lock")] == [
@@ -447,7 +448,7 @@ def test_no_resume_does_everything_again(tmp_path: Path, attacked: list[int]) ->
 
 def test_second_process_on_the_same_job(tmp_path: Path, once: Callable[..., bytes]) -> None:
     asked = job()
-    work = tmp_path / ".work/digits-linf/oneshot/dwbox/standard/seed-0"
+    work = tmp_path / ".work/digits-linf/oneshot/dwbox/pgd/seed-0"
     with locked(work, what="run of this job"):
         for resume in (True, False):
             with pytest.raises(BadRequest, match="another run of this job is at work there"):
@@ -465,7 +466,7 @@ def test_damaged_group_is_done_again(
     path = execute(asked, tmp_path)
     content = path.read_bytes()
     path.unlink()
-    group = tmp_path / ".work/digits-linf/oneshot/dwbox/standard/seed-0/group-00001.safetensors"
+    group = tmp_path / ".work/digits-linf/oneshot/dwbox/pgd/seed-0/group-00001.safetensors"
     if damage == "foreign":
         save_file({"images/0": torch.zeros(4, 1, 8, 8), "unheard/of": torch.zeros(1)}, group)
     else:
@@ -483,7 +484,7 @@ def test_work_of_an_unknown_request_is_not_continued(
 ) -> None:
     path = execute(job(eps=0.1), tmp_path)
     path.unlink()
-    request = tmp_path / ".work/digits-linf/oneshot/dwbox/standard/seed-0/request.json"
+    request = tmp_path / ".work/digits-linf/oneshot/dwbox/pgd/seed-0/request.json"
     if request_file is None:
         request.unlink()
     else:
@@ -509,7 +510,7 @@ def test_missing_gradients(tmp_path: Path) -> None:
 
 
 def test_order_of_groups(once: Callable[..., bytes]) -> None:
-    asked = job("ddpm", "dw-fwd", effort={"budget": 4})
+    asked = job("ddpm", "dw-fwd", effort={"steps": 2, "eot": 2})
     ids = asked.track_ids
     turned = replace(asked, track_ids=ids[4:8] + ids[:4] + ids[8:])
     there, back = once(asked), once(replace(turned, overrides=["turned"]))
@@ -540,7 +541,7 @@ def flips(a: bytes, b: bytes, kind: str) -> tuple[int, int]:
 
 
 def test_batch_size_changes_outcomes_by_rounding_only(once: Callable[..., bytes]) -> None:
-    effort = {"budget": 3}
+    effort = {"steps": 3}
     whole, parts = (
         once(job("ddim", "dwbox", effort=effort, examples=21, batch_size=size)) for size in (21, 7)
     )
@@ -734,13 +735,13 @@ def test_broken_defense_leaves_no_result(
 ) -> None:
     mine, out = broken(kind), tmp_path / "out"
     options = ["run", "--defense", "broken", "--threat", "dwbox", "--entries", mine, "--out", out]
-    options += ["--examples", "2", "--batch-size", "2", "--budget", "2"]
+    options += ["--attack", "pgd", "--set", "steps=1", "--examples", "2", "--batch-size", "2"]
     said = command(*options)
     assert said.code == 2
     assert "Add --trust-code" in said.err
     said = command(*options, "--trust-code")
     assert said.code == 3
-    assert said.err.startswith("dbp-bench: broken / dwbox: ")
+    assert said.err.startswith("dbp-bench: broken / dwbox / pgd: ")
     assert says in said.err
     assert len(said.err.splitlines()) == 1
     assert not list(out.glob("digits-linf/**/*.json"))
@@ -768,7 +769,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
     path = execute(asked, tmp_path)
     content = path.read_bytes()
     options: list[str | Path] = ["run", "--defense", "oneshot", "--threat", "dwbox"]
-    options += ["--budget", "4"]
+    options += ["--attack", "pgd", "--set", "steps=2", "--set", "eot=2"]
     options += ["--batch-size", "4", "--examples", "8", "--out", tmp_path]
     sync = os.fsync
     full = Mock(side_effect=OSError(28, "No space left on device"))
