@@ -257,7 +257,8 @@ def test_gradients_counted() -> None:
     assert job("ddpm", "pgd20-dwbox").gradient_evaluations == 360 * 20 * 3
     assert job("none", "pgd20-eot").gradient_evaluations == 360 * 20
     # A group is always whole: 70 images are two groups of 60.
-    assert job("ddpm", "whitebox", examples=70).gradient_evaluations == 120 * 20
+    some = job("ddpm", "whitebox", examples=70, batch_size=60)
+    assert some.gradient_evaluations == 120 * 20
     restarts = {"restarts": 3, "random_start": True}
     assert job("ddpm", "whitebox", effort=restarts).gradient_evaluations == 3 * 360 * 20
 
