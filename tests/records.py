@@ -55,7 +55,7 @@ def make(
         clean: Outcomes on clean images.
         fresh: The fraction of images right at every fresh draw.
         fresh_draws: How many there are for each known draw.
-        effort: Options of the attack that are other than usual.
+        effort: Options of the attack; those of the protocol if not given.
         draws: Victim draws.
         evaluations: Gradient and forward evaluations of one attack on one image.
         nfe: Calls of networks in one purification.
@@ -65,10 +65,15 @@ def make(
     draws = draws or DRAWS["known" if knows else "hidden"]
     images = len(robust) if isinstance(robust, list) else len(changes.get("ids", range(IMAGES)))
     labels = changes.get("labels", [i % 10 for i in range(images)])
-    options = {"steps": 20, "step_size": 0.25, "eot": 1 if threat == "whitebox" else 10}
+    attack = "pgd" if threat.startswith(("pgd20", "whitebox")) else "standard"
+    attack = changes.pop("attack", attack)
+    options: dict[str, Any] = {"budget": 2 if threat == "null" else 200}
+    if attack != "standard":
+        options = {"steps": 20, "step_size": 0.25, "eot": 1 if threat == "whitebox" else 10}
     options |= dict(effort or {})
     steps, eot = options.get("steps") or 1, options.get("eot") or 1
-    gradient, forward = evaluations or (steps * (1 if set(knows) == set(sites) else eot), 0)
+    used = options.get("budget") or steps * (1 if set(knows) == set(sites) else eot)
+    gradient, forward = evaluations or (used, 0)
     attacks = draws if knows else 1
 
     def table(right: float | Outcomes, columns: int) -> list[list[int]]:
@@ -77,7 +82,7 @@ def make(
 
     record: dict[str, Any] = {
         "schema": 2,
-        **{"track": TRACK, "defense": defense, "threat": threat, "attack": "pgd"},
+        **{"track": TRACK, "defense": defense, "threat": threat, "attack": attack},
         **{"setting": None, "seed": 0, "norm": "linf", "eps": 0 if threat == "null" else 0.15},
         **{"sites": list(sites), "knows": knows, "effort": options, "gradient": "exact"},
         **{"options": {}, "overrides": [], "ids": list(range(images)), "labels": labels},
@@ -143,11 +148,18 @@ def matrix() -> list[Result]:
         make("both", "dw-fwd", 0.60),
         make("both", "dw-rev", 0.50),
         make("both", "dwbox", 0.25, fresh=0.75),
-        make("both", "whitebox", 0.70),
         make("both", "null", 1.0),
         make("ddim-like", "eot", 0.55, sites=["forward"]),
         make("ddim-like", "dwbox", 0.20, sites=["forward"]),
     ]
+
+
+def doubled(folder: Path, *results: Result, budget: int = 400) -> Path:
+    """Write `results` as a sweep over budgets does, below the folder of results."""
+    for result in results:
+        more = signed(result.model_dump(by_alias=True) | {"effort": {"budget": budget}})
+        more.write(more.path(folder / "sweeps" / f"budget-{budget}"))
+    return folder
 
 
 def table(path: Path, *index: str) -> Any:

@@ -36,7 +36,7 @@ def test_the_leaderboards_follow_from_the_results(tmp_path: Path) -> None:
     want = {path.name for path in LEADERBOARDS.iterdir() if path.name != "README.md"}
     assert {path.name for path in written} == want
     for path in written:
-        assert path.read_text() == (LEADERBOARDS / path.name).read_text(), path.name
+        assert path.read_bytes() == (LEADERBOARDS / path.name).read_bytes(), path.name
 
 
 def test_the_readme_shows_the_leaderboard() -> None:
@@ -47,7 +47,6 @@ def test_the_readme_shows_the_leaderboard() -> None:
         if block.startswith("|")
     ]
     assert tables[0] in shown
-    assert tables[1] in shown
 
 
 def test_the_whole_matrix_is_there_and_belongs_to_the_entries(
@@ -93,7 +92,7 @@ def test_the_null_attack_gives_exactly_the_clean_outcomes(records: list[Record])
         assert result.predicted.adversarial == result.predicted.clean, result.defense
 
 
-@pytest.mark.parametrize(("defense", "threat"), [("ddpm", "whitebox"), ("noise-only", "dwbox")])
+@pytest.mark.parametrize(("defense", "threat"), [("ddpm", "eot"), ("noise-only", "dwbox")])
 def test_a_part_of_the_matrix_again(
     defense: str, threat: str, tmp_path: Path, matrix: dict[tuple[str, str], Result]
 ) -> None:

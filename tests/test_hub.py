@@ -126,7 +126,7 @@ def test_only_what_is_asked_for_is_downloaded(fake: Fake) -> None:
 
 def test_a_part_of_what_is_asked_for_is_refused(fake: Fake) -> None:
     """A folder in the cache from before is no answer where the rest of it can't be had."""
-    lost = "results/toy-linf/both/null/pgd/seed-0.json"
+    lost = "results/toy-linf/both/null/standard/seed-0.json"
     fake.lost = {lost}
     with pytest.raises(NotReached, match=f"{lost} was not downloaded"):
         local(f"{REPO}/results")
@@ -156,7 +156,7 @@ def test_a_place_that_is_none(place: str, reason: str, fake: Fake) -> None:
 
 def test_what_is_read_from_the_hub_is_checked(fake: Fake) -> None:
     assert len(load(local(f"{REPO}/results"))) == 2
-    (fake.folder / "main/results/toy-linf/both/eot/pgd/seed-0.json").write_text("{}")
+    (fake.folder / "main/results/toy-linf/both/eot/standard/seed-0.json").write_text("{}")
     with pytest.raises(BadResult, match="not a result"):
         load(local(f"{REPO}/results"))
 

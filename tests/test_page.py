@@ -70,8 +70,8 @@ def board_of(folder: Path, *results: Result, **options: Any) -> Leaderboard:
 
 
 def everything(folder: Path) -> Leaderboard:
-    attack = attacked("both", "apgd", 0.6)
-    return board_of(folder, *matrix(), attack, findings=sweeps())
+    others = attacked("both", "apgd", 0.6), make("both", "whitebox", 0.7)
+    return board_of(folder, *matrix(), *others, findings=sweeps())
 
 
 def sweeps() -> list[Findings]:
@@ -172,8 +172,8 @@ def test_a_number_leads_to_its_result(text: str) -> None:
         assert found
         row = re.search(rf'<tr id="{found[1]}">(.*?)</tr>', text, flags=re.DOTALL)
         assert row
-        assert f"{TRACK}/both/{threat}/pgd/seed-0.json" in row[1]
-        again = f"dbp-bench verify results/{TRACK}/both/{threat}/pgd/seed-0.json --again"
+        assert f"{TRACK}/both/{threat}/standard/seed-0.json" in row[1]
+        again = f"dbp-bench verify results/{TRACK}/both/{threat}/standard/seed-0.json --again"
         assert again in row[1]
 
 
@@ -183,9 +183,11 @@ def test_the_command_that_makes_a_result_again(tmp_path: Path) -> None:
     coded = own.provenance.model_copy(update={"code": {"mine": "a" * 64}})
     foreign = make("a b", "eot", 0.5).model_copy(update={"provenance": coded})
     commands = [command_of(record, Registry()) for record in load(save(tmp_path, own, foreign))]
-    outside = "'results/toy-linf/a b/eot/pgd/seed-0.json' --again --entries FOLDER --trust-code"
+    outside = (
+        "'results/toy-linf/a b/eot/standard/seed-0.json' --again --entries FOLDER --trust-code"
+    )
     assert commands == [
-        "dbp-bench verify results/digits-linf/ddpm/eot/pgd/seed-0.json --again",
+        "dbp-bench verify results/digits-linf/ddpm/eot/standard/seed-0.json --again",
         f"dbp-bench verify {outside}",
     ]
 
@@ -197,13 +199,13 @@ def test_numbers_of_other_efforts_stand_apart_and_say_so(text: str) -> None:
     for setting, shown in ((("whitebox", "pgd"), "70.0"), (("eot", "apgd"), "60.0")):
         cells = "".join(f"<td>{name}</td>" for name in setting)
         assert re.search(rf"{cells}.*?>{shown}</a>", other)
-    assert not re.search(r"<td>(eot|dwbox|dw-fwd|dw-rev|null)</td><td>pgd</td>", other)
+    assert not re.search(r"<td>(eot|dwbox|dw-fwd|dw-rev|null)</td><td>standard</td>", other)
     whitebox = re.search(r'<tr id="(result-\d+)">[^\n]*whitebox', text)
     assert whitebox
     assert f'#{whitebox[1]}"' in other
     assert f'#{whitebox[1]}"' not in main
-    assert "equal effort (EoT-10)" in main
-    assert ">Hidden, R<sub>WB</sub>, EoT-10</th>" in main
+    assert "at equal effort. " in main
+    assert ">White-box, R<sub>WB</sub></th>" in main
 
 
 def test_ranks_have_ties(tmp_path: Path) -> None:
@@ -255,6 +257,8 @@ def test_only_eot_differs_along_a_line(tmp_path: Path) -> None:
     board = board_of(
         tmp_path,
         *matrix(),
+        make("both", "whitebox", 0.7),
+        make("both", "pgd20-eot", 0.65),
         attacked("both", "more", 0.6, attack="pgd", effort=same | {"eot": 30}),
         attacked("both", "steps", 0.6, attack="pgd", effort=same | {"eot": 50, "steps": 40}),
         attacked("both", "other", 0.6, effort=same | {"eot": 70}),
@@ -371,20 +375,21 @@ def samples_of(result: Path, **changes: Any) -> Samples:
 
 def test_pictures_are_shown_with_their_result(tmp_path: Path) -> None:
     folder = save(tmp_path, *matrix())
-    path = folder / TRACK / "both" / "eot" / "pgd" / "seed-0.json"
+    path = folder / TRACK / "both" / "eot" / "standard" / "seed-0.json"
     samples_of(path).write(samples_path(path))
     records = load(folder)
     page = Page(to_html(leaderboard(records), load_samples(records)))
     assert len([i for i in page.of("img") if i["src"].startswith("data:image/png;base64,")]) == 3
     assert "89 of 90 outcomes" in page.words
     assert (
-        "dbp-bench verify results/toy-linf/ddim-like/dwbox/pgd/seed-0.json --pictures" in page.words
+        "dbp-bench verify results/toy-linf/ddim-like/dwbox/standard/seed-0.json --pictures"
+        in page.words
     )
 
 
 def test_pictures_of_another_result_are_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, *matrix())
-    path = folder / TRACK / "both" / "eot" / "pgd" / "seed-0.json"
+    path = folder / TRACK / "both" / "eot" / "standard" / "seed-0.json"
     samples_of(path, result_sha256="0" * 64).write(samples_path(path))
     with pytest.raises(BadResult, match="make them again"):
         load_samples(load(folder))
@@ -414,7 +419,7 @@ def test_nothing_is_written_where_something_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotComparable):
         write_leaderboards(save(tmp_path / "mixed", *mixed), tmp_path / "out")
     folder = save(tmp_path / "bad", *matrix())
-    samples_path(folder / TRACK / "both" / "eot" / "pgd" / "seed-0.json").write_text("{}")
+    samples_path(folder / TRACK / "both" / "eot" / "standard" / "seed-0.json").write_text("{}")
     with pytest.raises(BadResult, match="not samples"):
         write_leaderboards(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

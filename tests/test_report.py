@@ -141,7 +141,6 @@ def test_every_number_of_a_row(tmp_path: Path) -> None:
         "stochasticity_forward": 0.15,
         "stochasticity_reverse": 0.25,
         "fresh": 0.75,
-        "whitebox": 0.7,
         "null": 1.0,
     }
 
@@ -155,16 +154,15 @@ def test_one_result_serves_all_settings_that_are_the_same(tmp_path: Path) -> Non
         "reverse_known": "eot",
     }
     assert (ddim["stochasticity_forward"], ddim["stochasticity_reverse"]) == (0.35, 0)
-    assert ddim["whitebox"] is None
 
     none = values(board, "none")
-    columns = ("hidden", "forward_known", "reverse_known", "all_known", "whitebox")
+    columns = ("hidden", "forward_known", "reverse_known", "all_known")
     assert {none[key] for key in columns} == {0.05}
     assert (none["purification"], none["stochasticity"]) == (0, 0)
     assert (none["share"], none["fresh"], none["null"]) == (None, None, None)
 
 
-@pytest.mark.parametrize("threat", ["dwbox", "whitebox"])
+@pytest.mark.parametrize("threat", ["dwbox", "dw-fwd"])
 def test_deterministic_defense_is_served_by_any_threat(tmp_path: Path, threat: str) -> None:
     results = [r for r in matrix() if r.defense != "none"]
     board = board_of(tmp_path, *results, make("none", threat, 0.05, sites=()))
@@ -180,8 +178,8 @@ def test_its_own_result_comes_first(tmp_path: Path) -> None:
 
 
 def test_another_effort_does_not_serve(tmp_path: Path) -> None:
-    """EoT counts wherever a draw is hidden; a stronger attack of one's own has its own row."""
-    strong = attacked("both", "strong", 0.1, attack="pgd", effort={"eot": 100})
+    """A stronger attack of one's own has its own row."""
+    strong = attacked("both", "strong", 0.1, attack="standard", effort={"budget": 2000})
     results = [r for r in matrix() if (r.defense, r.threat) != ("both", "eot")]
     board = board_of(tmp_path, *results, strong)
     assert values(board, "both")["hidden"] is None
@@ -197,7 +195,6 @@ def test_another_effort_does_not_serve(tmp_path: Path) -> None:
         ("dw-fwd", {"forward_known", "stochasticity_forward", "stochasticity_reverse"}),
         ("dw-rev", {"reverse_known", "stochasticity_forward", "stochasticity_reverse"}),
         ("dwbox", {"all_known", "fresh", "purification", "stochasticity", "share"}),
-        ("whitebox", {"whitebox"}),
         ("null", {"null"}),
     ],
 )
@@ -236,7 +233,7 @@ def test_seeds_are_pooled_along_the_draws(tmp_path: Path) -> None:
     row = row_of(board, "both")
     assert (row.hidden_draws, row.known_draws, row.fresh_draws) == (8, 6, 4)
     write_leaderboards(tmp_path, tmp_path / "out")
-    result = results_table(tmp_path / "out").loc["both", "eot", "pgd"]
+    result = results_table(tmp_path / "out").loc["both", "eot", "standard"]
     assert (result["seeds"], result["draws"]) == ("0 1", 8)
     assert (result["gradient_evaluations"], result["forward_evaluations"]) == (200, 0)
     assert len(result["sha256"].split()) == len(result["digest"].split()) == 2
@@ -292,11 +289,8 @@ def test_other_flags(tmp_path: Path) -> None:
     known = make("odd", "dwbox", 0.9, draws=1, zero_gradient=zero)
     flags = row_of(board_of(tmp_path, make("odd", "eot", 0.2), known), "odd").flags
     assert [flag.split(":")[0] for flag in flags] == [
+        "no gradient, or none but zero, at any step on 7 of 40 images, which stay right (DW-box)",
         "knowing the draws did not help the attack",
-        (
-            "no gradient, or none but zero, at any step on 7 of 40 images, which stay right "
-            "(all known)"
-        ),
         "fewer than 3 known draws",
     ]
 
@@ -327,7 +321,7 @@ def test_one_draw_votes_and_worst_cases(tmp_path: Path) -> None:
     write_leaderboards(tmp_path, tmp_path / "out")
     rows = table(tmp_path / "out" / f"{TRACK}-draws.csv", "defense", "images_of")
     row = rows.loc["both", "hidden"]
-    assert (row["threat"], row["attack"]) == ("eot", "pgd")
+    assert (row["threat"], row["attack"]) == ("eot", "standard")
     assert (row["draws"], row["plurality_of"]) == (4, 3)
     keys = ["mean", "plurality", "worst_3", "worst_all"]
     assert row[keys].tolist() == [0.5, 0.5, 0.125, 0]
@@ -340,8 +334,11 @@ def test_one_draw_votes_and_worst_cases(tmp_path: Path) -> None:
     assert ("ddim-like", "null") not in rows.index
 
     results_ = results_table(tmp_path / "out")
-    assert results_.loc[("both", "eot", "pgd"), ["worst_3", "plurality_of"]].tolist() == [0.125, 3]
-    known = results_.loc["both", "dwbox", "pgd"]
+    assert results_.loc[("both", "eot", "standard"), ["worst_3", "plurality_of"]].tolist() == [
+        0.125,
+        3,
+    ]
+    known = results_.loc["both", "dwbox", "standard"]
     assert known[["worst_3", "worst_all_of"]].tolist() == [0.25, 3]
     assert known[["plurality", "plurality_of"]].isna().all()
 
@@ -427,7 +424,9 @@ def test_other_attacks_leave_the_leaderboard_alone(tmp_path: Path) -> None:
         attacked("both", "few", 0.5, draws=2),
         attacked("both", "large", 0.1, eps=1.0),
         attacked("ddim-like", "apgd", 0.5, sites=["forward"], seed=1, effort={"steps": 5}),
-        attacked("both", "same", 0.5, knows=["reverse"], attack="pgd", effort=changed[1].effort),
+        attacked(
+            "both", "same", 0.5, knows=["reverse"], attack="standard", effort=changed[1].effort
+        ),
         make("both", "their-threat", 0.5),
     ]
     write_leaderboards(save(tmp_path / "two", *changed, *others), tmp_path / "after")
@@ -435,14 +434,20 @@ def test_other_attacks_leave_the_leaderboard_alone(tmp_path: Path) -> None:
     filled = [frame.astype(object).where(frame.notna(), "") for frame in (before, after)]
     differs = filled[0] != filled[1]
     assert {column: list(after.index[rows]) for column, rows in differs.items() if rows.any()} == {
+        "checks": ["both"],
         "flags": ["both"],
         "tests": ["both", "ddim-like"],
     }
     names = [f"{TRACK}{end}" for end in (".md", ".tex", "-draws.csv")]
-    for name, end in zip(names, ("## Flags", r"\begin{minipage}", "no end"), strict=True):
+    parts = (
+        ("## Details", "## What"),
+        (r"\bottomrule", r"\begin{minipage}"),
+        ("defense", "no end"),
+    )
+    for name, (start, end) in zip(names, parts, strict=True):
         texts = [(tmp_path / at / name).read_text() for at in ("before", "after")]
-        texts[0] = texts[0].partition("## Tested")[0]
-        assert texts[0].partition(end)[0] == texts[1].partition(end)[0]
+        shown = [text.partition(start)[2].partition(end)[0] for text in texts]
+        assert shown[0] == shown[1]
     assert not (tmp_path / "before" / f"{TRACK}-attacks.csv").exists()
     assert results_table(tmp_path / "after").loc[("both", "eot", "large"), "robust"] == 0.1
     attacks = attacks_of(tmp_path / "after")
@@ -451,7 +456,7 @@ def test_other_attacks_leave_the_leaderboard_alone(tmp_path: Path) -> None:
         ("both", "all but forward"),
         ("ddim-like", "none"),
     }
-    assert ("both", "none", "their-threat", "pgd") in attacks.index
+    assert ("both", "none", "their-threat", "standard") in attacks.index
     assert "large" not in attacks.index.get_level_values("attack")
 
 
@@ -478,16 +483,16 @@ def test_attacks_side_by_side(tmp_path: Path) -> None:
     results += [make("both", "eot", 0.65), make("both", "dwbox", 0.5)]
     save(tmp_path / "results", *results, *others)
     paths = write_leaderboards(tmp_path / "results", tmp_path)
-    assert [path.name for path in paths[-2:]] == [f"{TRACK}-attacks.csv", f"{TRACK}-attacks.md"]
+    ends = ("-optimality.csv", "-attacks.csv", "-attacks.svg", "-attacks.pdf", "-attacks.md")
+    assert [path.name for path in paths[-5:]] == [f"{TRACK}{end}" for end in ends]
     before = [path.read_bytes() for path in paths]
     write_leaderboards(tmp_path / "results", tmp_path)
     assert [path.read_bytes() for path in paths] == before
 
     rows = attacks_of(tmp_path)
-    # Right under eot: images below 26; under whitebox: below 28; under apgd: from 20 on.
+    # Right under eot: images below 26; under apgd: from 20 on.
     assert rows.loc["both", "none"]["robust"].to_dict() == {
-        ("eot", "pgd"): 0.65,
-        ("whitebox", "pgd"): 0.7,
+        ("eot", "standard"): 0.65,
         ("eot", "apgd"): 0.5,
     }
     apgd = rows.loc["both", "none", "eot", "apgd"]
@@ -535,7 +540,7 @@ def test_no_worst_case_where_some_noise_is_known(tmp_path: Path) -> None:
     save(tmp_path, *matrix(), attacked("both", "apgd", 0.3, knows=["forward"]))
     write_leaderboards(tmp_path, tmp_path / "out")
     rows = attacks_of(tmp_path / "out").loc["both", "forward"]
-    assert rows["robust"].to_dict() == {("dw-fwd", "pgd"): 0.6, ("dw-fwd", "apgd"): 0.3}
+    assert rows["robust"].to_dict() == {("dw-fwd", "standard"): 0.6, ("dw-fwd", "apgd"): 0.3}
     assert rows["worst_case"].isna().all()
 
 
@@ -551,12 +556,11 @@ def test_attacks_on_a_deterministic_defense_know_all(tmp_path: Path) -> None:
 # --- The protocol ---------------------------------------------------------------------------------
 
 
-def threat_entry(folder: Path, name: str, knows: str, eot: int = 10) -> None:
+def threat_entry(folder: Path, name: str, knows: str, budget: int = 200) -> None:
     (folder / "attacks" / "threats").mkdir(parents=True, exist_ok=True)
     (folder / "attacks" / "threats" / f"{name}.yaml").write_text(
-        f"title: Another threat model\nknows: {knows}\nattack: pgd\ngradient: exact\n"
-        "effort: {steps: 20, step_size: 0.25, loss: ce, random_start: false, restarts: 1, "
-        f"eot: {eot}}}\n"
+        f"title: Another threat model\nknows: {knows}\nattack: standard\ngradient: exact\n"
+        f"effort: {{budget: {budget}}}\n"
         "draws: 4\neps: null\nprotocol: true\n"
     )
 
@@ -564,37 +568,37 @@ def threat_entry(folder: Path, name: str, knows: str, eot: int = 10) -> None:
 def test_a_new_threat_model_of_the_protocol_appears_without_another_edit(
     tmp_path: Path, registry: Registry
 ) -> None:
-    """One with another EoT, and one that knows what none of the others does."""
-    threat_entry(registry.folders[0], "eot-40", "none", eot=40)
+    """One with another budget, and one that knows what none of the others does."""
+    threat_entry(registry.folders[0], "twice", "none", budget=400)
     threat_entry(registry.folders[0], "reverse-only", "[reverse]")
     registry = Registry(registry.folders)
     sites = ["forward", "guidance", "reverse"]
     results = [
         make("new", "eot", 0.5, sites=sites),
-        make("new", "eot-40", 0.4, sites=sites, effort={"eot": 40}),
+        make("new", "twice", 0.4, sites=sites, effort={"budget": 400}),
         make("new", "reverse-only", 0.3, sites=sites, knows=["reverse"]),
     ]
     save(tmp_path / "results", *results)
     write_leaderboards(tmp_path / "results", tmp_path, registry=registry)
     row = table(tmp_path / f"{TRACK}.csv", "defense").loc["new"]
-    assert row[["hidden", "eot-40", "reverse-only"]].tolist() == [0.5, 0.4, 0.3]
+    assert row[["hidden", "twice", "reverse-only"]].tolist() == [0.5, 0.4, 0.3]
     text = (tmp_path / f"{TRACK}.md").read_text()
-    assert "| eot-40, EoT-40 | reverse-only, EoT-10 |" in text
-    assert "- eot-40, EoT-40: Another threat model." in text
+    assert "| reverse-only | twice |" in text
+    assert "- twice: Another threat model." in text
     assert not (tmp_path / f"{TRACK}-attacks.csv").exists()
     # To the package's own protocol, they are other attacks.
     write_leaderboards(tmp_path / "results", tmp_path / "own")
-    assert "eot-40" not in table(tmp_path / "own" / f"{TRACK}.csv", "defense").columns
-    assert ("new", "none", "eot-40", "pgd") in attacks_of(tmp_path / "own").index
+    assert "twice" not in table(tmp_path / "own" / f"{TRACK}.csv", "defense").columns
+    assert ("new", "none", "twice", "standard") in attacks_of(tmp_path / "own").index
 
 
 def test_what_the_protocol_says_equal_must_be_equal(tmp_path: Path, registry: Registry) -> None:
     """A threat model may differ from the others in what its entry says differs, and no more."""
-    threat_entry(registry.folders[0], "eot-40", "none", eot=40)
+    threat_entry(registry.folders[0], "twice", "none", budget=400)
     registry = Registry(registry.folders)
-    own = make("both", "eot-40", 0.4, effort={"eot": 40, "steps": 50})
+    own = make("both", "twice", 0.4, effort={"budget": 400}, gradient="bpda")
     save(tmp_path / "results", *matrix(), own)
-    with pytest.raises(NotComparable, match=r"effort\.steps 20 and 50"):
+    with pytest.raises(NotComparable, match=r"gradient exact and bpda"):
         write_leaderboards(tmp_path / "results", tmp_path, registry=registry)
 
 
@@ -617,17 +621,14 @@ ARITHMETIC = {"device": "cpu", "dtype": "float64", "batch_size": 20, "max_batch"
         (other(ids=list(range(1, 41))), r"ids \(40 in both, not the same\)"),
         (other(labels=[0] * IMAGES), "labels"),
         (other(arithmetic=ARITHMETIC), "arithmetic.dtype float32 and float64"),
-        (other(effort={"eot": 1}), "effort.eot 10 and 1"),
-        (other(effort={"steps": 50}), "effort.steps 20 and 50"),
+        (other(effort={"budget": 50}), "effort.budget 200 and 50"),
         (other(effort={"restarts": 5}), "effort.restarts missing and 5"),
         (other(gradient="bpda"), "gradient exact and bpda"),
         (make("both", "strong", 0.5, nfe=10), "evaluations.nfe 20 and 10"),
         (other(draws=1), r"draws \(4 and 1\)"),
-        (make("other", "dw-fwd", 0.5, effort={"eot": 1}), "effort.eot 10 and 1"),
-        (make("other", "dwbox", 0.5, effort={"step_size": 0.5}), "effort.step_size"),
-        (make("other", "whitebox", 0.5, effort={"eot": 2}), "effort.eot 1 and 2"),
-        (make("other", "null", 0.5, effort={"steps": 1}), "effort.steps 20 and 1"),
-        (make("none", "dwbox", 0.1, sites=(), effort={"steps": 1}), "effort.steps 20 and 1"),
+        (make("other", "dw-fwd", 0.5, effort={"budget": 1}), "effort.budget 200 and 1"),
+        (make("other", "null", 0.5, effort={"budget": 4}), "effort.budget 2 and 4"),
+        (make("none", "dwbox", 0.1, sites=(), effort={"budget": 1}), "effort.budget 200 and 1"),
         (make("both", "strong", 0.5, options={"t_star": 50}), "options.t_star missing and 50"),
         (make("both", "strong", 0.5, sites=["forward"]), "sites"),
     ],
@@ -639,25 +640,18 @@ def test_two_protocols_are_refused(tmp_path: Path, result: Result, field: str) -
     message = str(refused.value)
     assert "\n" not in message
     assert message.count("seed-0.json") == 2
-    assert f"{result.defense}/{result.threat}/pgd/seed-0.json" in message
+    assert f"{result.defense}/{result.threat}/standard/seed-0.json" in message
     assert not (tmp_path / "out").exists()
 
 
-def test_whitebox_alone_with_other_steps_is_refused(tmp_path: Path) -> None:
-    results = [r for r in matrix() if r.threat != "whitebox"]
-    save(tmp_path, *results, make("both", "whitebox", 0.6, effort={"steps": 50}))
-    with pytest.raises(NotComparable, match=r"effort\.steps 20 and 50"):
-        leaderboard(load(tmp_path))
-
-
-def test_a_threat_with_an_eot_of_its_own_is_refused(tmp_path: Path) -> None:
-    """The forward noise known at EoT 1 everywhere, and nothing known at EoT 10, as once published.
+def test_a_threat_with_a_budget_of_its_own_is_refused(tmp_path: Path) -> None:
+    """The forward noise known at a budget of 20, and nothing known at 200, as once published.
 
     The difference would compare the attacks' strength, not what they know.
     """
     results = [r for r in matrix() if r.threat != "dw-fwd"]
-    save(tmp_path, *results, make("both", "dw-fwd", 0.6, effort={"eot": 1}))
-    with pytest.raises(NotComparable, match=r"effort\.eot 10 and 1|effort\.eot 1 and 10"):
+    save(tmp_path, *results, make("both", "dw-fwd", 0.6, effort={"budget": 20}))
+    with pytest.raises(NotComparable, match=r"effort\.budget 200 and 20|effort\.budget 20 and 200"):
         leaderboard(load(tmp_path))
 
 
@@ -670,18 +664,20 @@ def test_fewer_known_or_fresh_draws_are_refused(tmp_path: Path) -> None:
 
 def test_idle_eot_is_no_difference(tmp_path: Path) -> None:
     """A deterministic defense, or one with all draws known, may record any EoT or none."""
-    effort = {"steps": 20, "step_size": 0.25}
+    effort = {"budget": 200, "eot": 1}
     known = make("both", "dwbox", 0.25).model_dump(by_alias=True) | {"effort": effort}
     results = [r for r in matrix() if (r.defense, r.threat) != ("both", "dwbox")]
     board = board_of(tmp_path, *results, signed(known))
     assert values(board, "both")["all_known"] == 0.25
     assert board.reference is not None
-    assert board.reference.effort == effort | {"eot": 10}
+    assert board.reference.effort == {"budget": 200}
 
 
 def test_a_seed_for_some_settings_only_is_refused(tmp_path: Path) -> None:
     save(tmp_path, *matrix(), make("both", "eot", 0.6, seed=1))
-    with pytest.raises(NotComparable, match=r"both/eot/pgd/seed-1\.json.*seeds 0, 1 for 'eot', 0"):
+    with pytest.raises(
+        NotComparable, match=r"both/eot/standard/seed-1\.json.*seeds 0, 1 for 'eot', 0"
+    ):
         leaderboard(load(tmp_path))
 
 
@@ -694,14 +690,16 @@ def test_nothing_to_report(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_where_it_belongs(tmp_path: Path) -> None:
-    make("both", "eot", 0.5).write(result_path(tmp_path, TRACK, "both", "dwbox", "pgd", seed=0))
-    with pytest.raises(BadResult, match=r"not where it belongs.*both/eot/pgd/seed-0\.json"):
+    make("both", "eot", 0.5).write(
+        result_path(tmp_path, TRACK, "both", "dwbox", "standard", seed=0)
+    )
+    with pytest.raises(BadResult, match=r"not where it belongs.*both/eot/standard/seed-0\.json"):
         load(tmp_path)
 
 
 def test_files_beside_results_are_left_alone(tmp_path: Path) -> None:
     save(tmp_path, *matrix())
-    (tmp_path / TRACK / "both" / "eot" / "pgd" / "seed-0.cost.json").write_text("{}")
+    (tmp_path / TRACK / "both" / "eot" / "standard" / "seed-0.cost.json").write_text("{}")
     save(tmp_path / "sweeps" / "eps-1", make("both", "eot", 0.0, eps=1.0))
     save(tmp_path / ".work", make("both", "eot", 0.0, eps=1.0))
     assert len(load(tmp_path)) == len(matrix())
@@ -715,7 +713,7 @@ def test_several_folders_and_files(tmp_path: Path) -> None:
     file = first.path(save(tmp_path / "a", first))
     found = load([file, save(tmp_path / "b", *rest[:3]), save(tmp_path / "c", *rest[3:])])
     assert len(found) == len(matrix())
-    assert found[0].name == f"{TRACK}/none/eot/pgd/seed-0.json"
+    assert found[0].name == f"{TRACK}/none/eot/standard/seed-0.json"
     moved = file.rename(tmp_path / "anywhere.json")
     assert load([moved])[0].name == found[0].name
 
@@ -753,7 +751,7 @@ def test_files_follow_from_results(tmp_path: Path, registry: Registry) -> None:
     save(tmp_path / "results", *matrix())
     out = tmp_path / "out"
     paths = write_leaderboards(tmp_path / "results", out, registry=registry)
-    ends = (".html", ".csv", "-draws.csv", "-results.csv", ".md", ".tex")
+    ends = (".html", ".csv", "-draws.csv", "-convergence.csv", "-results.csv", ".md", ".tex")
     names = [f"{TRACK}{end}" for end in ends]
     assert [path.name for path in paths] == names
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
@@ -771,20 +769,19 @@ def test_csv_files_of_the_matrix(reported: Path) -> None:
         "ddim-like": "forward_known=dwbox reverse_known=eot",
         "none": "",
     }
-    assert f"{TRACK}/both/dwbox/pgd/seed-0.json" in rows.loc["both", "results"].split()
+    assert f"{TRACK}/both/dwbox/standard/seed-0.json" in rows.loc["both", "results"].split()
     results = results_table(reported)
     assert len(results) == len(matrix())
     assert results["knows"].loc["both"].to_dict() == {
-        ("dw-fwd", "pgd"): "forward",
-        ("dw-rev", "pgd"): "all but forward",
-        ("dwbox", "pgd"): "all",
-        ("eot", "pgd"): "none",
-        ("null", "pgd"): "none",
-        ("whitebox", "pgd"): "none",
+        ("dw-fwd", "standard"): "forward",
+        ("dw-rev", "standard"): "all but forward",
+        ("dwbox", "standard"): "all",
+        ("eot", "standard"): "none",
+        ("null", "standard"): "none",
     }
-    assert results.loc[("none", "eot", "pgd"), "knows"] == "all"
-    assert results.loc[("both", "dwbox", "pgd"), "fresh"] == 0.75
-    assert pd.isna(results.loc[("both", "eot", "pgd"), "fresh"])
+    assert results.loc[("none", "eot", "standard"), "knows"] == "all"
+    assert results.loc[("both", "dwbox", "standard"), "fresh"] == 0.75
+    assert pd.isna(results.loc[("both", "eot", "standard"), "fresh"])
 
 
 def test_a_threat_model_called_null_survives_a_csv_file(reported: Path) -> None:
@@ -813,24 +810,22 @@ def test_markdown_says_what_it_means(tmp_path: Path, registry: Registry) -> None
     assert lines[0] == r"# A toy \| of 5 % & \_more\_"
     assert "never compare them with CIFAR-10" in lines[2].replace("Never", "never")
     assert "upper bound" in text
-    assert (
-        "pgd, 20 steps, step size 0.25 eps, EoT-10, gradient exact; linf, eps = 0.15; 40 images"
-        in text
-    )
+    assert "standard, budget 200, gradient exact; linf, eps = 0.15; 40 images" in text
     assert "evaluated on 4 draws" in text
     assert "Known draws: 3" in text
-    assert "| whitebox, EoT-1 |" in text
     assert "not the track's own" not in text
     cells = [line.strip("|").split(" | ") for line in lines if line.startswith("| 1-2 | both")]
-    assert [len(row) for row in cells] == [7, 8, 7, 8, 8, 8]
-    assert cells[0][2] == "100.0 [91.2, 100.0]"
-    assert cells[0][3].startswith("65.0 [")
+    assert [len(row) for row in cells] == [12, 8, 10, 10, 10, 10, 8, 8, 8]
+    assert cells[0][2] == "100.0<br><sub>[91.2, 100.0]</sub>"
+    assert cells[0][4].startswith("65.0<br><sub>[")
     # Every row of a table has as many cells as its head.
-    for start in (i for i, line in enumerate(lines) if line.startswith("|  | Defense")):
+    for start in (
+        i for i, line in enumerate(lines) if line.startswith(("|  | Defense", "|  | <sub>Defense"))
+    ):
         block = lines[start : lines.index("", start)]
         assert len({line.count(" | ") for line in block}) == 1
     ddim = next(line for line in lines if "ddim-like" in line)
-    assert ddim.count("] =") == 2
+    assert ddim.count("=<br>") == 2
     assert "| none *(control)* |" in text
     assert all(ord(character) < 128 for character in text)
 
@@ -862,7 +857,7 @@ def test_latex_is_balanced(tmp_path: Path, registry: Registry) -> None:
         begins = tex.count(rf"\begin{{{environment}}}")
         assert begins == tex.count(rf"\end{{{environment}}}") > 0
     rows = [line for line in tex.splitlines() if line.startswith("1-2 & both")]
-    assert [row.count(" & ") + 1 for row in rows] == [7, 8, 7, 8]
+    assert [row.count(" & ") + 1 for row in rows] == [12, 8, 10, 8]
     assert r"A toy | of 5 \% \& \_more\_" in tex
     assert "upper bound" in tex
 

@@ -29,6 +29,7 @@ TRANSFER = {
     },
 }
 PGD = {"alpha": 0.05, "steps": 20}
+EFFORT: dict[str, Any] = {"effort": {"budget": 500}, "evaluations": (500, 0)}
 BLACK_BOX: dict[str, Any] = {"gradient": None, "evaluations": (0, 500)}
 
 
@@ -50,6 +51,14 @@ def both(folder: Path, *results: Result) -> Row:
     return next(row for row in board(folder, *results).rows if row.defense == "both")
 
 
+def instead(folder: Path, result: Result) -> Row:
+    """The row where `result` stands in place of the matrix's own of that setting."""
+    own = [r for r in matrix() if r.path(folder) != result.path(folder)]
+    kept = own if result.gradient == "exact" else []
+    found = leaderboard(load(save(folder, *kept, result)))
+    return next(row for row in found.rows if row.defense == result.defense)
+
+
 def named(row: Row) -> dict[str, list[str]]:
     return {check.name: list(check.tested) for check in row.checks}
 
@@ -62,11 +71,13 @@ def test_what_was_not_tested_is_said(tmp_path: Path) -> None:
     row = both(tmp_path)
     assert row.flags == []
     assert named(row) == {
-        "null attack": ["null/pgd"],
-        "more knowledge": ["eot/pgd", "dwbox/pgd"],
-        "zero gradients": [],
+        "null attack": ["null/standard"],
         "conformance": [],
-        "gradient check": [],
+        "gradient": [],
+        "zero gradients": [],
+        "convergence": [],
+        "more knowledge": ["eot/standard", "dwbox/standard"],
+        "known draws": ["dw-fwd/standard", "dw-rev/standard", "dwbox/standard"],
         "black box": [],
         "more effort": [],
         "other attacks": [],
@@ -74,13 +85,10 @@ def test_what_was_not_tested_is_said(tmp_path: Path) -> None:
     }
     write_leaderboards(tmp_path, tmp_path / "out")
     text = (tmp_path / "out" / f"{TRACK}.md").read_text()
-    section = text.split("## Tested")[1].split("\n\n")[1]
-    both_ = "| both | no finding: null/pgd | no finding: eot/pgd, dwbox/pgd | not tested |"
-    assert both_ in section
-    # Of a deterministic defense both settings are one result, which shows nothing.
-    assert "| none *(control)* | not tested | not tested |" in section
+    line = next(line for line in text.splitlines() if "| none *(control)* |" in line)
+    assert line.endswith("| checks not tested |")
     tests = table(tmp_path / "out" / f"{TRACK}.csv", "defense").loc["both", "tests"]
-    assert "null attack: no finding (null/pgd); " in tests
+    assert "null attack: no finding (null/standard); " in tests
     assert "black box: not tested; " in tests
 
 
@@ -92,8 +100,8 @@ def test_a_black_box_that_does_better(tmp_path: Path) -> None:
     difference = bootstrap.estimate(gap).percent(sign=True)
     assert difference.startswith("-25.0 [")
     assert flag.startswith(
-        f"eot/square, which follows no gradient, finds {difference} points against eot/pgd, the "
-        "strongest"
+        f"eot/square, which follows no gradient, finds {difference} points against "
+        "eot/standard, the strongest"
     )
     assert "masked" in flag
     assert named(row)["black box"] == ["eot/square"]
@@ -122,7 +130,7 @@ def test_a_black_box_is_known_by_what_it_evaluated(tmp_path: Path) -> None:
     )
     assert named(row)["black box"] == ["eot/ta-square"]
     (flag,) = row.flags
-    assert flag.startswith("eot/pgd: another attack, eot/ta-pgd, finds")
+    assert flag.startswith("eot/standard: another attack, eot/ta-pgd, finds")
 
 
 def test_a_black_box_below_our_own_attack_but_not_below_the_strongest(tmp_path: Path) -> None:
@@ -130,10 +138,10 @@ def test_a_black_box_below_our_own_attack_but_not_below_the_strongest(tmp_path: 
     row = both(tmp_path, square(0.4), lf("lf", 0.2))
     flag, other = row.flags
     assert flag.startswith(
-        "eot/pgd: its search has not converged: eot/square, which follows no gradient"
+        "eot/standard: its search has not converged: eot/square, which follows no gradient"
     )
     assert "masked" not in flag
-    assert other.startswith("eot/pgd: another attack, eot/lf, finds")
+    assert other.startswith("eot/standard: another attack, eot/lf, finds")
 
 
 def test_a_black_box_that_knows_more_shows_nothing(tmp_path: Path) -> None:
@@ -141,19 +149,21 @@ def test_a_black_box_that_knows_more_shows_nothing(tmp_path: Path) -> None:
     row = both(tmp_path, square(0.6, knows=["forward"]))
     assert (row.flags, named(row)["black box"]) == ([], ["dw-fwd/square"])
     (flag,) = both(tmp_path, square(0.1, knows=["forward"])).flags
-    assert "against dw-fwd/pgd" in flag
+    assert "against dw-fwd/standard" in flag
 
 
 def more(robust: float, **changes: Any) -> Result:
-    """Our own attack with 50 steps."""
-    return attacked("both", "long", robust, attack="pgd", **changes)
+    """Our own attack with a budget of 500."""
+    changes = {"effort": {"budget": 500}, "evaluations": (500, 0), **changes}
+    return attacked("both", "long", robust, attack="standard", **changes)
 
 
 def test_more_effort_of_the_same_attack(tmp_path: Path) -> None:
     row = both(tmp_path, more(0.4))
     (flag,) = row.flags
     assert flag.startswith(
-        "eot/pgd: its search has not converged: eot/long, with 500 gradient evaluations against 200"
+        "eot/standard: its search has not converged: eot/long, with 500 gradient evaluations "
+        "against 200"
     )
     assert "finds -25.0 [" in flag
     assert named(row)["more effort"] == ["eot/long"]
@@ -170,13 +180,14 @@ def test_more_effort_of_the_same_attack(tmp_path: Path) -> None:
         ({"attack": "lf"}, False),
         ({"attack": "apgd"}, False),
         ({"eps": 1.0}, False),
-        # Where all is known EoT is idle, and the own attack took 20 evaluations.
-        ({"knows": list(BOTH), "evaluations": (20, 0)}, False),
-        ({"knows": list(BOTH), "evaluations": (21, 0)}, True),
+        ({"knows": list(BOTH), "evaluations": (200, 0)}, False),
+        ({"knows": list(BOTH), "evaluations": (201, 0)}, True),
     ],
 )
 def test_what_is_more_effort(tmp_path: Path, changes: dict[str, Any], counts: bool) -> None:
-    row = both(tmp_path, attacked("both", "other", 0.1, **{"attack": "pgd", **changes}))
+    row = both(
+        tmp_path, attacked("both", "other", 0.1, **{"attack": "standard", **EFFORT, **changes})
+    )
     assert bool(named(row)["more effort"]) == counts
     assert any("not converged" in flag for flag in row.flags) == counts
 
@@ -185,7 +196,7 @@ def test_another_attack_that_does_better(tmp_path: Path) -> None:
     """The leaderboard's number is an upper bound, and a lower one is known."""
     row = both(tmp_path, lf("smooth", 0.4))
     (flag,) = row.flags
-    assert flag.startswith("eot/pgd: another attack, eot/smooth, finds -25.0 [")
+    assert flag.startswith("eot/standard: another attack, eot/smooth, finds -25.0 [")
     assert named(row)["other attacks"] == ["eot/smooth"]
     row = both(tmp_path, lf("smooth", 0.625))
     assert (row.flags, named(row)["other attacks"]) == ([], ["eot/smooth"])
@@ -196,40 +207,46 @@ def test_another_attack_that_does_better(tmp_path: Path) -> None:
 
 def test_conformance(tmp_path: Path) -> None:
     record = {"checks": {"replays exactly": "pass"}, "gradient": None}
-    row = both(tmp_path, more(0.7, conformance=record))
-    assert (row.flags, named(row)["conformance"]) == ([], ["eot/long"])
+    row = instead(tmp_path, make("both", "eot", 0.65, conformance=record))
+    assert (row.flags, named(row)["conformance"]) == ([], ["eot/standard"])
     record = {"checks": {"replays exactly": "two evaluations differ"}, "gradient": None}
-    (flag,) = both(tmp_path, more(0.7, conformance=record)).flags
-    assert flag == (
-        "the defense fails a conformance check in eot/long: replays exactly: two evaluations differ"
+    row = instead(tmp_path, make("both", "eot", 0.65, conformance=record))
+    (flag,) = row.flags
+    assert flag.startswith(
+        "the defense fails a conformance check in eot/standard: replays exactly: "
     )
+    assert row.checked.startswith("conformance failed: replays exactly; ")
 
 
 def checked(errors: list[float | None], cosine: list[float | None], **changes: Any) -> Result:
     check = {"ids": [0, 1], "difference_errors": errors, "cosine": cosine}
     record = {"checks": {}, "gradient": check}
-    return attacked(
-        "both", "other", 0.9, attack="pgd", conformance=record, evaluations=(5, 0), **changes
-    )
+    return make("both", "eot", 0.65, conformance=record, **changes)
 
 
 @pytest.mark.parametrize(
     ("result", "says"),
     [
         (checked([1e-6, 2e-6], [1.0, 1.0]), None),
-        (checked([1e-6, 0.031], [1.0, 1.0]), "off from finite differences by 0.031 in eot/other"),
-        (checked([1e-6, 1e-6], [1.0, 0.98]), "the exact gradient, which .* only 0.98 in eot/other"),
+        (
+            checked([1e-6, 0.031], [1.0, 1.0]),
+            "off from finite differences by 0.031 in eot/standard",
+        ),
+        (
+            checked([1e-6, 1e-6], [1.0, 0.98]),
+            "the exact gradient, which .* only 0.98 in eot/standard",
+        ),
         (checked([1e-6, 1e-6], [1.0, 0.7], gradient="bpda"), None),
         (
             checked([1e-6, 1e-6], [0.9, -0.12], gradient="bpda"),
-            "the bpda gradient, which .* only -0.12 in eot/other",
+            "the bpda gradient, which .* only -0.12 in eot/standard",
         ),
-        (checked([None, 1e-6], [None, 1.0]), r"no gradient on images .*\(eot/other\)"),
+        (checked([None, 1e-6], [None, 1.0]), r"no gradient on images .*\(eot/standard\)"),
     ],
 )
 def test_gradient_check(tmp_path: Path, result: Result, says: str | None) -> None:
-    row = both(tmp_path, result)
-    assert named(row)["gradient check"] == ["eot/other"]
+    row = instead(tmp_path, result)
+    assert named(row)["gradient"] == ["eot/standard"]
     assert len(row.flags) == (says is not None)
     if says is not None:
         (flag,) = row.flags
@@ -263,7 +280,7 @@ def swept(**changes: Any) -> Findings:
     table: dict[str, Any] = {
         **{"schema": 1, "track": TRACK, "defense": "both", "threat": "eot", "seed": 0},
         **{
-            "attack": "pgd",
+            "attack": "standard",
             "axis": "steps",
             "standard": 20,
             "images": 16,
@@ -294,16 +311,16 @@ def test_sweeps_are_found_shown_and_flagged(tmp_path: Path) -> None:
     assert names[-2:] == [f"{TRACK}-sweeps.csv", f"{TRACK}-attacks.md"]
     rows = table(tmp_path / "out" / f"{TRACK}.csv", "defense")
     assert rows.loc["both", "flags"] == (
-        "sweep of eot/pgd over steps: accuracy falls from 50.0 to 30.0 %"
+        "sweep of eot/standard over steps: accuracy falls from 50.0 to 30.0 %"
     )
-    assert rows.loc["both", "tests"].endswith("sweeps: flagged (eot/pgd steps)")
-    assert rows.loc["ddim-like", "tests"].endswith("sweeps: no finding (eot/pgd eot)")
+    assert rows.loc["both", "tests"].endswith("sweeps: flagged (eot/standard steps)")
+    assert rows.loc["ddim-like", "tests"].endswith("sweeps: no finding (eot/standard eot)")
     text = (tmp_path / "out" / f"{TRACK}-attacks.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| both | eot"))
     assert "16 x 3 | 20 (its own): 50.0 [40.0, 60.0]; 100: 30.0 [20.0, 40.0] |" in line
     assert "**not-converged**: accuracy falls" in line
     assert "undecided: the ball may be too small" in line
-    assert "| ddim-like | eot | pgd | 0 | eot |" in text
+    assert "| ddim-like | eot | standard | 0 | eot |" in text
     found = table(tmp_path / "out" / f"{TRACK}-sweeps.csv", "defense", "value")
     assert found["fall"].dropna().to_dict() == {("both", 100): 0.2, ("ddim-like", 100): 0.2}
     assert len(found) == 4
@@ -316,7 +333,7 @@ def test_sweeps_are_found_shown_and_flagged(tmp_path: Path) -> None:
         ({"chance": "NaN"}, "chance"),
         ({"schema": 2}, "schema"),
         ({"more": 1}, "more: is unknown"),
-        ({"threat": "dwbox"}, r"not where it belongs.*both/dwbox/pgd/seed-0-steps\.json"),
+        ({"threat": "dwbox"}, r"not where it belongs.*both/dwbox/standard/seed-0-steps\.json"),
     ],
 )
 def test_findings_that_cannot_be_right(tmp_path: Path, damage: dict[str, Any], says: str) -> None:
@@ -346,7 +363,7 @@ def test_the_packages_own_verdict(tmp_path: Path) -> None:
     robust = [[draw < 2 for draw in range(4)] for _ in range(IMAGES)]
     rand = attacked("both", "rand", robust, attack="autoattack:rand", package_robust=verdict)
     known = attacked(
-        *("both", "standard", outcomes(0.25, 3)),
+        *("both", "autoattack-standard", outcomes(0.25, 3)),
         attack="autoattack:standard",
         knows=list(BOTH),
         package_robust=outcomes(0.25, 3),
@@ -362,11 +379,11 @@ def test_the_packages_own_verdict(tmp_path: Path) -> None:
         [gap.low, gap.high]
     )
     assert rows.loc["none"].drop("rand")["package_gap"].isna().all()
-    assert rows.loc[("all", "standard"), "package_gap"] == 0
+    assert rows.loc[("all", "autoattack-standard"), "package_gap"] == 0
     text = (tmp_path / "out" / f"{TRACK}-attacks.md").read_text()
     line = next(x for x in text.splitlines() if x.startswith("| both | none | eot | rand | 25.0 ["))
     assert line.endswith(f"| 50.0 [42.0, 58.0] | {gap.percent(sign=True)} |")
-    assert "| both | all | dwbox | standard | 25.0 [" in text
+    assert "| both | all | dwbox | autoattack-standard | 25.0 [" in text
     assert "p^(n + 1)" in text
 
 
@@ -415,7 +432,7 @@ def test_third_parties_against_ours(tmp_path: Path) -> None:
 
 def test_a_third_party_within_the_interval(tmp_path: Path) -> None:
     row = duel(tmp_path, ta(0.625, 2000)).loc["both", "ta"]
-    assert row[["ours_attack", "difference", "lower"]].tolist() == ["pgd", -0.025, False]
+    assert row[["ours_attack", "difference", "lower"]].tolist() == ["standard", -0.025, False]
 
 
 def test_of_a_tie_the_one_with_fewer_evaluations(tmp_path: Path) -> None:
@@ -436,18 +453,18 @@ def test_nothing_to_hold_against_a_third_party(tmp_path: Path) -> None:
     rows = duel(tmp_path, ta(0.3, 5, 5), *map(Result.model_validate, free), alone)
     assert rows["why"].to_dict() == {
         ("alone", "ta"): "no attack of ours with this knowledge",
-        ("both", "ta"): "none of ours has as few evaluations (the fewest: 20)",
+        ("both", "ta"): "none of ours has as few evaluations (the fewest: 200)",
         ("free", "ta"): "evaluations were not recorded",
     }
     assert rows[["ours_robust", "difference", "lower"]].isna().all(axis=None)
     assert pd.isna(rows.loc[("free", "ta"), "gradient_evaluations"])
     text = (tmp_path / "out" / f"{TRACK}-attacks.md").read_text()
-    assert "| none of ours has as few evaluations (the fewest: 20) |" in text
+    assert "| none of ours has as few evaluations (the fewest: 200) |" in text
     assert "Of 0 comparisons" in text
 
 
 def test_a_third_party_that_knows_the_same_only(tmp_path: Path) -> None:
-    row = duel(tmp_path, ta(0.1, 60, knows=list(BOTH))).loc["both", "ta"]
+    row = duel(tmp_path, ta(0.1, 600, knows=list(BOTH))).loc["both", "ta"]
     assert (row["knows"], row["ours_threat"]) == ("all", "dwbox")
 
 

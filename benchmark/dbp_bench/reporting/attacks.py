@@ -9,6 +9,9 @@ from typing import Any, Final
 
 import pandas as pd
 
+from dbp_bench.reporting.columns import CELLS
+from dbp_bench.reporting.curves import figure_files
+from dbp_bench.reporting.effort import BUDGET, WITHIN, Curve, curves
 from dbp_bench.reporting.findings import Findings
 from dbp_bench.reporting.frames import (
     Marked,
@@ -36,17 +39,23 @@ _UNEQUAL: Final = 0.02
 """The relative difference in evaluations above which an attack's effort is marked as unequal."""
 
 
-def attack_files(board: Leaderboard) -> dict[str, str]:
+def attack_files(board: Leaderboard) -> dict[str, str | bytes]:
     """The files on other attacks, by the ends of their names; files without rows are left out."""
     attacks, third_party = _attacks_frame(board), _third_party_frame(board)
+    optimality = _optimality_frame(board)
     frames = {
         "-third-party.csv": of_track(third_party, board),
         "-sweeps.csv": _sweeps_frame(board.sweeps),
+        "-optimality.csv": of_track(optimality, board),
         "-attacks.csv": of_track(attacks.drop(columns="search", errors="ignore"), board),
     }
-    found = {end: to_csv(frame) for end, frame in frames.items() if "defense" in frame}
+    found: dict[str, str | bytes] = {
+        end: to_csv(frame) for end, frame in frames.items() if "defense" in frame
+    }
+    for end, figure in figure_files(attack_curves(board)).items():
+        found[f"-attacks{end}"] = figure
     if found:
-        found["-attacks.md"] = _markdown(board, attacks, third_party)
+        found["-attacks.md"] = _markdown(board, attacks, third_party, optimality)
     return found
 
 
@@ -104,6 +113,60 @@ def _attacks_frame(board: Leaderboard) -> pd.DataFrame:
 def _at_eps(board: Leaderboard) -> list[Pool]:
     """All results at the leaderboard's eps, in order."""
     return [pool for pool, _ in board.pools if pool.any.eps == board.eps > 0]
+
+
+def attack_curves(board: Leaderboard) -> list[list[Curve]]:
+    """The curves of all attacks, by defense and knowledge, where there are several attacks."""
+    groups: dict[tuple[str, str], list[Pool]] = {}
+    for pool in _at_eps(board):
+        groups.setdefault((pool.any.defense, pool.knowledge), []).append(pool)
+    by_name = {row.defense: row for row in board.rows}
+    found = []
+    for (defense, _), pools in sorted(groups.items(), key=_ordered):
+        row = by_name[defense]
+        swept = [pool for pool in board.swept if pool.any.defense == defense]
+        own = next((row.columns[key] for key in CELLS if row.columns.get(key) in pools), None)
+        clean = row.estimates["clean"]
+        if clean and len(made := curves(pools, swept, own, clean.value)) > 1:
+            found.append(made)
+    return found
+
+
+def _ordered(group: tuple[tuple[str, str], object]) -> tuple[int, str, str]:
+    """The order of groups: by knowledge, then by defense."""
+    (defense, knows), _ = group
+    return _ORDER.index(knows) if knows in _ORDER else len(_ORDER), knows, defense
+
+
+def _optimality_frame(board: Leaderboard) -> pd.DataFrame:
+    """A row for each attack with its best accuracy, by knowledge and defense, the best one first.
+
+    `optimality` is 1 for an attack that leaves least at every effort; `difference` is the best
+    accuracy at up to ten times the budget of the leaderboard's own attack minus that attack's,
+    paired by image, and `lower` is True where its whole interval is below 0.
+    """
+    kinds = {row.defense: row.kind for row in board.rows}
+    return frame_of(
+        {
+            "knows": curve.knows,
+            "defense": curve.defense,
+            "kind": kinds[curve.defense],
+            "attack": curve.attack,
+            "own": curve.own,
+            "points": len(curve.points),
+            "best": round(curve.best.accuracy, 6),
+            "evaluations": round(curve.best.evaluations, 6),
+            "fewest": round(curve.points[0].evaluations, 6),
+            "optimality": None if curve.optimality is None else round(curve.optimality, 6),
+            "difference": cell(curve.difference, Signed),
+            "lower": curve.lower,
+            "results": " ".join(
+                record.name for point in curve.points for record in point.pool.records
+            ),
+        }
+        for group in attack_curves(board)
+        for curve in group
+    )
 
 
 def _third_party_frame(board: Leaderboard) -> pd.DataFrame:
@@ -210,9 +273,13 @@ def _sweeps_frame(findings: Sequence[Findings]) -> pd.DataFrame:
 # --- Markdown
 
 
-def _markdown(board: Leaderboard, attacks: pd.DataFrame, third_party: pd.DataFrame) -> str:
-    """The tables in Markdown: attacks side by side, their worst case, and the effort of each."""
+def _markdown(
+    board: Leaderboard, attacks: pd.DataFrame, third_party: pd.DataFrame, optimality: pd.DataFrame
+) -> str:
+    """The tables in Markdown: which attack to use, attacks side by side, and the effort of each."""
     text = [f"# Attacks on {md(board.title)}", ""]
+    if not optimality.empty:
+        text += _which(board, optimality)
     if not attacks.empty:
         text += _side_by_side(board, attacks)
         text += _verdicts(attacks)
@@ -229,6 +296,40 @@ def _titled(frame: pd.DataFrame) -> pd.DataFrame:
     names = [named(*pair) for pair in zip(frame["defense"], frame["kind"], strict=True)]
     frame = frame.assign(defense=pd.Series(names, index=frame.index, dtype=object))
     return frame.rename(columns=lambda name: name.replace("_", " ").capitalize())
+
+
+def _which(board: Leaderboard, frame: pd.DataFrame) -> list[str]:
+    """The attacks at each knowledge, the best one first, and whether any beats the board's own."""
+    own = board.reference.label if board.reference else None
+    budget = board.reference.effort.get(BUDGET) if board.reference else None
+    text = ["## Which attack to use", ""]
+    compared = frame["lower"].notna()
+    if own and compared.any():
+        lower = frame[frame["lower"].eq(True)]
+        where = [f"{row.attack} on {row.defense}" for row in lower.itertuples()]
+        said = f"in {len(where)}" + (f" ({', '.join(where)})" if where else "")
+        effort = f"budget of {budget}" if budget else "evaluations"
+        total = (
+            f"Of {compared.sum()} comparisons with {md(own)}, another attack at up to {WITHIN} "
+            f"times its {effort} leaves less by more than the paired interval {md(said)}."
+        )
+        text += [total, ""]
+    if frame["knows"].isin(["none", "all"]).any():  # the figure's panels
+        text += [f"![Accuracy against effort]({board.track}-attacks.svg)", ""]
+    pairs = zip(frame["attack"], frame["own"], strict=True)
+    names = [Marked(f"**{md(name)}**" if bold else md(name)) for name, bold in pairs]
+    shown = _titled(frame).assign(
+        Attack=pd.Series(names, dtype=object),
+        Best=[f"{100 * best:.1f}" for best in frame["best"]],
+        Evaluations=[f"{count:.0f}" for count in frame["evaluations"]],
+        Optimality=["" if x is None else f"{x:.2f}" for x in frame["optimality"]],
+        Lower=frame["lower"].map({True: Marked("**yes**"), False: "no"}).astype(object),
+    )
+    columns = ["Defense", "Attack", "Points", "Best", "Evaluations", "Optimality"]
+    for knows, group in shown.groupby("Knows", sort=False):
+        table = group[[*columns, "Difference", "Lower"]]
+        text += [f"### Knows {_KNOWS.get(str(knows), knows)}", "", *to_markdown(table)]
+    return [*text, note("optimality", within=WITHIN), ""]
 
 
 def _side_by_side(board: Leaderboard, attacks: pd.DataFrame) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dbp_bench.errors import BadRequest, BadResult
 from dbp_bench.reporting.findings import Findings, load_findings
-from dbp_bench.reporting.records import Record, load
+from dbp_bench.reporting.records import Record, load, load_sweeps
 
 
 def committed() -> Path:
@@ -51,3 +51,9 @@ def findings_beside(
 
     own = {key(each) for each in findings}
     return [each for each in load_findings(folder, tracks) if key(each) not in own]
+
+
+def sweeps_beside(swept: Sequence[Record], folder: Path, tracks: Sequence[str]) -> list[Record]:
+    """The results `swept`, and those of sweeps in `folder` on `tracks` that are not among them."""
+    own = {record.name for record in swept}
+    return [*swept, *(each for each in load_sweeps(folder, tracks) if each.name not in own)]

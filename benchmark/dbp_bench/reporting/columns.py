@@ -5,7 +5,7 @@ draws, which have no interval, are in :mod:`dbp_bench.reporting.tables`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import sub
 from typing import Final
 
@@ -14,11 +14,10 @@ from dbp_bench.reporting.statistics import Replicates, ratio
 NULL: Final = "null"
 """The column of the null attack, whatever its threat model is called."""
 
-ACCURACY: Final = "Accuracy, by what the attacker knows"
-PARTS: Final = "Where the robustness comes from"
-CHECKS: Final = "Checks and cost"
-SECTIONS: Final = (ACCURACY, PARTS, CHECKS)
-"""The tables of a leaderboard, by title."""
+HEADLINE: Final = "Leaderboard"
+DETAILS: Final = "Details"
+SECTIONS: Final = (HEADLINE, DETAILS)
+"""The tables of a leaderboard with one row per defense, by title."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,20 @@ class Column:
     key: str
     """Its name in CSV files."""
     heading: str
-    """Its name for readers; ``R_WB`` is a symbol with an index."""
+    """Its heading in tables, which is narrow; ``R_WB`` is a symbol with an index."""
     section: str
     """One of :data:`SECTIONS`."""
     of: tuple[str, ...] = ()
     """The columns whose results it follows from; empty where it has results of its own."""
     formula: Callable[..., Replicates | None] | None = None
     """Computes it from the robust accuracies of those columns; None if it is an accuracy."""
+    title: str = ""
+    """Its name where there is room; the heading if empty."""
+
+    @property
+    def name(self) -> str:
+        """Its name in a sentence or a list."""
+        return self.title or self.heading
 
 
 def _share(hidden: Replicates, all_known: Replicates, base: Replicates) -> Replicates | None:
@@ -57,38 +63,39 @@ _FORWARD: Final = ("hidden", "forward_known", "reverse_known", "all_known")
 _REVERSE: Final = ("hidden", "reverse_known", "forward_known", "all_known")
 
 COLUMNS: Final = (
-    Column("clean", "Clean", ACCURACY),
-    Column("base", "Base classifier, R_0", PARTS),
-    Column("hidden", "Hidden, R_WB", ACCURACY),
-    Column("forward_known", "Forward known, R_F", ACCURACY),
-    Column("reverse_known", "Reverse known, R_R", ACCURACY),
-    Column("all_known", "All known, R_DW", ACCURACY),
+    Column("clean", "Clean", HEADLINE),
+    Column("base", "Base, R_0", HEADLINE, title="Base classifier, R_0"),
+    Column("hidden", "White-box, R_WB", HEADLINE),
+    Column("forward_known", "Forward known, R_F", HEADLINE),
+    Column("reverse_known", "Reverse known, R_R", HEADLINE),
+    Column("all_known", "DW-box, R_DW", HEADLINE),
     # P: the accuracy with all draws known, above the base classifier's. S: the gain of hiding them.
-    Column("purification", "Purification, P", PARTS, ("all_known", "base"), sub),
-    Column("stochasticity", "Stochasticity, S", PARTS, ("hidden", "all_known"), sub),
-    Column("share", "Share of S, %", PARTS, ("hidden", "all_known", "base"), _share),
-    Column("stochasticity_forward", "S, forward noise", PARTS, _FORWARD, _shapley),
-    Column("stochasticity_reverse", "S, reverse noise", PARTS, _REVERSE, _shapley),
-    Column("fresh", "Known-draw images on fresh draws", CHECKS, ("all_known",)),
-    Column(NULL, "Null attack, eps = 0", CHECKS),
+    Column("purification", "P", HEADLINE, ("all_known", "base"), sub, "Purification, P"),
+    Column("stochasticity", "S", HEADLINE, ("hidden", "all_known"), sub, "Stochasticity, S"),
+    Column("share", "Share of S, %", HEADLINE, ("hidden", "all_known", "base"), _share),
+    Column("stochasticity_forward", "S, forward noise", DETAILS, _FORWARD, _shapley),
+    Column("stochasticity_reverse", "S, reverse noise", DETAILS, _REVERSE, _shapley),
+    Column("fresh", "DW-box images on fresh draws", DETAILS, ("all_known",)),
+    Column(NULL, "Null attack, eps = 0", DETAILS),
 )
 """All columns in the order of CSV files, which is also that of each section's table."""
 
+PARTS: Final = ("base", *(column.key for column in COLUMNS if column.formula))
+"""The columns that say where the robustness comes from, by key."""
 
-def columns_of(extra: Iterable[str], eot: Mapping[str, object]) -> list[Column]:
-    """The columns of one leaderboard.
+CELLS: Final[Mapping[str, str]] = {
+    "hidden": "white-box",
+    "forward_known": "forward known",
+    "reverse_known": "reverse known",
+    "all_known": "DW-box",
+}
+"""The columns of robust accuracy at equal effort, as texts name them."""
 
-    Args:
-        extra: The protocol's other columns, which are named as their threat models are.
-        eot: The EoT samples to show in a column's heading, by its key.
-    """
-    others = [Column(key, key, CHECKS) for key in extra]
-    return [
-        replace(column, heading=f"{column.heading}, EoT-{eot[column.key]}")
-        if eot.get(column.key) is not None
-        else column
-        for column in (*COLUMNS[:-1], *others, COLUMNS[-1])
-    ]
+
+def columns_of(extra: Iterable[str]) -> list[Column]:
+    """The columns of one leaderboard; `extra` are the protocol's others, named by threat model."""
+    others = [Column(key, key, DETAILS) for key in extra]
+    return [*COLUMNS[:-1], *others, COLUMNS[-1]]
 
 
 def derived(robust: Mapping[str, Replicates]) -> dict[str, Replicates | None]:

@@ -98,31 +98,55 @@ def percent(estimate: Estimate | None) -> str:
     return "" if _missing(estimate) or estimate is None else estimate.percent()
 
 
-def to_markdown(frame: pd.DataFrame) -> list[str]:
-    """The lines of a table, and a blank one; columns of numbers stand to the right."""
+def to_markdown(frame: pd.DataFrame, *, stacked: bool = False) -> list[str]:
+    """The lines of a table, and a blank one; columns of numbers stand to the right.
+
+    Args:
+        frame: The table.
+        stacked: True for small headings, and intervals in small type below their numbers, so that a
+            table of a dozen columns is as narrow as a README's page.
+    """
 
     def text(each: object) -> str:
         if isinstance(each, Estimate):
-            return percent(each) + (" =" if isinstance(each, Shared) else "")
+            value, _, interval = percent(each).partition(" ")
+            same = " =" if isinstance(each, Shared) else ""
+            if stacked and value:
+                return f"{value}{same.strip()}<br><sub>{interval}</sub>"
+            return percent(each) + same
         return str(each) if isinstance(each, Marked) else md(_plain(each))
 
     headings = [symbols(str(name), r"\1<sub>\2</sub>") for name in frame.columns]
+    if stacked:
+        headings = [f"<sub>{heading}</sub>" if heading else "" for heading in headings]
     sides = ["--:" if _numeric(column) else ":--" for _, column in frame.items()]
     cells = [[text(each) for each in row] for row in frame.itertuples(index=False)]
     return [*(f"| {' | '.join(line)} |" for line in (headings, sides, *cells)), ""]
 
 
-def to_latex(frame: pd.DataFrame, rules: Collection[int] = ()) -> list[str]:
-    """The lines of a booktabs tabular, with a rule before the rows in `rules`."""
+def to_latex(
+    frame: pd.DataFrame, rules: Collection[int] = (), *, stacked: bool = False
+) -> list[str]:
+    """The lines of a booktabs tabular, with a rule before the rows in `rules`.
+
+    Args:
+        frame: The table.
+        rules: The rows that have a rule above them.
+        stacked: True for intervals below their numbers, and a last column of wrapped text.
+    """
 
     def text(each: object) -> str:
         if not isinstance(each, Estimate):
             return tex(_plain(each))
         value, _, interval = percent(each).replace("-", "$-$").partition(" ")
         same = "{}={}" if isinstance(each, Shared) else ""
+        if stacked and value:
+            return rf"\shortstack[r]{{{value}{same} \\ {{\tiny {interval}}}}}"
         return rf"{value}{same} {{\scriptsize {interval}}}" if value else ""
 
     sides = "".join("r" if _numeric(column) else "l" for _, column in frame.items())
+    if stacked:
+        sides = sides[:-1] + r"p{24mm}"
     heads = [symbols(str(name).replace("%", r"\%"), r"$\1_{\2}$") for name in frame.columns]
     lines = [
         rf"\begin{{tabular}}{{{sides}}}",

@@ -7,6 +7,7 @@ columns.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final, Literal
 
 from dbp_bench.entries.defense import BASE, OWN_CLASSIFIER, UNPURIFIED
@@ -15,13 +16,14 @@ from dbp_bench.entries.track import Track
 from dbp_bench.errors import NotComparable
 from dbp_bench.reporting.badge import Badge, badge_of
 from dbp_bench.reporting.columns import NULL, Column, columns_of, derived
+from dbp_bench.reporting.effort import Convergence, convergence
 from dbp_bench.reporting.findings import Findings
 from dbp_bench.reporting.pool import Pool, pooled
 from dbp_bench.reporting.protocol import Protocol, shipped
 from dbp_bench.reporting.ranking import Standing, ranks_with_ties
-from dbp_bench.reporting.records import Record, check_comparable
+from dbp_bench.reporting.records import Record, check_comparable, check_swept
 from dbp_bench.reporting.rendering import note
-from dbp_bench.reporting.sanity import FEW_DRAWS, Check, checks
+from dbp_bench.reporting.sanity import Check, checks, summary
 from dbp_bench.reporting.statistics import Bootstrap, Estimate
 from dbp_bench.reporting.votes import Tally
 from dbp_bench.result import Result
@@ -57,8 +59,15 @@ class Row:
     """Warnings that a reader should know before trusting the row."""
     checks: Sequence[Check]
     """The checks for weak attacks and masked gradients, with what each tested and found."""
+    convergence: Sequence[Convergence]
+    """The results that serve columns of robust accuracy, beside those with twice the budget."""
     badge: Badge
     """The degree to which somebody else verified its results."""
+
+    @property
+    def checked(self) -> str:
+        """The column of checks: "all passed", or what was found and what was not tested."""
+        return summary(self.checks) if self.convergence else "not measured"
 
     @property
     def sites(self) -> Sequence[str]:
@@ -109,6 +118,8 @@ class Leaderboard:
     """All results, each with the kind of its defense."""
     sweeps: Sequence[Findings]
     """The findings of all sweeps on the track."""
+    swept: Sequence[Pool]
+    """The results of sweeps at the leaderboard's eps, with other efforts."""
 
     @property
     def title(self) -> str:
@@ -120,17 +131,13 @@ class Leaderboard:
         """True if the track demonstrates the method, and its numbers stand for nothing else."""
         return self.entry is not None and self.entry.demonstration
 
-    @property
-    def eot(self) -> object:
-        """The EoT samples per step of the columns at equal effort; None where not recorded."""
-        return _eot(self.reference)
-
 
 def leaderboard(
     records: Sequence[Record],
     registry: Registry | None = None,
     sort: Sort = "hidden",
     findings: Sequence[Findings] = (),
+    swept: Sequence[Record] = (),
 ) -> Leaderboard:
     """The leaderboard of one track, computed from its results.
 
@@ -140,6 +147,7 @@ def leaderboard(
             given.
         sort: The accuracy that ranks: with all draws hidden, or with all of them known.
         findings: The findings of sweeps on that track.
+        swept: The results of these sweeps, with other efforts or budgets.
 
     Raises:
         NotComparable: Two of the results may not stand in one table.
@@ -150,6 +158,7 @@ def leaderboard(
     if len(tracks) != 1:
         raise NotComparable(f"one leaderboard per track, not one of {', '.join(tracks) or 'none'}.")
     check_comparable(records, protocol)
+    check_swept(swept, records)
     pools = pooled(records)
     main = [pool for pool in pools if protocol.holds(pool.any)]
     searches = [pool.any for pool in main if pool.any.threat != protocol.null]
@@ -163,8 +172,8 @@ def leaderboard(
     at_eps = [pool for pool in pools if pool.any.eps == eps > 0]
     names = sorted({pool.any.defense for pool in pools})
     kinds = {name: _kind(registry, name) for name in names}
-    extra = [each.key for each in protocol.extra]
-    columns = columns_of(extra, {key: _eot(like.get(key)) for key in ("hidden", *extra)})
+    columns = columns_of(each.key for each in protocol.extra)
+    more = [pool for folder in _folders(swept) for pool in pooled(folder) if pool.any.eps == eps]
     serving = {
         name: _serving([pool for pool in main if pool.any.defense == name], protocol, like)
         for name in names
@@ -183,6 +192,7 @@ def leaderboard(
             kinds[name],
             protocol,
             [each for each in findings if each.defense == name],
+            [pool for pool in more if pool.any.defense == name],
             zeros.get(protected(next(p.any for p in pools if p.any.defense == name))),
         )
         for name in names
@@ -200,16 +210,22 @@ def leaderboard(
         rows=_ranked(rows, sort),
         pools=[(pool, kinds[pool.any.defense]) for pool in pools],
         sweeps=findings,
+        swept=more,
     )
+
+
+def _folders(swept: Sequence[Record]) -> list[list[Record]]:
+    """The results of sweeps by the folder of one value, such as ``sweeps/budget-400``."""
+    folders: dict[str, list[Record]] = {}
+    for record in swept:
+        folder = record.name.removesuffix(record.result.path(Path()).as_posix())
+        folders.setdefault(folder, []).append(record)
+    return list(folders.values())
 
 
 def _reference(results: Sequence[Result]) -> Result | None:
     """The result whose effort others must match: one with hidden draws if any, where EoT counts."""
     return min(results, key=lambda result: set(result.knows) == set(result.sites), default=None)
-
-
-def _eot(result: Result | None) -> object:
-    return result.effort.get("eot") if result else None
 
 
 def _serving(
@@ -250,6 +266,7 @@ def _row(
     kind: Kind,
     protocol: Protocol,
     findings: Sequence[Findings],
+    swept: Sequence[Pool],
     zero: Pool | None,
 ) -> Row:
     """The row of a defense from all its `pools`; `zero` is the pool of its classifier alone."""
@@ -276,11 +293,10 @@ def _row(
     for key in ("hidden", NULL):
         if key in serving:
             tallies[key] = (serving[key], serving[key].tally("adversarial"))
-    made = checks(serving, at_eps, findings, estimates["stochasticity"])
+    threats = {column.key: column.threat for column in protocol.columns}
+    converged = convergence(serving, threats, swept)
+    made = checks(serving, at_eps, findings, converged, estimates["stochasticity"])
     flags = [flag for check in made for flag in check.flags] + _below_zero(estimates)
-    draws = next((pool.draws for pool in serving.values() if pool.knows), None)
-    if draws is not None and draws < FEW_DRAWS:
-        flags.append(f"fewer than {FEW_DRAWS} known draws")
     return Row(
         rank=None,
         defense=clean.any.defense,
@@ -297,6 +313,7 @@ def _row(
         pools=own,
         flags=flags,
         checks=made,
+        convergence=converged,
         badge=badge_of(clean.records[0].defense_folder),
     )
 

@@ -79,6 +79,23 @@ def load(results: Path | Sequence[Path], track: str | None = None) -> list[Recor
     return records
 
 
+def load_sweeps(place: Path, tracks: Sequence[str]) -> list[Record]:
+    """The results of sweeps below the folder `place` on `tracks`, but for those at own values.
+
+    They lie in ``sweeps/<axis>-<value>/``, each folder laid out like a folder of results.
+
+    Raises:
+        BadResult: A file isn't a result, or says something else than its path.
+    """
+    records = []
+    for path in sorted(place.glob("sweeps/*-*/*/*/*/*/seed-*.json")):
+        folder, track = path.relative_to(place).parts[1:3]
+        if track in tracks and folder != "black-box" and re.fullmatch(_FILE, path.name):
+            records.append(read_record(path, path.relative_to(place).as_posix()))
+            _check_place(records[-1], f"sweeps/{folder}/")
+    return records
+
+
 def result_files(place: Path) -> list[Path]:
     """The result files below a folder, in order; not those of sweeps, nor unfinished work."""
     found = sorted(path for path in place.rglob("seed-*.json") if re.fullmatch(_FILE, path.name))
@@ -102,8 +119,8 @@ def read_record(path: Path, name: str | None = None) -> Record:
     return Record(path, name, sha256(path.read_bytes()).hexdigest(), result)
 
 
-def _check_place(record: Record) -> None:
-    belongs = record.result.path(Path())
+def _check_place(record: Record, below: str = "") -> None:
+    belongs = below / record.result.path(Path())
     before = belongs.parent.parent / belongs.name  # of a file of schema 1
     if record.name not in (belongs.as_posix(), before.as_posix()):
         raise BadResult(
@@ -150,6 +167,35 @@ def check_comparable(records: Sequence[Record], protocol: Protocol | None = None
         _check_seeds([record for record in main if record.result.defense == defense])
 
 
+def check_swept(swept: Sequence[Record], records: Sequence[Record]) -> None:
+    """Refuse a result of a sweep that is of another defense or track than the results it is among.
+
+    It may be of fewer images and draws.
+
+    Raises:
+        NotComparable: Two results disagree; the message names both files and the fields.
+    """
+    first: dict[str, Record] = {}
+    for record in records:
+        first.setdefault(record.result.defense, record)
+    for record in swept:
+        other = first.get(record.result.defense)
+        if other is None:
+            continue
+        pair = (other.result, record.result)
+        labels = [dict(zip(each.ids, each.labels, strict=True)) for each in pair]
+        theirs, mine = ({**track_facts(each), **_defense_facts(each)} for each in pair)
+        for facts, own in ((theirs, labels[0]), (mine, labels[1])):
+            del facts["ids"]
+            facts["labels"] = [own[each] for each in sorted({*labels[0]} & {*labels[1]})]
+        _drop_uncommon(theirs, mine, pair)
+        if differing := differences(theirs, mine):
+            raise NotComparable(
+                f"{other.path} and {record.path} cannot stand in one leaderboard: "
+                f"{'; '.join(differing)}. Run the sweep again, or move its result away."
+            )
+
+
 _Facts = dict[str, object]
 
 
@@ -170,15 +216,20 @@ def _check_alike(
         if any(_nothing_hidden(result) for result in pair):
             efforts = [without_draws(effort) for effort in efforts]
         theirs, mine = (facts(*each) for each in zip(pair, efforts, strict=True))
-        for key in {key for result in pair for key in _only_of_the_attack(result)}:
-            if key not in theirs or key not in mine:
-                theirs.pop(key, None)
-                mine.pop(key, None)
+        _drop_uncommon(theirs, mine, pair)
         if differing := differences(theirs, mine):
             raise NotComparable(
                 f"{other.path} and {record.path} cannot stand in one leaderboard: "
                 f"{'; '.join(differing)}. Run one of them again like the other, or move it away."
             )
+
+
+def _drop_uncommon(theirs: _Facts, mine: _Facts, pair: Sequence[Result]) -> None:
+    """Drop the facts of an attack that only one side has."""
+    for key in {key for result in pair for key in _only_of_the_attack(result)}:
+        if key not in theirs or key not in mine:
+            theirs.pop(key, None)
+            mine.pop(key, None)
 
 
 def differences(theirs: Mapping[str, object], mine: Mapping[str, object]) -> list[str]:

@@ -9,12 +9,12 @@ import pandas as pd
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult
 from dbp_bench.reporting.attacks import attack_files
-from dbp_bench.reporting.baseline import beside, findings_beside
+from dbp_bench.reporting.baseline import beside, findings_beside, sweeps_beside
 from dbp_bench.reporting.findings import load_findings
 from dbp_bench.reporting.frames import csv_name
 from dbp_bench.reporting.leaderboard import Sort, leaderboard
 from dbp_bench.reporting.page import load_samples, to_html
-from dbp_bench.reporting.records import load
+from dbp_bench.reporting.records import load, load_sweeps
 from dbp_bench.reporting.tables import csv_tables, leaderboard_latex, leaderboard_markdown
 from dbp_bench.result import NOT_RECORDED, Kind, Result, write_atomically
 from dbp_bench.writing import write_together
@@ -55,14 +55,18 @@ def write_leaderboards(
     records = load(places, track)
     tracks = sorted({record.result.track for record in records})
     findings = [each for place in places for each in load_findings(place, tracks)]
+    sweeps = [each for place in places for each in load_sweeps(place, tracks)]
     if baseline is not None:
         records += beside(records, baseline)
         findings += findings_beside(findings, baseline, tracks)
-    files: dict[str, str] = {}
+        sweeps = sweeps_beside(sweeps, baseline, tracks)
+    files: dict[str, str | bytes] = {}
     for name in tracks:
         its_own = [record for record in records if record.result.track == name]
         swept = [each for each in findings if each.track == name]
-        board = leaderboard(its_own, registry, sort, swept)
+        board = leaderboard(
+            its_own, registry, sort, swept, [r for r in sweeps if r.result.track == name]
+        )
         page = to_html(board, load_samples(its_own), registry)
         contents = {
             ".html": page,

@@ -4,13 +4,14 @@ Each check names what it tested, so that "no finding" isn't mistaken for "not te
 al. 2018, section 3.1, lists the signs).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from dbp_bench.reporting.columns import CELLS, NULL
+from dbp_bench.reporting.effort import BUDGET, Convergence
 from dbp_bench.reporting.findings import Findings
 from dbp_bench.reporting.pool import Pool, strongest
-from dbp_bench.reporting.protocol import KNOWN
 from dbp_bench.reporting.rendering import note
 from dbp_bench.reporting.statistics import Estimate
 from dbp_bench.result import Result
@@ -35,6 +36,10 @@ class Check:
     tested."""
     flags: Sequence[str]
     """The findings, in words; empty where nothing was found."""
+    brief: str = ""
+    """The findings in few words, for a column."""
+    needed: bool = True
+    """True if every row needs it, and a row without it says so."""
 
     @property
     def outcome(self) -> str:
@@ -42,35 +47,58 @@ class Check:
         return "flagged" if self.flags else "no finding" if self.tested else "not tested"
 
 
+def summary(checks: Sequence[Check]) -> str:
+    """The column of checks: "all passed", or what was found and what was not tested."""
+    needed = [check.name for check in checks if check.needed]
+    missing = [check.name for check in checks if check.needed and check.outcome == "not tested"]
+    said = [check.brief for check in checks if check.brief]
+    if missing:
+        said.append(f"{', '.join(missing) if missing != needed else 'checks'} not tested")
+    return "; ".join(said) or "all passed"
+
+
 def checks(
     columns: Mapping[str, Pool],
     pools: Sequence[Pool],
     findings: Sequence[Findings],
+    converged: Sequence[Convergence],
     stochasticity: Estimate | None,
 ) -> list[Check]:
-    """All checks on one defense.
+    """All checks on one defense; those on its own results are the same for every defense.
 
     Args:
         columns: Results that serve the leaderboard's columns.
         pools: All results at the leaderboard's eps.
         findings: The findings of sweeps.
+        converged: The results that serve the columns beside those with twice the budget.
         stochasticity: The gain of hiding the draws, where that was measured.
     """
+    served = list(dict.fromkeys(pool for key, pool in columns.items() if key != NULL))
+    swept = [
+        each
+        for each in findings
+        if each.axis != BUDGET and each.setting in {pool.setting for pool in served}
+    ]
+    sweep_flags = {
+        note("flag_sweep", at=each.setting, axis=each.axis, said=flag.message): flag.name
+        for each in swept
+        for flag in each.flags
+    }
     return [
-        _null(columns.get("null")),
+        _null(columns.get(NULL)),
+        _conformance(served),
+        _gradient(served),
+        _zero_gradients(columns, served),
+        _convergence(converged),
         _more_knowledge(columns, stochasticity),
-        _zero_gradients(columns, pools),
-        _conformance(pools),
-        _gradient(pools),
+        _draws(served),
         *_stronger(columns, pools),
         Check(
             "sweeps",
-            [f"{each.setting} {each.axis}" for each in findings],
-            [
-                note("flag_sweep", at=each.setting, axis=each.axis, said=flag.message)
-                for each in findings
-                for flag in each.flags
-            ],
+            [f"{each.setting} {each.axis}" for each in swept],
+            list(sweep_flags),
+            "".join(f"sweep: {name}" for name in list(sweep_flags.values())[:1]),
+            needed=False,
         ),
     ]
 
@@ -95,30 +123,75 @@ def _null(pool: Pool | None) -> Check:
         if not result.classes_recorded:
             other = result.right("clean") != result.right("adversarial")
         outcomes, differing = outcomes + other.size, differing + int(other.sum())
+    if not differing:
+        return Check("null attack", [pool.setting], [])
     flag = note("flag_null", differing=differing, outcomes=outcomes)
-    return Check("null attack", [pool.setting], [flag] if differing else [])
+    return Check("null attack", [pool.setting], [flag], f"null attack changes {differing} outcomes")
 
 
 def _more_knowledge(columns: Mapping[str, Pool], stochasticity: Estimate | None) -> Check:
+    """Check that an attacker who knows all draws leaves no more than one who knows none."""
     hidden, known = columns.get("hidden"), columns.get("all_known")
     if stochasticity is None or hidden is None or known is None or hidden is known:
-        return Check("more knowledge", [], [])
-    flags = [note("flag_knowledge")] if stochasticity.high < 0 else []
-    return Check("more knowledge", [hidden.setting, known.setting], flags)
+        return Check("more knowledge", [], [], needed=False)
+    settings = [hidden.setting, known.setting]
+    if stochasticity.high >= 0:
+        return Check("more knowledge", settings, [], needed=False)
+    return Check("more knowledge", settings, [note("flag_knowledge")], "known draws don't help")
+
+
+def _draws(served: Sequence[Pool]) -> Check:
+    """Check that the average over known draws is over a few at least."""
+    known = [pool for pool in served if pool.knows]
+    few = [f"fewer than {FEW_DRAWS} known draws"] if any(p.draws < FEW_DRAWS for p in known) else []
+    return Check("known draws", [pool.setting for pool in known], few, "".join(few), needed=False)
 
 
 def _zero_gradients(columns: Mapping[str, Pool], pools: Sequence[Pool]) -> Check:
     """Look for images that stay right though all their gradients were zero."""
-    served = {pool: key.replace("_", " ") for key, pool in reversed(list(columns.items()))}
+    named = {pool: CELLS[key] for key, pool in reversed(list(columns.items())) if key in CELLS}
     counts = {pool: pool.zero_gradients() for pool in pools}
+    found = {named.get(pool, pool.setting): (pool, n) for pool, n in counts.items() if n}
     return Check(
         "zero gradients",
         [pool.setting for pool, count in counts.items() if count is not None],
         [
-            note("flag_zero", count=count, of=len(pool.any.ids), at=served.get(pool, pool.setting))
-            for pool, count in counts.items()
-            if count
+            note("flag_zero", count=count, of=len(pool.any.ids), at=at)
+            for at, (pool, count) in found.items()
         ],
+        f"zero gradients: {_few(f'{at} ({n} images)' for at, (_, n) in found.items())}"
+        if found
+        else "",
+    )
+
+
+def _few(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
+
+
+def _convergence(found: Sequence[Convergence]) -> Check:
+    """Check that twice the budget finds little more in any cell."""
+    falls = [each for each in found if each.verdict == "not converged"]
+    missing = [each for each in found if each.verdict == "not tested"]
+    said = []
+    if falls:
+        said.append(f"not converged: {_few(each.said for each in falls)}")
+    if missing and len(missing) < len(found):
+        said.append(f"convergence not tested: {_few(each.said for each in missing)}")
+    return Check(
+        "convergence",
+        [each.own.setting for each in found if each.verdict != "not tested"],
+        [
+            note(
+                "flag_converged",
+                at=each.own.setting,
+                budget=each.own.any.effort[BUDGET],
+                difference=each.difference.percent(sign=True),
+            )
+            for each in falls
+            if each.difference
+        ],
+        "; ".join(said),
     )
 
 
@@ -133,7 +206,8 @@ def _conformance(pools: Sequence[Pool]) -> Check:
             tested.append(pool.setting)
         failed |= {f"{name}: {reason}": pool.setting for name, reason in checks if reason != "pass"}
     flags = [note("flag_conformance", at=at, said=said) for said, at in failed.items()]
-    return Check("conformance", tested, flags)
+    names = _few(said.partition(":")[0] for said in failed)
+    return Check("conformance", tested, flags, f"conformance failed: {names}" if failed else "")
 
 
 def _gradient(pools: Sequence[Pool]) -> Check:
@@ -158,14 +232,15 @@ def _gradient(pools: Sequence[Pool]) -> Check:
         if None in errors or None in cosines:
             wrong.setdefault(("flag_no_gradient", ""), []).append(at)
     flags = [note(name, mode=mode, found=", ".join(each)) for (name, mode), each in wrong.items()]
-    return Check("gradient check", tested, flags)
+    return Check("gradient", tested, flags, "gradient check failed" if flags else "")
 
 
 def _stronger(columns: Mapping[str, Pool], pools: Sequence[Pool]) -> list[Check]:
     """Look for attacks that beat one they should not beat, by more than the paired interval."""
     names = ("black box", "more effort", "other attacks")
     tested: dict[str, list[str]] = {name: [] for name in names}
-    flags: dict[str, list[str]] = {name: [] for name in names}
+    # By name and knowledge, the finding of the attack that finds most: gap, note, and in few words.
+    most: dict[str, dict[str, tuple[float, str, str]]] = {name: {} for name in names}
     for pool in pools:
         own = _own(columns, pool)
         # The attacks that this one should not beat, and the note to add if it does.
@@ -190,16 +265,34 @@ def _stronger(columns: Mapping[str, Pool], pools: Sequence[Pool]) -> list[Check]
             if gap.high < 0:
                 counts = [f"{p.gradient_evaluations or 0:.0f}" for p in (pool, rival)]
                 texts = {"at": pool.setting, "rival": rival.setting, "more": counts[0]}
-                gain = gap.percent(sign=True)
-                flags[name].append(note(flag, gap=gain, fewer=counts[1], **texts))
+                said = note(flag, gap=gap.percent(sign=True), fewer=counts[1], **texts)
+                brief = f"{pool.any.label} finds {100 * gap.value:+.1f} at {_cell(columns, pool)}"
+                before = most[name].get(pool.knowledge)
+                if before is None or gap.value < before[0]:
+                    most[name][pool.knowledge] = (gap.value, said, brief)
                 break
-    return [Check(name, tested[name], flags[name]) for name in names]
+    return [
+        Check(
+            name,
+            tested[name],
+            [said for _, said, _ in most[name].values()],
+            _few(brief for *_, brief in most[name].values()),
+            needed=False,
+        )
+        for name in names
+    ]
+
+
+def _cell(columns: Mapping[str, Pool], pool: Pool) -> str:
+    """The cell of the leaderboard that knows what the attack of `pool` knows."""
+    keys = (key for key in CELLS if key in columns and columns[key].knows == pool.knows)
+    return next((CELLS[key] for key in keys), pool.setting)
 
 
 def _own(columns: Mapping[str, Pool], pool: Pool) -> Pool | None:
     """The leaderboard's own attack with the knowledge of `pool`."""
     return next(
-        (columns[k] for k in KNOWN if k in columns and columns[k].knows == pool.knows), None
+        (columns[k] for k in CELLS if k in columns and columns[k].knows == pool.knows), None
     )
 
 

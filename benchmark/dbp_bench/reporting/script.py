@@ -72,8 +72,7 @@ class Report:
         Shares of 1, with 95 % intervals over images; None where something was not measured.
         """
         row = next(row for row in self.board.rows if row.defense == self.name)
-        columns = [each for each in self.board.columns if each.section == PARTS]
-        return {column.key: row.estimates[column.key] for column in columns}
+        return {key: row.estimates[key] for key in PARTS}
 
     def accuracy(self, threat: str) -> Estimate:
         """The robust accuracy of the defense under `threat`, in 0 ... 1, with its 95 % interval.
@@ -144,7 +143,7 @@ class Report:
         if any(result.knows for result in self.results):
             console.print(KNOWN)
         named = {each.key: each for each in self.board.columns}
-        parts = {named[key].heading: found for key, found in self.parts.items() if found}
+        parts = {named[key].name: found for key, found in self.parts.items() if found}
         if parts:
             table = table_of(["Where the robustness comes from"], ["% [95 %]"])
             for heading, found in parts.items():

@@ -9,10 +9,11 @@ import pandas as pd
 
 from dbp_bench.entries.defense import BASE, OWN_CLASSIFIER
 from dbp_bench.reporting.badge import BADGES
-from dbp_bench.reporting.columns import CHECKS, NULL, SECTIONS
+from dbp_bench.reporting.columns import CELLS, DETAILS, HEADLINE, NULL, SECTIONS
+from dbp_bench.reporting.effort import BUDGET, FALL, FALL_END, Convergence
 from dbp_bench.reporting.frames import (
-    Marked,
     Shared,
+    Signed,
     cell,
     frame_of,
     named,
@@ -20,17 +21,13 @@ from dbp_bench.reporting.frames import (
     to_latex,
     to_markdown,
 )
-from dbp_bench.reporting.leaderboard import Leaderboard
+from dbp_bench.reporting.leaderboard import Leaderboard, Row
 from dbp_bench.reporting.pool import Pool, search_in_words
 from dbp_bench.reporting.ranking import ALPHA
 from dbp_bench.reporting.rendering import listed, md, note, shown_eps, tex
 from dbp_bench.reporting.sanity import COSINE, ERROR, EXACT, Check
 from dbp_bench.reporting.statistics import LEVEL, Estimate
 from dbp_bench.reporting.votes import FEW, METRICS, Tally
-
-_NAMED: Final = 4
-"""The most names that a cell of a table lists."""
-
 
 _COST: Final = {"nfe": "NFE", "draws": "Draws hidden / known"}
 """The headings of what a table shows of each defense beside its columns."""
@@ -42,9 +39,12 @@ _IMAGES: Final = {"clean": "clean", "hidden": "attacked, draws hidden", NULL: "n
 
 def csv_tables(board: Leaderboard) -> Mapping[str, str]:
     """The CSV files of a leaderboard, by the ends of their names."""
+    converged = convergence_frame(board)
+    extra = {} if converged.empty else {"-convergence.csv": to_csv(of_track(converged, board))}
     return {
         ".csv": to_csv(of_track(rows_frame(board), board)),
         "-draws.csv": to_csv(of_track(draws_frame(board).drop(columns="rank"), board)),
+        **extra,
         "-results.csv": to_csv(of_track(results_frame(board), board)),
     }
 
@@ -75,6 +75,7 @@ def rows_frame(board: Leaderboard) -> pd.DataFrame:
                 )
                 for column in board.columns
             },
+            "checks": row.checked,
             "attack": search.label if search else None,
             "effort": json.dumps(search.effort) if search else None,
             "gradient": search.gradient if search else None,
@@ -175,6 +176,43 @@ def draws_frame(board: Leaderboard) -> pd.DataFrame:
     )
 
 
+def convergence_frame(board: Leaderboard) -> pd.DataFrame:
+    """One row per defense and result at equal effort, beside one with twice the budget.
+
+    The accuracies are those on the images and draws that both have, and `difference` is that at
+    twice the budget minus that at the budget, paired by image.
+    """
+    return frame_of(_converged(row, each) for row in board.rows for each in row.convergence)
+
+
+def _converged(row: Row, each: Convergence) -> dict[str, object]:
+    at, twice = each.accuracies or (None, None)
+    return {
+        "defense": row.defense,
+        "kind": row.kind,
+        "column": each.column,
+        **setting_of(each.own),
+        "knows": each.own.knowledge,
+        "budget": each.own.any.effort.get(BUDGET),
+        "images": each.images,
+        "robust": cell(at.estimate if at else None),
+        "twice": cell(twice.estimate if twice else None),
+        "difference": cell(each.difference, Signed),
+        **{
+            f"{side}{key}": None if count is None else round(count, 6)
+            for side, pool in (("", each.own), ("twice_", each.twice))
+            for key, count in (
+                ("gradient_evaluations", pool.gradient_evaluations if pool else None),
+                ("forward_evaluations", pool.forward_evaluations if pool else None),
+            )
+        },
+        "verdict": each.verdict,
+        "results": _joined(
+            record.name for pool in (each.own, each.twice) if pool for record in pool.records
+        ),
+    }
+
+
 def _joined(values: Iterable[object]) -> str | None:
     """The different values, in order; None where there is none."""
     texts = dict.fromkeys(str(value) for value in values if value is not None)
@@ -194,12 +232,41 @@ def sections(board: Leaderboard) -> dict[str, pd.DataFrame]:
     """The tables of a leaderboard by title, with the headings that readers see."""
     frame = rows_frame(board)
     frame["draws"] = [f"{row.hidden_draws or '-'} / {row.known_draws or '-'}" for row in board.rows]
+    beside = {HEADLINE: {"checks": "Checks"}, DETAILS: _COST}
     shown = {}
     for section in SECTIONS:
         titles = {c.key: c.heading for c in board.columns if c.section == section}
-        titles = {**_NAMES, **titles, **(_COST if section == CHECKS else {})}
+        titles = {**_NAMES, **titles, **beside[section]}
         shown[section] = frame[list(titles)].rename(columns=titles)
+    if any(row.convergence for row in board.rows):
+        shown[CONVERGENCE] = convergence_table(board)
     return {**shown, "One draw, votes and worst cases": draws_table(board)}
+
+
+CONVERGENCE: Final = "Does the attack converge?"
+"""The title of the table of results beside those with twice the budget."""
+
+
+def convergence_table(board: Leaderboard) -> pd.DataFrame:
+    """The differences of :func:`convergence_frame`, with the headings that readers see."""
+    frame = convergence_frame(board)
+    frame["rank"] = [
+        None if r.rank is None else str(r.rank) for r in board.rows for _ in r.convergence
+    ]
+    frame["column"] = frame["column"].map(CELLS)
+    frame["used"] = [_used(each) for row in board.rows for each in row.convergence]
+    return frame[list(_CONVERGENCE)].rename(columns=_CONVERGENCE)
+
+
+def convergence_note() -> str:
+    """What the table of convergence says, in sentences."""
+    return note("convergence", fall=f"{100 * FALL:g}", end=f"{100 * FALL_END:g}")
+
+
+def _used(each: Convergence) -> str:
+    """The evaluations that both searches used on average, gradient and forward together."""
+    counts = [pool.evaluations for pool in (each.own, each.twice) if pool]
+    return " / ".join("not recorded" if count is None else f"{count:.0f}" for count in counts)
 
 
 def draws_table(board: Leaderboard) -> pd.DataFrame:
@@ -219,6 +286,13 @@ _DRAWS: Final = {
     **{f"worst_{FEW}": f"Worst of {FEW}", "worst_all": "Worst of M"},
 }
 """The headings of the table of draws, by column; its metrics are those of METRICS."""
+_CONVERGENCE: Final = {
+    **_NAMES,
+    **{"column": "Cell", "budget": "Budget", "images": "Images", "robust": "At the budget"},
+    **{"twice": "At twice the budget", "difference": "Difference", "used": "Evaluations used"},
+    "verdict": "Verdict",
+}
+"""The headings of the table of convergence, by column."""
 
 
 def _many(found: Tally) -> str:
@@ -236,17 +310,21 @@ def leaderboard_markdown(board: Leaderboard) -> str:
     if board.entry and board.entry.note.strip():
         text += [md(board.entry.note), ""]
     text += [f"Accuracies in percent, with {100 * LEVEL:.0f} % intervals. {ranking(board)}", ""]
+    if board.reference is None:
+        text += [f"**{md(unmeasured(board))}**", ""]
     kinds = {row.defense: row.kind for row in board.rows}
     for title, frame in sections(board).items():
         names = [named(name, kinds[name]) for name in frame["Defense"]]
         frame["Defense"] = pd.Series(names, dtype=object)
-        text += [f"## {title}", "", *to_markdown(frame)]
+        text += [f"## {title}", "", *to_markdown(frame, stacked=title == HEADLINE)]
+        if title == HEADLINE:
+            text += [_in_short(board), ""]
+        if title == CONVERGENCE:
+            text += [convergence_note(), ""]
     flagged = [f"- **{md(row.defense)}**: {md(flag)}." for row in board.rows for flag in row.flags]
     if flagged:
-        text += ["## Flags", "", *flagged, ""]
-    tested = note("tested", error=f"{ERROR:g}", exact=f"{EXACT:g}", cosine=f"{COSINE:g}")
-    text += ["## Tested: weak attacks and masked gradients", ""]
-    text += [*to_markdown(_tested(board)), tested, ""]
+        text += ["## What the checks found", "", *flagged, ""]
+    text += ["## What is checked", "", checked(), ""]
     text += ["## Verified by others", "", *(f"- {line}" for line in _badges(board)), ""]
     text += ["## What it means", "", f"{note('bounds')} {md(_measured(board))}", ""]
     text += [
@@ -254,8 +332,6 @@ def leaderboard_markdown(board: Leaderboard) -> str:
         "",
         f"{note('bootstrap')} {note('blank')}",
     ]
-    if any(row.served_by for row in board.rows):
-        text += ["", note("same")]
     text += [
         "",
         (
@@ -266,20 +342,22 @@ def leaderboard_markdown(board: Leaderboard) -> str:
     return "\n".join(text) + "\n"
 
 
-def _tested(board: Leaderboard) -> pd.DataFrame:
-    """The checks for weak attacks and masked gradients, with their outcomes, by defense."""
-
-    def outcome(check: Check) -> Marked:
-        text = f"**{check.outcome}**" if check.flags else check.outcome
-        names = check.tested
-        few = md(", ".join(names)) if len(names) <= _NAMED else f"{len(names)} attacks"
-        return Marked(f"{text}: {few}" if names else text)
-
-    return frame_of(
-        {"Defense": named(row.defense, row.kind)}
-        | {check.name.capitalize(): outcome(check) for check in row.checks}
-        for row in board.rows
+def checked() -> str:
+    """What each check tests, in sentences."""
+    return note(
+        "tested",
+        error=f"{ERROR:g}",
+        exact=f"{EXACT:g}",
+        cosine=f"{COSINE:g}",
+        fall=f"{100 * FALL:g}",
+        end=f"{100 * FALL_END:g}",
     )
+
+
+def _in_short(board: Leaderboard) -> str:
+    """A few words under the first table, for a reader who sees no other."""
+    said = note("headline")
+    return f"{said} {note('same')}" if any(row.served_by for row in board.rows) else said
 
 
 def _badges(board: Leaderboard) -> list[str]:
@@ -303,13 +381,14 @@ def leaderboard_latex(board: Leaderboard) -> str:
         rf"\label{{tab:{re.sub('[^A-Za-z0-9-]', '-', board.track)}}}",
     ]
     kinds = {row.defense: row.kind for row in board.rows}
-    for frame in sections(board).values():
+    for title, frame in sections(board).items():
         names = frame["Defense"]
         repeats = names.duplicated()
         changed = (names != names.shift()) & (names.map(kinds.get) != names.map(kinds.get).shift())
         begins = ~repeats if repeats.any() else changed
         frame.loc[repeats, ["", "Defense"]] = ""
-        text += to_latex(frame, rules=[i for i, begin in enumerate(begins) if begin and i])
+        rules = [i for i, begin in enumerate(begins) if begin and i]
+        text += to_latex(frame, rules, stacked=title == HEADLINE)
         text += [r"\par\medskip"]
     notes = [note("bounds"), _measured(board), *_meanings(board), note("bootstrap"), note("blank")]
     if any(row.served_by for row in board.rows):
@@ -334,6 +413,17 @@ def protocol(board: Leaderboard) -> str:
     if board.entry and (board.entry.norm, board.entry.eps) != (board.norm, board.eps):
         budget += f" (not the track's own {board.entry.norm}, {shown_eps(board.entry.eps)})"
     return "; ".join([*search, budget, f"{board.images} images"])
+
+
+def unmeasured(board: Leaderboard) -> str:
+    """What is said where no result is of the protocol's own attack."""
+    protocol = board.protocol
+    own = " or ".join(sorted({protocol.attacks[each] for each in protocol.equal}))
+    others = sorted({pool.any.label for pool, _ in board.pools if pool.any.eps > 0})
+    return (
+        f"The protocol's attack, {own}, was not run on this track. What was run instead "
+        f"({', '.join(others) or 'nothing'}) stands among the other attacks."
+    )
 
 
 def _measured(board: Leaderboard) -> str:

@@ -1,5 +1,6 @@
 """The charts of a track's page; a chart without data names the command that measures it."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -18,6 +19,8 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
+from dbp_bench.reporting.attacks import attack_curves
+from dbp_bench.reporting.curves import figure_of
 from dbp_bench.reporting.findings import Findings
 from dbp_bench.reporting.leaderboard import Leaderboard, Row
 from dbp_bench.reporting.plotting import (
@@ -61,6 +64,7 @@ def charts(board: Leaderboard) -> list[Chart]:
     makers: tuple[Callable[[Leaderboard], Chart], ...] = (
         _decomposition,
         _hidden_against_known,
+        _optimality,
         _eot,
         _knowledge,
         _image_by_image,
@@ -430,23 +434,31 @@ def _hidden_against_known(board: Leaderboard) -> Chart:
     )
 
 
+def _optimality(board: Leaderboard) -> Chart:
+    figure = figure_of(attack_curves(board))
+    return Chart(
+        title="Which attack to use",
+        caption=note("chart_optimality"),
+        drawings={"accuracy left by each attack against its evaluations": figure} if figure else {},
+        legend=[],
+        missing=f"dbp-bench run --track {board.track} --defense all --attack apgd",
+    )
+
+
 def _eot(board: Leaderboard) -> Chart:
     found = {}
     swept = False
     for row in board.rows:
-        own = row.columns.get("hidden")
-        # Results that know nothing, and differ in EoT only.
-        alike = {
-            pool.any.effort["eot"]: pool.robust.estimate
-            for pool in _pools(row, board)
-            if own is not None
-            and own.sites
-            and not pool.knows
-            and (pool.any.attack, pool.any.gradient) == (own.any.attack, own.any.gradient)
-            and without_draws(pool.any.effort) == without_draws(own.any.effort)
-            and isinstance(pool.any.effort.get("eot"), int)
-        }
-        curves = [Curve(0, sorted(alike.items(), key=itemgetter(0)))] if len(alike) > 1 else []
+        # Results that know nothing of some noise, and differ in EoT only.
+        alike: dict[str, dict[int, Estimate]] = {}
+        for pool in _pools(row, board):
+            samples = pool.any.effort.get("eot")
+            if pool.sites and not pool.knows and isinstance(samples, int):
+                rest = [pool.any.attack, pool.any.gradient, without_draws(pool.any.effort)]
+                same = alike.setdefault(json.dumps(rest, sort_keys=True), {})
+                same[samples] = pool.robust.estimate
+        most = max(alike.values(), key=len, default={})
+        curves = [Curve(0, sorted(most.items(), key=itemgetter(0)))] if len(most) > 1 else []
         for each in board.sweeps:
             if each.defense == row.defense and each.axis == "eot" and (at := _measured(each)):
                 swept = True
@@ -463,7 +475,7 @@ def _eot(board: Leaderboard) -> Chart:
             *([(_mark(1), "sweeps, on their own images and draws")] if swept else []),
             (_dashes(), "all noise known"),
         ],
-        missing=_sweep(board, "eot=1,10,40"),
+        missing=f"{_sweep(board, 'eot=1,10,40')} --attack pgd",
     )
 
 

@@ -26,7 +26,15 @@ from dbp_bench.reporting.records import Record
 from dbp_bench.reporting.rendering import note, shown_eps
 from dbp_bench.reporting.samples import Samples, samples_path
 from dbp_bench.reporting.statistics import LEVEL, Estimate
-from dbp_bench.reporting.tables import draws_table, protocol, ranking
+from dbp_bench.reporting.tables import (
+    checked,
+    convergence_note,
+    convergence_table,
+    draws_table,
+    protocol,
+    ranking,
+    unmeasured,
+)
 from dbp_bench.result import Result
 
 FOLDER: Final = Path(__file__).parent
@@ -67,6 +75,10 @@ def to_html(
         protocol=protocol(board),
         ranking=ranking(board),
         draws=draws_table(board),
+        convergence=convergence_table(board) if any(r.convergence for r in board.rows) else None,
+        convergence_note=convergence_note(),
+        checked=checked(),
+        unmeasured=None if board.reference else unmeasured(board),
         note=note,
         charts=charts(board),
         to_svg=to_svg,
@@ -148,7 +160,7 @@ class _Page:
 
     def heading(self, column: Column) -> Markup:
         """The heading of a column, with the indices of its symbols as subscripts."""
-        return Markup(symbols(str(escape(column.heading)), r"\1<sub>\2</sub>"))
+        return _indexed(column.heading)
 
     def cells(self, row: Row) -> list[list[Cell]]:
         """The numbers of a defense, by section; each links to the result that it follows from."""
@@ -192,7 +204,7 @@ class _Page:
             for key in column.of or (column.key,):
                 pool = row.base if key == "base" else row.columns.get(key)
                 records += pool.records if pool else ()
-            lines.append((self.heading(column), estimate.percent(), records))
+            lines.append((_indexed(column.name), estimate.percent(), records))
         return lines
 
     def details(self, row: Row) -> dict[str, Any]:
@@ -237,6 +249,11 @@ class _Page:
     def knows(self, pool: Pool) -> str:
         """The attacker's knowledge, in words."""
         return pool.knowledge if pool.sites else "all (there is no noise)"
+
+
+def _indexed(name: str) -> Markup:
+    """A name with the indices of its symbols as subscripts."""
+    return Markup(symbols(str(escape(name)), r"\1<sub>\2</sub>"))
 
 
 def _text(name: str) -> str:
