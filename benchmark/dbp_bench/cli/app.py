@@ -51,7 +51,7 @@ def application() -> typer.Typer:
     """The application with every command."""
     for module in (
         *("list", "run", "weights", "train"),
-        *("report", "check", "sweep", "analyze"),
+        *("report", "check", "sweep", "tune", "analyze"),
         *("new", "submit", "verify", "moved"),
     ):
         # Each adds its commands to the app, whose help shows them in this order.

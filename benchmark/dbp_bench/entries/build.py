@@ -41,12 +41,14 @@ class Builder:
         trust_code: True if code outside this package may run.
         data: The user's folder of data sets.
         random_weights: True if checkpoints that aren't in the cache get random weights.
+        weights: Folders in which files of weights are looked for first.
     """
 
     folders: tuple[Path, ...] = ()
     trust_code: bool = False
     data: Path | None = None
     random_weights: bool = False
+    weights: tuple[Path, ...] = ()
 
     def network(self, ref: AnyRef, path: Path) -> "nn.Module":
         """The network that `ref`, in the entry at `path`, declares, with its weights verified.
@@ -60,7 +62,7 @@ class Builder:
 
             missing = self.random_weights and not store.has(ref.checkpoint)
             return blank(ref.checkpoint) if missing else build(ref.checkpoint)
-        file = places.find(ref.file, [path.parent, path.parent.parent])
+        file = places.find(ref.file, [*self.weights, path.parent, path.parent.parent])
         files.verify(file, ref.sha256)
         network: nn.Module = self.call(ref.network, path, "networks", {})
         files.fill(network, files.load(file), file)

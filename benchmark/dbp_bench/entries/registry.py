@@ -7,6 +7,7 @@ file name is the name. Reading an entry imports nothing that it names; only buil
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,10 @@ from dbp_bench.entries.track import Track
 from dbp_bench.errors import BadEntry, UnknownName, did_you_mean
 
 DEFAULT_TRACK = "digits-linf"
+VALIDATION = "-validation"
+"""``<track>-validation`` is the track on validation images, with settings and budget of `<track>`.
+
+It is a track of its own, so that its results can't stand in a table of test images."""
 
 KINDS = ("defenses", "attacks/threats", "attacks/settings", "tracks")
 """The sub-folders that entries lie in."""
@@ -104,8 +109,17 @@ class Registry:
         return self._read("attack setting", "attacks/settings", name, self.settings, AttackSetting)
 
     def track(self, name: str) -> Entry[Track]:
-        """The track called `name`."""
-        return self._read("track", "tracks", name, self.tracks, Track)
+        """The track called `name`, which may be one on validation images (:data:`VALIDATION`)."""
+        base = self._settings_of(name)
+        found = self._read("track", "tracks", base, self.tracks, Track)
+        if base == name:
+            return found
+        return replace(found, name=name, entry=found.entry.on_validation_images())
+
+    def _settings_of(self, track: str) -> str:
+        """The track that `track` has its settings of: itself, but for one on validation images."""
+        base = track.removesuffix(VALIDATION)
+        return base if track not in self.tracks and base in self.tracks else track
 
     def subject(self, defense: str, track: str) -> Subject:
         """The defense called `defense` on `track`, ready to be built.
@@ -115,7 +129,7 @@ class Registry:
             BadData: The user names a place for data that come with the package.
         """
         where, entry = self.track(track), self.defense(defense)
-        setting = entry.entry.setting(track, where.entry.settings_of)
+        setting = entry.entry.setting(self._settings_of(track), where.entry.settings_of)
         if setting is None:
             raise UnknownName(
                 f"{entry.path}: defense {defense!r} has no setting for track {track!r}."
@@ -127,8 +141,8 @@ class Registry:
 
     def defenses_of(self, track: str) -> list[str]:
         """The defenses that have a setting for `track`, or take that of another, sorted."""
-        like = self.track(track).entry.settings_of
-        return [n for n in sorted(self.defenses) if self.defense(n).entry.setting(track, like)]
+        like, base = self.track(track).entry.settings_of, self._settings_of(track)
+        return [n for n in sorted(self.defenses) if self.defense(n).entry.setting(base, like)]
 
     def check_name(self, kind: str, name: str) -> None:
         """Refuse an entry whose file is misnamed or misplaced, or whose name is taken.

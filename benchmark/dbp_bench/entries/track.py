@@ -71,6 +71,11 @@ class Track(Strict):
             own=True,
         )
 
+    def on_validation_images(self) -> "Track":
+        """The same track on the validation images of its data set, for choosing settings."""
+        title = f"{self.title}; validation images, for choosing settings"
+        return self.model_copy(update={"split": "validation", "title": title})
+
     @model_validator(mode="after")
     def _units(self) -> Self:
         check_eps(self.norm, self.eps)
