@@ -1,6 +1,7 @@
 """The command that trains: classifiers, diffusion models, and ADDT with its ablations."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -46,6 +47,14 @@ def train(
     channels_last: Annotated[
         bool, typer.Option("--channels-last", help="The memory layout of a GPU's convolutions.")
     ] = False,
+    hold_out: Annotated[
+        bool,
+        typer.Option(
+            "--hold-out",
+            help="Without the validation images, to choose settings on them: the digits are else "
+            "trained on all.",
+        ),
+    ] = False,
     resume: Annotated[
         bool, typer.Option(help="Continue where the same command was stopped, or start anew.")
     ] = True,
@@ -68,7 +77,10 @@ def train(
         raise BadRequest(f"--precision {precision!r}: fp32 or bf16.")
     name = _data_set(track, entries)
     names = recipes.SHIPPED if recipe == "all" and name == "digits" else (recipe,)
-    planned = [recipes.recipe(one, name, network) for one in names]
+    planned = [
+        replace(recipes.recipe(one, name, network), hold_out=hold_out and name == "digits")
+        for one in names
+    ]
     if classifier is not None and not set(names) & set(recipes.GUIDED):
         raise BadRequest(
             f"--classifier: {recipe} takes none. Recipes that do: {', '.join(recipes.GUIDED)}."
@@ -94,7 +106,7 @@ def train(
         for plan in planned:
             made = recipes.changed(
                 plan,
-                len(images.ids["train"]),
+                len(plan.ids(images)),
                 iterations=updates,
                 batch_size=batch_size,
                 learning_rate=learning_rate,

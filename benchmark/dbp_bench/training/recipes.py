@@ -6,6 +6,7 @@ A recipe says which network is trained on which data, from which weights, and by
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dbp_bench.data import DataSet
 from dbp_bench.data.catalog import facts_of
 from dbp_bench.errors import UnknownName, did_you_mean
 from dbp_bench.training.diffusion import ADDT, LinfADDT
@@ -67,6 +68,13 @@ class Recipe:
     settings: Settings
     objective: dict[str, Any] = field(default_factory=dict)
     """Options of ADDT, and how many levels are trained."""
+    hold_out: bool = False
+    """True to leave the validation images out where the training split has them: the digits'."""
+
+    def ids(self, data: DataSet) -> list[int]:
+        """The images of `data` that are trained on."""
+        out = set(data.ids["validation"]) if self.hold_out else set()
+        return [id_ for id_ in data.ids["train"] if id_ not in out]
 
     @property
     def title(self) -> str:

@@ -77,6 +77,7 @@ def run(
         "precision": options.precision,
         "init": init and init.sha256,
         "classifier": classifier and classifier.sha256,
+        **({"hold_out": True} if recipe.hold_out else {}),
     }
     every = max(1, settings.iterations // 1000)
     journal = Journal(path.with_suffix(".jsonl"), request, every, settings.batch_size)
@@ -99,7 +100,7 @@ def run(
     guide = None
     if classifier and recipe.name in GUIDED:
         guide = _compiled(_placed(guiding_classifier(classifier, recipe), options), options)
-    images, labels = _held(data, recipe.data, options.device)
+    images, labels = _held(data, recipe, options.device)
 
     def report(update: int, loss: float, rate: float) -> None:
         speed = journal.add(update, loss, rate) if writes else None
@@ -163,12 +164,13 @@ def _compiled(network: nn.Module, options: Options) -> nn.Module:
     return torch.compile(network) if options.compile else network  # type: ignore[return-value]
 
 
-def _held(data: DataSet, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def _held(data: DataSet, recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
     """The training images, as bytes where they are read from files, and their labels."""
     pixels, classes = [], []
-    for part in output.chunks(data.ids["train"]):
+    for part in output.chunks(recipe.ids(data)):
         images, labels = data.select(part)
-        pixels.append(images if name == "digits" else (images * 255).round().to(torch.uint8))
+        exact = recipe.data == "digits"
+        pixels.append(images if exact else (images * 255).round().to(torch.uint8))
         classes.append(labels)
     return torch.cat(pixels).to(device), torch.cat(classes).to(device)
 
