@@ -1,14 +1,16 @@
 """What is trained: levels, targets and perturbations of every diffusion, dropout, schedules."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dbp_bench.data import load_data
 from dbp_bench.errors import BadRequest
-from dbp_bench.networks.trial import Patched
+from dbp_bench.networks import trial
 from dbp_bench.noise import Site, Tape
 from dbp_bench.training import dropout, recipes, variants
 from dbp_bench.training.batches import Batch, draw
@@ -360,6 +362,26 @@ def test_a_network_of_another_recipe() -> None:
         recipes.recipe("classifier", "imagenet")
 
 
+@pytest.mark.parametrize(("name", "count"), [("wrn_10_2", 303_706), ("wrn_16_2", 691_674)])
+def test_classifiers_of_trials(name: str, count: int) -> None:
+    """Their docstrings say how large they are."""
+    network = getattr(trial, name)()
+    assert sum(each.numel() for each in network.parameters()) == count
+    assert f"{count:,} parameters" in str(getattr(trial, name).__doc__)
+
+
+def test_validation_images_can_be_held_out() -> None:
+    """The digits' training split has them; that of CIFAR's size never does."""
+    data = load_data("digits")
+    held_out = replace(recipes.recipe("diffusion", "digits"), hold_out=True)
+    ids = held_out.ids(data)
+    assert len(ids) == 1257
+    assert sorted([*ids, *data.ids["validation"]]) == sorted(data.ids["train"])
+    assert recipes.recipe("diffusion", "digits").ids(data) == data.ids["train"]
+    cifar = load_data("cifar10-jpeg")
+    assert not set(cifar.ids["validation"]) & set(recipes.recipe("addt", "cifar10-jpeg").ids(cifar))
+
+
 def test_patches_are_put_back_where_they_were() -> None:
     class Same(nn.Module):
         def forward(self, z: Tensor, t: Tensor) -> Tensor:
@@ -367,7 +389,7 @@ def test_patches_are_put_back_where_they_were() -> None:
             return z
 
     z = normal(2, 3, 6, 8, seed=1)
-    assert torch.equal(Patched(Same())(z, torch.zeros(2)), z)
+    assert torch.equal(trial.Patched(Same())(z, torch.zeros(2)), z)
     with torch.device("meta"):
         tiny = variants.build("dbp_bench.networks.trial:ddpm_tiny32")
     assert sum(p.numel() for p in tiny.parameters()) == 1_119_148
