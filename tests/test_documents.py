@@ -64,6 +64,9 @@ SHORTENED = {
     "dbp-bench sweep ddpm --threat eot --over budget=400": (
         f"{SMALL} --draws 1 --black-box none --out out"
     ),
+    "dbp-bench tune ddpm --track digits-linf --over t_star=50,75,100,150 --over steps=5,10": (
+        f"{SMALL} --draws 1 --budget 2 --out out"
+    ),
     "dbp-bench analyze landscape --defense ddpm,addt": (
         "--examples 2 --points 3 --steps 1 --eot 1 --no-figure --out out"
     ),
@@ -75,6 +78,7 @@ SHORTENED = {
     "dbp-bench weights list": "",
     "dbp-bench weights verify": "",
     "dbp-bench train addt": "--updates 1 --batch-size 2 --quiet",
+    "dbp-bench train all --hold-out": "--updates 1 --batch-size 2 --quiet",
 }
 """Commands, and what is added to make them fast."""
 
@@ -129,6 +133,8 @@ EXCEPTED = {
     "dbp-bench sweep all --threat all --over budget=400 --black-box none": (
         "takes an hour; test_sweep sweeps several settings at once"
     ),
+    "dbp-bench tune ddpm --track cifar10-jpeg-linf --over t_star=50,75,100,150 --over steps=5,10 "
+    "--clean CLEAN --budget 50 --examples 128 --weights WEIGHTS --data PLACE": CIFAR,
     "dbp-bench train RECIPE --track TRACK": CIFAR,
     "dbp-bench train classifier --track cifar10": CIFAR,
     "dbp-bench train addt --track cifar10 --init cifar10-ddpm-ema": CIFAR,
@@ -157,7 +163,10 @@ EXCEPTED = {
 }
 """Commands that aren't run, and why."""
 
-WORDS = {f"dbp-bench {verb}" for verb in ("analyze", "compare", "new track", "run", "sweep")}
+WORDS = {
+    f"dbp-bench {verb}"
+    for verb in ("analyze", "compare", "new track", "run", "sweep", "train", "tune")
+}
 """Names of commands in a sentence."""
 
 START = r"(?:dbp-bench|make|OMP_NUM_THREADS=1 python|python|pip|pytest|torchrun|\.venv/bin/\w)"

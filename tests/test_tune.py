@@ -156,7 +156,9 @@ def test_clean_accuracy_comes_first() -> None:
     assert [row.fit for row in found.tried] == [True, False, True]
     found = chosen(unclean, own)
     assert found.chosen == found.tried[1], "the entry's own has no claim either"
-    assert chosen(unclean, unclean).chosen is None
+    worse = outcome(20, range(10))
+    found = chosen(worse, unclean)
+    assert found.best == found.chosen == found.tried[1], "none does: the highest clean accuracy"
 
 
 def test_ties_go_to_the_cheapest() -> None:

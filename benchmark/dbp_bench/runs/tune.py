@@ -54,9 +54,10 @@ class Choice:
     """What the rule says of a defense's candidates."""
 
     tried: list[Tried]
-    best: Tried | None
-    """The candidate of highest robust accuracy among those whose clean accuracy does, if any."""
-    chosen: Tried | None
+    best: Tried
+    """The candidate of highest robust accuracy among those whose clean accuracy does; where none
+    does, that of the highest clean accuracy."""
+    chosen: Tried
     """The entry's own, unless the best is told apart from it or its clean accuracy doesn't do."""
 
 
@@ -150,13 +151,12 @@ def choose(tried: Sequence[Candidate], results: Sequence[Result], least_clean: f
         )
         for candidate, pool in zip(tried, pools, strict=True)
     ]
-    own = rows[0]
-    best = min(
-        (row for row in rows if row.fit),
-        key=lambda row: (-row.robust.value, row.nfe, not row.candidate.own),
-        default=None,
-    )
-    clear = best is not None and best.gain is not None and best.gain.low > 0
+    own, fit = rows[0], [row for row in rows if row.fit]
+    if not fit:
+        best = max(rows, key=lambda row: row.clean.value)
+        return Choice(rows, best, best)
+    best = min(fit, key=lambda row: (-row.robust.value, row.nfe, not row.candidate.own))
+    clear = best.gain is not None and best.gain.low > 0
     return Choice(rows, best, own if own.fit and not clear else best)
 
 
