@@ -134,7 +134,7 @@ EXCEPTED = {
         "takes an hour; test_sweep sweeps several settings at once"
     ),
     "dbp-bench tune ddpm --track cifar10-jpeg-linf --over t_star=50,75,100,150 --over steps=5,10 "
-    "--clean CLEAN --budget 50 --examples 128 --weights WEIGHTS --data PLACE": CIFAR,
+    "--clean 80 --budget 50 --examples 128 --weights WEIGHTS --data PLACE": CIFAR,
     "dbp-bench train RECIPE --track TRACK": CIFAR,
     "dbp-bench train classifier --track cifar10": CIFAR,
     "dbp-bench train addt --track cifar10 --init cifar10-ddpm-ema": CIFAR,

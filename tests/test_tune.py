@@ -13,7 +13,7 @@ from dbp_bench.errors import BadRequest, BadResult, BadWeights, UnknownName
 from dbp_bench.reporting.records import load
 from dbp_bench.result import Predicted, Result
 from dbp_bench.runs.job import Job, Overrides, resolve
-from dbp_bench.runs.tune import Candidate, Choice, candidates, choose, parse
+from dbp_bench.runs.tune import Candidate, Choice, base_accuracy, candidates, choose, parse
 from dbp_bench.weights.files import digest
 from dbp_bench.weights.places import ASSETS
 
@@ -170,6 +170,10 @@ def test_ties_go_to_the_cheapest() -> None:
 
 
 # ----------------------------------------------------------------------------------- the command
+
+
+def test_the_base_classifier_on_validation_images() -> None:
+    assert base_accuracy(job(examples=60)) == 1.0, "the weights that ship are trained on them"
 
 
 def test_command(command: "Command", tmp_path: Path) -> None:

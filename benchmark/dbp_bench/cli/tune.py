@@ -46,8 +46,12 @@ def tune(
     threat: Annotated[str, typer.Option(metavar="NAME", help="A threat model.")] = "eot",
     budget: Annotated[int, typer.Option(help="Gradient evaluations of the standard attack.")] = 100,
     clean: Annotated[
-        float, typer.Option(help="The least clean accuracy in percent that a setting may have.")
-    ] = 94.0,
+        float,
+        typer.Option(
+            help="The least clean accuracy that a setting may have, in percent of the base "
+            "classifier's."
+        ),
+    ] = 95.0,
     weights: Annotated[
         Path | None,
         typer.Option(

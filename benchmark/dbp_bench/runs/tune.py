@@ -6,6 +6,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dbp_bench.declaration import value_of
 from dbp_bench.entries.fields import AnyRef, NetworkRef
 from dbp_bench.entries.subject import Subject
@@ -137,6 +139,16 @@ def with_weights(subject: Subject, folder: Path) -> Subject:
     )
 
 
+@torch.no_grad()
+def base_accuracy(job: Job) -> float:
+    """The share of the job's images that the classifier alone gets right."""
+    classifier, data, right = job.defense().classifier, job.data(), 0
+    for start in range(0, job.examples, job.batch_size):
+        images, labels = data.select(job.track_ids[: job.examples][start : start + job.batch_size])
+        right += int((classifier(images.to(job.device)).argmax(1).cpu() == labels).sum())
+    return right / job.examples
+
+
 def choose(tried: Sequence[Candidate], results: Sequence[Result], least_clean: float) -> Choice:
     """Apply the rule to candidates, of which the first is the entry's own, and their `results`."""
     pools = [Pool.of(result) for result in results]
@@ -164,9 +176,17 @@ def run(
     tried: Sequence[Candidate],
     out: Path,
     execute: Callable[[Job, Path], Path],
-    least_clean: float,
+    share: float,
 ) -> Choice:
-    """Measure all candidates below `out`, and choose."""
+    """Measure all candidates below `out`, and choose.
+
+    Args:
+        tried: The candidates, the entry's own first.
+        out: The folder of results.
+        execute: Runs a job below a folder and gives the path of its result.
+        share: The least clean accuracy, relative to that of the classifier alone.
+    """
+    least_clean = share * base_accuracy(tried[0].job)
     results = [Result.read(execute(each.job, out / "tuning" / each.label)) for each in tried]
     return choose(tried, results, least_clean)
 
