@@ -48,7 +48,7 @@ class Tried:
     nfe: int
     """Calls of the denoiser for one purification."""
     fit: bool
-    """True where the clean accuracy does."""
+    """False where the clean accuracy is too low."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ def choose(tried: Sequence[Candidate], results: Sequence[Result], least_clean: f
             pool.robust.estimate,
             None if candidate.own else pool.robust.above(pools[0].robust),
             pool.any.evaluations.nfe,
-            pool.clean.estimate.value >= least_clean,
+            _fits(pool.clean.estimate, candidate.own, least_clean),
         )
         for candidate, pool in zip(tried, pools, strict=True)
     ]
@@ -170,6 +170,11 @@ def choose(tried: Sequence[Candidate], results: Sequence[Result], least_clean: f
     best = min(fit, key=lambda row: (-row.robust.value, row.nfe, not row.candidate.own))
     clear = best.gain is not None and best.gain.low > 0
     return Choice(rows, best, own if own.fit and not clear else best)
+
+
+def _fits(clean: Estimate, own: bool, least_clean: float) -> bool:
+    """The entry's own setting is too low where its interval says so, others where they are."""
+    return (clean.high if own else clean.value) >= least_clean
 
 
 def run(
