@@ -78,6 +78,9 @@ SHORTENED = {
     "dbp-bench weights list": "",
     "dbp-bench weights verify": "",
     "dbp-bench train addt": "--updates 1 --batch-size 2 --quiet",
+    "dbp-bench train addt --hold-out --set lambda_unit=0.1 --set lambda_max=0.5": (
+        "--updates 1 --batch-size 2 --quiet"
+    ),
     "dbp-bench train all --hold-out": "--updates 1 --batch-size 2 --quiet",
 }
 """Commands, and what is added to make them fast."""

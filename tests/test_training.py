@@ -370,6 +370,23 @@ def test_classifiers_of_trials(name: str, count: int) -> None:
     assert f"{count:,} parameters" in str(getattr(trial, name).__doc__)
 
 
+def test_constants_of_addt() -> None:
+    own = recipes.recipe("addt", "digits")
+    made = recipes.with_objective(own, {"lambda_unit": 0.1, "lambda_max": 1})
+    assert made.objective == {**own.objective, "lambda_unit": 0.1, "lambda_max": 1}
+    assert made.adversarial() == ADDT(0.1, 1, 5, DDPM(200))
+    for name, value, says in (
+        ("lambda", 1, "not a constant of addt. Did you mean"),
+        ("lambda_unit", "x", "a number above 0"),
+        ("rounds", 2.5, "a number above 0"),
+        ("lambda_max", 0, "a number above 0"),
+    ):
+        with pytest.raises(BadRequest, match=says):
+            recipes.with_objective(own, {name: value})
+    with pytest.raises(BadRequest, match="It has no constants"):
+        recipes.with_objective(recipes.recipe("diffusion", "digits"), {"lambda_unit": 1})
+
+
 def test_validation_images_can_be_held_out() -> None:
     """The digits' training split has them; that of CIFAR's size never does."""
     data = load_data("digits")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from dbp_bench.cli.app import EVALUATE, Data, Device, Entries, Quiet, TrackName, app
-from dbp_bench.cli.shared import console, device_of, registry_of
+from dbp_bench.cli.shared import console, device_of, options_of, registry_of
 from dbp_bench.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -42,6 +42,14 @@ def train(
         int | None, typer.Option(help="Images per update, of all processes together.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="In place of the recipe's.")] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A constant of ADDT, such as lambda_unit=0.1; can be repeated.",
+        ),
+    ] = None,
     precision: Annotated[str, typer.Option(help="fp32, or bf16: autocast.")] = "fp32",
     compile_: Annotated[bool, typer.Option("--compile", help="By torch.compile.")] = False,
     channels_last: Annotated[
@@ -77,8 +85,12 @@ def train(
         raise BadRequest(f"--precision {precision!r}: fp32 or bf16.")
     name = _data_set(track, entries)
     names = recipes.SHIPPED if recipe == "all" and name == "digits" else (recipe,)
+    constants = options_of(options)
     planned = [
-        replace(recipes.recipe(one, name, network), hold_out=hold_out and name == "digits")
+        replace(
+            recipes.with_objective(recipes.recipe(one, name, network), constants),
+            hold_out=hold_out and name == "digits",
+        )
         for one in names
     ]
     if classifier is not None and not set(names) & set(recipes.GUIDED):

@@ -17,6 +17,7 @@ from dbp_bench.training.batches import Batch
 from dbp_bench.training.given import HEADER
 from dbp_bench.training.processes import DDPM
 from dbp_bench.training.recipes import Recipe
+from dbp_bench.training.recipes import recipe as usual_recipe
 from dbp_bench.training.state import Settings
 
 _CHUNK = 512
@@ -109,6 +110,9 @@ def card(recipe: Recipe, trained: Trained, seed: int, images: int) -> str:
         end = f"- network: `{recipe.variant.path}`"
         if recipe.schedule():
             end += f"\n- noise schedule: {recipe.schedule()}"
+    usual = usual_recipe(recipe.name, recipe.data, recipe.variant.name).objective
+    changed = {key: value for key, value in recipe.objective.items() if value != usual[key]}
+    made_by += "".join(f" --set {key}={value}" for key, value in changed.items())
     facts = "\n".join(
         f"- {key.replace('_', ' ')} on the {held_out}: {value:.4f}"
         for key, value in trained.facts.items()

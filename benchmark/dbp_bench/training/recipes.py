@@ -3,12 +3,13 @@
 A recipe says which network is trained on which data, from which weights, and by which loss.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dbp_bench.data import DataSet
 from dbp_bench.data.catalog import facts_of
-from dbp_bench.errors import UnknownName, did_you_mean
+from dbp_bench.errors import BadRequest, UnknownName, did_you_mean
 from dbp_bench.training.diffusion import ADDT, LinfADDT
 from dbp_bench.training.processes import DDPM, EDM, VPSDE, Process
 from dbp_bench.training.state import Settings
@@ -154,6 +155,22 @@ def recipe(name: str, data: str, network: str | None = None) -> Recipe:
     elif (variant.kind, variant.size) == ("ddpm", "tiny"):
         objective["levels"] = 250
     return Recipe(name, data, variant, settings, objective)
+
+
+def with_objective(made: Recipe, options: Mapping[str, Any]) -> Recipe:
+    """`made` with other constants of ADDT, such as ``lambda_unit``.
+
+    Raises:
+        BadRequest: It has none of that name, or a value isn't a number above 0.
+    """
+    for name, value in options.items():
+        if name not in made.objective:
+            hint = did_you_mean(name, made.objective) if made.objective else " It has no constants."
+            raise BadRequest(f"--set {name}: not a constant of {made.name}.{hint}")
+        kind = type(made.objective[name])
+        if type(value) not in (int, kind) or value <= 0:
+            raise BadRequest(f"--set {name}={value}: a number above 0.")
+    return replace(made, objective={**made.objective, **options})
 
 
 def changed(made: Recipe, images: int, **given: Any) -> Recipe:
