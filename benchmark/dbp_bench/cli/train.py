@@ -42,7 +42,7 @@ def train(
         int | None, typer.Option(help="Images per update, of all processes together.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="In place of the recipe's.")] = None,
-    options: Annotated[
+    constants: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
@@ -85,10 +85,10 @@ def train(
         raise BadRequest(f"--precision {precision!r}: fp32 or bf16.")
     name = _data_set(track, entries)
     names = recipes.SHIPPED if recipe == "all" and name == "digits" else (recipe,)
-    constants = options_of(options)
+    objective = options_of(constants)
     planned = [
         replace(
-            recipes.with_objective(recipes.recipe(one, name, network), constants),
+            recipes.with_objective(recipes.recipe(one, name, network), objective),
             hold_out=hold_out and name == "digits",
         )
         for one in names
