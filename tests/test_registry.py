@@ -76,7 +76,7 @@ def test_unknown_name_gets_a_suggestion() -> None:
         SHIPPED.defense("adt")
     with pytest.raises(UnknownName, match=r"no threat 'dwbx'. Did you mean 'dwbox'\?"):
         SHIPPED.threat("dwbx")
-    with pytest.raises(UnknownName, match=r"no track 'mnist'\. Known: cifar10-jpeg-linf, "):
+    with pytest.raises(UnknownName, match=r"no track 'mnist'. `dbp-bench list tracks` lists them"):
         SHIPPED.track("mnist")
     with pytest.raises(UnknownName, match=r"no attack setting 'ensemble'. Did you mean 'ensemble-"):
         SHIPPED.setting("ensemble")
