@@ -154,7 +154,6 @@ EXCEPTED = {
     "dbp-bench weights convert cifar10-wrn-28-10-meliketoy --from wrn.pt": "the same",
     "pip install .": "needs the network; .ci/run installs",
     'pip install ".[data]"': "needs the network",
-    'pip install ".[figures]"': "needs the network",
     'pip install "dbp-bench[data]"': "needs the network",
     'pip install "dbp-bench[diffusers]"': "needs the network; .ci/run installs",
     "pip install dbp-bench .": "needs the network; .ci/run installs",

@@ -28,7 +28,7 @@ ROBUSTBENCH = {"__init__.py": "", "eval.py": "", "model_zoo/__init__.py": ""}
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """A search path with nothing on it but the packages that the returned function writes."""
-    packages = {"autoattack", "pyautoattack", "torchattacks", "robustbench", "sklearn", "timm"}
+    packages = {"autoattack", "pyautoattack", "torchattacks", "robustbench", "timm"}
     packages.add("diffusers")
     for name in list(sys.modules):
         if name.partition(".")[0] in packages:
@@ -55,14 +55,13 @@ def of(name: str) -> Status:
 
 
 def test_missing_extras_are_reported_with_the_command_that_installs_them(install: Install) -> None:
-    assert [found.state for found in status()] == ["missing"] * 6
+    assert [found.state for found in status()] == ["missing"] * 5
     for name, command in {
         "autoattack": 'pip install "dbp-bench[autoattack]"',
         "torchattacks": "pip install --no-deps torchattacks==3.5.1",
         "robustbench": 'pip install "dbp-bench[robustbench]"',
         "timm": 'pip install "dbp-bench[timm]"',
         "diffusers": 'pip install "dbp-bench[diffusers]"',
-        "figures": 'pip install "dbp-bench[figures]"',
     }.items():
         with pytest.raises(DbpError) as caught:
             load_extra(name)

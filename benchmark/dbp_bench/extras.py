@@ -84,13 +84,6 @@ _EXTRAS = {
             "wheel also installs a top-level package called tests"
         ),
     ),
-    "figures": _Extra(
-        packages=("sklearn",),
-        requirement="scikit-learn",
-        files=("__init__.py", "manifold/__init__.py"),
-        modules=("manifold",),
-        note="for the t-SNE view of `analyze trajectory`, which is left out without it",
-    ),
     "timm": _Extra(
         packages=("timm",),
         requirement="timm",
@@ -131,8 +124,8 @@ def load_extra(name: str) -> Mapping[str, ModuleType]:
 
     ``autoattack`` gives ``autopgd_base``, ``fab_pt`` and ``square``, whose classes are the same
     in `autoattack` and `pyautoattack`; ``torchattacks`` gives ``torchattacks``; ``robustbench``
-    gives ``robustbench``, ``model_zoo`` and ``utils``, for the model zoo only; ``figures`` gives
-    ``manifold`` of scikit-learn; ``timm`` gives ``timm``; ``diffusers`` gives ``diffusers``.
+    gives ``robustbench``, ``model_zoo`` and ``utils``, for the model zoo only; ``timm`` gives
+    ``timm``; ``diffusers`` gives ``diffusers``.
 
     Raises:
         BadExtra: It is missing, another package shadows it, or it fails to import.
@@ -207,7 +200,7 @@ def _folders(module: str) -> list[Path]:
 
 def _version(package: str) -> str | None:
     try:
-        return importlib.metadata.version({"sklearn": "scikit-learn"}.get(package, package))
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 

@@ -234,13 +234,6 @@ STEPS_PER_VOTE = 1 << 32
 """More steps than a purifier has."""
 
 
-def same_vote(noise: Noise, source: Noise) -> Noise:
-    """`source`, at the step numbers of the vote that `noise` is for."""
-    if not isinstance(noise, OpaqueNoise):
-        return source
-    return OpaqueNoise(source, object.__getattribute__(noise, "_OpaqueNoise__vote"))
-
-
 def _library(device: torch.device) -> tuple[ModuleType, Callable[[Tensor], Any]]:
     """The array library for `device`, and the function that makes its arrays of int64 tensors."""
     if device.type == "cpu":

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from dbp_bench import __version__
 from dbp_bench.analyses.catalog import find, statement
 from dbp_bench.analyses.options import Options, parse
-from dbp_bench.analyses.record import SCHEMA, Record, record_path, row
+from dbp_bench.analyses.record import FIGURES, SCHEMA, Record, record_path, row
 from dbp_bench.analyses.target import Target, Tensors
 from dbp_bench.declaration import parse_json
 from dbp_bench.entries.registry import Registry
@@ -129,7 +129,7 @@ def analyse(
     with locked(work, what="analysis of this name"):
         if not resume:
             shutil.rmtree(work, ignore_errors=True)
-            for suffix in (".json", ".csv", ".svg", ".png"):
+            for suffix in (".json", ".csv", *FIGURES):
                 path.with_suffix(suffix).unlink(missing_ok=True)
         if path.is_file():
             refuse_other_request(request, Record.read(path).request, path)
@@ -147,6 +147,7 @@ def analyse(
             analysis=name,
             track=jobs[0].subject.track.name,
             defenses=list(sources),
+            titles={job.subject.name: job.subject.entry.entry.title for job in jobs},
             images=jobs[0].track_ids[: jobs[0].examples],
             statement=statement(analysis),
             request=request,

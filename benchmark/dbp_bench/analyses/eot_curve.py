@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -10,31 +10,26 @@ from pydantic import AfterValidator
 from torch import Tensor
 from torch.nn import functional
 
-from dbp_bench.analyses.options import Count, Known, Stepped
-from dbp_bench.analyses.target import (
-    Found,
-    Target,
-    Tensors,
-    estimate,
-    fresh,
-    guesses_of,
-    joined,
-    mean,
-)
+from dbp_bench.analyses.options import Allowance, Count, Known, Stepped
+from dbp_bench.analyses.target import NOTHING, Found, Target, Tensors, guesses_of, joined, mean
+from dbp_bench.attacks.standard import Standard
 from dbp_bench.checks.gradients import cosines
 from dbp_bench.evaluation import Group
-from dbp_bench.noise import VICTIM
+from dbp_bench.noise import VICTIM, Site
 from dbp_bench.reporting.statistics import Bootstrap, Replicates
+from dbp_bench.threat import Method
 
 AXES = ("eot",)
-EXAMPLES = 24
+EXAMPLES = 60
 
 SCALES = ("as taken", "unit length")
 """The gradients of single draws are averaged as an attack does, or each of length 1."""
 
 STATEMENT = """\
-accuracy of eot: PGD with N EoT samples a step and no draw known, evaluated on fresh draws. accuracy
-of dwbox: every draw known, evaluated at that draw.
+accuracy of eot: PGD with N EoT samples a step and no draw known. accuracy of hidden, and of dwbox:
+the standard attack with no draw known, and with every draw known, as in the leaderboard. Where no
+draw is known, images are evaluated at several victim draws, else at the known one. above-dwbox:
+accuracy minus that of dwbox, paired over images.
 
 cosine: at the clean images, between the mean gradient of cross-entropy over N guesses and the
 gradient at a known draw; mean over disjoint sets of guesses and over known draws, then over images.
@@ -53,31 +48,32 @@ def _increasing(values: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Options(Stepped):
-    """Numbers of EoT samples, known draws, and evaluation draws."""
+    """Numbers of EoT samples, budget, known draws, and evaluation draws where none is known."""
 
-    steps: Count = 10
-    counts: Annotated[tuple[int, ...], AfterValidator(_increasing)] = tuple(2**i for i in range(10))
+    counts: Annotated[tuple[int, ...], AfterValidator(_increasing)] = tuple(2**i for i in range(7))
+    budget: Allowance = 200
     known: Known = 3
-    fresh: Count = 9
+    draws: Count = 9
 
 
 def measure(target: Target, options: Options) -> Iterator[Found]:
     """The numbers of one defense."""
+    interval, standard = Bootstrap.of(target.images).estimate, Standard(options.budget)
 
-    def hidden(eot: int, group: Group) -> Tensors:
-        images = target.attacked(group, options.pgd(eot), frozenset(), 0)
-        return {"right": target.correct(images, group, fresh(options.fresh))}
+    def outcomes(method: Method, knows: frozenset[Site], draws: int, group: Group) -> Tensors:
+        return {"right": target.outcomes(group, method, knows, draws)[1]}
 
-    def known(group: Group) -> Tensors:
-        attack, sites = options.pgd(1), target.defense.sites
-        images = [target.attacked(group, attack, sites, draw) for draw in range(options.known)]
-        right = [target.correct(x, group, [draw]) for draw, x in enumerate(images)]
-        return {"right": torch.cat(right, 1)}
+    def accuracy(name: str, *attack: Any) -> Replicates:
+        return mean(joined(target.each(name, partial(outcomes, *attack)))["right"].mean(1))
 
-    for n in options.counts:
-        found = joined(target.each(f"eot {n}", partial(hidden, n)))
-        yield "eot", (n,), "accuracy", estimate(found["right"].mean(1))
-    yield "dwbox", (), "accuracy", estimate(joined(target.each("dwbox", known))["right"].mean(1))
+    known = accuracy("dwbox", standard, target.defense.sites, options.known)
+    yield "dwbox", (), "accuracy", interval(known)
+    attacks: list[tuple[str, tuple[int, ...], Method]] = [("hidden", (), standard)]
+    attacks += [("eot", (n,), options.pgd(n)) for n in options.counts]
+    for series, at, method in attacks:
+        right = accuracy(" ".join([series, *map(str, at)]), method, NOTHING, options.draws)
+        yield series, at, "accuracy", interval(right)
+        yield series, at, "above-dwbox", interval(right - known)
     found = joined(target.each("cosines", partial(_cosines, target, options)))
     for scale in SCALES:
         yield from _agreement(scale, found[scale], options.counts)

@@ -6,8 +6,10 @@ from itertools import chain, combinations
 
 import torch
 
-from dbp_bench.analyses.options import Count, Known, Searched
+from dbp_bench.analyses import options as base
+from dbp_bench.analyses.options import Allowance, Count, Known
 from dbp_bench.analyses.target import Found, Target, Tensors, fresh, joined, mean
+from dbp_bench.attacks.standard import Standard
 from dbp_bench.evaluation import Group
 from dbp_bench.noise import Site
 from dbp_bench.reporting.statistics import Bootstrap
@@ -18,9 +20,9 @@ EXAMPLES = 60
 NOTHING = "nothing"
 
 STATEMENT = """\
-accuracy: PGD is shown the victim's draws at the sites of the series and guesses elsewhere;
-evaluated at the victim's own draw, which is fresh at the sites not shown. Where nothing is known,
-every evaluation draw is fresh.
+accuracy: the standard attack is shown the victim's draws at the sites of the series and guesses
+elsewhere; evaluated at the victim's own draw, which is fresh at the sites not shown. Where nothing
+is known, every evaluation draw is fresh.
 
 accuracy-fresh: the same adversarial images on draws that no attack was shown at any site.
 
@@ -28,9 +30,10 @@ fall: accuracy with nothing known minus this one, paired over images. `sites`: h
 known."""
 
 
-class Options(Searched):
-    """Known draws, evaluation draws where none is known, and evaluation draws elsewhere."""
+class Options(base.Options):
+    """Budget, known draws, evaluation draws where none is known, and evaluation draws elsewhere."""
 
+    budget: Allowance = 200
     known: Known = 3
     draws: Count = 9
     fresh: Count = 3
@@ -64,10 +67,7 @@ def measure(target: Target, options: Options) -> Iterator[Found]:
 
 def outcomes(target: Target, options: Options, known: frozenset[Site], group: Group) -> Tensors:
     """1 where images are right, else 0 ``(b, draws)``: at the draws of a run, and at fresh ones."""
-    own, new = [], []
-    for draw in range(options.known if known else 1):
-        images = target.attacked(group, options.pgd(options.eot), known, draw)
-        draws = [draw] if known else range(options.draws)
-        own.append(target.correct(images, group, draws))
-        new.append(target.correct(images, group, fresh(options.fresh)))
-    return {"robust": torch.cat(own, 1), "fresh": torch.cat(new, 1)}
+    draws = options.known if known else options.draws
+    images, right = target.outcomes(group, Standard(options.budget), known, draws)
+    new = [target.correct(found, group, fresh(options.fresh)) for found in images]
+    return {"robust": right, "fresh": torch.cat(new, 1)}

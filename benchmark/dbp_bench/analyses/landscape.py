@@ -22,7 +22,8 @@ RANGE = (-0.5, 2.0)
 STATEMENT = """\
 Cross-entropy at x + a dD + b r, clamped to [0, 1] pixels, not to the budget. dD: the last
 perturbation of PGD with every draw known. r: what the last perturbation dE of PGD with no draw
-known has beside dD. dD lies at (1, 0), dE at (dE.dD / dD.dD, 1).
+known has beside dD. dD lies at (1, 0), dE at (dE.dD / dD.dD, 1). Both are of PGD on cross-entropy,
+which goes on where an image is wrong, as the standard attack doesn't; they decide no accuracy.
 
 Each known draw gives an own dD, hence an own plane. `draw d`: mean over images, at known draw d.
 `mean`: over images and known draws. Their spread is what one trajectory hides.

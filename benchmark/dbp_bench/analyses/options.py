@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dbp_bench.attacks.pgd import PGD
+from dbp_bench.attacks.standard import SAMPLES
 from dbp_bench.declaration import explain
 from dbp_bench.entries.threat import KNOWN_DRAWS
 from dbp_bench.errors import BadRequest
@@ -12,6 +13,8 @@ from dbp_bench.errors import BadRequest
 Count = Annotated[int, Field(ge=1)]
 Known = Annotated[int, Field(ge=KNOWN_DRAWS)]
 """Known draws: one is one trajectory."""
+Allowance = Annotated[int, Field(ge=SAMPLES)]
+"""The budget of the standard attack, in gradient evaluations for each known draw."""
 
 
 class Options(BaseModel):

@@ -14,6 +14,9 @@ from dbp_bench.result import Provenance, write_atomically
 
 SCHEMA: Literal[1] = 1
 
+FIGURES = (".svg", ".png", ".pdf")
+"""The suffixes of the figures beside a record."""
+
 DIGITS, DECIMALS = 6, 9
 """Significant digits and decimals that are written: below, the order of a sum decides."""
 
@@ -64,6 +67,8 @@ class Record(BaseModel):
     analysis: str
     track: str
     defenses: list[str]
+    titles: dict[str, str] = {}
+    """The titles of the defenses' entries."""
     images: list[int]
     """Ids of the images."""
     statement: list[str]

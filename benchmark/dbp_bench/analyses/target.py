@@ -9,15 +9,17 @@ from torch import Tensor
 
 from dbp_bench import evaluation
 from dbp_bench.attacks.common.objectives import cross_entropy
-from dbp_bench.attacks.pgd import PGD
 from dbp_bench.defense import Defense
 from dbp_bench.evaluation import FRESH, Group
 from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
 from dbp_bench.reporting.statistics import Bootstrap, Estimate, Replicates
-from dbp_bench.threat import AttackerView, Budget
+from dbp_bench.threat import AttackerView, Budget, Method, Revealed
 
 Tensors = dict[str, Tensor]
 """A piece of work: its tensors by name."""
+
+NOTHING = frozenset[Site]()
+"""No site: no draw is known."""
 
 Found = tuple[str, Sequence[float], str, Estimate | float]
 """A number that an analysis gives: series, place on its axes, quantity, and value."""
@@ -36,6 +38,9 @@ class Target:
     """Images x draws in one pass, at most."""
     store: Callable[[str, Callable[[], Tensors]], Tensors] = lambda _, make: make()
     """The tensors of a piece of work by name, made once; see :class:`.analyse.Pieces`."""
+    fixed: frozenset[Site] = NOTHING
+    """The sites at which every evaluation has victim draw `draw`."""
+    draw: int = 0
 
     @property
     def images(self) -> int:
@@ -57,7 +62,7 @@ class Target:
             for number, parts in enumerate(zip(self.groups, *earlier, strict=True))
         ]
 
-    def attacked(self, group: Group, method: PGD, knows: frozenset[Site], draw: int) -> Tensor:
+    def attacked(self, group: Group, method: Method, knows: frozenset[Site], draw: int) -> Tensor:
         """Adversarial images ``(b, c, h, w)``, as a run makes them for victim draw `draw`."""
         return evaluation.attack(
             self.defense,
@@ -70,22 +75,41 @@ class Target:
             max_batch=self.max_batch,
         ).images
 
+    def outcomes(
+        self, group: Group, method: Method, knows: frozenset[Site], draws: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """The images of each attack, and 1 where they are right, else 0 ``(b, draws)``.
+
+        As in a run: attack d is evaluated at victim draw d; where nothing is known, one attack is
+        evaluated at all draws.
+        """
+        numbers = range(draws if knows else 1)
+        images = [self.attacked(group, method, knows, draw) for draw in numbers]
+        right = [
+            self.correct(found, group, [draw] if knows else range(draws))
+            for draw, found in zip(numbers, images, strict=True)
+        ]
+        return images, torch.cat(right, 1)
+
     def correct(self, images: Tensor, group: Group, draws: Sequence[int]) -> Tensor:
         """1 where `images` ``(b, c, h, w)`` are classified correctly ``(b, draws)``, as in a run.
 
         The others are 0, in float64.
         """
-        predicted = [
-            evaluation.predict(self.defense, images, group.ids, seed=self.seed, draw=draw)
-            for draw in draws
-        ]
+        fixed, *noises = (
+            Tape.make(self.seed, VICTIM, group.ids, draw) for draw in (self.draw, *draws)
+        )
+        with torch.no_grad():
+            predicted = [
+                self.defense.classes(images, Revealed(fixed, noise, self.fixed)) for noise in noises
+            ]
         return (torch.stack(predicted, 1) == group.labels[:, None]).double()
 
     def losses(self, images: Tensor, group: Group, draws: Sequence[int]) -> Tensor:
         """Cross-entropy ``(b, draws)`` of `images` ``(b, c, h, w)`` in [0, 1] at victim `draws`."""
-        victim = Tape.make(self.seed, VICTIM, group.ids)
+        fixed, victim = (Tape.make(self.seed, VICTIM, group.ids, draw) for draw in (self.draw, 0))
         # A view whose guesses are the victim's own draws: it evaluates many of them in few passes.
-        view = AttackerView(self.defense, frozenset(), victim, victim, self.max_batch)
+        view = AttackerView(self.defense, self.fixed, fixed, victim, self.max_batch)
         logits = view.logits(images, draws)
         labels = group.labels.repeat_interleave(len(draws))
         return cross_entropy(logits.flatten(0, 1), labels).view(len(images), len(draws))

@@ -44,12 +44,16 @@ def analyze(
         float | None, typer.Option("--step-size", help="Step of the attack, relative to eps.")
     ] = None,
     eot: Annotated[int | None, typer.Option("--eot", help="EoT samples per attack step.")] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="Gradient evaluations of the standard attack.")
+    ] = None,
     known: Annotated[int | None, typer.Option(help="Known draws, each attacked anew.")] = None,
     fresh: Annotated[
         int | None, typer.Option(help="Evaluation draws, which no attack is shown.")
     ] = None,
     draws: Annotated[
-        int | None, typer.Option(help="immobilise: evaluation draws where nothing is known.")
+        int | None,
+        typer.Option(help="immobilise, eot-curve: evaluation draws where nothing is known."),
     ] = None,
     runs: Annotated[
         int | None, typer.Option(help="trajectory: runs of each attack that knows no draw.")
@@ -77,11 +81,12 @@ def analyze(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Analyse where robustness comes from; write numbers (JSON, CSV) and a figure (SVG, PNG)."""
+    """Analyse where robustness comes from; write numbers (JSON, CSV), a figure (SVG, PNG, PDF)."""
     numbers = {
         "steps": steps,
         "step_size": step_size,
         "eot": eot,
+        "budget": budget,
         "known": known,
         "fresh": fresh,
         "draws": draws,
@@ -134,19 +139,22 @@ def _numbers(option: str, text: str) -> list[float]:
 
 
 _MOST = 60
-"""Rows that a terminal shows; the files hold all."""
+"""Rows that a terminal shows; of more, those with a place on the axes are in the files alone."""
 
 
 def _show(say: Any, record: "Record") -> None:
     from rich.table import Table
 
-    if len(record.rows) > _MOST:
-        say.print(f"{len(record.rows)} numbers: see the files.", highlight=False)
-        return
+    rows = record.rows
+    if len(rows) > _MOST:
+        say.print(f"{len(rows)} numbers: see the files.", highlight=False)
+        rows = [r for r in rows if not r.at]
+        if not rows:
+            return
     table = Table(box=None, pad_edge=False)
     for name in ("defense", "series", *record.axes, "quantity", "value [95 %]"):
         table.add_column(name)
-    for r in record.rows:
+    for r in rows:
         places = [f"{x:g}" for x in r.at] + [""] * (len(record.axes) - len(r.at))
         interval = "" if r.low is None else f" [{r.low:.3f}, {r.high:.3f}]"
         table.add_row(r.defense, r.series, *places, r.quantity, f"{r.value:.3f}{interval}")
