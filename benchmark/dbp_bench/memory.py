@@ -292,7 +292,9 @@ def activation_bytes(function: Callable[[], Tensor], limit: int | None = None) -
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be allocated on `device`."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # torch keeps what tensors gave back, and the driver counts it as taken.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         fields = dict(line.split(":", 1) for line in lines)
@@ -305,5 +307,8 @@ def is_exhausted(error: BaseException) -> bool:
     """Tell whether `error` is an allocation that failed, on a GPU or on the processor."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # torch has no class for a failure on the processor.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in words_of(error)
+    # torch has no class for a failure on the processor, or inside a library of the GPU.
+    return isinstance(error, RuntimeError) and any(w in words_of(error) for w in _EXHAUSTED)
+
+
+_EXHAUSTED = ("DefaultCPUAllocator", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")

@@ -425,7 +425,10 @@ def _float(integers: Any, xp: ModuleType) -> Any:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generator inside (networks initialise from it), and restore it after."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    """Seed torch's global generator inside (networks initialise from it), and restore it after.
+
+    It is the processor's, where networks are built; those of GPUs stay as they are.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield

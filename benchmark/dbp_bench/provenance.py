@@ -60,6 +60,17 @@ def device_name(device: str) -> str:
         return platform.processor() or platform.machine()
 
 
+def full_float32() -> None:
+    """Let float32 mean float32 in this process, whatever was set before.
+
+    On a GPU, no product is shortened to ten bits (TF32), in convolutions or elsewhere, and cuDNN
+    adds in an order that is the same each time.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+
+
 def _git() -> tuple[str | None, bool | None]:
     """Commit of the checkout that this code runs from, and whether code or entries differ."""
     top = Path(__file__).parents[2]

@@ -217,8 +217,7 @@ def evaluate(
                 f"{doubled[0]}: track {track!r} has its own; leave out one of the two."
             )
         base, home = own.subject(BASE, asked.track), asked.device or "cpu"
-        if home == "cuda" and not torch.cuda.is_available():
-            raise BadRequest("device='cuda': this torch sees no GPU.")
+        _check_seen(home)
     else:
         base = _base(classifier, images, labels, asked.norm, asked.eps)
         home = base.home
@@ -264,6 +263,12 @@ def evaluate(
         if item.instead is not None and item.job.subject.name == asked.name
     }
     return Report.of(asked.name, paths, registry, same)
+
+
+def _check_seen(device: str) -> None:
+    """Refuse a GPU where there is none."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BadRequest(f"device={device!r}: this torch sees no GPU.")
 
 
 def _listed(names: object) -> object:
@@ -397,10 +402,12 @@ def load_defense(
         trust_code: Whether code that an entry names outside this package may run.
 
     Raises:
+        BadRequest: There is no GPU.
         UnknownName: There is no such defense or track.
         BadEntry: The entry can't be built.
         BadWeights: Weights are missing; the message gives the command that fetches them.
     """
+    _check_seen(device)
     registry = Registry([Path(folder) for folder in entries], trust_code=trust_code)
     return registry.subject(name, track).defense(device=device)
 

@@ -19,7 +19,7 @@ from dbp_bench.declaration import parse_json
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, did_you_mean
 from dbp_bench.evaluation import Group
-from dbp_bench.provenance import provenance
+from dbp_bench.provenance import full_float32, provenance
 from dbp_bench.result import Provenance, write_atomically
 from dbp_bench.runs.job import Job, Overrides, refuse_other_request, resolve
 from dbp_bench.writing import locked
@@ -135,8 +135,7 @@ def analyse(
             refuse_other_request(request, Record.read(path).request, path)
             return path
         pieces = Pieces(work, request, say)
-        # float32 means float32: no shortened products in convolutions.
-        torch.backends.cudnn.allow_tf32 = False
+        full_float32()
         rows, sources = [], {}
         for job in jobs:
             target, source = _target(job, pieces)

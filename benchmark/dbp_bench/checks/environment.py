@@ -30,7 +30,7 @@ from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import DbpError
 from dbp_bench.evaluation import Group
 from dbp_bench.noise import FORWARD, VICTIM, Tape
-from dbp_bench.provenance import device_name
+from dbp_bench.provenance import device_name, full_float32
 from dbp_bench.result import write_atomically
 from dbp_bench.weights import files as weight_files
 from dbp_bench.weights import places as weight_places
@@ -50,7 +50,7 @@ EFFORT = {
 
 TOLERANCES = {"cpu": 1e-3, "cuda": 0.1}
 """Largest errors of the logits, which are about 10 in size. Rounding moves them by 5e-6 from one
-processor to another; the convolutions of a GPU may round to ten bits (TF32)."""
+processor to another; what it does on a GPU has not been measured."""
 
 
 def examine() -> dict[str, Any]:
@@ -241,6 +241,7 @@ def _run(subject: Subject, device: str) -> dict[str, Tensor]:
 
     Every draw is known to the attacker (DW-box).
     """
+    full_float32()
     ids = subject.ids()[:EXAMPLES]
     images, labels = subject.data().select(ids)
     group = Group(images.to(device), labels.to(device), ids)

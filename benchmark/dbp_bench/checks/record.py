@@ -24,6 +24,7 @@ from dbp_bench.defense import Defense
 from dbp_bench.errors import NotConforming
 from dbp_bench.evaluation import Group
 from dbp_bench.noise import OpaqueNoise, Site, Tape
+from dbp_bench.provenance import full_float32
 from dbp_bench.result import Conformance, GradientCheck
 from dbp_bench.taped import Record
 from dbp_bench.threat import AttackerView, Gradient, Revealed
@@ -95,8 +96,7 @@ def record(build: Build, group: Group, approach: Approach, memo: Memo | None = N
     """
     memo = memo or Memo()
     if approach not in memo.records:
-        # float32 means float32: no shortened products in convolutions.
-        torch.backends.cudnn.allow_tf32 = False
+        full_float32()
         try:
             exact = build(torch.float64)
         except Exception:  # A purifier may not know float64; what it computes then isn't compared.

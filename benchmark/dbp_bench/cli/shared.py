@@ -129,7 +129,9 @@ def device_of(name: str) -> str:
     if name == "cpu":
         return name
     if name not in ("auto", "cuda"):
-        raise BadRequest(f"--device {name!r}: auto, cpu or cuda.")
+        raise BadRequest(
+            f"--device {name!r}: auto, cpu or cuda; CUDA_VISIBLE_DEVICES chooses among GPUs."
+        )
     import torch
 
     if torch.cuda.is_available():

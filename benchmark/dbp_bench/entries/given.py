@@ -206,8 +206,22 @@ def base_of(
         module,
         held,
         {"classifier": digest},
-        images.device.type,
+        _home(images.device),
     )
+
+
+def _home(device: torch.device) -> str:
+    """The name of the device for a run, which takes the current GPU where there are several.
+
+    Raises:
+        BadRequest: It is another GPU.
+    """
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        raise BadRequest(
+            f"the images are on {device}, and the current GPU is another: call "
+            f"torch.cuda.set_device({device.index}) first."
+        )
+    return device.type
 
 
 def given_on(base: Subject, name: str, purifier: Purifier, device: str) -> Given:

@@ -20,7 +20,7 @@ from dbp_bench.errors import BadRequest
 from dbp_bench.evaluation import FRESH, Group
 from dbp_bench.memory import Policy
 from dbp_bench.noise import Site
-from dbp_bench.provenance import provenance
+from dbp_bench.provenance import full_float32, provenance
 from dbp_bench.result import (
     Arithmetic,
     Conformance,
@@ -232,8 +232,7 @@ class _Run:
     @classmethod
     def of(cls, job: Job, policy: Policy) -> "_Run":
         """Everything that `job` names, on its device."""
-        # float32 means float32: no shortened products in convolutions.
-        torch.backends.cudnn.allow_tf32 = False
+        full_float32()
         return cls(
             *job.built(policy=policy),
             job.other_defenses(policy=policy),

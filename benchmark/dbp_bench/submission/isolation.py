@@ -33,6 +33,7 @@ from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import LONGEST, BadRequest, DbpError, NotConforming, place_of
 from dbp_bench.memory import Policy
 from dbp_bench.noise import Noise, Site
+from dbp_bench.provenance import full_float32
 
 _DTYPES: Final = {
     str(dtype).removeprefix("torch."): dtype
@@ -208,7 +209,7 @@ def _serve(connection: "Connection[Any, Any]", subject: Subject, device: str) ->
     """Answer questions about `subject` until nobody is there to ask."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)  # what it prints is no answer of a command
-    torch.backends.cudnn.allow_tf32 = False  # as in a run
+    full_float32()  # as in a run
     built: dict[str, Defense] = {}
     while True:
         try:

@@ -83,13 +83,22 @@ ALONE = Group()
 
 @contextmanager
 def launched(device: str) -> Iterator[tuple[Group, torch.device]]:
-    """The group that the launcher's environment variables say, and this process's device."""
+    """The group that the launcher's environment variables say, and this process's device.
+
+    Raises:
+        BadRequest: There are fewer GPUs than processes.
+    """
     place = torch.device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE, place
         return
     if device == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if place.index >= torch.cuda.device_count():
+            raise BadRequest(
+                f"process {place.index + 1} of this machine has no GPU of its own: torch sees "
+                f"{torch.cuda.device_count()}. Start as many processes, or give --device cpu."
+            )
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:

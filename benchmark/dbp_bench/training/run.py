@@ -13,6 +13,7 @@ from dbp_bench.data import DataSet
 from dbp_bench.errors import AttackFailed, BadRequest
 from dbp_bench.memory import is_exhausted
 from dbp_bench.noise import seeded
+from dbp_bench.provenance import full_float32
 from dbp_bench.result import write_atomically
 from dbp_bench.training import diffusion, output, variants
 from dbp_bench.training.given import Given, guiding_classifier, start_from
@@ -107,8 +108,7 @@ def run(
         fast = f", {speed:.0f} images/s" if speed else ""
         progress(update, settings.iterations, f"loss {loss:.4f}{fast}")
 
-    # float32 means float32: no shortened products in convolutions.
-    torch.backends.cudnn.allow_tf32 = False
+    full_float32()
     start = time.perf_counter()
     journal.start()
     with _in_words(options, checkpoint):
