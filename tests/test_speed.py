@@ -111,6 +111,22 @@ def test_a_gpu_is_waited_for_and_its_peak_is_this_calls(monkeypatch: pytest.Monk
     assert calls[-5:] == ["empty_cache", "reset_peak_memory_stats", "work", "synchronize", "read"]
 
 
+def test_the_operations_of_a_step_are_counted() -> None:
+    """Those of one linear layer, by hand: forward, and back to the images but not to weights."""
+
+    class Linear(nn.Module):
+        def __init__(self, outputs: int) -> None:
+            super().__init__()
+            self.layer = nn.Linear(12, outputs).requires_grad_(False)
+
+        def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+            out: Tensor = self.layer(x.flatten(1))
+            return out.view_as(x) if out.shape[1] == 12 else out
+
+    counted = contenders.step_operations(Linear(12), Linear(5), 7, (3, 2, 2), steps=4)
+    assert counted == 2 * 2 * 7 * 12 * (4 * 12 + 5)
+
+
 # ------------------------------------------------------------------------------------ precisions
 
 
@@ -265,11 +281,12 @@ SETTING = Setting(images=2, steps=1, rounds=1, compiles=False, shape=(3, 8, 8))
 
 
 def test_every_cell_is_measured() -> None:
-    before, lines = products(), list[str]()
-    rows = network.measure(small(), "cpu", SETTING, lines.append)
+    before, cells = products(), list[list[timing.Row]]()
+    rows = network.measure(small(), "cpu", SETTING, cells.append)
     assert products() == before
     assert json.loads(json.dumps(rows)) == rows
-    assert lines == ["fp32: done", "bf16: done"]
+    assert [row for cell in cells for row in cell] == rows
+    assert len(cells) == 2
     titles = [contenders.BY_HAND, *contenders.TITLES.values()]
     assert [(r["precision"], r["attack step"]) for r in rows] == [
         (name, title) for name in ("fp32", "bf16") for title in titles
@@ -277,6 +294,7 @@ def test_every_cell_is_measured() -> None:
     for row in rows:
         assert row["problem"] is None
         assert row["gradients per s"] > 0
+        assert row["share of peak"] > 0
         assert ("ratio" in row) == (row["attack step"] != contenders.BY_HAND)
     full, low = (row for row in rows if "cosine" in row)
     assert (full["cosine"], full["equal signs"]) == (pytest.approx(1, abs=1e-12), 1)
@@ -331,9 +349,9 @@ def test_a_compiler_that_is_missing_loses_its_rows_alone(monkeypatch: pytest.Mon
     rows = network.measure(small(), "cpu", replace(SETTING, compiles=True))
     assert [(r["precision"], r["compiled"]) for r in rows[::3]] == [
         ("fp32", False),
-        ("fp32", True),
         ("bf16", False),
         ("bf16", True),
+        ("fp32", True),
     ]
     for row in rows:
         assert (row["gradients per s"] is None) == row["compiled"]
@@ -357,7 +375,7 @@ def test_compiled_cells_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = network.measure(small(), "cpu", replace(SETTING, compiles=True))
     assert compiled == [False] * 4
     assert len(forgotten) == 2
-    full, same, *_ = (row["cosine"] for row in rows if "cosine" in row)
+    full, *_, same = (row["cosine"] for row in rows if "cosine" in row)
     assert full == same
 
 

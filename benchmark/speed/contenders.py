@@ -1,5 +1,6 @@
 """The two things that are compared: an attack step as written in a notebook, and as run here."""
 
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -7,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.data import digits
@@ -68,6 +70,26 @@ def by_hand(
     (gradient,) = torch.autograd.grad(loss, delta)
     mean = gradient.view(-1, copies, *x.shape[1:]).mean(1)
     return (x[::copies] + _STEP * eps * mean.sign()).clamp(0, 1)
+
+
+def step_operations(
+    denoiser: nn.Module,
+    classifier: nn.Module,
+    images: int,
+    shape: tuple[int, int, int],
+    steps: int,
+) -> int:
+    """Floating-point operations of :func:`by_hand` in products and convolutions, one draw an image.
+
+    They are counted on tensors without numbers. What checkpointing runs again isn't counted for it,
+    so that rates of contenders compare as their gradients per second do.
+    """
+    networks = [copy.deepcopy(network).to("meta") for network in (denoiser, classifier)]
+    x = torch.empty(images, *shape, device="meta")
+    y = torch.empty(images, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        by_hand(*networks, x, y, steps=steps, copies=1, eps=1.0)
+    return counter.get_total_flops()
 
 
 def defense(denoiser: nn.Module, classifier: nn.Module, policy: Policy, steps: int) -> Defense:

@@ -18,8 +18,24 @@ from dbp_bench.noise import Site, Tape, seeded
 from dbp_bench.weights import catalog, store
 from dbp_bench.weights.build import build
 from dbp_bench.weights.convert import network_of
-from speed.contenders import BY_HAND, POLICIES, TITLES, as_run, by_hand, defense, view
-from speed.precision import Lowered, Precision, agreement, arithmetic, precisions
+from speed.contenders import (
+    BY_HAND,
+    POLICIES,
+    TITLES,
+    as_run,
+    by_hand,
+    defense,
+    step_operations,
+    view,
+)
+from speed.precision import (
+    Lowered,
+    Precision,
+    agreement,
+    arithmetic,
+    precisions,
+    product_rate,
+)
 from speed.timing import Row, in_turn, peak_bytes, ratio, release, seconds
 
 CHECKPOINTS = ("cifar10-ddpm-ema", "cifar10-wrn-28-10")
@@ -67,9 +83,16 @@ def published() -> tuple[Pair, str]:
 
 
 def measure(
-    networks: Pair, device: str, setting: Setting, say: Callable[[str], None] = lambda _: None
+    networks: Pair,
+    device: str,
+    setting: Setting,
+    told: Callable[[list[Row]], None] = lambda _: None,
 ) -> list[Row]:
-    """A row for each cell and contender; `networks` are moved to the device, and stay there."""
+    """A row for each cell and contender; `networks` are moved to the device, and stay there.
+
+    Compiled cells come last, since a compiler takes minutes. `told` is given the rows of each cell.
+    """
+    operations = step_operations(*networks, setting.images, setting.shape, setting.steps)
     for network in networks:
         network.eval().requires_grad_(False).to(device)
         if setting.channels_last:
@@ -80,11 +103,13 @@ def measure(
     labels = torch.arange(setting.images, device=device) % 10
     reference = _reference(networks, images, labels, setting.steps, device)
     rows: list[Row] = []
-    for precision in precisions(device):
-        for compiled in (False, True)[: 1 + setting.compiles]:
-            cell = _Cell(networks, images, labels, setting, device, precision, compiled)
-            rows += cell.rows(reference)
-            say(f"{precision}{', compiled' if compiled else ''}: done")
+    plain = [(precision, False) for precision in precisions(device)]
+    compiled = [(precision, True) for precision, _ in reversed(plain)]
+    for each in plain + compiled * setting.compiles:
+        cell = _Cell(networks, images, labels, setting, operations, device, *each)
+        found = list(cell.rows(reference))
+        told(found)
+        rows += found
     return rows
 
 
@@ -108,6 +133,8 @@ class _Cell:
     images: Tensor
     labels: Tensor
     setting: Setting
+    operations: int
+    """Floating-point operations of one step by hand."""
     device: str
     precision: Precision
     compiled: bool
@@ -118,6 +145,7 @@ class _Cell:
         with arithmetic(self.precision), warnings.catch_warnings():
             # The compiler's advice to turn on what this cell is to be measured without.
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+            peak = product_rate(self.precision, self.device)
             lowered = _lowered(self.networks, self.precision, self.compiled)
             told = self._measured(lowered)
             if reference is not None and told[TITLES["step"]].problem is None:
@@ -130,15 +158,16 @@ class _Cell:
         hand = told[BY_HAND].times
         for name, one in told.items():
             compared = bool(one.times and hand) and name != BY_HAND
+            median = statistics.median(one.times) if one.times else None
             yield {
                 "precision": self.precision,
                 "compiled": self.compiled,
                 "attack step": name,
                 "problem": one.problem,
                 "first call s": one.first,
-                "gradients per s": self.setting.images / statistics.median(one.times)
-                if one.times
-                else None,
+                "gradients per s": median and self.setting.images / median,
+                "TFLOP/s": median and self.operations / median / 1e12,
+                "share of peak": median and self.operations / median / peak,
                 "peak MiB": one.peak and one.peak / 2**20,
                 **(ratio(one.times, hand) if compared else {}),
                 **(gradient if name == TITLES["step"] else {}),

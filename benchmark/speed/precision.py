@@ -1,5 +1,6 @@
 """Precisions that networks can be run in, and what each changes in gradients and in outcomes."""
 
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -12,10 +13,10 @@ from dbp_bench.attacks.common.objectives import cross_entropy
 from dbp_bench.checks.gradients import cosines
 from dbp_bench.defense import Defense
 from dbp_bench.evaluation import Group, attack
-from dbp_bench.noise import Site
+from dbp_bench.noise import Site, Tape
 from dbp_bench.threat import Linf
 from speed.contenders import defense, digits_images, digits_networks, right_at, view
-from speed.timing import Row
+from speed.timing import Row, seconds
 
 Precision = Literal["fp32", "tf32", "bf16"]
 """`fp32`: as every attack is run. `tf32`: products of float32 numbers use their first 10 bits.
@@ -48,6 +49,32 @@ def arithmetic(precision: Precision) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(products)
         torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def product_rate(precision: Precision, device: str) -> float:
+    """Floating-point operations per second of a large product of matrices in this precision.
+
+    It is the most that the device can be expected to do; the block that calls sets tf32. The
+    matrices are of noise, since a GPU multiplies zeros faster.
+    """
+    n = 512 if device == "cpu" else 8192
+    matrix = Tape.make(0, "speed", range(n)).normal(
+        Site("matrix"), 0, torch.empty(n, n, device=device)
+    )
+    if precision == "bf16":
+        matrix = matrix.bfloat16()
+
+    def products() -> None:
+        for _ in range(PRODUCTS):
+            matrix @ matrix
+
+    products()
+    times = [seconds(products, device) for _ in range(5)]
+    return PRODUCTS * 2 * n**3 / statistics.median(times)
+
+
+PRODUCTS = 4
+"""Products that are timed together."""
 
 
 class Lowered(nn.Module):
