@@ -215,5 +215,6 @@ def test_warnings_of_the_driver_are_findings(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_golden_case_passes_on_a_gpu() -> None:
     assert "attack on cuda:0: " in detail(True)

@@ -1,19 +1,37 @@
 """Nothing mixes tensors of two devices, and a second device gives the outcomes of the CPU."""
 
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+import dbp_bench
 from dbp_bench import attacks, evaluation
+from dbp_bench.analyses.analyse import analyse
+from dbp_bench.analyses.record import Record
+from dbp_bench.checks import conformance, gradients
 from dbp_bench.data import load_data
 from dbp_bench.entries.registry import Registry
 from dbp_bench.evaluation import Attacked, Group
+from dbp_bench.purifiers.ddpm import DDPM
+from dbp_bench.result import Arithmetic, Result
+from dbp_bench.runs import execute as runner
+from dbp_bench.runs import job as jobs
+from dbp_bench.runs.pictures import write_pictures
+from dbp_bench.runs.replay import attack_again, reevaluated
+from dbp_bench.runs.saved import adversarial_path, read_saved
+from dbp_bench.taped import mode
 from dbp_bench.training.loop import Options
 from dbp_bench.training.recipes import changed, recipe
 from dbp_bench.training.run import run
 from dbp_bench.weights.files import load
+from foreign import HiddenDDPM
 from second_device import DEVICE, MixedDevices, SecondDevice
+from test_analyses_files import SMALL as ANALYSES
 
 REGISTRY = Registry()
 
@@ -92,3 +110,165 @@ def test_training(name: str, tmp_path: Path) -> None:
     with SecondDevice():
         # The optimiser takes another path there, which rounds otherwise.
         torch.testing.assert_close(trained(DEVICE), wanted, rtol=1e-2, atol=1e-4)
+
+
+# ----------------------------------------------------------------------- runs, and what uses them
+
+
+@pytest.fixture
+def _recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second device goes into records as a GPU, since no other has a name there."""
+
+    def arithmetic(device: str, **others: Any) -> Arithmetic:
+        return Arithmetic(device="cuda" if device == DEVICE.type else "cpu", **others)
+
+    def of_result(result: Result) -> dict[str, Any]:
+        found = identity_of(result)
+        there = found["device"] == "cuda"
+        return {**found, "device": DEVICE.type if there else found["device"]}
+
+    identity_of = jobs.identity_of
+    monkeypatch.setattr(runner, "Arithmetic", arithmetic)
+    monkeypatch.setattr(runner, "identity_of", of_result)
+    # A draw on the device "meta" is otherwise one without numbers.
+    device_of = mode.device_of
+    monkeypatch.setattr(
+        mode, "device_of", lambda given: torch.device(device_of(given).type.replace("meta", "cpu"))
+    )
+
+
+def outcomes(result: Result) -> dict[str, Any]:
+    """Everything in a result but where and when it was computed."""
+    found = json.loads(result.to_json())
+    return {key: found[key] for key in found if key not in ("arithmetic", "provenance")}
+
+
+def small_job(defense: str, threat: str, device: torch.device) -> jobs.Job:
+    overrides = jobs.Overrides(effort={"budget": 6}, examples=3, batch_size=2, draws=2)
+    return jobs.resolve(
+        REGISTRY,
+        "digits-linf",
+        defense,
+        threat,
+        attack="standard",
+        seed=0,
+        device=device.type,
+        overrides=overrides,
+    )
+
+
+@pytest.mark.usefixtures("_recorded")
+@pytest.mark.parametrize(("defense", "threat"), [("ddpm", "eot"), ("gdmp", "dwbox")])
+def test_a_run_its_images_and_its_pictures(defense: str, threat: str, tmp_path: Path) -> None:
+    """And its result can be continued, re-evaluated and attacked again there."""
+
+    def ran(device: torch.device) -> tuple[Result, bytes, list[Tensor], bytes]:
+        out, job = tmp_path / device.type, small_job(defense, threat, device)
+        path = runner.execute(job, out, save_adversarial=True)
+        assert runner.execute(job, out) == path
+        result, saved = Result.read(path), read_saved(adversarial_path(path), job)
+        again = attack_again(result, job, tmp_path / f"again-{device.type}", [0, 1])
+        assert again.comparison.differing == 0
+        built = job.built()[0]
+        classes = reevaluated(result, saved, job, built)
+        assert (classes["adversarial"].numpy() == result.classes("adversarial")).all()
+        pictures = write_pictures(path, result, job, again)
+        shown = json.loads(pictures.read_bytes())["images"]
+        return result, saved.images.numpy().tobytes(), [*classes.values()], json.dumps(shown)
+
+    wanted = ran(torch.device("cpu"))
+    with SecondDevice():
+        found = ran(DEVICE)
+    assert outcomes(found[0]) == outcomes(wanted[0])
+    assert found[0].digest == wanted[0].digest
+    assert all(said == "pass" for said in found[0].conformance.checks.values())  # type: ignore[union-attr]
+    assert found[1] == wanted[1]
+    assert all(torch.equal(one, two) for one, two in zip(found[2], wanted[2], strict=True))
+    assert found[3] == wanted[3]
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_analyses(name: str, tmp_path: Path) -> None:
+    def rows(device: torch.device) -> list[Any]:
+        path = analyse(
+            name,
+            REGISTRY,
+            "digits-linf",
+            ["ddim"],
+            seed=0,
+            device=device.type,
+            out=tmp_path / device.type,
+            examples=2,
+            options=ANALYSES[name],
+        )
+        return Record.read(path).rows
+
+    wanted = rows(torch.device("cpu"))
+    with SecondDevice():
+        assert rows(DEVICE) == wanted
+
+
+@pytest.mark.parametrize("defense", ["ddpm", "gdmp"])
+def test_checks(defense: str) -> None:
+    subject = REGISTRY.subject(defense, "digits-linf")
+    wanted, _ = gradients.check(subject, images=2)
+    with SecondDevice():
+        built = subject.defense(device=DEVICE, dtype=torch.float64)
+        images = subject.data().select(range(3))[0].to(DEVICE, torch.float64)
+        faults = {
+            check.__name__: conformance.fault(check, built, images)
+            for check in conformance.CHECKS.values()
+        }
+        found, _ = gradients.check(subject, images=2, device=DEVICE.type)
+    assert not any(faults.values()), faults
+    assert found == wanted
+
+
+# ------------------------------------------------------------------------------ modules and scripts
+
+
+class Noisy(nn.Module):
+    """Somebody's module, which draws with torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        noised = images + self.scale * torch.randn(images.shape, device=images.device)
+        kept = torch.rand_like(images) < 0.9
+        return (noised * kept).clamp(0, 1)
+
+
+def hidden_ddpm() -> HiddenDDPM:
+    built = REGISTRY.subject("ddpm", "digits-linf").defense()
+    return HiddenDDPM(cast(nn.Module, cast(DDPM, built.purifier).denoiser), reentrant=False)
+
+
+@pytest.mark.usefixtures("_recorded")
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+@pytest.mark.parametrize("make", [Noisy, hidden_ddpm])
+def test_a_script(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    track = dbp_bench.load_track("digits-linf")
+    images, labels = track.images[:4], track.labels[:4]
+
+    def evaluated(device: torch.device) -> tuple[Mapping[str, Any], ...]:
+        purifier, classifier = make().to(device), track.subject.defense(device=device).classifier
+        asked = purifier, classifier, images.to(device)
+        report = dbp_bench.evaluate(
+            *asked,
+            labels.to(device),
+            norm="linf",
+            eps=0.2,
+            attack="standard",
+            options={"budget": 4},
+            out=tmp_path / device.type,
+            quiet=True,
+        )
+        checked = dbp_bench.check(*asked)
+        assert checked.passed, str(checked)
+        return tuple(outcomes(result) for result in report.results), checked.faults
+
+    wanted = evaluated(torch.device("cpu"))
+    with SecondDevice():
+        assert evaluated(DEVICE) == wanted

@@ -425,10 +425,14 @@ def _float(integers: Any, xp: ModuleType) -> Any:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generator inside (networks initialise from it), and restore it after.
+    """Seed torch's global generators inside, and restore them after.
 
-    It is the processor's, where networks are built; those of GPUs stay as they are.
+    Networks initialise from that of the processor, and attacks of others draw from that of the
+    current GPU, too. One that isn't in use, or another GPU, is left alone.
     """
-    with torch.random.fork_rng(devices=[]):
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(gpus):
         torch.default_generator.manual_seed(seed)
+        if gpus:
+            torch.cuda.manual_seed(seed)
         yield
