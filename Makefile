@@ -9,6 +9,10 @@ PINS := requirements/constraints.txt
 # What the demonstration and a regenerated matrix are written to; results/ holds the committed ones.
 SCRATCH := build
 
+# Of `make gpu`: the folder of its report, and that of the wheels that are carried along.
+OUT := $(SCRATCH)/gpu
+WHEELS := $(SCRATCH)/wheels
+
 # What the table of attacks is made of: on these defenses, attacks with hidden and with known draws.
 ATTACKED := ddpm,addt
 HIDDEN := pgd apgd ensemble-hidden diffattack low-frequency selective square transfer autoattack:rand \
@@ -20,7 +24,7 @@ BALLS := eps=0.05,0.1,0.3,0.5,1
 TWICE := budget=400
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format matrix attacks leaderboards clean
+.PHONY: help setup demo test check format matrix attacks leaderboards gpu wheels clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 22
@@ -72,6 +76,14 @@ attacks: $(VENV)/.third-party  ## Attacks of ours and of third parties again (ho
 
 leaderboards: $(VENV)/.core  ## Write leaderboards/ anew from results/.
 	$(BIN)/dbp-bench report --results results --out leaderboards
+
+# No environment is made: it takes $(PYTHON) as it is, and what that lacks from $(WHEELS).
+gpu:  ## Everything that a GPU is asked, in under nine minutes: OUT=..., DATA=... (CONTRIBUTING.md).
+	PYTHONPATH=benchmark $(PYTHON) -m speed.gpu --out $(OUT) --wheels $(WHEELS) \
+		$(if $(DATA),--data $(DATA))
+
+wheels:  ## With a network: the wheels that `make gpu` may need, in build/wheels.
+	PYTHONPATH=benchmark $(PYTHON) -m speed.gpu --fetch --wheels $(WHEELS) $(if $(LIGHT),--light)
 
 clean:  ## Remove the environment, caches and scratch results.
 	rm -rf $(VENV) $(SCRATCH) dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -1,4 +1,4 @@
-"""`make gpu`: what a stage found outlives it, packages come from wheels, and all of it is rehearsed."""
+"""`make gpu`: what a stage found outlives it, packages come from wheels; all is rehearsed."""
 
 import json
 import os
@@ -116,7 +116,9 @@ def test_every_package_that_is_needed_is_carried() -> None:
 @pytest.mark.slow
 def test_the_rehearsal_passes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "speed.gpu", "--rehearse", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=gpu.TOP / "benchmark", capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=gpu.TOP / "benchmark", capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + (tmp_path / "summary.md").read_text()
     report = json.loads((tmp_path / "report.json").read_text())
     stages = {each["name"]: each for each in report["stages"]}

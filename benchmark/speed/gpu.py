@@ -36,14 +36,14 @@ LIGHT = (
     *("annotated-doc", "annotated-types", "anyio", "click", "execnet", "filelock", "fsspec"),
     *("h11", "httpcore2", "httpx2", "huggingface_hub", "idna", "iniconfig", "Jinja2"),
     *("markdown-it-py", "MarkupSafe", "mdurl", "packaging", "pluggy", "pydantic"),
-    *("pydantic_core", "Pygments", "pytest", "pytest-xdist", "python-dateutil", "PyYAML"),
+    *("pydantic_core", "Pygments", "pytest", "pytest-xdist", "PyYAML"),
     *("rich", "safetensors", "shellingham", "tqdm", "truststore", "typer"),
     *("typing-extensions", "typing-inspection"),
 )
 """Packages of which wheels are carried: 9 MB."""
 HEAVY = (
     *("contourpy", "cycler", "fonttools", "kiwisolver", "matplotlib", "pandas", "pillow"),
-    "pyparsing",
+    *("pyparsing", "python-dateutil", "tzdata"),
 )
 """The same, where matplotlib, pandas and Pillow may be missing: 36 MB more."""
 EXTRAS = ("pyautoattack", "torchattacks==3.5.1")
@@ -277,10 +277,8 @@ def planned(asked: argparse.Namespace, site: Path, scratch: Path) -> list[Stage]
     wanted = needed()
     absent = missing(wanted)
     extras = [each.partition("==")[0] for each in EXTRAS]
-    wanted_wheels = [name for name in absent if name not in PRESENT] + missing(
-        dict.fromkeys(extras, ())
-    )
-    wheels = wheels_of(wanted_wheels, asked.wheels)
+    carried = [name for name in absent if name not in PRESENT]
+    wheels = wheels_of([*carried, *missing(dict.fromkeys(extras, ()))], asked.wheels)
     held = {_key(path.name.split("-")[0]) for path in wheels}
     lacking = [name for name in absent if _key(name) not in held]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
