@@ -1,15 +1,13 @@
 """Nothing mixes tensors of two devices, and a second device gives the outcomes of the CPU."""
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import dbp_bench
 from dbp_bench import attacks, evaluation
 from dbp_bench.analyses.analyse import analyse
 from dbp_bench.analyses.record import Record
@@ -17,19 +15,16 @@ from dbp_bench.checks import conformance, gradients
 from dbp_bench.data import load_data
 from dbp_bench.entries.registry import Registry
 from dbp_bench.evaluation import Attacked, Group
-from dbp_bench.purifiers.ddpm import DDPM
 from dbp_bench.result import Arithmetic, Result
 from dbp_bench.runs import execute as runner
 from dbp_bench.runs import job as jobs
 from dbp_bench.runs.pictures import write_pictures
 from dbp_bench.runs.replay import attack_again, reevaluated
 from dbp_bench.runs.saved import adversarial_path, read_saved
-from dbp_bench.taped import mode
 from dbp_bench.training.loop import Options
 from dbp_bench.training.recipes import changed, recipe
 from dbp_bench.training.run import run
 from dbp_bench.weights.files import load
-from foreign import HiddenDDPM
 from second_device import DEVICE, MixedDevices, SecondDevice
 from test_analyses_files import SMALL as ANALYSES
 
@@ -130,11 +125,6 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     identity_of = jobs.identity_of
     monkeypatch.setattr(runner, "Arithmetic", arithmetic)
     monkeypatch.setattr(runner, "identity_of", of_result)
-    # A draw on the device "meta" is otherwise one without numbers.
-    device_of = mode.device_of
-    monkeypatch.setattr(
-        mode, "device_of", lambda given: torch.device(device_of(given).type.replace("meta", "cpu"))
-    )
 
 
 def outcomes(result: Result) -> dict[str, Any]:
@@ -144,7 +134,7 @@ def outcomes(result: Result) -> dict[str, Any]:
 
 
 def small_job(defense: str, threat: str, device: torch.device) -> jobs.Job:
-    overrides = jobs.Overrides(effort={"budget": 6}, examples=3, batch_size=2, draws=2)
+    overrides = jobs.Overrides(effort={"budget": 6}, examples=3, batch_size=2, draws=3)
     return jobs.resolve(
         REGISTRY,
         "digits-linf",
@@ -162,7 +152,7 @@ def small_job(defense: str, threat: str, device: torch.device) -> jobs.Job:
 def test_a_run_its_images_and_its_pictures(defense: str, threat: str, tmp_path: Path) -> None:
     """And its result can be continued, re-evaluated and attacked again there."""
 
-    def ran(device: torch.device) -> tuple[Result, bytes, list[Tensor], bytes]:
+    def ran(device: torch.device) -> tuple[Result, bytes, list[Tensor], str]:
         out, job = tmp_path / device.type, small_job(defense, threat, device)
         path = runner.execute(job, out, save_adversarial=True)
         assert runner.execute(job, out) == path
@@ -205,10 +195,13 @@ def test_analyses(name: str, tmp_path: Path) -> None:
 
     wanted = rows(torch.device("cpu"))
     with SecondDevice():
-        assert rows(DEVICE) == wanted
+        found = rows(DEVICE)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.value == pytest.approx(other.value, rel=1e-4, abs=1e-6), one
+        assert (one.series, one.at, one.quantity) == (other.series, other.at, other.quantity)
 
 
-@pytest.mark.parametrize("defense", ["ddpm", "gdmp"])
+@pytest.mark.parametrize("defense", ["ddim", "gdmp"])
 def test_checks(defense: str) -> None:
     subject = REGISTRY.subject(defense, "digits-linf")
     wanted, _ = gradients.check(subject, images=2)
@@ -221,54 +214,8 @@ def test_checks(defense: str) -> None:
         }
         found, _ = gradients.check(subject, images=2, device=DEVICE.type)
     assert not any(faults.values()), faults
-    assert found == wanted
-
-
-# ------------------------------------------------------------------------------ modules and scripts
-
-
-class Noisy(nn.Module):
-    """Somebody's module, which draws with torch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(0.2))
-
-    def forward(self, images: Tensor) -> Tensor:
-        noised = images + self.scale * torch.randn(images.shape, device=images.device)
-        kept = torch.rand_like(images) < 0.9
-        return (noised * kept).clamp(0, 1)
-
-
-def hidden_ddpm() -> HiddenDDPM:
-    built = REGISTRY.subject("ddpm", "digits-linf").defense()
-    return HiddenDDPM(cast(nn.Module, cast(DDPM, built.purifier).denoiser), reentrant=False)
-
-
-@pytest.mark.usefixtures("_recorded")
-@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
-@pytest.mark.parametrize("make", [Noisy, hidden_ddpm])
-def test_a_script(make: Callable[[], nn.Module], tmp_path: Path) -> None:
-    track = dbp_bench.load_track("digits-linf")
-    images, labels = track.images[:4], track.labels[:4]
-
-    def evaluated(device: torch.device) -> tuple[Mapping[str, Any], ...]:
-        purifier, classifier = make().to(device), track.subject.defense(device=device).classifier
-        asked = purifier, classifier, images.to(device)
-        report = dbp_bench.evaluate(
-            *asked,
-            labels.to(device),
-            norm="linf",
-            eps=0.2,
-            attack="standard",
-            options={"budget": 4},
-            out=tmp_path / device.type,
-            quiet=True,
-        )
-        checked = dbp_bench.check(*asked)
-        assert checked.passed, str(checked)
-        return tuple(outcomes(result) for result in report.results), checked.faults
-
-    wanted = evaluated(torch.device("cpu"))
-    with SecondDevice():
-        assert evaluated(DEVICE) == wanted
+    for one, other in zip(found.modes, wanted.modes, strict=True):
+        assert (one.mode, one.draws, one.images) == (other.mode, other.draws, other.images)
+        assert one.cosine is not None
+        assert other.cosine is not None
+        assert one.cosine.value == pytest.approx(other.cosine.value, abs=1e-9)
