@@ -46,7 +46,7 @@ class Far(Tensor):
 
     def tolist(self) -> Any:
         """The numbers, which any device gives."""
-        return self.near.tolist()  # type: ignore[no-untyped-call]
+        return self.near.tolist()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -63,13 +63,13 @@ class SecondDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._factory = _Factory()
 
     def __enter__(self) -> "SecondDevice":
-        self._factory.__enter__()
-        super().__enter__()
+        self._factory.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._factory.__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._factory.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None

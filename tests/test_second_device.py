@@ -148,7 +148,10 @@ def small_job(defense: str, threat: str, device: torch.device) -> jobs.Job:
 
 
 @pytest.mark.usefixtures("_recorded")
-@pytest.mark.parametrize(("defense", "threat"), [("ddpm", "eot"), ("gdmp", "dwbox")])
+@pytest.mark.parametrize(
+    ("defense", "threat"),
+    [("oneshot", "eot"), pytest.param("ddpm", "eot", marks=pytest.mark.slow)],
+)
 def test_a_run_its_images_and_its_pictures(defense: str, threat: str, tmp_path: Path) -> None:
     """And its result can be continued, re-evaluated and attacked again there."""
 
@@ -177,7 +180,8 @@ def test_a_run_its_images_and_its_pictures(defense: str, threat: str, tmp_path: 
     assert found[3] == wanted[3]
 
 
-@pytest.mark.parametrize("name", ANALYSES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trajectory", "stochasticity", "immobilise"])
 def test_analyses(name: str, tmp_path: Path) -> None:
     def rows(device: torch.device) -> list[Any]:
         path = analyse(
@@ -201,7 +205,8 @@ def test_analyses(name: str, tmp_path: Path) -> None:
         assert (one.series, one.at, one.quantity) == (other.series, other.at, other.quantity)
 
 
-@pytest.mark.parametrize("defense", ["ddim", "gdmp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("defense", ["ddim"])
 def test_checks(defense: str) -> None:
     subject = REGISTRY.subject(defense, "digits-linf")
     wanted, _ = gradients.check(subject, images=2)

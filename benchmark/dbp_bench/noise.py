@@ -430,7 +430,8 @@ def seeded(seed: int) -> Iterator[None]:
     Networks initialise from that of the processor, and attacks of others draw from that of the
     current GPU, too. One that isn't in use, or another GPU, is left alone.
     """
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    gpus = [torch.cuda.current_device()] if in_use else []
     with torch.random.fork_rng(gpus):
         torch.default_generator.manual_seed(seed)
         if gpus:
