@@ -9,9 +9,9 @@ from dbp_bench.attacks.pgd import PGD
 from dbp_bench.attacks.standard import Standard
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.evaluation import Attacked, Group, attack
-from dbp_bench.noise import Site
+from dbp_bench.noise import Noise, Site
 from dbp_bench.threat import L1, L2, Budget, Linf, Setup
-from toys import BOTH, Linear, Noisy, TwoSided, is_right, normal, uniform
+from toys import BOTH, FORWARD, Linear, Made, Noisy, TwoSided, is_right, normal, uniform
 
 WEIGHT = normal(1, 16, seed=5)[0]
 
@@ -153,6 +153,28 @@ def test_no_weaker_than_pgd_at_equal_evaluations(knows: frozenset[Site], label: 
         return float(right.float().mean())
 
     assert accuracy(own.images) <= accuracy(other.images) + 0.003
+
+
+@pytest.mark.parametrize("size", [0.0, 1e4])
+def test_gradients_that_explode_now_and_then_do_not_lead_astray(size: float) -> None:
+    """In a third of the draws the gradient is enormous, and points anywhere."""
+    classifier, group = linear()
+
+    def purify(images: Tensor, noise: Noise) -> Tensor:
+        drawn = noise.normal(FORWARD, 0, images)
+        huge = size * (drawn[:, :, :1, :1] > 0.4) * drawn.sign()
+        return images + 0.02 * drawn + huge * (images - images.detach())
+
+    found = searched(Defense(Made(purify), classifier), group, Linf(0.05), 200, frozenset())
+    draws = range(1 << 32, (1 << 32) + 32)
+    best = searched(Defense(Identity(), classifier), group, Linf(0.05)).images
+    defense = Defense(Made(purify), classifier)
+
+    def accuracy(images: Tensor) -> float:
+        right = torch.stack([is_right(defense, images, group, draw) for draw in draws])
+        return float(right.float().mean())
+
+    assert accuracy(found.images) <= accuracy(best) + 0.01
 
 
 class Rounded(nn.Module):

@@ -26,6 +26,9 @@ TARGETS = 9
 """Wrong classes to aim at, at most, where every draw is known."""
 SAMPLES = 2
 """EoT samples of each step where a draw is hidden."""
+LONGEST = 2.0
+"""The most that a gradient of the log-odds counts, relative to the median length of those so far,
+where a draw is hidden."""
 MOMENTUM = 0.8
 """The share of the running mean gradient that a step keeps where a draw is hidden."""
 FIRST, LAST_KNOWN, LAST_HIDDEN = 2.0, 0.02, 0.01
@@ -50,7 +53,9 @@ class Standard:
     2018) over two fresh EoT samples, and maximises a smooth error rate: the mean over the samples
     of ``sigmoid(z / T)``, where z is the log-odds of being wrong and T the standard deviation of
     those that the image has met. The first step takes a tenth of the budget, for it decides in
-    which direction the search sets out. The last iterate counts.
+    which direction the search sets out. A sample whose gradient of the log-odds is longer than
+    twice the median so far counts as if it were twice the median, so that gradients that explode in
+    some draws don't outweigh all others. The last iterate counts.
 
     Where a defense masks its gradient, steps lead nowhere: images whose gradient was zero at every
     step are searched by Square (Andriushchenko et al. 2020), which sees logits alone, with as many
@@ -78,11 +83,6 @@ class Standard:
     def _square(self) -> Square:
         return Square(n_queries=self.budget, eot=SAMPLES)
 
-    @property
-    def samples(self) -> int:
-        """EoT samples of the first step, where a draw is hidden; no step takes more."""
-        return max(_plan(self.budget))
-
     def unfit(self, setup: Setup) -> str | None:
         """A budget of one evaluation is too small where a draw is hidden."""
         if setup.hidden and self.budget < SAMPLES:
@@ -106,29 +106,35 @@ class Standard:
     def _hidden(self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
         found, rows = images.clone(), torch.arange(len(images), device=images.device)
         x, mean = images, torch.zeros_like(images)
-        odds = images.new_empty(len(images), 0)
-        loss: Objective = log_odds
+        odds = lengths = images.new_empty(len(images), 0)
+        error: SmoothError | None = None
         plan = _plan(self.budget)
         for step, samples in enumerate(plan):
-            draws = range(odds.shape[1], odds.shape[1] + samples)
             part, own = view[rows], labels[rows]
-            seen = part.gradient(x, own, loss, draws)
-            met = log_odds(seen.logits.flatten(0, 1), own.repeat_interleave(samples))
-            odds = torch.cat([odds, met.view(-1, samples)], 1)
+            gradient = torch.zeros_like(x)
+            for _ in range(samples):
+                seen = part.gradient(x, own, error or log_odds, [odds.shape[1]])
+                met = log_odds(seen.logits[:, 0], own)
+                odds = torch.cat([odds, met[:, None]], 1)
+                # How long the gradient of the log-odds themselves is.
+                length = torch.linalg.vector_norm(seen.mean, dim=(1, 2, 3))
+                length = length / error.slope(met) if error else length
+                lengths = torch.cat([lengths, length[:, None]], 1)
+                gradient += seen.mean * _shorter(lengths)[:, None, None, None] / samples
             # A step along the running mean of the gradients, projected. The first gradient is that
             # of the log-odds themselves, unscaled, so that it weighs on the steps that follow.
-            mean = seen.mean if step == 0 else MOMENTUM * mean + (1 - MOMENTUM) * seen.mean
+            mean = MOMENTUM * mean + (1 - MOMENTUM) * gradient if step else gradient
             size = _falling(FIRST, LAST_HIDDEN, step, len(plan)) * budget.eps
             ahead = budget.project(x + size * budget.ascent(mean), images[rows])
             # An image that its last draws misclassified with ease is finished, where it stands.
             finished = _lost(odds) & view.decided_by_logits
             found[rows] = torch.where(finished[:, None, None, None], x, ahead)
             left = ~finished
-            rows, x, mean, odds = rows[left], ahead[left], mean[left], odds[left]
+            rows, x, mean, odds, lengths = (t[left] for t in (rows, ahead, mean, odds, lengths))
             if not len(rows):
                 break
             # The temperature is the scale of all log-odds met so far.
-            loss = SmoothError(_scale(odds))
+            error = SmoothError(_scale(odds))
         return found
 
     # ------------------------------------------------------------------- every draw is known
@@ -192,6 +198,12 @@ def _lost(odds: Tensor) -> Tensor:
     return lost & (odds.shape[1] >= WINDOW)
 
 
+def _shorter(lengths: Tensor) -> Tensor:
+    """Factors ``(b,)`` that shorten the last of lengths ``(b, n)`` to some of their medians."""
+    longest, last = LONGEST * lengths.median(1).values, lengths[:, -1]
+    return torch.where((longest > 0) & (last > longest), longest / last, 1.0)
+
+
 def _falling(first: float, last: float, step: int, steps: int) -> float:
     """The length of a step, which falls linearly."""
     return first + (last - first) * step / max(steps - 1, 1)
@@ -210,7 +222,11 @@ class SmoothError:
     temperature: Tensor
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Losses ``(n,)`` for logits ``(n, k)``, `n` a multiple of the number of images."""
-        copies = len(logits) // len(self.temperature)
-        scale = self.temperature.repeat_interleave(copies)
-        return torch.sigmoid(log_odds(logits, labels) / scale)
+        """Losses ``(b,)`` for logits ``(b, k)``, one for each image."""
+        return torch.sigmoid(log_odds(logits, labels) / self.temperature)
+
+    def slope(self, odds: Tensor) -> Tensor:
+        """Its derivative ``(b,)`` at log-odds ``(b,)``, one for each image."""
+        smooth = torch.sigmoid(odds / self.temperature)
+        slope = smooth * (1 - smooth) / self.temperature
+        return slope.clamp(min=torch.finfo(odds.dtype).tiny)

@@ -187,10 +187,8 @@ class Job:
 
     @property
     def samples(self) -> int:
-        """EoT samples of a step, at most: one where nothing is hidden."""
-        if self.knows == self.sites:
-            return 1
-        return int(getattr(self.search.attack, "samples", self.search.effort.get("eot", 1)))
+        """EoT samples that are computed at once: one where nothing is hidden."""
+        return 1 if self.knows == self.sites else int(self.search.effort.get("eot", 1))
 
     @property
     def setup(self) -> "Setup":
