@@ -9,9 +9,9 @@ from dbp_bench.attacks.pgd import PGD
 from dbp_bench.attacks.standard import Standard
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.evaluation import Attacked, Group, attack
-from dbp_bench.noise import Noise, Site
+from dbp_bench.noise import FORWARD, Noise, Site
 from dbp_bench.threat import L1, L2, Budget, Linf, Setup
-from toys import BOTH, FORWARD, Linear, Made, Noisy, TwoSided, is_right, normal, uniform
+from toys import BOTH, Linear, Made, Noisy, TwoSided, is_right, normal, uniform
 
 WEIGHT = normal(1, 16, seed=5)[0]
 

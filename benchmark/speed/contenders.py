@@ -84,12 +84,12 @@ def step_operations(
     They are counted on tensors without numbers. What checkpointing runs again isn't counted for it,
     so that rates of contenders compare as their gradients per second do.
     """
-    networks = [copy.deepcopy(network).to("meta") for network in (denoiser, classifier)]
+    denoiser, classifier = (copy.deepcopy(each).to("meta") for each in (denoiser, classifier))
     x = torch.empty(images, *shape, device="meta")
     y = torch.empty(images, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter:
-        by_hand(*networks, x, y, steps=steps, copies=1, eps=1.0)
-    return counter.get_total_flops()
+        by_hand(denoiser, classifier, x, y, steps=steps, copies=1, eps=1.0)
+    return int(counter.get_total_flops())
 
 
 def defense(denoiser: nn.Module, classifier: nn.Module, policy: Policy, steps: int) -> Defense:

@@ -70,7 +70,7 @@ def machine(asked: Asked) -> None:
             "capability": f"{properties.major}.{properties.minor}",
             "memory GiB": round(properties.total_memory / 2**30, 1),
             "CUDA": torch.version.cuda,
-            "cuDNN": torch.backends.cudnn.version(),
+            "cuDNN": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         }
     asked.note(facts)
 
