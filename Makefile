@@ -22,9 +22,11 @@ KNOWN := pgd apgd ensemble-known autoattack:standard $(addprefix torchattacks:,A
 BALLS := eps=0.05,0.1,0.3,0.5,1
 # Twice the evaluations that the standard attack takes: what they don't change has converged.
 TWICE := budget=400
+ANALYSES := immobilise stochasticity eot-curve landscape trajectory efficacy
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format matrix attacks leaderboards gpu wheels clean
+.PHONY: help setup demo test check format matrix matrix-digits-linf matrix-digits-l2 matrix-analyses \
+	attacks leaderboards gpu wheels clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 22
@@ -47,14 +49,21 @@ format: $(VENV)/.dev  ## Rewrite files as `make check` wants them.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-matrix: $(VENV)/.core  ## Every defense under every threat model again, in build/matrix, with its report.
-	for track in digits-linf digits-l2; do \
-		$(BIN)/dbp-bench run --defense all --threat all --track $$track --seed 0 \
-			--out $(SCRATCH)/matrix/results && \
-		$(BIN)/dbp-bench sweep all --threat all --track $$track --seed 0 --over $(TWICE) \
-			--black-box none --out $(SCRATCH)/matrix/results || exit 1; \
-	done
+matrix: $(VENV)/.core  ## Every defense under every threat model again, on two cores, in build/matrix.
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 matrix-digits-linf matrix-digits-l2 matrix-analyses
 	$(BIN)/dbp-bench report --results $(SCRATCH)/matrix/results --out $(SCRATCH)/matrix/leaderboards
+
+matrix-digits-linf matrix-digits-l2: matrix-%:
+	@echo '$*: every defense under every threat model, then with twice the budget'
+	$(BIN)/dbp-bench run --defense all --threat all --track $* --quiet --out $(SCRATCH)/matrix/results
+	$(BIN)/dbp-bench sweep all --threat all --track $* --over $(TWICE) --black-box none --quiet \
+		--out $(SCRATCH)/matrix/results
+
+matrix-analyses:
+	for analysis in $(ANALYSES); do \
+		$(BIN)/dbp-bench analyze $$analysis --defense $(ATTACKED) --quiet \
+			--out $(SCRATCH)/matrix/results || exit 1; \
+	done
 
 attacks: $(VENV)/.third-party  ## Attacks of ours and of third parties again (hours), and their table.
 	$(BIN)/dbp-bench run --defense $(ATTACKED) --threat all --out $(SCRATCH)/attacks/results
