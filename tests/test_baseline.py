@@ -21,7 +21,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Results of a defense called mine, which does as ddpm does, in two folders."""
     monkeypatch.chdir(tmp_path)
     for threat in SETTINGS:
-        path = TOP / f"results/digits-linf/ddpm/{threat}/pgd/seed-0.json"
+        path = TOP / f"results/digits-linf/ddpm/{threat}/standard/seed-0.json"
         result = Result.read(path).model_copy(update={"defense": "mine"})
         where = result.path(tmp_path / ("second" if threat == "dwbox" else "first"))
         where.parent.mkdir(parents=True)
@@ -68,7 +68,7 @@ def test_outcomes_of_both(mine: Path, command: "Command") -> None:
 def test_where_there_is_no_baseline(
     mine: Path, command: "Command", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = mine / "first/digits-linf/mine/null/pgd/seed-0.json"
+    path = mine / "first/digits-linf/mine/null/standard/seed-0.json"
     result = Result.read(path).model_copy(update={"track": "own"})
     where = result.path(mine / "third")
     where.parent.mkdir(parents=True)

@@ -43,7 +43,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 VERBS = {
     "Evaluate": ["list", "run", "train", "weights"],
     "Report": ["report", "compare"],
-    "Diagnose": ["check", "sweep", "analyze"],
+    "Diagnose": ["check", "sweep", "tune", "analyze"],
     "Share": ["submit", "verify", "new"],
 }
 

@@ -161,7 +161,7 @@ def test_script_evaluates_it(tmp_path: Path) -> None:
         norm="linf",
         eps=8 / 255,
         threats=["dwbox"],
-        options={"steps": 1},
+        options={"budget": 1},
         draws=3,
         name="my-pipeline",
         out=tmp_path,

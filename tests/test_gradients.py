@@ -321,7 +321,7 @@ def test_the_quick_check_compares_the_attack_s_gradient_with_the_exact_one() -> 
 
 
 def test_every_run_stores_a_quick_check(tmp_path: Path) -> None:
-    asked = job("bpda", "oneshot", effort={"steps": 1, "eot": 1})
+    asked = job("bpda", "oneshot", effort={"budget": 2})
     made = Result.read(execute(asked, tmp_path)).conformance
     assert made is not None
     assert made.gradient is not None

@@ -278,7 +278,7 @@ def test_the_null_attack_gives_clean_outcomes_where_draws_disagree(
     table["settings"] = [table["settings"][0] | {"tracks": ["digits-linf"]}]
     table["settings"][0]["options"] = {**table["settings"][0]["options"], "t_star": 300}
     registry = Registry([folder(tmp_path / "entries", defenses={"noisy": table})])
-    effort = {"n_queries": 2} if attack_name == "square" else {"steps": 2}
+    effort = {"n_queries": 2} if attack_name == "square" else {"budget": 2}
     job = resolve(
         registry,
         "digits-linf",

@@ -15,7 +15,7 @@ from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, BadResult
 from dbp_bench.reporting.findings import Findings, findings_path
 from dbp_bench.reporting.statistics import Bootstrap
-from dbp_bench.result import Predicted, Result
+from dbp_bench.result import EvaluationCounts, Predicted, Result
 from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Job, Overrides, resolve
 from dbp_bench.runs.saved import adversarial_path, as_8_bit, read_saved
@@ -117,6 +117,9 @@ def outcomes(right: Sequence[Sequence[bool]], **changes: object) -> Result:
             "draws": list(range(len(classes[0]))),
             "predicted": Predicted(clean=classes, adversarial=classes, fresh=None),
             "zero_gradient": [False] * len(ids),
+            "evaluations": EvaluationCounts(
+                gradient=[20] * len(ids), forward=[0] * len(ids), nfe=10, searched_nfe=10
+            ),
             **changes,
         }
     )

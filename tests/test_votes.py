@@ -297,7 +297,7 @@ def entries(path: Path, **setting: Any) -> Registry:
 
 
 def job(registry: Registry, **changes: Any) -> Job:
-    effort = {"steps": 1, "eot": 1}
+    effort = {"budget": 2}
     overrides = Overrides(effort, examples=8, batch_size=4, **changes)
     return resolve(
         registry, "digits-linf", "voter", "dwbox", seed=0, device="cpu", overrides=overrides
