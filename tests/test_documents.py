@@ -71,7 +71,7 @@ SHORTENED = {
         "--examples 2 --points 3 --steps 1 --eot 1 --no-figure --out out"
     ),
     "dbp-bench analyze immobilise --defense ddpm,addt": (
-        "--examples 2 --steps 1 --eot 1 --known 3 --draws 1 --fresh 1 --no-figure --out out"
+        "--examples 2 --budget 2 --known 3 --draws 1 --fresh 1 --no-figure --out out"
     ),
     "dbp-bench verify FILE": "",
     "dbp-bench verify FILE --pictures": "",
