@@ -87,7 +87,7 @@ def value(rows: Sequence[Row], quantity: str, series: str, *at: float) -> float:
 
 
 def mixed(whole: Target, k: float, draw: int, number: int) -> dict[str, Tensor]:
-    """What attacks by STANDARD and SEARCH leave at `k`, evaluated on `number` draws."""
+    """The accuracies that STANDARD and SEARCH leave at `k`, on `number` evaluation draws."""
     options = stochasticity.Options(**SMALL, budget=BUDGET, fresh=number)
     return stochasticity.mixed_run(whole, options, k, draw, whole.groups[0])
 

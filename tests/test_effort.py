@@ -1,4 +1,4 @@
-"""What a report says of effort: whether cells have converged, and which attack to use."""
+"""Reports on effort: the test of convergence, and the attack to use."""
 
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def test_only_twice_the_budget_counts(tmp_path: Path, changes: dict[str, int]) -
 
 
 def test_a_sweep_on_fewer_images_is_paired_on_those(tmp_path: Path) -> None:
-    """Of the first 20 images all are right at the budget, and 19 at twice the budget."""
+    """The first 20 images are right at the budget, 19 of them at twice the budget."""
     save(tmp_path, make("both", "eot", 0.65))
     doubled(tmp_path, make("both", "eot", outcomes(0.95, 2, 20), draws=2, ids=list(range(20))))
     (found,) = both(tmp_path).convergence

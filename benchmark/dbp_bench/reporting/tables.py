@@ -259,7 +259,7 @@ def convergence_table(board: Leaderboard) -> pd.DataFrame:
 
 
 def convergence_note() -> str:
-    """What the table of convergence says, in sentences."""
+    """The sentences under the table of convergence."""
     return note("convergence", fall=f"{100 * FALL:g}", end=f"{100 * FALL_END:g}")
 
 
@@ -343,7 +343,7 @@ def leaderboard_markdown(board: Leaderboard) -> str:
 
 
 def checked() -> str:
-    """What each check tests, in sentences."""
+    """The sentences that tell what each check tests."""
     return note(
         "tested",
         error=f"{ERROR:g}",
@@ -416,7 +416,7 @@ def protocol(board: Leaderboard) -> str:
 
 
 def unmeasured(board: Leaderboard) -> str:
-    """What is said where no result is of the protocol's own attack."""
+    """The sentence where no result is of the protocol's own attack."""
     protocol = board.protocol
     own = " or ".join(sorted({protocol.attacks[each] for each in protocol.equal}))
     others = sorted({pool.any.label for pool, _ in board.pools if pool.any.eps > 0})

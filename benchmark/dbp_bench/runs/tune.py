@@ -53,7 +53,7 @@ class Tried:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the rule says of a defense's candidates."""
+    """The verdict of the rule on the candidates of a defense."""
 
     tried: list[Tried]
     best: Tried
