@@ -181,7 +181,7 @@ def test_outside_the_range_of_efforts(tmp_path: Path) -> None:
 
 
 def test_ties(tmp_path: Path) -> None:
-    """Of equal accuracies the one of fewest evaluations is the best; equal curves are equal."""
+    """Fewest evaluations are best where accuracies are equal; equal curves are equal."""
     found = curves_of(
         tmp_path,
         own(0.5, 200),

@@ -30,7 +30,7 @@ def ran(out: Path, *stages: Stage, seconds: float = 60) -> tuple[bool, dict[str,
 def test_a_stage_that_is_cut_or_fails_takes_nothing_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it has written is in the report, what it started is ended, and the next ones run."""
+    """Its rows are in the report, its processes are ended, and the next stages run."""
     monkeypatch.setattr(gpu, "LEAST", 0)
     found = tmp_path / "slow.json"
     slow = f"""

@@ -118,7 +118,7 @@ def test_one_of_several_networks(state: dict[str, Tensor], command: "Command") -
 
 
 class Foreign:
-    """What a pickle can run code with."""
+    """Opcodes with which a pickle can run code."""
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], Any], list[str], str]] = {

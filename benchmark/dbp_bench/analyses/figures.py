@@ -114,7 +114,7 @@ def _legend(part: SubFigure, entries: Iterable[Any], columns: int) -> None:
 
 
 def _key(record: Record, filled: str, hollow: str) -> list[Line2D]:
-    """What colours and filled and hollow marks mean, where all defenses share a panel."""
+    """Colours, filled and hollow marks have one legend where all defenses share a panel."""
     plain: dict[str, Any] = {}
     marks = [(name, i, COLOURS[i % 6], plain) for i, name in enumerate(shown_names(record))]
     marks += [(filled, 0, GREY, plain), (hollow, 0, GREY, {"markerfacecolor": PAPER})]
