@@ -72,8 +72,8 @@ _CLASSIFIERS = {
     10: (
         Variant("wrn-28-10", "classifier", "published", "wrn:meliketoy_28_10", _WRN, epochs=200),
         Variant("wrn-16-4", "classifier", "small", "wrn:wrn_16_4", _WRN, epochs=30),
-        Variant("wrn-10-2", "classifier", "tiny", "trial:wrn_10_2", _TINY_WRN, epochs=6),
         Variant("wrn-16-2", "classifier", "tiny", "trial:wrn_16_2", _TINY_WRN, epochs=6),
+        Variant("wrn-10-2", "classifier", "tiny", "trial:wrn_10_2", _TINY_WRN, epochs=6),
     ),
     100: (
         Variant(
