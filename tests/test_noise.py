@@ -108,9 +108,12 @@ def test_the_two_backends_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_gpu_draws_the_same_numbers(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("side", [8, 32])
+def test_a_gpu_draws_the_same_numbers(dtype: torch.dtype, side: int) -> None:
+    """On both sides of the size from which it draws them itself."""
     tape = Tape.make(5, "me", range(64), 9)
-    like = torch.empty(64, 3, 32, 32, dtype=dtype)
+    like = torch.empty(64, 3, side, side, dtype=dtype)
+    assert (like.numel() > noise.SMALL) == (side == 32)
     on_gpu = tape.normal(REVERSE, 3, like.cuda())
     assert on_gpu.is_cuda
     assert torch.equal(on_gpu.cpu(), tape.normal(REVERSE, 3, like))

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dbp_bench import attacks, evaluation
+from dbp_bench import attacks, evaluation, noise
 from dbp_bench.analyses.analyse import analyse
 from dbp_bench.analyses.record import Record
 from dbp_bench.checks import conformance, gradients
 from dbp_bench.data import load_data
 from dbp_bench.entries.registry import Registry
 from dbp_bench.evaluation import Attacked, Group
+from dbp_bench.noise import FORWARD, Tape
 from dbp_bench.result import Arithmetic, Result
 from dbp_bench.runs import execute as runner
 from dbp_bench.runs import job as jobs
@@ -38,6 +39,25 @@ def test_mixing_is_refused() -> None:
         assert (there * 2).cpu().tolist() == [2, 2, 2]
         with pytest.raises(MixedDevices):
             there + here
+
+
+@pytest.mark.parametrize("most", [0, noise.SMALL])
+def test_draws(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made there, or made here and copied: the same, but for torch's square root on a CPU."""
+    monkeypatch.setattr(noise, "SMALL", most)
+    tape = Tape.make(0, "me", range(5))
+
+    def drawn(device: torch.device) -> list[Tensor]:
+        like = torch.empty(5, 3, 7, device=device)
+        normal, uniform = tape.normal(FORWARD, 1, like), tape.uniform(FORWARD, 1, like)
+        assert normal.device == uniform.device == device
+        return [normal.cpu(), uniform.cpu(), tape.kept(FORWARD, 1, like, 0.5).cpu()]
+
+    wanted = drawn(torch.device("cpu"))
+    with SecondDevice():
+        found = drawn(DEVICE)
+    torch.testing.assert_close(found[0], wanted[0], rtol=3e-7 if most == 0 else 0, atol=0)
+    assert all(torch.equal(one, two) for one, two in zip(found[1:], wanted[1:], strict=True))
 
 
 def attacked(defense: str, attack: str, knows: str, device: torch.device) -> list[torch.Tensor]:

@@ -115,19 +115,20 @@ class Tape:
         size = prod(like.shape[1:])
         blocks = -(-size // (4 * per_word))
         key = _key(self.seed, self.owner, site)
-        out = torch.empty(len(self.ids), size, dtype=like.dtype, device=like.device)
-        on_cpu = like.device.type == "cpu"
-        rows = max(1, _CHUNK // blocks) if on_cpu else len(self.ids)
+        near = like.device.type == "cpu" or like.numel() <= SMALL
+        place = torch.device("cpu") if near else like.device
+        out = torch.empty(len(self.ids), size, dtype=like.dtype, device=place)
+        rows = max(1, _CHUNK // blocks) if near else len(self.ids)
         for start in range(0, len(self.ids), rows):
             ids, draws = self.ids[start : start + rows], self.draws[start : start + rows]
-            xp, integers = _library(out.device)
+            xp, integers = _library(place)
             block = integers(torch.arange(blocks))
             counter = (block, integers(torch.tensor([step])), integers(draws[:, None]))
             words = xp.stack(philox((*counter, integers(ids[:, None])), key, xp), 2)
             words = words.reshape(len(ids), -1)
             values = transform(words, xp)[:, :size]
             out[start : start + rows] = torch.as_tensor(values)
-        return out.view(like.shape)
+        return out.to(like.device).view(like.shape)
 
 
 class CachedTape:
@@ -254,6 +255,13 @@ def shuffled(items: Sequence[int], seed: int, owner: str) -> list[int]:
 # Written once for two array libraries, passed as `xp`: NumPy (uint64) on the CPU, where it is
 # several times faster, and torch (int64, bits taken as unsigned) on a device. Both give the same
 # bits, so both give the same draws.
+
+SMALL = 1 << 16
+"""Numbers of a draw that is made on the CPU and copied, also where it is for a device.
+
+A device takes five hundred launches for a draw of any size, 2 ms or more. The CPU takes about 2 ms
+for this many numbers, and less for fewer.
+"""
 
 _CHUNK = 8192
 """Philox blocks per pass on the CPU: what the second-level cache holds."""

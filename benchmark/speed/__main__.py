@@ -106,9 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{about[subject]}\n\n{shown}")
 
 
-def _note(cell: list[Row]) -> None:
-    compiled = ", compiled" * cell[0]["compiled"]
-    print(f"{cell[0]['precision']}{compiled}: done", file=sys.stderr)
+def _note(rows: list[Row]) -> None:
+    last = rows[-1]
+    compiled = ", compiled" * last["compiled"]
+    print(f"{last['precision']}{compiled}, {last['attack step']}: done", file=sys.stderr)
 
 
 if __name__ == "__main__":

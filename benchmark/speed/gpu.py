@@ -45,9 +45,7 @@ HEAVY = (
     *("contourpy", "cycler", "fonttools", "kiwisolver", "matplotlib", "pandas", "pillow"),
     *("pyparsing", "python-dateutil", "tzdata"),
 )
-"""The same, where matplotlib, pandas and Pillow may be missing: 36 MB more."""
-EXTRAS = ("pyautoattack", "torchattacks==3.5.1")
-"""Packages whose attacks are tested where they are; they need nothing that isn't there."""
+"""The same, where matplotlib, pandas and Pillow may be missing: 37 MB more."""
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
 
 
@@ -116,7 +114,7 @@ def fetch(folder: Path, python: str, light: bool) -> None:
         *("--constraint", str(TOP / "requirements" / "constraints.txt")),
         *("--dest", str(folder)),
     ]
-    subprocess.run([*command, *LIGHT, *EXTRAS, *(() if light else HEAVY)], check=True)
+    subprocess.run([*command, *LIGHT, *(() if light else HEAVY)], check=True)
     size = sum(path.stat().st_size for path in folder.glob("*.whl"))
     print(f"{folder}: {size / 1e6:.1f} MB")
 
@@ -276,9 +274,7 @@ def planned(asked: argparse.Namespace, site: Path, scratch: Path) -> list[Stage]
     """The stages, in order: what is cheap and decides about the others comes first."""
     wanted = needed()
     absent = missing(wanted)
-    extras = [each.partition("==")[0] for each in EXTRAS]
-    carried = [name for name in absent if name not in PRESENT]
-    wheels = wheels_of([*carried, *missing(dict.fromkeys(extras, ()))], asked.wheels)
+    wheels = wheels_of([name for name in absent if name not in PRESENT], asked.wheels)
     held = {_key(path.name.split("-")[0]) for path in wheels}
     lacking = [name for name in absent if _key(name) not in held]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
@@ -307,29 +303,31 @@ def planned(asked: argparse.Namespace, site: Path, scratch: Path) -> list[Stage]
             f"Installed from wheels: {', '.join(path.name for path in wheels) or 'nothing'}."
             + (f" Missing: {', '.join(lacking)}." if lacking else ""),
             install if not lacking else [sys.executable, "-c", f"raise SystemExit({lacked!r})"],
-            90,
+            40,
             "" if wheels or lacking else "nothing is missing",
         ),
-        stage("machine", "The machine, and that everything can be imported.", 60),
+        stage("machine", "The machine, and that everything can be imported.", 40),
         Stage(
             "tests",
             "The tests that need a GPU.",
             [
                 *(sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"),
+                # A plugin that warns beside pytest-xdist, where it is installed.
+                *("-p", "no:benchmark"),
                 *("--durations", "5", *workers, *marked),
             ],
-            170,
+            95,
         ),
         stage(
             "equality",
             "Draws must be bit-equal to a processor's. Outcomes of the same jobs, here and on a "
             "processor of this machine, may differ by rounding: 2 % in each direction are allowed.",
-            120,
+            70,
         ),
         stage(
             "speed",
             "One attack step on networks of published size, as `python -m speed cifar10` takes it.",
-            220,
+            140,
         ),
         stage(
             "training",

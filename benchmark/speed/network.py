@@ -90,7 +90,8 @@ def measure(
 ) -> list[Row]:
     """A row for each cell and contender; `networks` are moved to the device, and stay there.
 
-    Compiled cells come last, since a compiler takes minutes. `told` is given the rows of each cell.
+    Compiled cells come last, since a compiler takes minutes. `told` is given all rows so far when
+    a contender has run alone, with the speed of that run, and when all of a cell have run in turn.
     """
     operations = step_operations(*networks, setting.images, setting.shape, setting.steps)
     for network in networks:
@@ -107,9 +108,8 @@ def measure(
     compiled = [(precision, True) for precision, _ in reversed(plain)]
     for each in plain + compiled * setting.compiles:
         cell = _Cell(networks, images, labels, setting, operations, device, *each)
-        found = list(cell.rows(reference))
-        told(found)
-        rows += found
+        rows += cell.rows(reference, lambda found, rows=tuple(rows): told([*rows, *found]))
+        told(list(rows))
     return rows
 
 
@@ -122,6 +122,7 @@ class _Told:
     peak: int | None = None
     """The most bytes that were held, on a GPU."""
     times: list[float] = field(default_factory=list)
+    """Seconds of each round, or of one call alone until there are rounds."""
     problem: str | None = None
 
 
@@ -139,24 +140,32 @@ class _Cell:
     precision: Precision
     compiled: bool
 
-    def rows(self, reference: Tensor | None) -> Iterator[Row]:
-        """A row for each contender."""
+    def rows(self, reference: Tensor | None, told: Callable[[list[Row]], None]) -> list[Row]:
+        """A row for each contender; `told` is given the rows so far after each."""
+        found: dict[str, _Told] = {}
         gradient: Row = {}
         with arithmetic(self.precision), warnings.catch_warnings():
             # The compiler's advice to turn on what this cell is to be measured without.
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
             peak = product_rate(self.precision, self.device)
             lowered = _lowered(self.networks, self.precision, self.compiled)
-            told = self._measured(lowered)
-            if reference is not None and told[TITLES["step"]].problem is None:
+            contenders = self._contenders(lowered)
+            for name, contender in contenders.items():
+                found[name] = self._alone(contender)
+                told(list(self._table(found, peak, gradient)))
+            self._in_turn(contenders, found)
+            if reference is not None and found[TITLES["step"]].problem is None:
                 mine = _gradient(lowered, self.images, self.labels, self.setting.steps)
                 gradient = agreement(mine, reference)
-        del lowered
+        del lowered, contenders
         if self.compiled:
             torch.compiler.reset()
         release(self.device)
-        hand = told[BY_HAND].times
-        for name, one in told.items():
+        return list(self._table(found, peak, gradient))
+
+    def _table(self, found: dict[str, _Told], peak: float, gradient: Row) -> Iterator[Row]:
+        hand = found[BY_HAND].times
+        for name, one in found.items():
             compared = bool(one.times and hand) and name != BY_HAND
             median = statistics.median(one.times) if one.times else None
             yield {
@@ -173,20 +182,19 @@ class _Cell:
                 **(gradient if name == TITLES["step"] else {}),
             }
 
-    def _measured(self, lowered: Pair) -> dict[str, _Told]:
-        """Each contender alone, and those that didn't fail in turn."""
-        contenders = self._contenders(lowered)
-        told = {name: self._alone(contender) for name, contender in contenders.items()}
-        running = {name: c for name, c in contenders.items() if told[name].problem is None}
+    def _in_turn(
+        self, contenders: dict[str, Callable[[], object]], found: dict[str, _Told]
+    ) -> None:
+        """Time those that didn't fail alone."""
+        running = {name: c for name, c in contenders.items() if found[name].problem is None}
         try:
             in_turn(running, self.device, 1)  # memory that was given back is taken again
             for name, times in in_turn(running, self.device, self.setting.rounds).items():
-                told[name].times = times
+                found[name].times = times
         except Exception as error:
             problem = f"{_problem(error, compiled=False)} beside the others"
             for name in running:
-                told[name].problem = problem
-        return told
+                found[name].problem, found[name].times = problem, []
 
     def _contenders(self, lowered: Pair) -> dict[str, Callable[[], object]]:
         x, y, ids = self.images, self.labels, range(len(self.images))
@@ -202,7 +210,9 @@ class _Cell:
     def _alone(self, contender: Callable[[], object]) -> _Told:
         try:
             # The first call compiles.
-            return _Told(seconds(contender, self.device), peak_bytes(contender, self.device))
+            first = seconds(contender, self.device)
+            peak = peak_bytes(contender, self.device)
+            return _Told(first, peak, [seconds(contender, self.device)])
         except Exception as error:
             problem = _problem(error, self.compiled)
         release(self.device)  # here, where no traceback holds the tensors any more

@@ -79,7 +79,7 @@ def machine(asked: Asked) -> None:
 
 DEFENSES = ("ddpm", "addt", "gdmp", "ddim")
 THREATS = ("eot", "dwbox")
-IMAGES, BUDGET = 60, 200
+IMAGES, BUDGET = 60, 100
 
 
 def equality(asked: Asked) -> None:
@@ -92,27 +92,25 @@ def equality(asked: Asked) -> None:
     images, budget = (4, 4) if asked.rehearse else (IMAGES, BUDGET)
     there, here = asked.scratch / "there", asked.scratch / "here"
 
-    def job(defense: str, threat: str, device: str, out: Path) -> "subprocess.Popen[bytes]":
+    def job(threat: str, defense: str, device: str, out: Path) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-c", "from dbp_bench.cli import main; main()", "run", "--quiet"]
         command += ["--defense", defense, "--threat", threat, "--device", device, "--out", str(out)]
         command += ["--attack", "standard", "--set", f"budget={budget}", "--save-adversarial"]
         command += ["--examples", str(images)]
         return subprocess.Popen(command)
 
-    # A process for each job of the processor, which is the slower one, and few on the device.
-    jobs = [
-        job(",".join(names), ",".join(THREATS) if asked.rehearse else "eot", asked.device, there)
-    ]
-    if asked.rehearse:
-        jobs.append(job("ddpm", ",".join(THREATS), "cpu", here))
-    else:
-        jobs.append(job(",".join(names), "dwbox", asked.device, there))
-        jobs += [job(name, threat, "cpu", here) for threat in THREATS for name in names]
     rows = found["outcomes"] = []
     end, faults = time.monotonic() + asked.seconds - 10, list[str]()
     todo = [(threat, name) for threat in THREATS for name in names]
+    # A process for each job, as many at once as there are cores.
+    places = ((asked.device, there), ("cpu", here))
+    waiting = [(*pair, *place) for pair in todo for place in places]
+    jobs, cores = list[subprocess.Popen[bytes]](), len(os.sched_getaffinity(0))
     while todo and time.monotonic() < end:
-        running = any(process.poll() is None for process in jobs)
+        running = [process for process in jobs if process.poll() is None]
+        starting = waiting[: cores - len(running)]
+        jobs += [job(*each) for each in starting]
+        del waiting[: len(starting)]
         for threat, name in list(todo):
             pattern = f"digits-linf/{name}/{threat}/**/seed-0.json"
             pair = [next(iter(out.glob(pattern)), None) for out in (there, here)]
@@ -122,7 +120,7 @@ def equality(asked: Asked) -> None:
                 faults += [f"{name}, {threat}: {fault}"] if fault else []
                 todo.remove((threat, name))
                 asked.note(found)
-        if not running:
+        if not running and not starting:
             break
         time.sleep(0.5)
     for process in jobs:
@@ -186,22 +184,15 @@ def compared(there: Path, here: Path, device: str) -> tuple[Row, str | None]:
 
 
 def speed(asked: Asked) -> None:
-    """The table of :mod:`speed.network`, a cell at a time."""
-    setting = Setting(64, 10, 3, compiles=True)
+    """The table of :mod:`speed.network`, a contender at a time."""
+    setting = Setting(64, 5, 3, compiles=True)
     if asked.rehearse:
         networks, whose = _tiny(), "tiny networks"
         setting = Setting(1, 1, 1, compiles=False)
     else:
         networks, whose = network.published()
     title = f"{whose}; {setting.images} images, {setting.steps} reverse steps, one draw each"
-    found: dict[str, list[Row]] = {title: []}
-
-    def told(cell: list[Row]) -> None:
-        found[title].extend(cell)
-        asked.note(found)
-        print(*cell, sep="\n")
-
-    network.measure(networks, asked.device, setting, told)
+    network.measure(networks, asked.device, setting, lambda rows: asked.note({title: rows}))
 
 
 def _tiny() -> Pair:
