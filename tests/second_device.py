@@ -78,12 +78,17 @@ class SecondDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Factory(TorchFunctionMode):
-    """Moves what `torch.tensor` makes of numbers, which no dispatch mode sees."""
+    """Makes tensors of numbers here, which no dispatch mode sees, before they are moved.
+
+    `torch.tensor` is given numbers; a list as an index holds some, too.
+    """
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         given = dict(kwargs or {})
+        if func is Tensor.__getitem__ and isinstance(args[1], list):
+            args = args[0], torch.tensor(args[1])
         if func is not torch.tensor or given.get("device") is None:
             return func(*args, **given)
         device = given.pop("device")

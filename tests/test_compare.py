@@ -104,6 +104,24 @@ def test_two_attacks_meet_in_the_defenses_that_both_have(results: Path) -> None:
     assert pair.difference.value == pytest.approx(-0.15)
 
 
+def test_without_an_attack_it_is_the_protocols_own(results: Path) -> None:
+    """Where there is a result of that; others are compared when they are named."""
+    save(
+        results,
+        attacked("both", "apgd", 0.5),
+        attacked("ddim-like", "apgd", 0.4, sites=["forward"]),
+        attacked("third", "apgd", 0.3),
+    )
+    found = between("both/eot", "ddim-like/eot", results)
+    assert [pair.a.setting for pair in found.pairs] == ["eot/standard"]
+    assert in_words(found)[-1] == "not compared unless named, as both/eot/apgd: attacks apgd"
+    everywhere = between("both", "ddim-like", results)
+    assert [pair.a.setting for pair in everywhere.pairs] == ["dwbox/standard", "eot/standard"]
+    (named,) = between("both/eot/apgd", "ddim-like/eot/apgd", results).pairs
+    assert named.a.setting == "eot/apgd"
+    assert [pool.setting for pool in side("third", results, None).pools.values()] == ["eot/apgd"]
+
+
 def test_two_threats_meet_in_the_defenses_that_both_have(results: Path) -> None:
     found = between("eot", "dwbox", results)
     assert [pair.a.any.defense for pair in found.pairs] == ["both", "ddim-like"]

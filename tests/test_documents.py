@@ -64,6 +64,7 @@ SHORTENED = {
     "dbp-bench sweep ddpm --threat eot --over budget=400": (
         f"{SMALL} --draws 1 --black-box none --out out"
     ),
+    "dbp-bench tune ddpm --over t_star=50,100,150": f"{SMALL} --draws 1 --budget 2 --out out",
     "dbp-bench tune ddpm --track digits-linf --over t_star=50,75,100,150 --over steps=5,10": (
         f"{SMALL} --draws 1 --budget 2 --out out"
     ),

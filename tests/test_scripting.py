@@ -394,7 +394,9 @@ def test_progress_is_said_and_not_where_it_is_not_wanted(
     evaluate(threats="eot", quiet=False, seed=1)
     out, err = capsys.readouterr()
     assert not out
-    assert "mine / eot: 32 gradient evaluations" in err
+    assert "mine / eot: at most 32 gradient evaluations" in err
+    evaluate(threats="eot", attack="pgd", options={"steps": 1, "eot": 2}, quiet=False)
+    assert "mine / eot / pgd: 16 gradient evaluations" in capsys.readouterr().err
     shown = Console(file=StringIO(), force_terminal=True, width=80)
     with progress(shown, "mine / eot", "gradient evaluations") as tick:
         tick(3, 12)
@@ -490,6 +492,8 @@ def test_tracks_and_defenses_are_loaded() -> None:
     assert defense.sites == BOTH
     with pytest.raises(DbpError, match=r"no defense 'ddqm'\. Did you mean 'ddpm'"):
         dbp.load_defense("ddqm", track="digits-linf")
+    with pytest.raises(BadRequest, match="data: 3: give the path"):
+        dbp.load_track("cifar10-linf", data=3)  # type: ignore[arg-type]
     with pytest.raises(DbpError, match="data /nowhere: no such file"):
         _ = dbp.load_track("cifar10-linf", data="/nowhere").images
 
@@ -700,6 +704,8 @@ BAD: dict[str, tuple[Nothing, str]] = {
     "few draws": ({"draws": 1, "threats": "dwbox"}, "draws 1: dwbox needs at least 3"),
     "examples": ({"examples": 100}, "examples 100: this track has 1 to 8"),
     "batch size": ({"batch_size": 0}, "batch_size: .* not 0"),
+    "out": ({"out": 3}, "out: 3: give the path of a file or folder"),
+    "entries": ({"entries": 3}, r"entries\.0: 3: give the path"),
     "name": ({"name": "My Defense"}, "name: 'My Defense': give lower-case"),
     "name of the base": ({"name": "none"}, "not none or all"),
     "device": ({"device": "tpu"}, "'cpu' or 'cuda', not 'tpu'"),

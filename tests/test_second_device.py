@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import dbp_bench
 from dbp_bench import attacks, evaluation, noise
 from dbp_bench.analyses.analyse import analyse
 from dbp_bench.analyses.record import Record
@@ -22,12 +23,16 @@ from dbp_bench.runs import job as jobs
 from dbp_bench.runs.pictures import write_pictures
 from dbp_bench.runs.replay import attack_again, reevaluated
 from dbp_bench.runs.saved import adversarial_path, read_saved
+from dbp_bench.taped import mode
 from dbp_bench.training.loop import Options
 from dbp_bench.training.recipes import changed, recipe
 from dbp_bench.training.run import run
 from dbp_bench.weights.files import load
+from foreign import HiddenDDPM
+from packages import need
 from second_device import DEVICE, MixedDevices, SecondDevice
 from test_analyses_files import SMALL as ANALYSES
+from toys import Small, SmallDenoiser, uniform
 
 REGISTRY = Registry()
 
@@ -37,6 +42,7 @@ def test_mixing_is_refused() -> None:
         there, here = torch.ones(3, device=DEVICE), torch.ones(3)
         assert there.device == DEVICE
         assert (there * 2).cpu().tolist() == [2, 2, 2]
+        assert there.cumsum(0)[[2, 0]].tolist() == [3, 1]
         with pytest.raises(MixedDevices):
             there + here
 
@@ -86,6 +92,11 @@ SMALL = {
     "apgd": {"steps": 6, "eot": 2},
     "square": {"n_queries": 4, "eot": 1},
     "selective": {},
+    "autoattack:standard": {},
+    "autoattack:rand": {},
+    "torchattacks:PGD": {"steps": 2},
+    "torchattacks:VMIFGSM": {"steps": 1},
+    "torchattacks:FAB": {"steps": 2},
 }
 
 
@@ -104,6 +115,27 @@ SMALL = {
     ],
 )
 def test_attacks_and_evaluations(defense: str, attack: str, knows: str) -> None:
+    assert_same(defense, attack, knows)
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize(
+    ("attack", "knows"),
+    [
+        ("autoattack:standard", "all"),
+        ("autoattack:rand", "none"),
+        ("torchattacks:PGD", "none"),
+        ("torchattacks:VMIFGSM", "all"),
+        ("torchattacks:FAB", "all"),
+    ],
+)
+def test_attacks_of_third_parties(attack: str, knows: str) -> None:
+    extra = attack.partition(":")[0]
+    need({"autoattack": "pyautoattack"}.get(extra, extra), extra)
+    assert_same("oneshot", attack, knows)
+
+
+def assert_same(defense: str, attack: str, knows: str) -> None:
     wanted = attacked(defense, attack, knows, torch.device("cpu"))
     with SecondDevice():
         found = attacked(defense, attack, knows, DEVICE)
@@ -200,8 +232,37 @@ def test_a_run_its_images_and_its_pictures(defense: str, threat: str, tmp_path: 
     assert found[3] == wanted[3]
 
 
+@pytest.mark.usefixtures("_recorded")
+def test_a_script_evaluates_a_module_that_draws_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The mode leaves draws on `meta` alone, which have no numbers anywhere else.
+    monkeypatch.setattr(mode, "device_of", lambda _: torch.device("cpu"))
+
+    def ran(device: torch.device) -> list[Result]:
+        return dbp_bench.evaluate(
+            HiddenDDPM(SmallDenoiser()).to(device),
+            Small().to(device),
+            (0.3 + 0.4 * uniform(3, 1, 8, 8)).to(device),
+            torch.tensor([0, 1, 0], device=device),
+            norm="linf",
+            eps=0.1,
+            threats="dwbox",
+            options={"budget": 4},
+            draws=3,
+            quiet=True,
+            out=tmp_path / device.type,
+        ).results
+
+    wanted = ran(torch.device("cpu"))
+    with SecondDevice():
+        found = ran(DEVICE)
+    assert [one.defense for one in found] == ["mine", "none"]
+    assert [outcomes(one) for one in found] == [outcomes(one) for one in wanted]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["trajectory", "stochasticity", "immobilise"])
+@pytest.mark.parametrize("name", ANALYSES)
 def test_analyses(name: str, tmp_path: Path) -> None:
     def rows(device: torch.device) -> list[Any]:
         path = analyse(

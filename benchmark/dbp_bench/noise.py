@@ -259,8 +259,8 @@ def shuffled(items: Sequence[int], seed: int, owner: str) -> list[int]:
 SMALL = 1 << 16
 """Numbers of a draw that is made on the CPU and copied, also where it is for a device.
 
-A device takes five hundred launches for a draw of any size, 2 ms or more. The CPU takes about 2 ms
-for this many numbers, and less for fewer.
+A device takes about five hundred launches for a draw of any size. A CPU takes about 2 ms for this
+many numbers, and less for fewer.
 """
 
 _CHUNK = 8192

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from torch import Tensor, nn
 
 from dbp_bench.checks.conformance import IMAGES, check_sites, check_subject
@@ -47,12 +48,20 @@ def _name(name: str) -> str:
     return name
 
 
+def _place(place: object) -> Path:
+    if not isinstance(place, str | PathLike):
+        raise ValueError(f"{place!r}: give the path of a file or folder")
+    return Path(place)
+
+
 Name = Annotated[str, AfterValidator(_name)]
+Place = Annotated[Path, BeforeValidator(_place)]
+"""A path, or its text."""
 Count = Annotated[int, Field(ge=1)]
 
 
 class _Asked(Strict):
-    """The arguments of :func:`evaluate` and :func:`check`, but for objects."""
+    """The arguments of :func:`evaluate` and its relatives, but for objects."""
 
     name: Name = "mine"
     norm: Norm | None = None
@@ -67,6 +76,9 @@ class _Asked(Strict):
     batch_size: Count | None = None
     max_batch: Count | None = None
     device: Literal["cpu", "cuda"] | None = None
+    data: Place | None = None
+    out: Place | None = None
+    entries: list[Place] = Field(default_factory=list)
 
     @classmethod
     def of(cls, **given: Any) -> "_Asked":
@@ -204,9 +216,11 @@ def evaluate(
         batch_size=batch_size,
         max_batch=max_batch,
         device=None if device is None else str(device).partition(":")[0],
+        data=data,
+        out=out,
+        entries=_listed(entries),
     )
-    place = None if data is None else Path(data)
-    own = Registry([Path(folder) for folder in entries], trust_code=trust_code, data=place)
+    own = Registry(asked.entries, trust_code=trust_code, data=asked.data)
     base: Subject
     home: str
     if asked.track is not None:
@@ -251,8 +265,8 @@ def evaluate(
     console, memo = Console(stderr=True, quiet=quiet, markup=False), Memo()
     paths = []
     for job in (item.job for item in planned if item.instead is None):
-        with progress_of_job(console, job.label) as progress:
-            folder = _cache_of(job) if out is None else Path(out)
+        with progress_of_job(console, job) as progress:
+            folder = asked.out or _cache_of(job)
             paths.append(execute(job, folder, resume=resume, progress=progress, memo=memo))
     same = {
         item.job.threat.name: (
@@ -408,7 +422,8 @@ def load_defense(
         BadWeights: Weights are missing; the message gives the command that fetches them.
     """
     _check_seen(device)
-    registry = Registry([Path(folder) for folder in entries], trust_code=trust_code)
+    asked = _Asked.of(entries=_listed(entries))
+    registry = Registry(asked.entries, trust_code=trust_code)
     return registry.subject(name, track).defense(device=device)
 
 
@@ -457,7 +472,7 @@ def load_track(
     Raises:
         UnknownName: There is no such track.
     """
-    place = None if data is None else Path(data)
-    registry = Registry([Path(folder) for folder in entries], data=place)
+    asked = _Asked.of(data=data, entries=_listed(entries))
+    registry = Registry(asked.entries, data=asked.data)
     entry = registry.track(name).entry
     return LoadedTrack(name, entry.norm, float(entry.eps), registry.subject(BASE, name))

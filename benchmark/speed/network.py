@@ -108,7 +108,7 @@ def measure(
     compiled = [(precision, True) for precision, _ in reversed(plain)]
     for each in plain + compiled * setting.compiles:
         cell = _Cell(networks, images, labels, setting, operations, device, *each)
-        rows += cell.rows(reference, lambda found, rows=tuple(rows): told([*rows, *found]))
+        rows += cell.rows(reference, rows, told)
         told(list(rows))
     return rows
 
@@ -140,8 +140,10 @@ class _Cell:
     precision: Precision
     compiled: bool
 
-    def rows(self, reference: Tensor | None, told: Callable[[list[Row]], None]) -> list[Row]:
-        """A row for each contender; `told` is given the rows so far after each."""
+    def rows(
+        self, reference: Tensor | None, earlier: list[Row], told: Callable[[list[Row]], None]
+    ) -> list[Row]:
+        """A row for each contender; after each, `told` is given the `earlier` rows and these."""
         found: dict[str, _Told] = {}
         gradient: Row = {}
         with arithmetic(self.precision), warnings.catch_warnings():
@@ -152,7 +154,7 @@ class _Cell:
             contenders = self._contenders(lowered)
             for name, contender in contenders.items():
                 found[name] = self._alone(contender)
-                told(list(self._table(found, peak, gradient)))
+                told([*earlier, *self._table(found, peak, gradient)])
             self._in_turn(contenders, found)
             if reference is not None and found[TITLES["step"]].problem is None:
                 mine = _gradient(lowered, self.images, self.labels, self.setting.steps)

@@ -50,7 +50,7 @@ EFFORT = {
 
 TOLERANCES = {"cpu": 1e-3, "cuda": 0.1}
 """Largest errors of the logits, which are about 10 in size. Rounding moves them by 5e-6 from one
-processor to another; what it does on a GPU has not been measured."""
+processor to another; on an NVIDIA H200 they stayed within the tolerance."""
 
 
 def examine() -> dict[str, Any]:

@@ -218,7 +218,7 @@ def _run_all(
             )
             done.append((job.path(out), _held(say, job, job.path(out))))
             return
-        with progress_of_job(say, job.label) as progress:
+        with progress_of_job(say, job) as progress:
             try:
                 path = execute(
                     job,

@@ -126,7 +126,7 @@ def sweep(
     memo = Memo()
 
     def run_one(job: "Job", folder: Path) -> Path:
-        with progress_of_job(say, f"{job.label} / {folder.name}") as progress:
+        with progress_of_job(say, job, folder.name) as progress:
             return execute(job, folder, progress=progress, memo=memo)
 
     found = [sweeps.run(item, out, run_one) for item in planned]

@@ -102,7 +102,7 @@ def tune(
     say = console(quiet or as_json)
 
     def run_one(job: "Job", folder: Path) -> Path:
-        with progress_of_job(say, f"{job.label} / {folder.name}") as progress:
+        with progress_of_job(say, job, folder.name) as progress:
             return execute(job, folder, progress=progress)
 
     choice = tuning.run(tuning.candidates(own, grid, weights), out, run_one, clean / 100)

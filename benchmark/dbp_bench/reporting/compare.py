@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dbp_bench.errors import BadRequest, NotComparable, did_you_mean
 from dbp_bench.reporting.pool import Pool, pooled
+from dbp_bench.reporting.protocol import shipped
 from dbp_bench.reporting.ranking import holm, permutation
 from dbp_bench.reporting.records import (
     Record,
@@ -28,6 +29,8 @@ class Side:
     """The name as given."""
     pools: Mapping[tuple[str, str, str], Pool]
     """The results by defense, threat model and attack."""
+    others: Sequence[str] = ()
+    """The attacks that the name doesn't name, and whose results are left out."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def side(name: str, results: Path | Sequence[Path], track: str | None) -> Side:
 
     Args:
         name: A file or folder; or a defense, threat model or attack, or several of them in this
-            order, as in ``ddpm/eot``, ``eot/apgd`` or ``ddpm/eot/apgd``.
+            order, as in ``ddpm/eot``, ``eot/apgd`` or ``ddpm/eot/apgd``. Without an attack, it
+            is the protocol's own wherever there is a result of that.
         results: The folder of results, or several, for names.
         track: The one track whose results are taken; all if None.
 
@@ -103,7 +107,7 @@ def side(name: str, results: Path | Sequence[Path], track: str | None) -> Side:
     for first in range(4 - len(parts)):
         found = [r for r in records if _names(r)[first : first + len(parts)] == parts]
         if found:
-            return _side(name, found)
+            return _side(name, found, own=first + len(parts) < 3)
     known = {each for record in records for each in _names(record)}
     if unknown := [part for part in parts if part not in known]:
         raise BadRequest(
@@ -117,11 +121,14 @@ def _names(record: Record) -> tuple[str, str, str]:
     return record.result.defense, record.result.threat, record.result.label
 
 
-def _side(name: str, records: Sequence[Record]) -> Side:
+def _side(name: str, records: Sequence[Record], *, own: bool = False) -> Side:
+    """The results `records`; with `own`, of the protocol's own attacks where there are any."""
     if len({record.result.track for record in records}) > 1:
         tracks = sorted({record.result.track for record in records})
         raise NotComparable(f"{name}: results of {', '.join(tracks)}; name one with --track.")
-    pools = pooled(records)
+    held = {_names(r)[:2] for r in records if own and shipped().holds(r.result)}
+    left_out = [r for r in records if _names(r)[:2] in held and not shipped().holds(r.result)]
+    pools = pooled([record for record in records if record not in left_out])
     for pool in pools:
         first = pool.records[0]
         for record in pool.records[1:]:
@@ -131,7 +138,8 @@ def _side(name: str, records: Sequence[Record]) -> Side:
                     f"{pool.setting} with one seed; name one of them."
                 )
             _refuse(first, record, draws=True)
-    return Side(name, {_names(pool.records[0]): pool for pool in pools})
+    others = sorted({record.result.label for record in left_out})
+    return Side(name, {_names(pool.records[0]): pool for pool in pools}, others)
 
 
 def compare(a: Side, b: Side) -> Comparisons:
@@ -335,6 +343,9 @@ def in_words(found: Comparisons, ids: int = 12) -> list[str]:
         lines += [f"note: {note}" for note in pair.notes]
     if found.unmatched:
         lines += ["", *(f"not compared: {each}" for each in found.unmatched)]
+    if others := sorted({*found.a.others, *found.b.others}):
+        lines += ["", f"not compared unless named, as {found.a.name}/{others[0]}: attacks "]
+        lines[-1] += ", ".join(others)
     return lines
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from dbp_bench.errors import plain
 from dbp_bench.runs.execute import Progress
+from dbp_bench.runs.job import Job
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,7 +19,9 @@ class Tick(Protocol):
 
 
 @contextmanager
-def progress(say: "Console", label: str, unit: str, *, lines: int = 0) -> Iterator[Tick]:
+def progress(
+    say: "Console", label: str, unit: str, *, lines: int = 0, at_most: bool = False
+) -> Iterator[Tick]:
     """Show how far a command is: on a terminal by a bar with the time that is left.
 
     Elsewhere a line says the total when the work starts, and up to `lines` more how far it is.
@@ -28,9 +31,10 @@ def progress(say: "Console", label: str, unit: str, *, lines: int = 0) -> Iterat
         label: What is being done.
         unit: What is counted; "bytes" are shown as sizes and speed.
         lines: Lines between start and end, where there is no terminal.
+        at_most: The total is the largest that it can come to.
     """
     if say.quiet or not (say.is_terminal or say.is_jupyter):
-        yield _in_lines(say, label, unit, lines)
+        yield _in_lines(say, label, unit, lines, "at most " if at_most else "")
         return
     from rich import progress as bars
 
@@ -51,13 +55,13 @@ def progress(say: "Console", label: str, unit: str, *, lines: int = 0) -> Iterat
         yield tick
 
 
-def _in_lines(say: "Console", label: str, unit: str, lines: int) -> Tick:
+def _in_lines(say: "Console", label: str, unit: str, lines: int, bound: str) -> Tick:
     started = False
 
     def tick(done: int, total: int | None, note: str = "") -> None:
         nonlocal started
         if not started:
-            amount = "started" if total is None else f"{total} {unit}"
+            amount = "started" if total is None else f"{bound if total else ''}{total} {unit}"
             say.print(f"{label}: {amount}", highlight=False)
             started = True
         if lines and total and done and done % -(-total // lines) == 0:
@@ -68,10 +72,11 @@ def _in_lines(say: "Console", label: str, unit: str, lines: int) -> Tick:
 
 
 @contextmanager
-def progress_of_job(say: "Console", label: str) -> Iterator[Progress]:
-    """The progress of one job, in gradient evaluations."""
+def progress_of_job(say: "Console", job: Job, part: str = "") -> Iterator[Progress]:
+    """The progress of one job, or of a `part` of it, in gradient evaluations."""
     done = total = 0
-    with progress(say, label, "gradient evaluations") as show:
+    label, at_most = job.label + (f" / {part}" if part else ""), not job.evaluations.exact
+    with progress(say, label, "gradient evaluations", at_most=at_most) as show:
 
         def start(number: int) -> None:
             nonlocal total
