@@ -132,9 +132,10 @@ EXCEPTED = {
     "dbp-bench run --defense diffpure --threat eot,dwbox --track cifar10-linf --device cuda": (
         "needs a GPU and weights; test_real_tracks runs this track with small networks"
     ),
-    "dbp-bench run --defense ddpm,addt,ddim,none --threat "
-    "whitebox,pgd20-eot,pgd20-dw-fwd,pgd20-dw-rev,pgd20-dwbox "
-    "--track cifar10-jpeg-linf --examples 128 --data PLACE": "needs the images of CIFAR-10",
+    "dbp-bench run --defense all --threat all --track cifar10-jpeg-linf-4 --examples 256 "
+    "--batch-size 256 --max-batch 256 --device cuda --data PLACE": (
+        "needs a GPU and the images of CIFAR-10"
+    ),
     "dbp-bench sweep all --threat all --over budget=400 --black-box none": (
         "takes an hour; test_sweep sweeps several settings at once"
     ),
