@@ -88,7 +88,7 @@ def equality(asked: Asked) -> None:
     asked.note(found)
     if not all(row["bit-equal"] for row in found["draws"]):
         sys.exit("draws are not bit-equal to the processor's")
-    names = ("ddpm",) if asked.rehearse else DEFENSES
+    names, threats = (("ddpm",), ("dwbox",)) if asked.rehearse else (DEFENSES, THREATS)
     images, budget = (4, 4) if asked.rehearse else (IMAGES, BUDGET)
     there, here = asked.scratch / "there", asked.scratch / "here"
 
@@ -101,7 +101,7 @@ def equality(asked: Asked) -> None:
 
     rows = found["outcomes"] = []
     end, faults = time.monotonic() + asked.seconds - 10, list[str]()
-    todo = [(threat, name) for threat in THREATS for name in names]
+    todo = [(threat, name) for threat in threats for name in names]
     # A process for each job, as many at once as there are cores.
     places = ((asked.device, there), ("cpu", here))
     waiting = [(*pair, *place) for pair in todo for place in places]
