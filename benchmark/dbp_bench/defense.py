@@ -188,15 +188,15 @@ class Defense:
             NotConforming: The purifier changes its input in place, draws where it doesn't declare
                 so, or returns something else than as many images.
         """
-        return self._finished(self._begun(images, noise), noise, vote)
+        return self.finish(self.begin(images, noise), noise, vote)
 
-    def _begun(self, images: Tensor, noise: Noise) -> Tensor:
-        """What all votes share; the images themselves where that is nothing."""
+    def begin(self, images: Tensor, noise: Noise) -> Tensor:
+        """What all votes share, of the form of `images`, which it is where they share nothing."""
         shared, _ = parts(self.purifier)
         return images if shared is _unchanged else self._run(shared, images, noise, 0)
 
-    def _finished(self, state: Tensor, noise: Noise, vote: int) -> Tensor:
-        """The purified images of one vote."""
+    def finish(self, state: Tensor, noise: Noise, vote: int = 0) -> Tensor:
+        """The purified images ``(b, c, h, w)`` of one vote, for what :meth:`begin` gave."""
         return self._run(parts(self.purifier)[1], state, noise, vote)
 
     def _run(self, part: Part, images: Tensor, noise: Noise, vote: int) -> Tensor:
@@ -223,8 +223,8 @@ class Defense:
 
     def _votes(self, images: Tensor, noise: Noise) -> Tensor:
         """Logits ``(b, votes, k)`` of each vote."""
-        state, votes = self._begun(images, noise), range(self.votes)
-        each = (self._finished(state, noise, vote) for vote in votes)
+        state, votes = self.begin(images, noise), range(self.votes)
+        each = (self.finish(state, noise, vote) for vote in votes)
         return torch.stack([self._classify(purified) for purified in each], 1)
 
     def _classify(self, purified: Tensor) -> Tensor:
@@ -314,7 +314,7 @@ class StraightThrough:
 def _straight(part: Part, images: Tensor, noise: Noise) -> Tensor:
     with torch.no_grad():
         out = part(images, noise)
-    return out + (images - images.detach())
+    return out.detach() + (images - images.detach())
 
 
 class Identity:

@@ -259,9 +259,9 @@ def _answer(defense: Defense, part: str | None, given: list[Tensor], noise: Nois
             case "purifier":
                 out = defense.purify(x, noise)
             case "shared":
-                out = defense._begun(x, noise)
+                out = defense.begin(x, noise)
             case "single":
-                out = defense._finished(x, noise, 0)
+                out = defense.finish(x, noise, 0)
             case _:
                 out = defense._classify(x)
         if gradient:
