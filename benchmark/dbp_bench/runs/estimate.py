@@ -197,7 +197,7 @@ class _Call:
 
     @classmethod
     def seen(
-        cls, defense: Defense, network: nn.Module, image: Tensor, votes: int
+        cls, defense: Defense, network: nn.Module, image: Tensor, votes: int = 1
     ) -> "_Call | None":
         """The calls in a purification in which the first one alone is made; None if none is.
 
