@@ -240,19 +240,20 @@ def test_one_step_is_the_posterior_mean(schedule: ScheduleName) -> None:
 @pytest.mark.parametrize("schedule", [COS, LIN])
 def test_the_chain_tends_to_the_posterior(schedule: ScheduleName) -> None:
     """Reverse runs of one noisy image draw from p(x | noisy image), in the limit of many steps."""
-    data, sigma = gaussian(0.2, 0.01), 0.25
-    noisy = torch.full((1, 1, 1, 1), 0.75, dtype=F64)
+    data, sigma = gaussian(0.2, 0.04), 0.25
+    noisy = torch.full((1, 1, 1, 1), 0.95, dtype=F64)
     signal = 1 / (1 + 4 * sigma**2)
     mean, variance = posterior(data, signal**0.5 * (2 * noisy - 1), signal)
     errors = []
     for steps in (8, 16, 32, 64):
-        purifier = dense(steps, network(schedule), schedule=schedule)
+        purifier = dense(steps, network(schedule, data), schedule=schedule)
         found = moments(Made(purifier.single, purifier.sites), noisy)
-        errors.append((float((found[0] - mean).abs().max()), abs(float(found[1]) / variance - 1)))
+        # The mean of a Gaussian is right at any number of steps, but for the step it counts from.
+        assert float((found[0] - mean).abs().max()) < 5e-4
+        errors.append(abs(float(found[1]) / variance - 1))
     for coarse, fine in itertools.pairwise(errors):
-        assert fine[1] < 0.75 * coarse[1]
-    assert errors[-1][0] < 0.004
-    assert errors[-1][1] < 0.2
+        assert fine < 0.7 * coarse
+    assert errors[-1] < 0.1
 
 
 def test_the_estimated_image_is_clipped() -> None:
