@@ -21,6 +21,7 @@ from dbp_bench.training.diffusion import (
     denoising,
     fooling,
     misleading,
+    noisy_classification,
 )
 from dbp_bench.training.processes import DDPM, EDM, VPSDE, Process
 from dbp_bench.training.state import Settings, State, WeightAverage
@@ -38,6 +39,27 @@ def batch(n: int = 6, iteration: int = 0) -> Batch:
 
 def names(value: object) -> str:
     return type(value).__name__
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.25, 0.25)])
+def test_a_classifier_of_noisy_images_sees_noise_of_every_size(low: float, high: float) -> None:
+    """In pixels, not clipped: sizes are uniform between the two, and known exactly by image."""
+    seen: list[Tensor] = []
+
+    def classifier(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x.flatten(1)[:, :2]
+
+    given = batch(2000)
+    loss = noisy_classification(classifier, low, high)(given)  # type: ignore[arg-type]
+    torch.testing.assert_close(loss, F.cross_entropy(seen[0].flatten(1)[:, :2], given.labels))
+    noise = given.tape.normal(NOISE, 0, given.images)
+    added = (seen[0] - given.images).flatten(1)
+    size = (added * noise.flatten(1)).sum(1) / noise.flatten(1).square().sum(1)
+    torch.testing.assert_close(added, size[:, None] * noise.flatten(1), rtol=0, atol=1e-5)
+    assert low - 1e-5 <= float(size.min()) <= float(size.max()) <= high + 1e-5
+    assert abs(float(size.mean()) - (low + high) / 2) < 4 * (high - low) / (12 * 2000) ** 0.5 + 1e-5
+    assert float(seen[0].min()) < -0.1
 
 
 # --------------------------------------------------------------------------------------- levels

@@ -1,8 +1,8 @@
 """A defense is a purifier, which draws noise, followed by a classifier, which does not."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import log
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,42 @@ class Purifier(Protocol):
         ...
 
 
+@runtime_checkable
+class InTwoParts(Purifier, Protocol):
+    """A purifier of which several votes share the first part: its output, draws and NFE.
+
+    ``purifier(images, noise)`` is ``single(shared(images, noise), noise)``. The parts draw at
+    different addresses.
+    """
+
+    def shared(self, images: Tensor, noise: Noise) -> Tensor:
+        """A state like `images` ``(b, c, h, w)`` in [0, 1], in pixels too; once for all votes."""
+        ...
+
+    def single(self, state: Tensor, noise: Noise) -> Tensor:
+        """Purified images ``(b, c, h, w)`` for that `state`, with noise of each vote's own."""
+        ...
+
+
+Part = Callable[[Tensor, Noise], Tensor]
+
+
+def parts(purifier: Purifier) -> tuple[Part, Part]:
+    """What votes share of a `purifier`, nothing where it isn't in two parts, and the rest."""
+    if isinstance(purifier, InTwoParts):
+        return purifier.shared, purifier.single
+    return _unchanged, purifier
+
+
+def _unchanged(images: Tensor, noise: Noise) -> Tensor:  # noqa: ARG001
+    return images
+
+
+Decision = Literal["majority", "first", "mean"]
+"""The class of several votes: the one that most name (a hard majority), where `first` settles a tie
+for that of its classes which the earliest vote names; or the one with the largest mean probability.
+"""
+
 NO_MAJORITY = -1
 """The class of an image for which several classes have the most votes."""
 
@@ -49,9 +85,11 @@ class Defense:
     With several `votes` an image is purified and classified that often, each time with noise of its
     own, and its class is the one that most votes name (a hard majority vote). Where several classes
     have the most, there is none, and the image counts as wrong; published defenses name the lowest
-    of them. A vote has no gradient. So logits are those of the mean probabilities: their
-    cross-entropy is -log of the mean probability that the votes give to the label. They need not
-    agree with the vote; see :attr:`decided_by_logits`.
+    of them, or the one that is named first (`decision`). A vote has no gradient. So logits are
+    those of the mean probabilities: their cross-entropy is -log of the mean probability that the
+    votes give to the label. They need not agree with the vote; see :attr:`decided_by_logits`.
+
+    Votes of a purifier :class:`InTwoParts` share its first part.
 
     Args:
         purifier: Maps images to images.
@@ -61,6 +99,7 @@ class Defense:
         policy: The activations to keep for the backward pass; see :mod:`dbp_bench.memory`.
         votes: Independent purifications of each image.
         classes: Classes of the data set, k; any number where not given.
+        decision: The rule by which votes decide.
     """
 
     def __init__(
@@ -71,12 +110,14 @@ class Defense:
         policy: Policy = "auto",
         votes: int = 1,
         classes: int | None = None,
+        decision: Decision = "majority",
     ) -> None:
         if votes < 1:
             raise ValueError(f"votes: {votes} is not positive.")
         self.purifier = purifier
         self.classifier = classifier
         self.votes = votes
+        self.decision = decision
         self.k = classes
         self.counter = CallCounter()
         self.policy = policy
@@ -93,10 +134,14 @@ class Defense:
         """The sites at which the defense draws noise."""
         return self.purifier.sites
 
+    def around(self, purifier: Purifier, policy: Policy) -> "Defense":
+        """The same classifier and votes with another `purifier`, whose calls aren't counted."""
+        return Defense(purifier, self.classifier, (), policy, self.votes, self.k, self.decision)
+
     @property
     def decided_by_logits(self) -> bool:
         """True where the class is that of the largest logit: logits tell right from wrong."""
-        return self.votes == 1
+        return self.votes == 1 or self.decision == "mean"
 
     def logits(self, images: Tensor, noise: Noise) -> Tensor:
         """Logits ``(b, k)`` for `images` ``(b, c, h, w)`` in [0, 1].
@@ -116,7 +161,7 @@ class Defense:
         Raises:
             AttackFailed: A logit is not finite.
         """
-        if self.votes == 1:
+        if self.decided_by_logits:
             votes = self.logits(images, noise)[:, None]
         else:
             with memory.checkpointing(self._by_step(images), self.counter):
@@ -124,12 +169,15 @@ class Defense:
         if not bool(votes.isfinite().all()):
             raise AttackFailed("the defense returned logits that are not finite (NaN or infinite).")
         named = votes.argmax(2)
-        if self.votes == 1:
+        if self.decided_by_logits:
             return named[:, 0]
         counts = F.one_hot(named, votes.shape[2]).sum(1)
         most, winner = counts.max(1)
-        tied = (counts == most[:, None]).sum(1) > 1
-        return winner.masked_fill(tied, NO_MAJORITY)
+        leading = counts == most[:, None]
+        if self.decision == "first":
+            earliest = leading.gather(1, named).int().argmax(1, keepdim=True)
+            return named.gather(1, earliest)[:, 0]
+        return winner.masked_fill(leading.sum(1) > 1, NO_MAJORITY)
 
     def purify(self, images: Tensor, noise: Noise, vote: int = 0) -> Tensor:
         """Purified images ``(b, c, h, w)`` for `images` in [0, 1], with the noise of one vote.
@@ -140,9 +188,22 @@ class Defense:
             NotConforming: The purifier changes its input in place, draws where it doesn't declare
                 so, or returns something else than as many images.
         """
+        return self.finish(self.begin(images, noise), noise, vote)
+
+    def begin(self, images: Tensor, noise: Noise) -> Tensor:
+        """What all votes share, of the form of `images`, which it is where they share nothing."""
+        shared, _ = parts(self.purifier)
+        return images if shared is _unchanged else self._run(shared, images, noise, 0)
+
+    def finish(self, state: Tensor, noise: Noise, vote: int = 0) -> Tensor:
+        """The purified images ``(b, c, h, w)`` of one vote, for what :meth:`begin` gave."""
+        return self._run(parts(self.purifier)[1], state, noise, vote)
+
+    def _run(self, part: Part, images: Tensor, noise: Noise, vote: int) -> Tensor:
+        """The output of a part of the purifier, which keeps the rules."""
         given = images.clone()
         version = given._version
-        purified = self.purifier(given, OpaqueNoise(noise, vote, self.sites))
+        purified = part(given, OpaqueNoise(noise, vote, self.sites))
         if given._version != version:
             raise NotConforming("the purifier changes its input in place. Work on a copy.")
         if not isinstance(purified, Tensor) or purified.shape[:1] != images.shape[:1]:
@@ -162,8 +223,9 @@ class Defense:
 
     def _votes(self, images: Tensor, noise: Noise) -> Tensor:
         """Logits ``(b, votes, k)`` of each vote."""
-        votes = range(self.votes)
-        return torch.stack([self._classify(self.purify(images, noise, vote)) for vote in votes], 1)
+        state, votes = self.begin(images, noise), range(self.votes)
+        each = (self.finish(state, noise, vote) for vote in votes)
+        return torch.stack([self._classify(purified) for purified in each], 1)
 
     def _classify(self, purified: Tensor) -> Tensor:
         """The classifier's logits ``(b, k)``, whose form is checked before they are used."""
@@ -224,7 +286,8 @@ class Defense:
 class StraightThrough:
     """A purifier whose gradient is taken for the identity's (BPDA, Athalye et al. 2018).
 
-    Its output is the purifier's own; only the backward pass is another.
+    Its output is the purifier's own; only the backward pass is another. What votes share of the
+    purifier, they share here.
     """
 
     def __init__(self, purifier: Purifier) -> None:
@@ -235,11 +298,23 @@ class StraightThrough:
         """The sites at which the purifier draws noise."""
         return self.purifier.sites
 
+    def shared(self, images: Tensor, noise: Noise) -> Tensor:
+        """What votes share ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1]."""
+        return _straight(parts(self.purifier)[0], images, noise)
+
+    def single(self, state: Tensor, noise: Noise) -> Tensor:
+        """Purified images ``(b, c, h, w)`` for what votes share."""
+        return _straight(parts(self.purifier)[1], state, noise)
+
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
         """Purified images ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1]."""
-        with torch.no_grad():
-            purified = self.purifier(images, noise)
-        return purified + (images - images.detach())
+        return self.single(self.shared(images, noise), noise)
+
+
+def _straight(part: Part, images: Tensor, noise: Noise) -> Tensor:
+    with torch.no_grad():
+        out = part(images, noise)
+    return out.detach() + (images - images.detach())
 
 
 class Identity:

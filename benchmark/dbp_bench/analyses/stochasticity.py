@@ -13,7 +13,7 @@ from torch import Tensor
 from dbp_bench.analyses.options import Allowance, Count, Known, Searched
 from dbp_bench.analyses.target import NOTHING, Found, Target, Tensors, fresh, joined, mean
 from dbp_bench.attacks.standard import Standard
-from dbp_bench.defense import Defense, Purifier
+from dbp_bench.defense import Purifier, parts
 from dbp_bench.evaluation import Group
 from dbp_bench.noise import Noise, OpaqueNoise, Site
 from dbp_bench.reporting.statistics import Bootstrap, Replicates
@@ -90,9 +90,17 @@ class PartlyFresh:
         own = self.purifier.sites
         return own if self.k in (0, 1) else own | {beside(site) for site in own}
 
+    def shared(self, images: Tensor, noise: Noise) -> Tensor:
+        """What votes share ``(b, c, h, w)`` for `images` in [0, 1]."""
+        return parts(self.purifier)[0](images, OpaqueNoise(Mixed(noise, self.k)))
+
+    def single(self, state: Tensor, noise: Noise) -> Tensor:
+        """Purified images ``(b, c, h, w)`` for what votes share."""
+        return parts(self.purifier)[1](state, OpaqueNoise(Mixed(noise, self.k)))
+
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
         """Purified `images` ``(b, c, h, w)`` in [0, 1]."""
-        return self.purifier(images, OpaqueNoise(Mixed(noise, self.k)))
+        return self.single(self.shared(images, noise), noise)
 
 
 def measure(target: Target, options: Options) -> Iterator[Found]:
@@ -130,7 +138,7 @@ def mixed_run(target: Target, options: Options, k: float, draw: int, group: Grou
     """
     of = target.defense
     purifier = PartlyFresh(of.purifier, k)
-    defense = Defense(purifier, of.classifier, (), of.policy, of.votes, of.k)
+    defense = of.around(purifier, of.policy)
     known = of.sites if k < 1 else NOTHING
     mixed = replace(target, defense=defense, fixed=known, draw=draw)
     images = mixed.attacked(group, Standard(options.budget), known, draw)

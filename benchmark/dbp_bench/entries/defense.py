@@ -36,6 +36,10 @@ class Setting(Strict):
     """The networks that the factory takes, by argument name."""
     votes: int = Field(default=1, ge=1)
     """Independent purifications of each image, whose majority decides. May be left out."""
+    decision: Literal["majority", "first", "mean"] = "majority"
+    """The rule by which several votes decide: a majority, where a tie names no class; the same, but
+    that a tie names the class of the earliest vote (`first`); or the largest mean probability. May
+    be left out."""
     resize: int | None = Field(default=None, ge=1)
     """The side of the square images that the purifier takes; null for the track's own. May be left
     out."""
@@ -59,9 +63,11 @@ class Setting(Strict):
         for name in self.networks:
             if name in self.options:
                 raise ValueError(f"{name!r} is both an option and a network")
-        for name in ("votes", "resize"):
+        for name in ("votes", "decision", "resize"):
             if name in self.options:
                 raise ValueError(f"options: {name}: stands beside options, not among them")
+        if self.decision != "majority" and self.votes == 1:
+            raise ValueError(f"decision: {self.decision} makes no difference to one vote")
         for name in self.surrogate.options if self.surrogate else ():
             if name not in self.options:
                 hint = did_you_mean(name, self.options).rstrip(".")
@@ -71,7 +77,9 @@ class Setting(Strict):
     @property
     def recorded(self) -> dict[str, Any]:
         """The set-up as a result has it: options, and votes and resize where there are any."""
-        more = {"votes": self.votes} if self.votes > 1 else {}
+        more: dict[str, Any] = {"votes": self.votes} if self.votes > 1 else {}
+        if self.decision != "majority":
+            more["decision"] = self.decision
         return {**self.options, **more, **({"resize": self.resize} if self.resize else {})}
 
 

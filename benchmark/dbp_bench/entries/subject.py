@@ -176,10 +176,15 @@ class Subject:
             )
         classifier = self.builder.network(*self._classifier).to(device, dtype)
         if setting.resize is not None:
+            if hasattr(purifier, "smoothing_sigma"):
+                raise BadEntry(
+                    f"{path}: resize: {setting.resize}, but a certificate is about noise in the "
+                    "track's own pixels; leave it out."
+                )
             purifier = Resized(purifier, setting.resize)
-        classes = self.facts.classes
+        votes, classes = votes or setting.votes, self.facts.classes
         return Defense(
-            purifier, classifier, networks.values(), policy, votes or setting.votes, classes
+            purifier, classifier, networks.values(), policy, votes, classes, setting.decision
         )
 
     def _taped(self, module: Any, device: "torch.device | str", dtype: "torch.dtype") -> "Taped":
@@ -219,11 +224,10 @@ class Subject:
         Raises:
             BadRequest: The entry declares no surrogate.
         """
-        from dbp_bench.defense import Defense, StraightThrough
+        from dbp_bench.defense import StraightThrough
 
         if gradient == "bpda":
-            purifier = StraightThrough(evaluated.purifier)
-            return Defense(purifier, evaluated.classifier, (), policy, evaluated.votes, evaluated.k)
+            return evaluated.around(StraightThrough(evaluated.purifier), policy)
         build = partial(self.defense, device=device, dtype=dtype, policy=policy)
         if gradient.startswith("surrogate:"):
             return build(options={"steps": int(gradient.partition(":")[2])})

@@ -9,7 +9,8 @@ A level t counts noising steps: t = 0 is the clean image, t = T pure noise. Netw
 import itertools
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from math import asin, cos, pi
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +78,47 @@ def _signal(schedule: Schedule) -> tuple[float, ...]:
 
 
 LINEAR = Schedule()
-"""The schedule of every purifier here."""
+"""The schedule of every purifier here that has no option for another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cosine:
+    """The cosine schedule (Nichol and Dhariwal 2021, equation 17), with betas of at most 0.999."""
+
+    levels: int = 4000
+    offset: float = 0.008
+
+    def continuous(self, level: float) -> float:
+        """The signal at a `level` from 0, where it is 1, to T, where it is 0; betas unclipped."""
+        return self._unscaled(level) / self._unscaled(0)
+
+    def level_of(self, signal: float) -> float:
+        """The level, no integer, at which the continuous signal is this one, in 0 ... 1."""
+        angle = asin((signal * self._unscaled(0)) ** 0.5)
+        return self.levels * (1 - 2 * (1 + self.offset) / pi * angle)
+
+    def signal(self) -> tuple[float, ...]:
+        """The products of (1 - beta) for levels 0 ... T; the first is 1."""
+        return _cosine_signal(self)
+
+    def _unscaled(self, level: float) -> float:
+        return cos((level / self.levels + self.offset) / (1 + self.offset) * pi / 2) ** 2
+
+
+@cache
+def _cosine_signal(schedule: Cosine) -> tuple[float, ...]:
+    exact = [schedule.continuous(level) for level in range(schedule.levels + 1)]
+    kept = (max(low / high, 1 - 0.999) for high, low in itertools.pairwise(exact))
+    return tuple(itertools.accumulate(kept, lambda product, one: product * one, initial=1.0))
+
+
+COSINE = Cosine()
+"""The schedule of improved DDPM's network for CIFAR-10."""
+
+ScheduleName = Literal["linear-1000", "cosine-4000"]
+
+SCHEDULES: dict[ScheduleName, Schedule | Cosine] = {"linear-1000": LINEAR, "cosine-4000": COSINE}
+"""The schedules that denoising networks are trained on, by name."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,11 +154,12 @@ def _pass(
     # Votes are alike, so one is run.
     votes, defense.votes = defense.votes, 1
     whole = partial(_logits, defense)
-    used = [call for network in networks if (call := _Call.seen(defense, network, image))]
-    nfe = votes * sum(call.count for call in used)
+    seen = (_Call.seen(defense, network, image, votes) for network in networks)
+    used = [call for call in seen if call]
+    nfe = sum(call.count for call in used)
     ends = _bytes(defense.classifier, image)
     each = [(call.count, _bytes(call.answer, call.image)) for call in used]
-    full = max_batch * votes * (ends + sum(count * size for count, size in each))
+    full = max_batch * (votes * ends + sum(count * size for count, size in each))
     with _instant(used):
         if policy == "none" or full <= free // 2:
             # What the sampler keeps beside its networks, which can be much too.
@@ -171,18 +172,19 @@ def _pass(
         forward = _timed(group, _forward, whole, image)
         defense.policy = "step" if by_step else "none"
         gradient = _timed(max_batch, _backward, whole, image)
+    forward, gradient = votes * forward, votes * gradient
     room = max(1, free // 2 // max((size for _, size in each), default=1))
     for call in used:
         there = _timed(group, _forward, call.answer, call.image)
         back = _timed(min(max_batch, room), _backward, call.answer, call.image)
         forward += call.count * there
         gradient += call.count * (back + (there if by_step else 0.0))
-    return _Pass(nfe, votes * gradient, votes * forward, steps if by_step else full, by_step)
+    return _Pass(nfe, gradient, forward, steps if by_step else full, by_step)
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """The calls of a network in one purification of an image."""
+    """The calls of a network in all votes on an image."""
 
     network: nn.Module
     count: int
@@ -194,8 +196,13 @@ class _Call:
     """Channels of the answer."""
 
     @classmethod
-    def seen(cls, defense: Defense, network: nn.Module, image: Tensor) -> "_Call | None":
-        """The calls in a purification in which the first one alone is made; None if none is."""
+    def seen(
+        cls, defense: Defense, network: nn.Module, image: Tensor, votes: int = 1
+    ) -> "_Call | None":
+        """The calls in a purification in which the first one alone is made; None if none is.
+
+        Those of the part that `votes` share count once, the others as often as there are votes.
+        """
         calls: list[tuple[Any, ...]] = []
         answers: list[Tensor] = []
         forward = network.forward
@@ -206,12 +213,16 @@ class _Call:
                 answers.append(forward(*args))
             return torch.zeros_like(answers[0])
 
+        tape = Tape.make(0, ATTACKER, [0])
         with _answering({network: once}), torch.no_grad():
-            defense.purify(image, Tape.make(0, ATTACKER, [0]))
+            state = defense.begin(image, tape)
+            shared = len(calls)
+            defense.finish(state, tape)
         if not calls:
             return None
         first, *others = calls[0]
-        return cls(network, len(calls), first, tuple(others), answers[0].shape[1])
+        count = shared + votes * (len(calls) - shared)
+        return cls(network, count, first, tuple(others), answers[0].shape[1])
 
     def answer(self, z: Tensor) -> Tensor:
         """The network's answer for `z` ``(n, c, h, w)``."""

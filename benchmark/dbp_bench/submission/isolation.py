@@ -111,7 +111,7 @@ class _Code:
         if "fault" in answer:
             raise NotConforming(answer["fault"])
         # Purified images and gradients have the form of the images.
-        for each in found if question["part"] == "purifier" or len(tensors) > 1 else ():
+        for each in found if question["part"] != "classifier" or len(tensors) > 1 else ():
             if (each.shape, each.dtype) != (tensors[0].shape, tensors[0].dtype):
                 raise NotConforming(
                     f"its code gives {tuple(each.shape)} in {each.dtype} for images "
@@ -149,12 +149,28 @@ class _Map(torch.autograd.Function):
 class _Purifier:
     """The purifier in the other process."""
 
-    ask: Callable[..., list[Tensor]]
+    ask: Callable[[str], Callable[..., list[Tensor]]]
+    """By part."""
     sites: frozenset[Site]
 
-    def __call__(self, images: Tensor, noise: Noise) -> Tensor:
-        out: Tensor = _Map.apply(images, partial(self.ask, noise=noise))  # type: ignore[no-untyped-call]
+    def part(self, name: str, images: Tensor, noise: Noise) -> Tensor:
+        asked = partial(self.ask(name), noise=noise)
+        out: Tensor = _Map.apply(images, asked)  # type: ignore[no-untyped-call]
         return out
+
+    def __call__(self, images: Tensor, noise: Noise) -> Tensor:
+        return self.part("purifier", images, noise)
+
+
+@dataclass(frozen=True)
+class _PurifierOfVotes(_Purifier):
+    """The same where there are several votes, which may share a first part."""
+
+    def shared(self, images: Tensor, noise: Noise) -> Tensor:
+        return self.part("shared", images, noise)
+
+    def single(self, state: Tensor, noise: Noise) -> Tensor:
+        return self.part("single", state, noise)
 
 
 class _Classifier(nn.Module):
@@ -188,18 +204,18 @@ class _Isolated(Subject):
         dtype = dtype or torch.float32
         question = {"dtype": str(dtype).removeprefix("torch."), "options": dict(options or {})}
         self.process.ask({**question, "part": None})
-        purify, classify = (
-            partial(self.process.ask, {**question, "part": part})
-            for part in ("purifier", "classifier")
-        )
-        classifier: nn.Module = _Classifier(classify)
+
+        def ask(part: str) -> Callable[..., list[Tensor]]:
+            return partial(self.process.ask, {**question, "part": part})
+
+        classifier: nn.Module = _Classifier(ask("classifier"))
         if self.setting.classifier is None:
             network = self.builder.network(self.track.entry.classifier, self.track.path)
             classifier = network.to(device, dtype)
-        purifier = _Purifier(purify, frozenset(Site(site) for site in self.sites))
-        classes = self.facts.classes
-        votes = votes or self.setting.votes
-        return Defense(purifier, classifier, (), "none", votes, classes)
+        votes, classes = votes or self.setting.votes, self.facts.classes
+        kind = _PurifierOfVotes if votes > 1 else _Purifier
+        purifier = kind(ask, frozenset(Site(site) for site in self.sites))
+        return Defense(purifier, classifier, (), "none", votes, classes, self.setting.decision)
 
 
 # --------------------------------------------------------------------------------- in the other one
@@ -239,7 +255,15 @@ def _answer(defense: Defense, part: str | None, given: list[Tensor], noise: Nois
     images, *gradient = given
     with torch.enable_grad(), memory.checkpointing(True, defense.counter):
         x = images.requires_grad_()
-        out = defense.purify(x, noise) if part == "purifier" else defense._classify(x)
+        match part:
+            case "purifier":
+                out = defense.purify(x, noise)
+            case "shared":
+                out = defense.begin(x, noise)
+            case "single":
+                out = defense.finish(x, noise, 0)
+            case _:
+                out = defense._classify(x)
         if gradient:
             return list(torch.autograd.grad(out, x, gradient[0], materialize_grads=True))
         return [out.detach()]

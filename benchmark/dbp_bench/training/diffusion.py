@@ -16,7 +16,7 @@ from dbp_bench.purifiers.schedule import to_diffusion
 from dbp_bench.training.batches import Batch
 from dbp_bench.training.processes import Level, Prediction, Process
 
-_NOISE, _START = Site("noise"), Site("start")
+_NOISE, _START, _SIZE = Site("noise"), Site("start"), Site("size")
 
 Loss = Callable[[Batch], Tensor]
 """The mean loss of a batch."""
@@ -32,6 +32,20 @@ It is a sum over images, so that an image's gradient doesn't depend on the other
 def classification(classifier: nn.Module) -> Loss:
     """Cross-entropy of a classifier of images in [0, 1]."""
     return lambda batch: F.cross_entropy(classifier(batch.images), batch.labels)
+
+
+def noisy_classification(classifier: nn.Module, sigma_min: float, sigma_max: float) -> Loss:
+    """Cross-entropy on images under Gaussian noise that isn't clipped (Cohen et al. 2019).
+
+    The standard deviation of each image's noise is uniform between the two, in [0, 1] pixels.
+    """
+
+    def loss(batch: Batch) -> Tensor:
+        size = sigma_min + (sigma_max - sigma_min) * batch.uniform(_SIZE).view(-1, 1, 1, 1)
+        noisy = batch.images + size * batch.tape.normal(_NOISE, 0, batch.images)
+        return F.cross_entropy(classifier(noisy), batch.labels)
+
+    return loss
 
 
 def denoising(denoiser: nn.Module, process: Process, push: Push | None = None) -> Loss:

@@ -16,7 +16,7 @@ from dbp_bench.training import diffusion
 from dbp_bench.training.batches import Batch
 from dbp_bench.training.given import HEADER
 from dbp_bench.training.processes import DDPM
-from dbp_bench.training.recipes import Recipe
+from dbp_bench.training.recipes import CLASSIFIERS, Recipe
 from dbp_bench.training.recipes import recipe as usual_recipe
 from dbp_bench.training.state import Settings
 
@@ -65,7 +65,7 @@ def measured(
     total = 0.0
     for part in chunks(ids):
         images, labels = (tensor.to(device) for tensor in data.select(part))
-        if recipe.name == "classifier":
+        if recipe.name in CLASSIFIERS:
             value = (network(images).argmax(1) == labels).float().mean()
         else:
             value = loss(Batch(images, labels, Tape.make(0, "test", part)))

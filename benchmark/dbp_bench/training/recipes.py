@@ -17,6 +17,7 @@ from dbp_bench.training.variants import Variant, find
 
 TITLES = {
     "classifier": "Classifier",
+    "noisy-classifier": "Classifier of noisy images",
     "diffusion": "Diffusion model",
     "addt": "ADDT fine-tuning",
     "clean-finetune": "Fine-tuning by the ordinary loss (ablation of ADDT)",
@@ -24,11 +25,13 @@ TITLES = {
     "addt-linf": "ADDT with signed steps in place of RBGM (ablation)",
 }
 NAMES = tuple(TITLES)
+CLASSIFIERS = ("classifier", "noisy-classifier")
+"""Recipes that train a classifier."""
 GUIDED = ("addt", "addt-linf")
 """Recipes that need a classifier."""
 FINETUNED = ("addt", "clean-finetune", "mse-guided", "addt-linf")
 """Recipes that start from trained weights."""
-SHIPPED = ("classifier", "diffusion", "addt")
+SHIPPED = ("classifier", "noisy-classifier", "diffusion", "addt")
 """The recipes of the digits that `all` stands for."""
 
 SCHEDULES = {
@@ -52,9 +55,13 @@ _DIGITS_ADDT: dict[str, dict[str, Any]] = {
     "mse-guided": {"lambda_unit": 0.19, "lambda_max": 0.7, "rounds": 5},
     "addt-linf": {"eps": 0.2, "step": 0.1, "rounds": 5, "ratio_max": 10.0},
 }
+# Cohen et al. (2019) train a classifier for each sigma; this one is for all in 0 ... 1, as one
+# denoiser is. With sigma_min = sigma_max it is theirs.
+_NOISY: dict[str, Any] = {"sigma_min": 0.0, "sigma_max": 1.0}
 _DIGITS_STEMS = {"cnn": "digits-classifier", "mlp": "digits-ddpm"}
 _DIGITS_TITLES = {
     "classifier": "Classifier of the digits (CNN, 17,362 parameters)",
+    "noisy-classifier": "Classifier of the digits under Gaussian noise (CNN, 17,362 parameters)",
     "diffusion": "DDPM of the digits (residual MLP, 446,016 parameters)",
 }
 
@@ -68,7 +75,7 @@ class Recipe:
     variant: Variant
     settings: Settings
     objective: dict[str, Any] = field(default_factory=dict)
-    """Options of ADDT, and how many levels are trained."""
+    """Options of ADDT, and how many levels are trained; or the noise that a classifier sees."""
     hold_out: bool = False
     """True to leave the validation images out where the training split has them: the digits'."""
 
@@ -88,7 +95,7 @@ class Recipe:
     @property
     def file(self) -> str:
         """The name of the weights file."""
-        if self.name not in FINETUNED:
+        if self.name not in (*FINETUNED, "noisy-classifier"):
             return self._trained(self.variant)
         stem = "digits" if self.data == "digits" else f"{self.data}-{self.variant.name}"
         return f"{stem}-{self.name}.safetensors"
@@ -145,10 +152,11 @@ def recipe(name: str, data: str, network: str | None = None) -> Recipe:
     """
     if name not in NAMES:
         raise UnknownName(f"no recipe {name!r}.{did_you_mean(name, [*NAMES, 'all'])}")
-    variant = find(data, network, classifies=name == "classifier")
+    variant = find(data, network, classifies=name in CLASSIFIERS)
     settings = variant.finetuning if name in FINETUNED else variant.training
     assert settings is not None
-    objective = dict((_DIGITS_ADDT if data == "digits" else _ADDT).get(name, {}))
+    known = {**(_DIGITS_ADDT if data == "digits" else _ADDT), "noisy-classifier": _NOISY}
+    objective = dict(known.get(name, {}))
     # Levels above are never visited by a purifier with t* = 100.
     if data == "digits" and name in FINETUNED:
         objective["levels"] = 200
@@ -158,7 +166,7 @@ def recipe(name: str, data: str, network: str | None = None) -> Recipe:
 
 
 def with_objective(made: Recipe, options: Mapping[str, Any]) -> Recipe:
-    """`made` with other constants of ADDT, such as ``lambda_unit``.
+    """`made` with other constants, such as ADDT's ``lambda_unit``.
 
     Raises:
         BadRequest: It has none of that name, or a value isn't a number above 0.
@@ -170,7 +178,13 @@ def with_objective(made: Recipe, options: Mapping[str, Any]) -> Recipe:
         kind = type(made.objective[name])
         if type(value) not in (int, kind) or value <= 0:
             raise BadRequest(f"--set {name}={value}: a number above 0.")
-    return replace(made, objective={**made.objective, **options})
+    objective = {**made.objective, **options}
+    if made.name == "noisy-classifier" and objective["sigma_min"] > objective["sigma_max"]:
+        raise BadRequest(
+            f"--set sigma_min={objective['sigma_min']}: above sigma_max, which is "
+            f"{objective['sigma_max']}."
+        )
+    return replace(made, objective=objective)
 
 
 def changed(made: Recipe, images: int, **given: Any) -> Recipe:

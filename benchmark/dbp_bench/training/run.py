@@ -178,6 +178,8 @@ def _held(data: DataSet, recipe: Recipe, device: torch.device) -> tuple[Tensor, 
 def _loss(recipe: Recipe, network: nn.Module, guide: nn.Module | None) -> diffusion.Loss:
     if recipe.name == "classifier":
         return diffusion.classification(network)
+    if recipe.name == "noisy-classifier":
+        return diffusion.noisy_classification(network, **recipe.objective)
     if recipe.name in ("diffusion", "clean-finetune"):
         return diffusion.denoising(network, recipe.process())
     raised = diffusion.fooling(guide) if guide is not None else diffusion.misleading
