@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from closed_forms import NoiseNet, gaussian
 from dbp_bench.certificate import (
     ABSTAIN,
     Certified,
@@ -29,11 +30,16 @@ from dbp_bench.certification import (
     check_votes,
     count,
     group_size,
+    is_smoothing,
     passes,
 )
-from dbp_bench.defense import Defense, Identity
+from dbp_bench.defense import Defense, Identity, Purifier
 from dbp_bench.errors import AttackFailed, BadRequest, NotConforming
-from dbp_bench.noise import REVERSE, Noise, Site, Tape
+from dbp_bench.noise import FORWARD, REVERSE, Noise, Site, Tape
+from dbp_bench.purifiers.controls import OneShot
+from dbp_bench.purifiers.ddpm import DDIM, DDPM
+from dbp_bench.purifiers.resize import Resized
+from dbp_bench.purifiers.schedule import LINEAR
 
 # ------------------------------------------------------------------------------- golden values
 
@@ -172,6 +178,7 @@ def _run(
     seed: int = 0,
     ids: Sequence[int] = IDS,
     classes: int = 2,
+    added: bool = True,
 ) -> Counts:
     *_, last = count(
         classify,
@@ -181,6 +188,7 @@ def _run(
         classes=classes,
         seed=seed,
         max_batch=max_batch,
+        added=added,
     )
     return last
 
@@ -415,7 +423,7 @@ class _Own:
 
 
 @pytest.mark.parametrize("purifier", [_Shared(), _OneRow(), _ByRow(), _OfTheBatch()])
-def test_votes_that_share_noise_are_refused(purifier: Identity) -> None:
+def test_votes_that_share_noise_are_refused(purifier: Purifier) -> None:
     with pytest.raises(NotConforming, match=r"\AI?its votes are not independent|share noise"):
         check_votes(Defense(purifier, nn.Flatten()), IMAGES[1:2])
 
@@ -423,6 +431,67 @@ def test_votes_that_share_noise_are_refused(purifier: Identity) -> None:
 def test_votes_with_noise_of_their_own_are_not() -> None:
     check_votes(Defense(_Own(), nn.Flatten()), IMAGES[1:2])
     check_votes(Defense(Identity(), nn.Flatten()), IMAGES[1:2])
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A purifier of the noisy image, or of `more` than that."""
+
+    size: float
+    more: float = 0.0
+    clipped: bool = False
+
+    sites: ClassVar[frozenset[Site]] = frozenset({FORWARD, REVERSE})
+
+    def __call__(self, images: Tensor, noise: Noise) -> Tensor:
+        noisy = images + self.size * noise.normal(FORWARD, 0, images)
+        if self.clipped:
+            noisy = noisy.clamp(0, 1)
+        return (noisy + noise.normal(REVERSE, 0, images)).sin() + self.more * images
+
+
+def _is_smoothing(purifier: Purifier, size: float, votes: int = 1) -> bool:
+    return is_smoothing(Defense(purifier, nn.Flatten(), votes=votes), IMAGES, size)
+
+
+def test_forward_noise_that_smooths_is_seen_from_outside() -> None:
+    assert _is_smoothing(_Forward(0.25), 0.25)
+    assert _is_smoothing(_Forward(0.25, clipped=True), 0.25)  # clipped afterwards: no harm
+    assert not _is_smoothing(_Forward(0.25), 0.26)
+    assert not _is_smoothing(_Forward(0.25, more=0.05), 0.25)  # a guide sees the clean image
+    assert not _is_smoothing(Resized(_Forward(0.25), 4), 0.25)
+    assert not _is_smoothing(_Forward(0.25), 0.25, votes=2)  # each vote has noise of its own
+    assert not _is_smoothing(_Own(), 0.1)
+    assert not _is_smoothing(Identity(), 0.1)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "one shot"])
+def test_the_forward_noise_of_samplers_smooths(sampler: str) -> None:
+    """At level t it is ``sqrt((1 - a) / a) / 2`` in pixels, whatever follows."""
+    network = NoiseNet(gaussian(0.2, 0.3), lambda t: LINEAR.signal()[round(t)])
+    purifier: Purifier = {
+        "ddpm": DDPM(network, 100, 4, "large", clip_x0=True, clamp_output=True),
+        "ddim": DDIM(network, 100, 4, clip_x0=True, clamp_output=True),
+        "one shot": OneShot(network, 100, clamp_output=True),
+    }[sampler]
+    images = IMAGES.double()
+    defense = Defense(purifier, nn.Flatten())
+    for level in (99, 100, 101):
+        a = LINEAR.signal()[level]
+        assert is_smoothing(defense, images, sqrt((1 - a) / a) / 2) == (level == 100)
+
+
+def test_the_votes_of_a_defense_that_smooths_are_its_draws() -> None:
+    """No noise is added, and each vote has draws of its own."""
+    drawn: list[Tensor] = []
+
+    def classify(images: Tensor, tape: Tape) -> Tensor:
+        assert torch.equal(images, IMAGES.repeat_interleave(len(images) // 3, 0))
+        drawn.append(tape.normal(FORWARD, 0, images).flatten(1))
+        return torch.zeros(len(images), dtype=torch.int64)
+
+    _run(classify, added=False)
+    assert len(torch.cat(drawn).unique(dim=0)) == 3 * 55
 
 
 def test_a_list_that_is_sorted_by_class_is_refused() -> None:

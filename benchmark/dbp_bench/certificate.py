@@ -188,6 +188,12 @@ class Certificate(Strict):
     sites: list[str]
     """The sites at which the defense draws noise: afresh for each vote. Without any, the base
     classifier is one function."""
+    noise: Literal["forward", "added"]
+    """Where the Gaussian noise comes from: it is the defense's own forward noise, so that a vote is
+    one draw of the defense as it is attacked; or it is added to the image that the defense is
+    given, before all noise of its own."""
+    size: float = Field(gt=0)
+    """The standard deviation of that noise. It is at least `sigma`, which the radii are of."""
     options: dict[str, Any]
     """The defense's options, as resolved for this noise level."""
     overrides: list[str]
@@ -213,6 +219,8 @@ class Certificate(Strict):
             raise ValueError(f"labels: {len(self.labels)} for {images} images")
         if not all(0 <= label < self.classes for label in self.labels):
             raise ValueError(f"labels: not in 0 ... {self.classes - 1}")
+        if self.size < self.sigma:
+            raise ValueError(f"size: {self.size} is below sigma, {self.sigma}")
         if self.n0 >= self.n:
             raise ValueError(f"n0: {self.n0} is not below n, {self.n}")
         for name, most in (("selection", self.n0), ("estimation", self.n)):

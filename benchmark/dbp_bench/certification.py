@@ -3,8 +3,12 @@
 The smoothed classifier names the class that the defense names most often when Gaussian noise is
 added to the image (Cohen et al. 2019). Each vote has a number, which is the draw of its noise: the
 Gaussian noise and the defense's own draws are those of that number, so that no two votes share any.
-Selection and estimation have numbers of their own. The Gaussian noise is not clipped, and in pixel
-units. :mod:`dbp_bench.certificate` says what the votes certify.
+Selection and estimation have numbers of their own. The Gaussian noise is in pixel units, and is not
+clipped. :mod:`dbp_bench.certificate` says what the votes certify.
+
+Of many purifiers the forward noise is the Gaussian noise: all that they take of an image x is
+``x + size * noise``. Then a vote is one draw of the defense as it is, and no more noise is added
+(:func:`is_smoothing` tells). Otherwise it is added to the image that the defense is given.
 """
 
 from collections import Counter
@@ -19,7 +23,7 @@ from torch.nn import functional as F
 
 from dbp_bench.defense import NO_MAJORITY, Defense
 from dbp_bench.errors import AttackFailed, BadRequest, NotConforming
-from dbp_bench.noise import Noise, Site, Tape
+from dbp_bench.noise import FORWARD, Noise, Site, Tape
 from dbp_bench.threat import Tick, ignore
 
 SMOOTHING: Final = Site("smoothing")
@@ -113,6 +117,7 @@ def count(
     classes: int,
     seed: int,
     max_batch: int,
+    added: bool = True,
     counts: Counts | None = None,
     tick: Tick = ignore,
 ) -> Iterator[Counts]:
@@ -127,6 +132,8 @@ def count(
         seed: The seed of all draws.
         max_batch: Votes in one pass, at most. It shapes the arithmetic, so a run that goes on needs
             the same.
+        added: True where the Gaussian noise is added to what the classifier is given; false where
+            the classifier adds it, as one of its draws.
         counts: What was counted before.
         tick: Called after each pass with the number of its votes.
 
@@ -138,7 +145,8 @@ def count(
     for phase, votes in passes(smoothing, len(images), max_batch):
         if votes.stop <= counts.done[phase]:
             continue
-        found = _votes(classify, images, ids, smoothing.sigma, phase, votes, classes, seed)
+        sigma = smoothing.sigma if added else 0.0
+        found = _votes(classify, images, ids, sigma, phase, votes, classes, seed)
         getattr(counts, phase).add_(found)
         counts.done[phase] = votes.stop
         tick(found.shape[0] * len(votes))
@@ -160,9 +168,10 @@ def _votes(
     numbers = range(first + votes.start, first + votes.stop)
     with torch.no_grad():
         noisy = images.repeat_interleave(len(votes), 0)
-        # In pixel units, and not clipped: the theorem is about a Gaussian.
-        smooth = Tape.make(seed, _SMOOTHING, ids).copies(numbers)
-        noisy += sigma * smooth.normal(SMOOTHING, 0, noisy)
+        if sigma:
+            # In pixel units, and not clipped: the theorem is about a Gaussian.
+            smooth = Tape.make(seed, _SMOOTHING, ids).copies(numbers)
+            noisy += sigma * smooth.normal(SMOOTHING, 0, noisy)
         named = classify(noisy, Tape.make(seed, _VOTER, ids).copies(numbers))
     if named.shape != noisy.shape[:1] or named.is_floating_point() or named.is_complex():
         raise AttackFailed(
@@ -177,7 +186,31 @@ def _votes(
     return counted.view(len(images), len(votes), classes).sum(1).cpu()
 
 
-# ------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------- what a vote may be
+
+
+def is_smoothing(defense: Defense, images: Tensor, size: float) -> bool:
+    """Tell whether all that a defense takes of an image is ``image + size * its forward noise``.
+
+    That is seen from outside: an image is moved, and its forward noise (of step 0) against it, and
+    the logits stay. A guide that sees the clean image, a resize before the noise, or votes with
+    forward noise of their own make them move.
+
+    Args:
+        defense: The defense.
+        images: ``(b, c, h, w)`` in [0, 1].
+        size: The standard deviation of the forward noise, in pixel units.
+    """
+    if FORWARD not in defense.sites:
+        return False
+    tape = Tape.make(0, _VOTER, range(len(images)))
+    away = tape.normal(Site("shift"), 0, images)
+    with torch.no_grad():
+        here = defense.logits(images, tape)
+        there = defense.logits(images + size * away, tape)
+        back = defense.logits(images + size * away, _Moved(tape, -away))
+    moved = float((there - here).abs().max())
+    return moved > 0 and float((back - here).abs().max()) <= _GAP * moved
 
 
 def check_votes(defense: Defense, image: Tensor) -> None:
@@ -190,28 +223,41 @@ def check_votes(defense: Defense, image: Tensor) -> None:
         image: ``(1, c, h, w)`` in [0, 1].
 
     Raises:
-        NotConforming: Three copies of an image, each with draws of its own, are not purified as
-            each is alone.
+        NotConforming: Three copies of an image, each with draws of its own, have other logits than
+            each has alone.
     """
     votes = 3
     tape = Tape.make(0, _VOTER, [0]).copies(range(votes))
     three = image.repeat_interleave(votes, 0)
     with torch.no_grad():
-        together = defense.purify(three, _Rows(tape, votes))
+        together = defense.logits(three, _Rows(tape, votes))
         rows = [torch.tensor([i]) for i in range(votes)]
-        alone = torch.cat([defense.purify(three[i], _Rows(tape[i], 1)) for i in rows])
-    gaps = (together - alone).flatten(1).abs().amax(1)
-    if not bool((gaps <= _GAP * alone.abs().max().clamp(min=1)).all()):
+        alone = torch.cat([defense.logits(three[i], _Rows(tape[i], 1)) for i in rows])
+    if not bool(((together - alone).abs() <= _GAP * alone.abs().max().clamp(min=1)).all()):
         raise NotConforming(
-            "its votes are not independent: an image purified beside other draws of itself isn't "
-            "what it is alone. Noise that is shared in a batch, statistics over the batch or draws "
-            "from elsewhere certify nothing. Draw with noise.normal(site, step, like), one row for "
-            "each image."
+            "its votes are not independent: an image beside other draws of itself has other logits "
+            "than alone. Noise that is shared in a batch, statistics over the batch or draws from "
+            "elsewhere certify nothing. Draw with noise.normal(site, step, like), one row for each "
+            "image."
         )
 
 
 _GAP: Final = 1e-3
-"""Largest distance that rounding may bring in; shared noise is of size 0.1 and more."""
+"""Largest relative distance that rounding may bring in; noise that is shared, or of another size,
+makes one of 0.01 and more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    """Noise whose first forward draw is moved."""
+
+    source: Noise
+    by: Tensor
+
+    def normal(self, site: Site, step: int, like: Tensor) -> Tensor:
+        drawn = self.source.normal(site, step, like)
+        # Noise of another size than the image's is no noise in pixels.
+        return drawn + self.by if (site, step, like.shape) == (FORWARD, 0, self.by.shape) else drawn
 
 
 @dataclass(frozen=True, slots=True)
