@@ -8,6 +8,7 @@ from itertools import permutations
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from dbp_bench.certificate import FOLDER
 from dbp_bench.entries.defense import OWN_CLASSIFIER
 from dbp_bench.errors import BadResult, NotComparable, did_you_mean
 from dbp_bench.reporting.protocol import Protocol, knowledge, shipped
@@ -97,14 +98,19 @@ def load_sweeps(place: Path, tracks: Sequence[str]) -> list[Record]:
 
 
 def result_files(place: Path) -> list[Path]:
-    """The result files below a folder, in order; not those of sweeps, nor unfinished work."""
+    """The result files below a folder, in order.
+
+    Those of sweeps, certificates and unfinished work are none.
+    """
     found = sorted(path for path in place.rglob("seed-*.json") if re.fullmatch(_FILE, path.name))
     apart = ("sweeps", "analyses")
     parts = {path: path.relative_to(place).parts for path in found}
     return [
         path
         for path in found
-        if parts[path][0] not in apart and not any(part.startswith(".") for part in parts[path])
+        if parts[path][0] not in apart
+        and FOLDER not in parts[path][:-2]
+        and not any(part.startswith(".") for part in parts[path])
     ]
 
 
