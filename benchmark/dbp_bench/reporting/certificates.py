@@ -12,6 +12,7 @@ from math import floor, inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import pandas as pd
 
 from dbp_bench.certificate import (
@@ -24,7 +25,7 @@ from dbp_bench.certificate import (
 from dbp_bench.errors import BadRequest, BadResult, NotComparable
 from dbp_bench.reporting.frames import cell, frame_of
 from dbp_bench.reporting.rendering import table_of
-from dbp_bench.reporting.statistics import Estimate, Score, proportion
+from dbp_bench.reporting.statistics import Bootstrap, Estimate, Score, proportion
 from dbp_bench.result import Result
 
 if TYPE_CHECKING:
@@ -170,6 +171,23 @@ class Best:
             if (value := accuracy(held.certificate, radius, found=held.certified)) is not None
         ]
         return self.helds[min(scores)[2]] if scores else None
+
+
+def difference(a: Best, b: Best, at: float) -> Estimate | None:
+    """The certified accuracy of `a` minus that of `b` at a radius, each at its best sigma.
+
+    Paired by image, with a bootstrap interval; None where one is out of reach, or their images are
+    not the same.
+    """
+    pair = a.at(at), b.at(at)
+    if pair[0] is None or pair[1] is None:
+        return None
+    one, other = pair[0], pair[1]
+    if one.certificate.ids != other.certificate.ids:
+        return None
+    bootstrap = Bootstrap.of(len(one.certificate.ids))
+    mine, theirs = (bootstrap.mean(h.certified.holds(at).astype(np.int64), 1) for h in (one, other))
+    return bootstrap.estimate(mine - theirs)
 
 
 def groups(helds: Iterable[Held]) -> list[Best]:

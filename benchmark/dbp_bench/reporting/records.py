@@ -39,12 +39,14 @@ class Record:
         return self.path.parents[len(PurePosixPath(self.name).parts) - 3]
 
 
-def load(results: Path | Sequence[Path], track: str | None = None) -> list[Record]:
+def load(
+    results: Path | Sequence[Path], track: str | None = None, *, needed: bool = True
+) -> list[Record]:
     """Every result in `results`, folders of results or single files, of one track or of all.
 
     Raises:
-        BadResult: There is none, a file can't be read or says something else than its path, or two
-            files are of one setting.
+        BadResult: There is none where one is `needed`, a file can't be read or says something else
+            than its path, or two files are of one setting.
     """
     places = [results] if isinstance(results, Path) else list(results)
     records: list[Record] = []
@@ -62,7 +64,7 @@ def load(results: Path | Sequence[Path], track: str | None = None) -> list[Recor
                 records.append(read_record(path, name))
                 _check_place(records[-1])
     records = [record for record in records if track in (None, record.result.track)]
-    if not records:
+    if needed and not records:
         where = ", ".join(map(str, places))
         hint = did_you_mean(track, known) if track and known else ""
         what = f"no results on track {track!r}" if track else "no results"
