@@ -1,17 +1,21 @@
 """``dbp-bench certify``: files, resumption, levels that match the noise, mistakes in one line."""
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
 
+import dbp_bench
 from dbp_bench import certification
 from dbp_bench.certificate import Certificate, certificate_schema, label_of
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, BadResult, NotConforming
+from dbp_bench.noise import FORWARD, Noise, Site
 from dbp_bench.purifiers.schedule import LINEAR
 from dbp_bench.runs import certify as running
 from dbp_bench.runs.certify import at_level, level_of, noise_at, plan
@@ -287,3 +291,65 @@ def test_no_graph_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     smoothing = certification.Smoothing(0.1, 1, 2)
     list(certification.count(classify, images, [0, 1], smoothing, classes=2, seed=0, max_batch=9))
     assert asked == [False, False]
+
+
+# ------------------------------------------------------------------------------------- scripts
+
+
+def test_a_script_certifies_what_the_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs/certificates.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(block, "certificates.md", "exec"), names)
+    found = names["found"]
+    assert found.radii.shape == (8,)
+    assert found.holds(0).sum() >= 6
+    assert f"{found.holds(0.25).mean()}" in capsys.readouterr().out
+
+
+class _Half(torch.nn.Module):
+    """Logits of two classes: the brighter half wins; an image is certified at its margin."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        margin = (images.flatten(1).mean(1) - 0.5) * 2  # 4 pixels: of unit length in l2
+        return torch.stack([-margin, margin], 1)
+
+
+def test_a_script_certifies_any_function() -> None:
+    """A classifier, a function that draws by itself, and a purifier whose noise is the smoothing.
+
+    Four pixels of 0.8 are 0.6 away from the border.
+    """
+    images, labels = torch.full((2, 1, 2, 2), 0.8), torch.ones(2, dtype=torch.int64)
+    given: Any = {"sigma": 0.5, "n": 2000, "quiet": True}
+
+    def noisy(images: torch.Tensor) -> torch.Tensor:
+        return images + 0.1 * torch.randn_like(images)  # noqa: TID251
+
+    @dataclass(frozen=True)
+    class Own:
+        smoothing_sigma: float = 0.5
+        more: float = 0.0
+
+        sites: ClassVar[frozenset[Site]] = frozenset({FORWARD})
+
+        def __call__(self, images: torch.Tensor, noise: Noise) -> torch.Tensor:
+            drawn = images + 0.5 * noise.normal(FORWARD, 0, images)
+            return drawn + self.more * images
+
+    for purifier, least in ((None, 0.55), (noisy, 0.53), (Own(), 0.55)):
+        found = dbp_bench.certify(purifier, _Half(), images, labels, **given)
+        assert found.classes.tolist() == [1, 1]
+        assert found.radii.max() < 0.6
+        assert found.radii.min() > least - 0.05
+    with pytest.raises(NotConforming, match="more of an image"):
+        dbp_bench.certify(Own(more=0.3), _Half(), images, labels, **given)
+    for wrong, said in (
+        ({"sigma": 0}, "sigma 0"),
+        ({"n0": 5000}, "n0 5000 n 2000"),
+        ({"alpha": 2}, "alpha 2"),
+        ({"seed": -1}, "seed"),
+    ):
+        with pytest.raises(BadRequest, match=rf"^{said}") as error:
+            dbp_bench.certify(None, _Half(), images, labels, **{**given, **wrong})
+        assert "--" not in str(error.value)

@@ -244,27 +244,30 @@ def noise_at(signal: float) -> float:
     return sqrt((1 - signal) / signal) / 2
 
 
-def forward_noise(defense: Defense, subject: Subject, images: Tensor, sigma: float) -> float | None:
+def forward_noise(defense: Defense, images: Tensor, sigma: float) -> float | None:
     """The size of the defense's forward noise where that is smoothing noise of at least `sigma`.
+
+    Its purifier says so (`smoothing_sigma`), or has a `t_star` or a `sigma_max` whose noise it may
+    be; whether it is, is tried on `images`.
 
     Raises:
         NotConforming: The purifier says that it is, and it isn't.
     """
-    stated = getattr(defense.purifier, "smoothing_sigma", None)
-    options, sizes = subject.setting.options, list[float]()
+    purifier, sizes = defense.purifier, list[float]()
+    stated = getattr(purifier, "smoothing_sigma", None)
     if stated is not None:
         sizes = [float(stated)]
-    elif isinstance(level := options.get("t_star"), int):
+    elif isinstance(level := getattr(purifier, "t_star", None), int):
         signal = LINEAR.signal()
         # A purifier with the published grid starts one level higher.
         sizes = [noise_at(signal[t]) for t in (level, level + 1) if 0 < t < len(signal)]
-    elif isinstance(level := options.get("sigma_max"), int | float):
+    elif isinstance(level := getattr(purifier, "sigma_max", None), int | float):
         sizes = [level / 2]
     found = next((size for size in sizes if is_smoothing(defense, images, size)), None)
     if stated is not None and found is None:
         raise NotConforming(
-            f"{subject.name}: its purifier says that its forward noise smooths images with "
-            f"{stated:g}, but it takes more of an image than the noisy one."
+            f"its purifier says that its forward noise smooths images with {stated:g}, but it "
+            "takes more of an image than the noisy one."
         )
     return found if found is not None and found >= sigma else None
 
@@ -337,7 +340,7 @@ def certify(
         defense = job.defense()
         few, _ = images.select(job.track_ids[:PROBED])
         check_votes(defense, few[:1].to(job.device))
-        size_of_own = forward_noise(defense, job.subject, few.to(job.device), job.smoothing.sigma)
+        size_of_own = forward_noise(defense, few.to(job.device), job.smoothing.sigma)
         nfe = _count(pieces, job, defense, images, max_batch, size_of_own is None, progress)
         _assemble(job, identity, pieces, images, labels, size_of_own, nfe).write(path)
     return path
