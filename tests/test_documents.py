@@ -172,7 +172,7 @@ EXCEPTED = {
 
 WORDS = {
     f"dbp-bench {verb}"
-    for verb in ("analyze", "compare", "new track", "run", "sweep", "train", "tune")
+    for verb in ("analyze", "certify", "compare", "new track", "run", "sweep", "train", "tune")
 }
 """Names of commands in a sentence."""
 
