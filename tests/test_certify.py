@@ -16,9 +16,10 @@ from dbp_bench.certificate import Certificate, certificate_schema, label_of
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, BadResult, NotConforming
 from dbp_bench.noise import FORWARD, Noise, Site
+from dbp_bench.purifiers.denoised_smoothing import noise_of
 from dbp_bench.purifiers.schedule import LINEAR
 from dbp_bench.runs import certify as running
-from dbp_bench.runs.certify import at_level, level_of, noise_at, plan
+from dbp_bench.runs.certify import at_level, level_of, plan
 from dbp_bench.runs.execute import Progress
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def test_a_certificate_is_written_and_read(command: "Command") -> None:
     held = Certificate.read(FILE)
     assert (held.noise, held.sites, held.nfe, held.n0, held.n) == ("forward", ["forward"], 1, 8, 30)
     assert held.options["t_star"] == 146
-    assert held.size == pytest.approx(noise_at(LINEAR.signal()[146]))
+    assert held.size == pytest.approx(noise_of(LINEAR.signal()[146]))
     assert held.size >= held.sigma == 0.25
     for rows, votes in ((held.votes.selection, 8), (held.votes.estimation, 30)):
         assert [sum(row) for row in rows] == [votes] * 6
@@ -144,7 +145,10 @@ def test_another_request_is_refused(command: "Command") -> None:
         (("--n0", "30"), "--n0 30 --n 30"),
         (("--sigma", "0"), "--sigma 0"),
         (("--sigma", "a,b"), "--sigma 'a,b'"),
-        (("--sigma", "100"), "beyond the schedule, which ends at 78.7"),
+        (
+            ("--sigma", "100"),
+            "--sigma: 100.0 is beyond the schedule linear-1000, which ends at 78.7",
+        ),
         (("--radii", "3"), "--radii 3: out of reach"),
         (("--radii", "-1"), "--radii -1"),
         (("--max-batch", "0"), "--max-batch 0"),
@@ -176,6 +180,16 @@ def test_the_plan_says_votes_nfe_and_reach(command: "Command") -> None:
     assert job["reach"] == pytest.approx(0.25 * 0.82153, abs=1e-5)
 
 
+def test_the_plan_says_what_published_settings_cost(command: "Command") -> None:
+    """10 steps, 40 reverse runs, and 100,100 votes of each image: 40 million NFE for one."""
+    published = ("--n0", "100", "--n", "100000", "--set", "votes=40")
+    _, out, err = _certify(command, "--dry-run", *published, defense="densepure")
+    assert err == ""
+    assert "40,040,000" in out
+    assert "steps=10, votes=40" in out
+    assert "0.9529" in out
+
+
 # ---------------------------------------------------------------------------- levels and noise
 
 
@@ -186,7 +200,7 @@ def test_levels_are_those_of_diffusion_denoised_smoothing(sigma: float, step: in
 
 
 def test_no_level_has_so_much_noise() -> None:
-    with pytest.raises(BadRequest, match=r"beyond the schedule, which ends at 78\.7"):
+    with pytest.raises(BadRequest, match=r"beyond the schedule linear-1000, which ends at 78\.7"):
         level_of(79)
 
 
@@ -197,12 +211,19 @@ def test_a_purifier_follows_the_noise() -> None:
     assert at_level(of("edm", "cifar10-l2"), 0.5, {}).setting.options["sigma_max"] == 1.0
     own = at_level(of("ddpm", "digits-l2"), 0.5, {"t_star": 100, "votes": 3}).setting
     assert (own.options["t_star"], own.votes, "votes" in own.options) == (100, 3, False)
+    dense = at_level(of("densepure", "digits-l2"), 0.5, {"votes": 1}).setting
+    assert dense.recorded == {**dense.options, "sigma": 0.5}  # one vote: nothing to decide
     plain = of("none", "digits-l2")
     assert at_level(plain, 0.5, {}).setting.options == plain.setting.options
 
 
 @pytest.mark.parametrize(
-    ("defense", "noise"), [("ddpm", "forward"), ("gdmp", "added"), ("none", "added")]
+    ("defense", "noise"),
+    [
+        *[("ddpm", "forward"), ("dds", "forward"), ("diffsmooth", "forward")],
+        *[("densepure-cheap", "forward"), ("smoothing", "forward")],
+        *[("gdmp", "added"), ("none", "added")],
+    ],
 )
 def test_forward_noise_is_the_smoothing_where_it_can_be(
     command: "Command", defense: str, noise: str

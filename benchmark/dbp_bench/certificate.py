@@ -12,7 +12,7 @@ smoothed classifier, which gives the class that most such votes name, and not fo
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import log, sqrt
@@ -317,7 +317,7 @@ def certificate_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def label_of(sigma: float, n: int, given: dict[str, Any]) -> str:
+def label_of(sigma: float, n: int, given: Mapping[str, Any]) -> str:
     """The name of a certificate in paths and tables, such as ``sigma-0.25-n-10000``."""
     parts = [f"sigma-{sigma:g}", f"n-{n}"]
     parts += [f"{name}-{json.dumps(value)}" for name, value in sorted(given.items())]

@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import sqrt
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +35,7 @@ from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import BadEntry, BadRequest, NotConforming
 from dbp_bench.memory import free_bytes
 from dbp_bench.provenance import full_float32, provenance
+from dbp_bench.purifiers.denoised_smoothing import least_step, noise_of
 from dbp_bench.purifiers.schedule import LINEAR
 from dbp_bench.result import Arithmetic
 from dbp_bench.runs.estimate import forward_bytes
@@ -219,29 +219,22 @@ def at_level(subject: Subject, sigma: float, given: Mapping[str, Any]) -> Subjec
     if isinstance(votes, bool) or not isinstance(votes, int) or votes < 1:
         raise BadRequest(f"--set votes={votes}: a whole number from 1.")
     options |= {name: value for name, value in given.items() if name != "votes"}
-    changed = setting.model_copy(update={"options": options, "votes": votes})
-    return replace(subject, setting=changed)
+    changed = {"options": options, "votes": votes}
+    if votes == 1:
+        changed["decision"] = "majority"  # the same as any other
+    return replace(subject, setting=setting.model_copy(update=changed))
 
 
 def level_of(sigma: float) -> int:
     """The first noise level of the linear schedule with noise of at least `sigma`, in pixels.
 
-    Carlini et al. 2022 (section 3.2) take it for the noise that is added.
-
     Raises:
         BadRequest: There is none.
     """
-    levels = (t for t, a in enumerate(LINEAR.signal()) if noise_at(a) >= sigma)
-    found = next(levels, None)
-    if found is None:
-        most = noise_at(LINEAR.signal()[-1])
-        raise BadRequest(f"--sigma {sigma:g}: beyond the schedule, which ends at {most:.4g}.")
-    return found
-
-
-def noise_at(signal: float) -> float:
-    """The noise at a level of so much `signal`, relative to the image, in [0, 1] pixel units."""
-    return sqrt((1 - signal) / signal) / 2
+    try:
+        return least_step("linear-1000", sigma) + 1
+    except BadEntry as error:
+        raise BadRequest(f"--{error}") from None
 
 
 def forward_noise(defense: Defense, images: Tensor, sigma: float) -> float | None:
@@ -260,7 +253,7 @@ def forward_noise(defense: Defense, images: Tensor, sigma: float) -> float | Non
     elif isinstance(level := getattr(purifier, "t_star", None), int):
         signal = LINEAR.signal()
         # A purifier with the published grid starts one level higher.
-        sizes = [noise_at(signal[t]) for t in (level, level + 1) if 0 < t < len(signal)]
+        sizes = [noise_of(signal[t]) for t in (level, level + 1) if 0 < t < len(signal)]
     elif isinstance(level := getattr(purifier, "sigma_max", None), int | float):
         sizes = [level / 2]
     found = next((size for size in sizes if is_smoothing(defense, images, size)), None)

@@ -103,29 +103,28 @@ def forward_cost(subject: Subject, device: str) -> ForwardCost:
     """The cost of one evaluation of `subject`, without a gradient, on `device`."""
     defense = subject.with_random_weights().defense(device=device)
     image = stand_in(subject.facts, 1)[0].to(device)
-    whole = partial(_logits, defense)
-    used = [call for each in defense.networks if (call := _Call.seen(defense, each, image))]
+    used = _used(defense, image)
     with _instant(used):
-        before = defense.counter.images
-        _forward(whole, image, 1)
-        nfe = defense.counter.images - before
-        seconds = _timed(_MOST, _forward, whole, image)
-    once = sum(call.count for call in used)
+        seconds = _timed(_MOST, _forward, partial(_logits, defense), image)
     for call in used:
         each = _forward_bytes(call.answer, call.image)
         room = max(1, memory.free_bytes(image.device) // 4 // max(1, each))
-        one = _timed(min(_MOST, room), _forward, call.answer, call.image)
-        seconds += call.count * nfe / once * one
-    return ForwardCost(nfe, seconds, tuple(subject.uncached()))
+        seconds += call.count * _timed(min(_MOST, room), _forward, call.answer, call.image)
+    return ForwardCost(sum(call.count for call in used), seconds, tuple(subject.uncached()))
 
 
 def forward_bytes(subject: Subject, device: str) -> int:
     """Memory of one image in the largest network of `subject`, without a gradient, at most."""
     defense = subject.with_random_weights().defense(device=device)
     image = stand_in(subject.facts, 1)[0].to(device)
-    used = [call for each in defense.networks if (call := _Call.seen(defense, each, image))]
-    each = [_forward_bytes(call.answer, call.image) for call in used]
+    each = [_forward_bytes(call.answer, call.image) for call in _used(defense, image)]
     return max(_forward_bytes(defense.classifier, image), *each, 1)
+
+
+def _used(defense: Defense, image: Tensor) -> "list[_Call]":
+    """The calls of each network in all votes of `defense`."""
+    seen = (_Call.seen(defense, network, image, defense.votes) for network in defense.networks)
+    return [call for call in seen if call]
 
 
 def _forward_bytes(function: _Function, image: Tensor) -> int:
