@@ -57,10 +57,10 @@ SHORTENED = {
     f"{DDPM} --threat dwbox --attack my_module:MyAttack --entries FOLDER --trust-code": (
         f"{SMALL} --out out"
     ),
-    "dbp-bench certify --defense oneshot --sigma 0.25,0.5,1.0": (
+    "dbp-bench certify --defense densepure --sigma 0.25,0.5,1.0": (
         "--examples 2 --n0 5 --n 20 --out out"
     ),
-    "dbp-bench certify --defense oneshot --sigma 0.25 --n 100000 --dry-run": "",
+    "dbp-bench certify --defense densepure --sigma 0.25 --n 100000 --dry-run": "",
     "dbp-bench report": "",
     "dbp-bench compare addt/dwbox ddpm/dwbox": "",
     "dbp-bench check ddpm": "",

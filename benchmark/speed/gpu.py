@@ -43,9 +43,9 @@ LIGHT = (
 """Packages of which wheels are carried: 9 MB."""
 HEAVY = (
     *("contourpy", "cycler", "fonttools", "kiwisolver", "matplotlib", "pandas", "pillow"),
-    *("pyparsing", "python-dateutil", "tzdata"),
+    *("pyparsing", "python-dateutil", "scipy", "tzdata"),
 )
-"""The same, where matplotlib, pandas and Pillow may be missing: 36 MB more."""
+"""The same, where matplotlib, pandas, Pillow and SciPy may be missing: 71 MB more."""
 EXTRAS = ("pyautoattack", "torchattacks==3.5.1")
 """Packages whose attacks are tested where they are; they need nothing that isn't there."""
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
