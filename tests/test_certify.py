@@ -221,7 +221,7 @@ def test_a_purifier_follows_the_noise() -> None:
     ("defense", "noise"),
     [
         *[("ddpm", "forward"), ("dds", "forward"), ("diffsmooth", "forward")],
-        *[("densepure-cheap", "forward"), ("smoothing", "forward")],
+        *[("densepure", "forward"), ("smoothing", "forward")],
         *[("gdmp", "added"), ("none", "added")],
     ],
 )

@@ -126,7 +126,9 @@ class Leaderboard:
 
     @property
     def attacked(self) -> Mapping[str, Estimate]:
-        """The accuracy of each defense with all draws hidden, where it was measured."""
+        """The accuracy of each defense in l2 with all draws hidden, where it was measured."""
+        if self.norm != "l2":
+            return {}
         found = {row.defense: row.estimates["hidden"] for row in self.rows}
         return {name: each for name, each in found.items() if each is not None}
 

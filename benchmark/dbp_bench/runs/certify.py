@@ -331,12 +331,21 @@ def certify(
         write_request(folder, identity)
         full_float32()
         defense = job.defense()
-        few, _ = images.select(job.track_ids[:PROBED])
-        check_votes(defense, few[:1].to(job.device))
-        size_of_own = forward_noise(defense, few.to(job.device), job.smoothing.sigma)
+        size_of_own = _probe(job, images.select(job.track_ids[:PROBED])[0])
         nfe = _count(pieces, job, defense, images, max_batch, size_of_own is None, progress)
         _assemble(job, identity, pieces, images, labels, size_of_own, nfe).write(path)
     return path
+
+
+def _probe(job: CertificateJob, images: Tensor) -> float | None:
+    """The size of the forward noise where it smooths; refuses votes that aren't independent.
+
+    In float64, in which rounding can't be taken for a difference.
+    """
+    exact = job.subject.defense(device=job.device, dtype=torch.float64)
+    few = images.to(job.device, torch.float64)
+    check_votes(exact, few[:1])
+    return forward_noise(exact, few, job.smoothing.sigma)
 
 
 def is_complete(job: CertificateJob, out: Path) -> bool:
