@@ -510,3 +510,7 @@ def test_a_list_that_is_sorted_by_class_is_refused() -> None:
     with pytest.raises(BadRequest, match="--examples 40"):
         check_classes(digits[:40], digits)
     check_classes([7, 7, 1], [*digits, 7, 7])  # too few to tell
+    # A whole list may be of few classes; in `of`, a class stands as often as it is expected.
+    with pytest.raises(BadRequest):
+        check_classes(ordered[:500], range(1000))
+    check_classes(ordered[::100], range(1000))

@@ -14,7 +14,7 @@ Of many purifiers the forward noise is the Gaussian noise: all that they take of
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import comb
+from math import comb, log
 from typing import Final, Literal, NamedTuple
 
 import torch
@@ -292,8 +292,8 @@ def check_classes(labels: Sequence[int], of: Sequence[int]) -> None:
     """
     sizes = sorted(Counter(of).values(), reverse=True)
     met = len(set(labels))
-    chance = comb(len(sizes), met) * (sum(sizes[:met]) / len(of)) ** len(labels)
-    if chance < 1e-6:
+    chance = log(comb(len(sizes), met)) + len(labels) * log(sum(sizes[:met]) / len(of))
+    if chance < log(1e-6):
         raise BadRequest(
             f"--examples {len(labels)}: these images are of {met} of {len(sizes)} classes: the "
             "track's list is sorted by class. Take all of its images, or a track whose split "

@@ -147,6 +147,8 @@ def certify(
         return
     for job in jobs:
         job.defense()  # what can't be built is found before anything has begun
+    if jobs and (doubt := jobs[0].doubt()):
+        say.print(f"warning: {doubt}", soft_wrap=True)
     _run_all(say, jobs, out, alpha, at, resume=not no_resume, as_json=as_json)
 
 

@@ -130,6 +130,18 @@ class CertificateJob:
         check_classes(labels[: self.examples], labels)
         return labels[: self.examples]
 
+    def doubt(self) -> str | None:
+        """A warning where the whole list of the track is of few of the data set's classes."""
+        labels, classes = self.subject.data().labels_of(self.track_ids), self.subject.facts.classes
+        try:
+            check_classes(labels, range(classes))
+        except BadRequest:
+            return (
+                f"the {len(labels)} images of {self.subject.track.name} are of {len({*labels})} of "
+                f"{classes} classes: certified accuracy is that of these classes alone."
+            )
+        return None
+
 
 # ----------------------------------------------------------------------------------- what is asked
 
@@ -177,12 +189,13 @@ def plan(
     for defense in defenses:
         own = registry.subject(defense, track)
         for sigma in sigmas:
+            smoothing = Smoothing(sigma, n0, n)
             subject = at_level(own, sigma, given)
             ids = subject.ids()
             jobs.append(
                 CertificateJob(
                     subject=subject,
-                    smoothing=Smoothing(sigma, n0, n),
+                    smoothing=smoothing,
                     seed=seed,
                     device=device,
                     track_ids=ids,
