@@ -41,7 +41,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 VERBS = {
-    "Evaluate": ["list", "run", "train", "weights"],
+    "Evaluate": ["list", "run", "certify", "train", "weights"],
     "Report": ["report", "compare"],
     "Diagnose": ["check", "sweep", "tune", "analyze"],
     "Share": ["submit", "verify", "new"],

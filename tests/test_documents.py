@@ -57,6 +57,10 @@ SHORTENED = {
     f"{DDPM} --threat dwbox --attack my_module:MyAttack --entries FOLDER --trust-code": (
         f"{SMALL} --out out"
     ),
+    "dbp-bench certify --defense densepure --sigma 0.25,0.5,1.0": (
+        "--examples 2 --n0 5 --n 20 --out out"
+    ),
+    "dbp-bench certify --defense densepure --sigma 0.25 --n 100000 --dry-run": "",
     "dbp-bench report": "",
     "dbp-bench compare addt/dwbox ddpm/dwbox": "",
     "dbp-bench check ddpm": "",
@@ -170,7 +174,7 @@ EXCEPTED = {
 
 WORDS = {
     f"dbp-bench {verb}"
-    for verb in ("analyze", "compare", "new track", "run", "sweep", "train", "tune")
+    for verb in ("analyze", "certify", "compare", "new track", "run", "sweep", "train", "tune")
 }
 """Names of commands in a sentence."""
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dbp_bench.noise import Noise, Site
     from dbp_bench.purifiers.diffusers import from_diffusers
     from dbp_bench.reporting.script import Report
-    from dbp_bench.scripting import check, evaluate, load_defense, load_track
+    from dbp_bench.scripting import certify, check, evaluate, load_defense, load_track
     from dbp_bench.taped import Taped
     from dbp_bench.threat import Attack
 
@@ -26,6 +26,7 @@ __all__ = [
     "Site",
     "Taped",
     "__version__",
+    "certify",
     "check",
     "evaluate",
     "from_diffusers",

@@ -272,7 +272,7 @@ class Result(Strict):
         for inner, key in ((table["provenance"], "code"), (table["conformance"] or {}, "taped")):
             if inner.get(key, ...) is None:
                 del inner[key]
-        return _pretty(table, ("predicted", "package_robust")) + "\n"
+        return pretty(table, ("predicted", "package_robust")) + "\n"
 
     def write(self, path: Path) -> None:
         """Write the file, all of it or nothing."""
@@ -366,13 +366,13 @@ def without_draws(effort: dict[str, Any]) -> dict[str, Any]:
     return counts
 
 
-def _pretty(table: Mapping[str, Any], tall: Sequence[str], indent: str = "") -> str:
+def pretty(table: Mapping[str, Any], tall: Sequence[str], indent: str = "") -> str:
     """JSON of one line per key; those in `tall` have one line per image."""
     inner = indent + " "
     parts = []
     for key, value in table.items():
         if key in tall and isinstance(value, dict):
-            text = _pretty(value, list(value), inner)
+            text = pretty(value, list(value), inner)
         elif key in tall and isinstance(value, list):
             rows = (json.dumps(row, separators=(",", ":")) for row in value)
             text = f"[\n{inner} " + f",\n{inner} ".join(rows) + f"\n{inner}]"

@@ -19,19 +19,23 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from torch import Tensor, nn
 
+from dbp_bench import certification
+from dbp_bench.certificate import ALPHA, Certified, certified, check_alpha
 from dbp_bench.checks.conformance import IMAGES, check_sites, check_subject
 from dbp_bench.checks.record import Memo
 from dbp_bench.declaration import Strict, explain
-from dbp_bench.defense import Defense, Purifier
+from dbp_bench.defense import Defense, Identity, Purifier
 from dbp_bench.entries.defense import BASE
 from dbp_bench.entries.fields import NAME, Eps
 from dbp_bench.entries.given import FEW, Classifier, Given, ScriptRegistry, base_of, given_on
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import BadRequest, DbpError
+from dbp_bench.provenance import full_float32
+from dbp_bench.runs.certify import forward_noise
 from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Job, Overrides, plan, why_same
-from dbp_bench.runs.progress import progress_of_job
+from dbp_bench.runs.progress import progress_of_count, progress_of_job
 from dbp_bench.taped import Taped
 from dbp_bench.threat import Attack, Norm
 from dbp_bench.weights import places
@@ -100,7 +104,7 @@ class _Asked(Strict):
 
 _OPTION = re.compile(
     r"(?<!\S)--(data|draws|examples|batch-size|max-batch|seed|set|attack|threat|eps|out|no-resume"
-    r"|trust-code)\b"
+    r"|trust-code|sigma|n0|n|alpha)\b"
 )
 _ARGUMENTS = {
     "set": "options",
@@ -277,6 +281,94 @@ def evaluate(
         if item.instead is not None and item.job.subject.name == asked.name
     }
     return Report.of(asked.name, paths, registry, same)
+
+
+@_in_arguments()
+def certify(
+    purifier: Purifier | Callable[[Tensor], Tensor] | None,
+    classifier: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    sigma: float,
+    n0: int = 100,
+    n: int = 1000,
+    alpha: float = ALPHA,
+    sites: Mapping[str, str] | None = None,
+    seed: int = 0,
+    max_batch: int = 1024,
+    quiet: bool = False,
+) -> Certified:
+    """Certify a defense by randomised smoothing (Cohen et al. 2019); see ``dbp-bench certify``.
+
+    Gaussian noise is added to the images that the purifier is given, unless its own forward noise
+    is of at least that size in pixels and all that it takes of an image is the noisy one: it says
+    so in an attribute `smoothing_sigma`, or has a `t_star` or `sigma_max` of such noise, and is
+    tried. Nothing is stored.
+
+    Args:
+        purifier: See :func:`evaluate`; None for a classifier alone.
+        classifier: The base classifier: logits ``(b, k)`` for images, which noise takes out of
+            [0, 1].
+        images: ``(m, c, h, w)`` in [0, 1].
+        labels: ``(m,)``.
+        sigma: Standard deviation of the noise, in [0, 1] pixel units.
+        n0: Votes that choose the class of an image.
+        n: Fresh votes that bound its probability.
+        alpha: The failure probability of a certificate.
+        sites: See :func:`evaluate`.
+        seed: It decides every draw.
+        max_batch: Votes in one pass, at most.
+        quiet: Whether no progress is shown.
+
+    Returns:
+        The certified class and l2 radius of each image.
+
+    Raises:
+        BadRequest: An argument can't be right.
+        NotConforming: The votes of the defense aren't independent.
+        AttackFailed: The defense gave numbers that can't be used.
+    """
+    from rich.console import Console
+
+    asked = _Asked.of(sites=sites, seed=seed, max_batch=max_batch)
+    smoothing = certification.Smoothing(float(sigma), n0, n)
+    check_alpha(alpha)
+    base = base_of(classifier, images, labels, "l2", 0.0)
+    few, home = base.data().select(base.ids()[:FEW])[0].to(base.home), base.home
+    made = Identity() if purifier is None else _as_purifier(purifier, few, asked.sites)
+    subject = given_on(base, "mine", made, home)
+    defense = subject.defense()
+    if not isinstance(subject.purifier, Taped):
+        check_sites(defense, few)
+    full_float32()
+    certification.check_votes(defense, few[:1])
+    added = forward_noise(defense, few, smoothing.sigma) is None
+    ids, console = base.ids(), Console(stderr=True, quiet=quiet, markup=False)
+    size = certification.group_size(smoothing, max_batch)
+    parts: list[certification.Counts] = []
+    with progress_of_count(console, "certificate", "votes") as progress:
+        progress.start(len(ids) * (n0 + n))
+        for start in range(0, len(ids), size):
+            group = ids[start : start + size]
+            *_, last = certification.count(
+                defense.classes,
+                base.data().select(group)[0].to(home),
+                group,
+                smoothing,
+                classes=subject.facts.classes,
+                seed=seed,
+                max_batch=max_batch,
+                added=added,
+                tick=progress.tick,
+            )
+            parts.append(last)
+    selection, estimation = (
+        torch.cat([getattr(each, phase) for each in parts]).numpy()
+        for phase in ("selection", "estimation")
+    )
+    right = base.data().labels_of(ids)
+    return certified(selection, estimation, right, n=n, sigma=smoothing.sigma, alpha=alpha)
 
 
 def _check_seen(device: str) -> None:

@@ -43,9 +43,9 @@ LIGHT = (
 """Packages of which wheels are carried: 9 MB."""
 HEAVY = (
     *("contourpy", "cycler", "fonttools", "kiwisolver", "matplotlib", "pandas", "pillow"),
-    *("pyparsing", "python-dateutil", "tzdata"),
+    *("pyparsing", "python-dateutil", "scipy", "tzdata"),
 )
-"""The same, where matplotlib, pandas and Pillow may be missing: 37 MB more."""
+"""The same, where matplotlib, pandas, Pillow and SciPy may be missing: 72 MB more."""
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
 
 

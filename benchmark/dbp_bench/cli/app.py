@@ -50,7 +50,7 @@ class Once(TyperCommand):
 def application() -> typer.Typer:
     """The application with every command."""
     for module in (
-        *("list", "run", "weights", "train"),
+        *("list", "run", "certify", "weights", "train"),
         *("report", "check", "sweep", "tune", "analyze"),
         *("new", "submit", "verify", "moved"),
     ):

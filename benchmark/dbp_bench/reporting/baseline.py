@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dbp_bench.errors import BadRequest, BadResult
+from dbp_bench.reporting.certificates import Held, load_certificates
 from dbp_bench.reporting.findings import Findings, load_findings
 from dbp_bench.reporting.records import Record, load, load_sweeps
 
@@ -57,3 +58,10 @@ def sweeps_beside(swept: Sequence[Record], folder: Path, tracks: Sequence[str]) 
     """The results `swept`, and those of sweeps in `folder` on `tracks` that are not among them."""
     own = {record.name for record in swept}
     return [*swept, *(each for each in load_sweeps(folder, tracks) if each.name not in own)]
+
+
+def certificates_beside(helds: Sequence[Held], folder: Path, tracks: Sequence[str]) -> list[Held]:
+    """The certificates `helds`, and those in `folder` on `tracks` that are not among them."""
+    own = {held.name for held in helds}
+    there = [held for track in tracks for held in load_certificates([folder], track)]
+    return [*helds, *(held for held in there if held.name not in own)]

@@ -15,6 +15,7 @@ from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.track import Track
 from dbp_bench.errors import NotComparable
 from dbp_bench.reporting.badge import Badge, badge_of
+from dbp_bench.reporting.certificates import Held, check_contradictions
 from dbp_bench.reporting.columns import NULL, Column, columns_of, derived
 from dbp_bench.reporting.effort import Convergence, convergence
 from dbp_bench.reporting.findings import Findings
@@ -120,6 +121,16 @@ class Leaderboard:
     """The findings of all sweeps on the track."""
     swept: Sequence[Pool]
     """The results of sweeps at the leaderboard's eps, with other efforts."""
+    certificates: Sequence[Held] = ()
+    """The certificates of the track's defenses."""
+
+    @property
+    def attacked(self) -> Mapping[str, Estimate]:
+        """The accuracy of each defense in l2 with all draws hidden, where it was measured."""
+        if self.norm != "l2":
+            return {}
+        found = {row.defense: row.estimates["hidden"] for row in self.rows}
+        return {name: each for name, each in found.items() if each is not None}
 
     @property
     def title(self) -> str:
@@ -138,6 +149,7 @@ def leaderboard(
     sort: Sort = "hidden",
     findings: Sequence[Findings] = (),
     swept: Sequence[Record] = (),
+    certificates: Sequence[Held] = (),
 ) -> Leaderboard:
     """The leaderboard of one track, computed from its results.
 
@@ -148,8 +160,10 @@ def leaderboard(
         sort: The accuracy that ranks: with all draws hidden, or with all of them known.
         findings: The findings of sweeps on that track.
         swept: The results of these sweeps, with other efforts or budgets.
+        certificates: The certificates on that track.
 
     Raises:
+        BadResult: A certificate and a result contradict each other.
         NotComparable: Two of the results may not stand in one table.
     """
     protocol = Protocol.of(registry) if registry else shipped()
@@ -159,6 +173,7 @@ def leaderboard(
         raise NotComparable(f"one leaderboard per track, not one of {', '.join(tracks) or 'none'}.")
     check_comparable(records, protocol)
     check_swept(swept, records)
+    check_contradictions(certificates, [(record.path, record.result) for record in records])
     pools = pooled(records)
     main = [pool for pool in pools if protocol.holds(pool.any)]
     searches = [pool.any for pool in main if pool.any.threat != protocol.null]
@@ -211,6 +226,7 @@ def leaderboard(
         pools=[(pool, kinds[pool.any.defense]) for pool in pools],
         sweeps=findings,
         swept=more,
+        certificates=certificates,
     )
 
 

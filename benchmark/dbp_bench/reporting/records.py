@@ -8,6 +8,7 @@ from itertools import permutations
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from dbp_bench.certificate import FOLDER
 from dbp_bench.entries.defense import OWN_CLASSIFIER
 from dbp_bench.errors import BadResult, NotComparable, did_you_mean
 from dbp_bench.reporting.protocol import Protocol, knowledge, shipped
@@ -38,12 +39,14 @@ class Record:
         return self.path.parents[len(PurePosixPath(self.name).parts) - 3]
 
 
-def load(results: Path | Sequence[Path], track: str | None = None) -> list[Record]:
+def load(
+    results: Path | Sequence[Path], track: str | None = None, *, needed: bool = True
+) -> list[Record]:
     """Every result in `results`, folders of results or single files, of one track or of all.
 
     Raises:
-        BadResult: There is none, a file can't be read or says something else than its path, or two
-            files are of one setting.
+        BadResult: There is none where one is `needed`, a file can't be read or says something else
+            than its path, or two files are of one setting.
     """
     places = [results] if isinstance(results, Path) else list(results)
     records: list[Record] = []
@@ -61,7 +64,7 @@ def load(results: Path | Sequence[Path], track: str | None = None) -> list[Recor
                 records.append(read_record(path, name))
                 _check_place(records[-1])
     records = [record for record in records if track in (None, record.result.track)]
-    if not records:
+    if needed and not records:
         where = ", ".join(map(str, places))
         hint = did_you_mean(track, known) if track and known else ""
         what = f"no results on track {track!r}" if track else "no results"
@@ -97,14 +100,19 @@ def load_sweeps(place: Path, tracks: Sequence[str]) -> list[Record]:
 
 
 def result_files(place: Path) -> list[Path]:
-    """The result files below a folder, in order; not those of sweeps, nor unfinished work."""
+    """The result files below a folder, in order.
+
+    Those of sweeps, certificates and unfinished work are none.
+    """
     found = sorted(path for path in place.rglob("seed-*.json") if re.fullmatch(_FILE, path.name))
     apart = ("sweeps", "analyses")
     parts = {path: path.relative_to(place).parts for path in found}
     return [
         path
         for path in found
-        if parts[path][0] not in apart and not any(part.startswith(".") for part in parts[path])
+        if parts[path][0] not in apart
+        and FOLDER not in parts[path][:-2]
+        and not any(part.startswith(".") for part in parts[path])
     ]
 
 

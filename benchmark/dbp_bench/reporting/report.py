@@ -8,13 +8,21 @@ import pandas as pd
 
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult
+from dbp_bench.reporting import certified
 from dbp_bench.reporting.attacks import attack_files
-from dbp_bench.reporting.baseline import beside, findings_beside, sweeps_beside
+from dbp_bench.reporting.baseline import (
+    beside,
+    certificates_beside,
+    findings_beside,
+    sweeps_beside,
+)
+from dbp_bench.reporting.certificates import load_certificates
 from dbp_bench.reporting.findings import load_findings
 from dbp_bench.reporting.frames import csv_name
 from dbp_bench.reporting.leaderboard import Sort, leaderboard
 from dbp_bench.reporting.page import load_samples, to_html
 from dbp_bench.reporting.records import load, load_sweeps
+from dbp_bench.reporting.rendering import md
 from dbp_bench.reporting.tables import csv_tables, leaderboard_latex, leaderboard_markdown
 from dbp_bench.result import NOT_RECORDED, Kind, Result, write_atomically
 from dbp_bench.writing import write_together
@@ -31,9 +39,10 @@ def write_leaderboards(
 ) -> list[Path]:
     """Write ``<track>.csv``, ``.md``, ``.tex``, ``.html`` and more by track.
 
-    Every track also gets ``<track>-draws.csv`` and ``<track>-results.csv``. Results of attacks
-    other than the leaderboard's own add ``<track>-attacks.csv`` and ``.md``; those of third-party
-    attacks, ``<track>-third-party.csv``; findings of sweeps, ``<track>-sweeps.csv`` and
+    Every track also gets ``<track>-draws.csv`` and ``<track>-results.csv``. Certificates add
+    ``<track>-certificates.csv`` and its figure; a track of certificates alone gets no page. Results
+    of attacks other than the leaderboard's own add ``<track>-attacks.csv`` and ``.md``; those of
+    third-party attacks, ``<track>-third-party.csv``; findings of sweeps, ``<track>-sweeps.csv`` and
     ``<track>-attacks.md``.
 
     All are written together, and none if any of the results is refused.
@@ -52,7 +61,8 @@ def write_leaderboards(
         NotComparable: Two of them may not stand in one table.
     """
     places = [results] if isinstance(results, Path) else list(results)
-    records = load(places, track)
+    certificates = load_certificates(places, track)
+    records = load(places, track, needed=not certificates)
     tracks = sorted({record.result.track for record in records})
     findings = [each for place in places for each in load_findings(place, tracks)]
     sweeps = [each for place in places for each in load_sweeps(place, tracks)]
@@ -60,12 +70,18 @@ def write_leaderboards(
         records += beside(records, baseline)
         findings += findings_beside(findings, baseline, tracks)
         sweeps = sweeps_beside(sweeps, baseline, tracks)
+        certificates = certificates_beside(certificates, baseline, tracks)
     files: dict[str, str | bytes] = {}
     for name in tracks:
         its_own = [record for record in records if record.result.track == name]
         swept = [each for each in findings if each.track == name]
         board = leaderboard(
-            its_own, registry, sort, swept, [r for r in sweeps if r.result.track == name]
+            its_own,
+            registry,
+            sort,
+            swept,
+            [r for r in sweeps if r.result.track == name],
+            [held for held in certificates if held.certificate.track == name],
         )
         page = to_html(board, load_samples(its_own), registry)
         contents = {
@@ -74,6 +90,16 @@ def write_leaderboards(
             ".md": leaderboard_markdown(board),
             ".tex": leaderboard_latex(board),
             **attack_files(board),
+            **certified.files(board.certificates, board.attacked),
+        }
+        files |= {f"{name}{end}": content for end, content in contents.items()}
+    for name in sorted({held.certificate.track for held in certificates} - {*tracks}):
+        own = [held for held in certificates if held.certificate.track == name]
+        text = [f"# {md(name)}", "", *certified.markdown(own, {}, None)]
+        contents = {
+            ".md": "\n".join(text),
+            ".tex": "\n".join(certified.latex(own, {}, None)) + "\n",
+            **certified.files(own, {}),
         }
         files |= {f"{name}{end}": content for end, content in contents.items()}
     write_together(out, files)

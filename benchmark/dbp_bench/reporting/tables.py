@@ -8,6 +8,7 @@ from typing import Any, Final
 import pandas as pd
 
 from dbp_bench.entries.defense import BASE, OWN_CLASSIFIER
+from dbp_bench.reporting import certified
 from dbp_bench.reporting.badge import BADGES
 from dbp_bench.reporting.columns import CELLS, DETAILS, HEADLINE, NULL, SECTIONS
 from dbp_bench.reporting.effort import BUDGET, FALL, FALL_END, Convergence
@@ -321,6 +322,9 @@ def leaderboard_markdown(board: Leaderboard) -> str:
             text += [_in_short(board), ""]
         if title == CONVERGENCE:
             text += [convergence_note(), ""]
+    text += certified.markdown(
+        board.certificates, board.attacked, certified.attacked_heading(board.norm, board.eps)
+    )
     flagged = [f"- **{md(row.defense)}**: {md(flag)}." for row in board.rows for flag in row.flags]
     if flagged:
         text += ["## What the checks found", "", *flagged, ""]
@@ -397,6 +401,9 @@ def leaderboard_latex(board: Leaderboard) -> str:
     text += [r"\begin{minipage}{\textwidth}\footnotesize"]
     text += [tex(note) for note in notes]
     text += [r"\end{minipage}", r"\end{table*}"]
+    text += certified.latex(
+        board.certificates, board.attacked, certified.attacked_heading(board.norm, board.eps)
+    )
     return "\n".join(text) + "\n"
 
 

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from dbp_bench import memory
 from dbp_bench.data import stand_in
 from dbp_bench.defense import Defense
+from dbp_bench.entries.subject import Subject
 from dbp_bench.memory import Policy
 from dbp_bench.noise import ATTACKER, Tape
 from dbp_bench.runs.execute import FRESH_DRAWS, is_complete, missing_gradients
 from dbp_bench.runs.job import Job
+
+_Function = Callable[[Tensor], Tensor]
 
 MOMENT = 0.25
 """Seconds that a timed pass should take: long enough to be typical of long ones."""
@@ -83,6 +86,60 @@ def estimate(job: Job, out: Path, policy: Policy) -> Cost:
         free_bytes=probe.free,
         random_weights=probe.random_weights,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardCost:
+    """The cost of one evaluation of a defense without a gradient, votes and all."""
+
+    nfe: int
+    seconds: float
+    """Per image, in batches that take a moment."""
+    random_weights: tuple[str, ...]
+    """Checkpoints that aren't in the cache: timed with random weights."""
+
+
+def forward_cost(subject: Subject, device: str) -> ForwardCost:
+    """The cost of one evaluation of `subject`, without a gradient, on `device`."""
+    defense = subject.with_random_weights().defense(device=device)
+    image = stand_in(subject.facts, 1)[0].to(device)
+    used = _used(defense, image)
+    with _instant(used):
+        seconds = _timed(_MOST, _forward, partial(_logits, defense), image)
+    for call in used:
+        each = _forward_bytes(call.answer, call.image)
+        room = max(1, memory.free_bytes(image.device) // 4 // max(1, each))
+        seconds += call.count * _timed(min(_MOST, room), _forward, call.answer, call.image)
+    return ForwardCost(sum(call.count for call in used), seconds, tuple(subject.uncached()))
+
+
+def forward_bytes(subject: Subject, device: str) -> int:
+    """Memory of one image in the largest network of `subject`, without a gradient, at most."""
+    defense = subject.with_random_weights().defense(device=device)
+    image = stand_in(subject.facts, 1)[0].to(device)
+    each = [_forward_bytes(call.answer, call.image) for call in _used(defense, image)]
+    return max(_forward_bytes(defense.classifier, image), *each, 1)
+
+
+def _used(defense: Defense, image: Tensor) -> "list[_Call]":
+    """The calls of each network in all votes of `defense`."""
+    seen = (_Call.seen(defense, network, image, defense.votes) for network in defense.networks)
+    return [call for call in seen if call]
+
+
+def _forward_bytes(function: _Function, image: Tensor) -> int:
+    """Memory of one image in a pass without a gradient, at most."""
+    if image.device.type != "cuda":
+        return _bytes(function, image)
+    copies = 4
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _forward(function, image, copies)
+    return max(1, (torch.cuda.max_memory_allocated() - before) // copies)
+
+
+_MOST = 4096
+"""Most images of a timed pass without a gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +311,6 @@ def _instant(calls: list[_Call]) -> Iterator[None]:
 
 
 # ---------------------------------------------------------- a function of images, on `n` copies
-
-_Function = Callable[[Tensor], Tensor]
 
 
 def _logits(defense: Defense, images: Tensor) -> Tensor:

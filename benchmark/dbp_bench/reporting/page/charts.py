@@ -20,6 +20,8 @@ from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from dbp_bench.reporting.attacks import attack_curves
+from dbp_bench.reporting.certificates import groups
+from dbp_bench.reporting.certified import figure as radii
 from dbp_bench.reporting.curves import figure_of
 from dbp_bench.reporting.findings import Findings
 from dbp_bench.reporting.leaderboard import Leaderboard, Row
@@ -73,7 +75,8 @@ def charts(board: Leaderboard) -> list[Chart]:
         _effort,
     )
     with on_page():
-        return [make(board) for make in makers]
+        made = [make(board) for make in makers]
+        return [*made, *([_certified(board)] if board.certificates else [])]
 
 
 def swatch(artist: Artist) -> Figure:
@@ -577,6 +580,17 @@ def _cost(board: Leaderboard) -> Chart:
         else {},
         legend=_KINDS,
         missing=_run(board, "hidden"),
+    )
+
+
+def _certified(board: Leaderboard) -> Chart:
+    found = groups(board.certificates)
+    return Chart(
+        title="Certified accuracy against the radius",
+        caption=note("certified"),
+        drawings={"a panel for each defense, a curve for each size of the noise": radii(found)},
+        legend=[],
+        missing=f"dbp-bench certify --track {board.track} --defense all",
     )
 
 

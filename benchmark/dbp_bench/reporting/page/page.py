@@ -9,11 +9,15 @@ from math import isnan
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult
+from dbp_bench.reporting.certificates import certificates_frame
+from dbp_bench.reporting.certified import attacked_heading
+from dbp_bench.reporting.certified import table as certified_table
 from dbp_bench.reporting.columns import SECTIONS, Column
 from dbp_bench.reporting.frames import symbols
 from dbp_bench.reporting.leaderboard import Leaderboard, Row
@@ -77,6 +81,7 @@ def to_html(
         draws=draws_table(board),
         convergence=convergence_table(board) if any(r.convergence for r in board.rows) else None,
         convergence_note=convergence_note(),
+        certified=_certified(board),
         checked=checked(),
         unmeasured=None if board.reference else unmeasured(board),
         note=note,
@@ -87,6 +92,14 @@ def to_html(
         is_number=lambda each: isinstance(each, Estimate),
         level=f"{100 * LEVEL:.0f}",
     )
+
+
+def _certified(board: Leaderboard) -> pd.DataFrame | None:
+    """The table of certified accuracies; None where there are none."""
+    if not board.certificates:
+        return None
+    frame = certificates_frame(board.certificates, attacked=board.attacked)
+    return certified_table(frame, attacked_heading(board.norm, board.eps))
 
 
 @cache
