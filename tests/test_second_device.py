@@ -65,6 +65,9 @@ SMALL = {
     "standard": {"budget": 24},
     "apgd": {"steps": 6, "eot": 2},
     "square": {"n_queries": 4, "eot": 1},
+    "rays": {"n_queries": 6, "eot": 1},
+    "spsa": {"steps": 2, "directions": 2},
+    "stadv": {"steps": 3, "eot": 1},
     "selective": {},
 }
 
@@ -80,6 +83,9 @@ SMALL = {
         ("gdmp", "pgd"),
         ("dpm-solver", "pgd"),
         ("oneshot", "square"),
+        ("oneshot", "rays"),
+        ("oneshot", "spsa"),
+        ("oneshot", "stadv"),
         ("noise-only", "pgd"),
     ],
 )
