@@ -22,19 +22,21 @@ class RayS:
     [0, 1]. No gradient, no logit and no random number decides anything. A class that rounding could
     turn counts as right.
 
-    Where draws are hidden, a decision is the majority of `eot` guesses, fresh for each decision,
-    and images are taken at eps on their ray, since half of the draws are still right at a boundary.
-    Where every draw is known, an image that is misclassified inside the ball is finished.
+    Where draws are hidden, an image counts as wrong if it is at every one of `eot` guesses, fresh
+    for each decision. By their majority, the radius would be where half of the draws are right, and
+    nothing would be left to search where half are wrong without a change. Images are taken at eps
+    on their ray. Where every draw is known, an image that is misclassified inside the ball is
+    finished.
 
     Args:
         n_queries: Decisions for each image.
         tolerance: Length of the interval that ends a bisection, in [0, 1] pixel units.
-        eot: Guesses whose majority is a decision.
+        eot: Guesses at which an image must be wrong.
     """
 
     n_queries: Count = 1000
     tolerance: Share = 1e-3
-    eot: Count = 5
+    eot: Count = 10
 
     def evaluations(self, setup: Setup) -> Evaluations:
         """Each decision; known draws: the clean image, too, and finished images."""
@@ -68,8 +70,8 @@ class RayS:
             wrong = self._decision(part, asked, own, query)
             if query >= 0:
                 rays = rays.told(wrong, self.tolerance)
-            if finishes:
-                over = wrong & (radius <= budget.eps)
+            over = wrong & (radius <= budget.eps)
+            if finishes and bool(over.any()):
                 found[place[over]], left = asked[over], ~over
                 if not bool(left.any()):
                     return found
@@ -83,8 +85,7 @@ class RayS:
         if view.deterministic:
             return surely_wrong(view.logits(images, [0])[:, 0], labels)
         logits = view.logits(images, range(query * self.eot, (query + 1) * self.eot))
-        wrong = logits.argmax(2) != labels[:, None]
-        return wrong.sum(1) * 2 > self.eot
+        return (logits.argmax(2) != labels[:, None]).all(1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,11 +82,12 @@ class SPSA:
         for step in range(self.steps):
             if view.deterministic and view.decided_by_logits:
                 wrong = surely_wrong(part.logits(x, [0])[:, 0], own)
-                found[rows], left = x, ~wrong
-                if not bool(left.any()):
-                    return found
-                rows, part, clean, own = rows[left], part[left], clean[left], own[left]
-                x, adam = x[left], adam[left]
+                if bool(wrong.any()):
+                    found[rows], left = x, ~wrong
+                    if not bool(left.any()):
+                        return found
+                    rows, part, clean, own = rows[left], part[left], clean[left], own[left]
+                    x, adam = x[left], adam[left]
             adam = adam.after(self.gradient(part, x, own, step))
             x = budget.project(x + adam.step, clean)
         found[rows] = x

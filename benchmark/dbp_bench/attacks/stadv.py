@@ -77,14 +77,13 @@ class StAdv:
             x = self.bound.project(moved(clean, flow), clean)
             draws = range(step * self.eot, (step + 1) * self.eot)
             ascent = part.gradient(x, own, objective, draws)
-            if finishes:
-                found[rows], left = x, ~surely_wrong(ascent.logits[:, 0], own)
+            mean, wrong = ascent.mean, surely_wrong(ascent.logits[:, 0], own)
+            if finishes and bool(wrong.any()):
+                found[rows], left = x, ~wrong
                 if not bool(left.any()):
                     return found
                 rows, part, clean, own = rows[left], part[left], clean[left], own[left]
-                flow, adam, mean = flow[left], adam[left], ascent.mean[left]
-            else:
-                mean = ascent.mean
+                flow, adam, mean = flow[left], adam[left], mean[left]
             adam = adam.after(self._of_flow(clean, flow, mean))
             flow = (flow + adam.step).clamp(-self.flow, self.flow)
         found[rows] = self.bound.project(moved(clean, flow), clean)
