@@ -287,7 +287,10 @@ def test_a_result_says_its_bound_and_is_made_again(
         read_saved(adversarial_path(path), again)
 
 
-def test_a_bound_that_agrees_may_be_named() -> None:
+def test_a_bound_that_agrees_may_be_named_and_the_tracks_own_too() -> None:
+    """As a result is made again, and as a script gives the eps of its images."""
+    assert job(eps=0.2).norm == job().norm == "flow"
+    assert job(eps=0.2).eps == 0.05
     assert job(eps=0.05).eps == 0.05
     assert job(eps=0.05).budget() == Linf(Registry().track("digits-linf").entry.eps)
 
@@ -301,8 +304,7 @@ def test_its_gradient_is_that_of_the_whole_defense() -> None:
     """Against central differences of the loss along the flow, at one known draw."""
     defense = Defense(Noisy(0.05, 0.0), Small())
     images = uniform(1, 1, 6, 6, dtype=F64)
-    for network in (defense.classifier,):
-        network.double()
+    defense.classifier.double()
     view = view_of(defense, 1)
     flow = 0.05 + 0.1 * normal(1, 2, 6, 6, dtype=F64)
     labels = torch.zeros(1).long()

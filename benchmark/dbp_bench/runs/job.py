@@ -18,6 +18,7 @@ from dbp_bench.entries.fields import Entry, check_eps
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
 from dbp_bench.entries.threat import GRADIENT, KNOWN_DRAWS, AttackSetting, Threat, is_outside
+from dbp_bench.entries.track import Track
 from dbp_bench.errors import BadEntry, BadRequest, UnknownName, brief, did_you_mean
 from dbp_bench.result import FLOW, Result, attack_label, result_path, searched_effort
 
@@ -449,7 +450,7 @@ def resolve(
         )
     ids = subject.ids()
     search, sources = _search(registry, subject, threat_entry, attack, overrides, knows, eps)
-    norm, eps = _limits(search, place.norm, eps, asked=overrides.eps, declared=declared.eps)
+    norm, eps = _limits(search, place, eps)
     dotted = [*subject.code(), *(path for s in sources.values() for path in s.code())]
     if is_outside(search.name):
         dotted.append((search.name, search.path))
@@ -534,31 +535,26 @@ def _search(
     return Search(made, name, path, setting, effort, gradient if follows else None), sources
 
 
-def _limits(
-    search: Search, norm: str, eps: float, *, asked: float | None, declared: float | None
-) -> tuple[str, float]:
+def _limits(search: Search, track: Track, eps: float) -> tuple[str, float]:
     """The norm and size of the budget, or those of the attack's own bound.
 
     Args:
         search: The attack.
-        norm: The norm of the track.
-        eps: The size of the budget.
-        asked: The size that the user set; None for none.
-        declared: The size that the threat model sets; None for the track's.
+        track: The track.
+        eps: The size of the budget that is asked for.
 
     Raises:
-        BadRequest: A size is set, and the attack has another bound.
+        BadRequest: The attack has its own bound, and another size than the track's is asked for.
     """
     from dbp_bench.threat import own_bound
 
     own = own_bound(search.attack)
     if own is None:
-        return norm, eps
-    other = declared if asked is None or declared == 0 else asked
-    if other not in (None, own.eps):
+        return track.norm, eps
+    if eps not in (track.eps, own.eps):
         raise BadRequest(
-            f"eps: {other:g} in {norm} is no limit of {search.name}, which keeps a bound of its "
-            f"own, {FLOW} {own.eps:g}, among its options."
+            f"eps: {eps:g} in {track.norm} is no limit of {search.name}, which keeps a bound of "
+            f"its own, {FLOW} {own.eps:g}, among its options."
         )
     return FLOW, own.eps
 
