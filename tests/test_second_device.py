@@ -93,6 +93,10 @@ def test_attacks_and_evaluations(defense: str, attack: str, knows: str) -> None:
     wanted = attacked(defense, attack, knows, torch.device("cpu"))
     with SecondDevice():
         found = attacked(defense, attack, knows, DEVICE)
+    if attack in ("spsa", "stadv"):
+        # Adam follows the last bits of the logits, which signs and comparisons hide.
+        torch.testing.assert_close(found[0], wanted[0], atol=1e-2, rtol=0)
+        found, wanted = found[1:], wanted[1:]
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
