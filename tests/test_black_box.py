@@ -1,6 +1,6 @@
 """RayS and SPSA ask for no gradient, reach known optima, and count exactly."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -75,7 +75,9 @@ def test_spsa_reaches_the_optimum_of_a_linear_classifier() -> None:
 
 @pytest.mark.parametrize("loss", ["margin", "ce"])
 @pytest.mark.parametrize("knows", [BOTH, NOTHING])
-def test_spsa_estimates_the_true_gradient(loss: str, knows: frozenset[Site]) -> None:
+def test_spsa_estimates_the_true_gradient(
+    loss: Literal["margin", "ce"], knows: frozenset[Site]
+) -> None:
     """The estimate of n directions in d dimensions is off by sqrt((d - 1) / n)."""
     n, directions = 4, 200
     images = 0.3 + 0.4 * uniform(n, 1, 4, 4)
