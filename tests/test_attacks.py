@@ -265,6 +265,8 @@ REFUSED: list[tuple[Sequence[str], str]] = [
     (["--gradient", "bdpa"], "--gradient 'bdpa': exact, bpda, declared-surrogate, or surrogate:N"),
     (["--gradient", "declared-surrogate"], "ddpm.yaml declares none for 'digits-linf'"),
     (["--attack", "square", "--gradient", "bpda"], "square follows no gradient of ddpm"),
+    (["--attack", "rays", "--gradient", "bpda"], "rays follows no gradient of ddpm"),
+    (["--attack", "spsa", "--gradient", "bpda"], "spsa follows no gradient of ddpm"),
     (["--attack", "transfer", "--gradient", "bpda"], "transfer follows no gradient of ddpm"),
     (["--attack", "diffattack", "--gradient", "bpda"], "bpda has none inside the purifier"),
 ]
@@ -294,13 +296,20 @@ def test_a_surrogate_needs_steps_to_shorten(command: "Command", tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("nothing_is_computed")
-@pytest.mark.parametrize("attack", ["square", "ensemble-hidden"])
+@pytest.mark.parametrize(
+    ("attack", "says"),
+    [
+        ("square", "square searches in linf and l2, not in l1: take pgd, apgd or autoattack."),
+        ("ensemble-hidden", "square searches in linf and l2, not in l1: take pgd, apgd or"),
+        ("spsa", "spsa searches in linf and l2, not in l1: take pgd, apgd or autoattack."),
+        ("rays", "rays searches in linf, not in l1: take pgd, apgd or autoattack."),
+    ],
+)
 def test_a_norm_that_an_attack_does_not_search_is_refused(
-    attack: str, in_l1: Path, command: "Command", tmp_path: Path
+    attack: str, says: str, in_l1: Path, command: "Command", tmp_path: Path
 ) -> None:
     asked: list[str | Path] = ["--entries", in_l1, "--track", "own", "--attack", attack]
-    said = refused(command, tmp_path / "out", *asked, defense="own")
-    assert "square searches in linf and l2, not in l1: take pgd, apgd or autoattack." in said
+    assert says in refused(command, tmp_path / "out", *asked, defense="own")
 
 
 @pytest.mark.usefixtures("nothing_is_computed")
@@ -428,6 +437,14 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("selective", {"rounds": 0}, "rounds: input should be greater than or equal to 1, not 0"),
     ("square", {"n_queries": 0}, "n_queries: input should be greater than or equal to 1, not 0"),
     ("square", {"p_init": 2}, "p_init: input should be less than or equal to 1, not 2"),
+    ("rays", {"n_queries": 0}, "n_queries: input should be greater than or equal to 1, not 0"),
+    ("rays", {"tolerance": 0}, "tolerance: input should be greater than 0, not 0"),
+    ("rays", {"loss": "ce"}, "loss: is unknown"),
+    ("spsa", {"directions": 0}, "directions: input should be greater than or equal to 1, not 0"),
+    ("spsa", {"delta": 0}, "delta: input should be greater than 0, not 0"),
+    ("spsa", {"delta": 0.6}, "delta: input should be less than or equal to 0.5, not 0.6"),
+    ("stadv", {"learning_rate": 0}, "learning_rate: input should be greater than 0, not 0"),
+    ("stadv", {"smoothness": -1}, "smoothness: input should be greater than or equal to 0, not -1"),
     ("ensemble", {"compare": 0}, "compare: input should be greater than or equal to 1, not 0"),
     ("ensemble", {"members": "pgd"}, "members: input should be a valid list, not 'pgd'"),
     ("transfer", {"source": 5}, "source: input should be a valid string, not 5"),

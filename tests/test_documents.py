@@ -54,6 +54,7 @@ SHORTENED = {
         f"{SMALL} --set steps=2 --out out"
     ),
     "dbp-bench run --defense ddpm --threat eot --attack ensemble-hidden": f"{SMALL} {PLAN}",
+    f"{DDPM} --threat eot --attack stadv-published": f"{SMALL} {PLAN}",
     f"{DDPM} --threat dwbox --attack my_module:MyAttack --entries FOLDER --trust-code": (
         f"{SMALL} --out out"
     ),

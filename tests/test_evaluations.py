@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from conftest import Command
 
 SHORT = {"steps": 6, "eot": 2, "eot_iter": 2, "queries": 5, "n_queries": 5, "compare": 3}
-SHORT |= {"N": 3, "targets": 2, "budget": 24}
+SHORT |= {"N": 3, "targets": 2, "budget": 24, "directions": 2}
 """Options that take no time, none of which is 1 where the entry's isn't."""
 
 EXTRAS = {"autoattack": "pyautoattack", "torchattacks": "torchattacks"}
@@ -138,8 +138,11 @@ def every_attack() -> list[tuple[str, str | None]]:
         "apgd",
         "diffattack",
         "low-frequency",
+        "rays",
         "selective",
+        "spsa",
         "square",
+        "stadv",
         "transfer",
     ]
     either += [f"torchattacks:{name}" for name in ("PGD", "EOTPGD", "APGD", "Square", "FAB")]
@@ -148,13 +151,17 @@ def every_attack() -> list[tuple[str, str | None]]:
 
 
 BOUNDED = [("eot", "autoattack:rand"), ("dwbox", "autoattack:standard")]
-BOUNDED += [("dwbox", name) for name in ("apgd", "square", "ensemble-known")]
+OWN_FINISH = ("apgd", "rays", "spsa", "square", "ensemble-known")
+BOUNDED += [("dwbox", name) for name in OWN_FINISH]
 BOUNDED += [
     (threat, f"torchattacks:{name}")
     for name in ("APGD", "Square", "FAB")
     for threat in ("eot", "dwbox")
 ]
 """Where images may finish early, so that the plan tells a bound."""
+
+APART = [("dwbox", "stadv")]
+"""Likewise, but eps = 0 does not stop this attack, which has a bound of its own."""
 
 STANDARD = [(threat, None) for threat in ("eot", "dw-fwd", "dw-rev", "dwbox", "null")]
 """Where the bound also holds a search that only a masked gradient needs."""
@@ -176,7 +183,7 @@ def test_a_run_takes_as_many_evaluations_as_its_plan_says(
 ) -> None:
     needed(attack_name)
     job = job_of(registry, threat, attack_name)
-    assert job.evaluations.exact == ((threat, attack_name) not in [*BOUNDED, *STANDARD])
+    assert job.evaluations.exact == ((threat, attack_name) not in [*BOUNDED, *APART, *STANDARD])
     check_plan(job, tmp_path, monkeypatch, reached=False)
 
 
@@ -262,6 +269,9 @@ OWN: list[tuple[str, dict[str, Any]]] = [
     ("apgd", {**APGD, "steps": 2}),
     ("apgd", {**APGD, "loss": "dlr-targeted", "targets": 9}),
     ("square", SQUARE),
+    ("rays", {"n_queries": 6, "eot": 3}),
+    ("spsa", {"steps": 2, "directions": 3, "eot": 2}),
+    ("stadv", {"steps": 3, "flow": 1e-6, "eot": 2}),
     ("ensemble", {"eot": 2, "compare": 3, "members": MEMBERS}),
 ]
 
@@ -273,7 +283,8 @@ OWN: list[tuple[str, dict[str, Any]]] = [
         (norm, *own)
         for norm in ("linf", "l2", "l1")
         for own in OWN
-        if norm != "l1" or own[0] not in ("square", "ensemble")
+        if norm != "l1" or own[0] not in ("square", "spsa", "ensemble")
+        if norm == "linf" or own[0] != "rays"
     ],
 )
 def test_own_attacks_are_counted(

@@ -45,6 +45,7 @@ KNOWLEDGE = {"none known": frozenset[Site](), "forward known": SOME, "all known"
 
 _STEPS = {"steps": 3, "step_size": 0.5, "eot": 2, "loss": "ce"}
 _STARTS = {"random_start": True, "restarts": 2}
+_SPSA = {"steps": 4, "directions": 3}
 _SQUARE = {"n_queries": 8, "p_init": 0.8, "eot": 2}
 _APGD = {"steps": 5, "loss": "ce", **_STARTS}
 
@@ -55,6 +56,8 @@ _SMALL: Mapping[str, Mapping[str, Any]] = {
     "selective": {**_STEPS, "sharpness": 1, "rounds": 2},
     "diffattack": {**_STEPS, **_STARTS, "weight": 1, "levels": None},
     "square": _SQUARE,
+    "rays": {"n_queries": 60, "eot": 1},
+    "spsa": _SPSA,
     "standard": {"budget": 24},
     "autoattack:rand": {"steps": 4, "queries": 12, "eot": 2},
     "torchattacks:PGD": {"alpha": 0.2, "steps": 4},
@@ -66,7 +69,9 @@ _SMALL: Mapping[str, Mapping[str, Any]] = {
     "transfer": {"source": "toy", "search": {"attack": "pgd", **_STEPS, **_STARTS}},
 }
 _ATTACKS = {name.partition(":")[0] for name in _SMALL}
-EFFORT = {**_SMALL, **{name: {} for name in attacks.names() if name not in _ATTACKS}}
+_APART = {"stadv"}
+"""Attacks that no ball holds, which have a bound and tests of their own."""
+EFFORT = {**_SMALL, **{name: {} for name in set(attacks.names()) - _ATTACKS - _APART}}
 """A small effort of each attack; an attack that isn't named has its own."""
 
 _L1 = {
@@ -142,7 +147,7 @@ BALLS: Mapping[Norm, Budget] = {"linf": Linf(0.1), "l2": L2(0.6), "l1": L1(3.0)}
 
 
 def norms(name: str) -> list[Norm]:
-    if name == "torchattacks:PGD":  # there is one of its own for l2
+    if name in ("rays", "torchattacks:PGD"):  # there is one of its own for l2
         return ["linf"]
     return ["linf", "l2", "l1"] if name in _L1 else ["linf", "l2"]
 

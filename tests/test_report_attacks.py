@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from dbp_bench.checks import conformance
-from dbp_bench.errors import BadResult
+from dbp_bench.errors import BadResult, NotComparable
 from dbp_bench.reporting import sanity as flags
 from dbp_bench.reporting.findings import Findings, Flag, Measured, findings_path
 from dbp_bench.reporting.leaderboard import Leaderboard, Row, leaderboard
@@ -522,3 +522,44 @@ def test_everything_is_the_same_again(tmp_path: Path) -> None:
     for block in text.split("\n\n"):
         if block.startswith("|"):
             assert len({line.count(" | ") for line in block.splitlines()}) == 1
+
+
+def flow(robust: float, eps: float = 0.15, **changes: Any) -> Result:
+    """StAdv, by mischance with the number that is the budget of the track."""
+    effort = {"steps": 100, "flow": eps, "eot": 10}
+    changes = {"effort": effort, "norm": "flow", "eps": eps, **changes}
+    return attacked("both", "stadv", robust, attack="stadv", **changes)
+
+
+def test_an_attack_with_a_bound_of_its_own_stands_in_a_table_of_its_own(tmp_path: Path) -> None:
+    """It moves no number, rank, flag or worst case, however little it leaves."""
+    written: list[dict[str, str]] = []
+    for name, more in (("without", []), ("with", [flow(0.0), flow(0.1, knows=list(BOTH))])):
+        save(tmp_path / name, *matrix(), square(0.6), *more)
+        write_leaderboards(tmp_path / name, tmp_path / "out" / name)
+        files = [p for p in (tmp_path / "out" / name).iterdir() if p.suffix in (".md", ".csv")]
+        written.append({p.name: p.read_text() for p in files})
+    without, found = written
+    assert without.keys() == found.keys()
+    apart = (f"{TRACK}-results.csv", f"{TRACK}-attacks.md")
+    assert {name for name in found if found[name] != without[name]} == set(apart)
+    lines = found[apart[1]].splitlines()
+    start = lines.index("## Attacks with a bound of their own")
+    section = lines[start : start + 6]
+    assert lines[:start] + lines[start + 9 :] == without[apart[1]].splitlines()
+    assert section[4].startswith("| both | all | dwbox | stadv | flow 0.15 | 10.0 [")
+    assert section[5].startswith("| both | none | eot | stadv | flow 0.15 | 0.0 [")
+    rows = table(tmp_path / "out" / "with" / apart[0], "norm", "attack")
+    assert set(rows.loc["flow"].index) == {"stadv"}
+    assert "stadv" not in rows.loc["linf"].index
+
+
+def test_results_of_a_bound_of_its_own_alone_make_a_board(tmp_path: Path) -> None:
+    found = leaderboard(load(save(tmp_path, flow(0.3, 0.05))))
+    assert (found.norm, found.eps, found.apart) == ("flow", 0.05, [])
+
+
+def test_images_of_a_bound_of_its_own_must_be_those_of_the_track(tmp_path: Path) -> None:
+    labels = [(i + 1) % 10 for i in range(IMAGES)]
+    with pytest.raises(NotComparable, match="labels"):
+        board(tmp_path, flow(0.3, labels=labels))

@@ -91,6 +91,9 @@ SMALL = {
     "standard": {"budget": 24},
     "apgd": {"steps": 6, "eot": 2},
     "square": {"n_queries": 4, "eot": 1},
+    "rays": {"n_queries": 6, "eot": 1},
+    "spsa": {"steps": 2, "directions": 2},
+    "stadv": {"steps": 3, "eot": 1},
     "selective": {},
     "autoattack:standard": {},
     "autoattack:rand": {},
@@ -111,6 +114,9 @@ SMALL = {
         ("gdmp", "pgd"),
         ("dpm-solver", "pgd"),
         ("oneshot", "square"),
+        ("oneshot", "rays"),
+        ("oneshot", "spsa"),
+        ("oneshot", "stadv"),
         ("noise-only", "pgd"),
     ],
 )
@@ -139,6 +145,10 @@ def assert_same(defense: str, attack: str, knows: str) -> None:
     wanted = attacked(defense, attack, knows, torch.device("cpu"))
     with SecondDevice():
         found = attacked(defense, attack, knows, DEVICE)
+    if attack in ("spsa", "stadv"):
+        # Adam follows the last bits of the logits, which signs and comparisons hide.
+        torch.testing.assert_close(found[0], wanted[0], atol=1e-2, rtol=0)
+        found, wanted = found[1:], wanted[1:]
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 

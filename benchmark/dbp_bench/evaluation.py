@@ -9,7 +9,7 @@ from torch import Tensor
 from dbp_bench.defense import Defense
 from dbp_bench.errors import AttackFailed, ZeroGradient
 from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
-from dbp_bench.threat import AttackerView, Budget, Method, Tick, ignore
+from dbp_bench.threat import AttackerView, Budget, Method, Tick, ignore, own_bound
 
 FRESH = 1 << 32
 """The number of the first victim draw that evaluates images made for known draws.
@@ -34,7 +34,7 @@ class Attacked:
     """The images that an attack found, and how many evaluations it took."""
 
     images: Tensor
-    """``(b, c, h, w)``, inside the budget and [0, 1]."""
+    """``(b, c, h, w)``, inside the budget, or the attack's own bound, and [0, 1]."""
     gradient: Tensor
     """``(b,)``: gradient evaluations of each image."""
     forward: Tensor
@@ -59,6 +59,8 @@ def attack(
     sources: Mapping[str, Defense] | None = None,
 ) -> Attacked:
     """Adversarial images, inside `budget` and [0, 1] whatever `method` returned.
+
+    If `method` declares a bound of its own, the images are inside that one instead.
 
     The attacker is shown victim draw `victim_draw` at the sites it `knows`, and guesses elsewhere
     from a tape of its own.
@@ -89,7 +91,7 @@ def attack(
             "the gradient of every image is zero at every step: the defense masks its gradient, "
             "and this accuracy would mean nothing; `dbp-bench check` tells more."
         )
-    images = budget.project(found.detach(), group.images)
+    images = (own_bound(method) or budget).project(found.detach(), group.images)
     log = view.log
     return Attacked(images, log.gradient, log.forward, log.nonzero, log.verdict)
 

@@ -25,6 +25,9 @@ SCHEMA = 2
 NO_MAJORITY = -1
 """The predicted class where a defense's votes name no class more often than every other."""
 
+FLOW: Literal["flow"] = "flow"
+"""The norm of a result whose attack moves pixels from their places, within a bound of its own."""
+
 Kind = Literal["clean", "adversarial", "fresh"]
 
 Classes = list[list[int]]
@@ -139,9 +142,12 @@ class Result(Strict):
     setting: str | None
     """The named setting of the attack; null where its options were given otherwise."""
     seed: int
-    norm: Literal["linf", "l2", "l1"]
+    norm: Literal["linf", "l2", "l1", "flow"]
+    """The track's norm; "flow" where the attack moves pixels from their places instead, within a
+    bound of its own."""
     eps: float = Field(ge=0)
-    """The budget of this run, in [0, 1] pixel units; 0 for the null attack."""
+    """The budget of this run, in [0, 1] pixel units; 0 for the null attack. In norm "flow", the
+    largest displacement along each axis, in half sides of the image."""
     sites: list[str]
     """The sites at which the defense draws noise."""
     knows: list[str]

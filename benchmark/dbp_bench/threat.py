@@ -9,10 +9,12 @@ an :class:`AttackerView` and searches.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dbp_bench import memory
 from dbp_bench.defense import Defense
@@ -186,17 +188,61 @@ def budget(norm: Norm, eps: float) -> Budget:
     return Linf(eps) if norm == "linf" else L2(eps)
 
 
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Each pixel is read at a place at most `eps` from its own, in half sides along each axis.
+
+    This is a bound of places (Xiao et al. 2018), not of values: it is no ball, and no number tells
+    how far an image is from it. What an image alone can show is held to: bilinear reading mixes the
+    pixels around a place, so each value is between the least and the largest clean pixel of its
+    channel within reach.
+    """
+
+    eps: float
+
+    def project(self, images: Tensor, clean: Tensor) -> Tensor:
+        """Clip each pixel to the values of the `clean` pixels within reach, which are in [0, 1]."""
+        low, high = -self._largest(-clean), self._largest(clean)
+        return torch.minimum(torch.maximum(images, low), high)
+
+    def _largest(self, images: Tensor) -> Tensor:
+        """The largest pixel that a bilinear reading can touch, of each channel and place."""
+        # A place between two pixels touches both. The smaller number is for rounding.
+        reach = [ceil(self.eps * side / 2 - 1e-6) for side in images.shape[2:]]
+        return F.max_pool2d(images, [2 * each + 1 for each in reach], stride=1, padding=reach)
+
+
+Bound = Budget | Flow
+"""What an adversarial image is held to."""
+
+
+def own_bound(attack: object) -> Flow | None:
+    """The bound that an `attack` declares in place of a track's budget; None if it has none."""
+    bound = getattr(attack, "bound", None)
+    return bound if isinstance(bound, Flow) else None
+
+
 SLACK = 1e-6
 """The distance by which rounding in float32 may leave a budget."""
 
 
-def is_inside(ball: Budget, images: Tensor, clean: Tensor) -> bool:
-    """Tell whether all `images` are inside the ball around the `clean` ones and in [0, 1].
+def excess(bound: Bound, images: Tensor, clean: Tensor) -> Tensor:
+    """The distance ``(b,)`` by which each of `images` is outside of the `bound`; 0 or less inside.
+
+    In the norm of a budget; for a flow, the largest distance of a pixel from the values in reach.
+    """
+    if isinstance(bound, Flow):
+        return (images - bound.project(images, clean)).flatten(1).abs().amax(1)
+    return bound.size(images - clean) - bound.eps
+
+
+def is_inside(bound: Bound, images: Tensor, clean: Tensor) -> bool:
+    """Tell whether all `images` are inside the bound around the `clean` ones and in [0, 1].
 
     NaN is not.
     """
     inside = bool(((images >= 0) & (images <= 1)).all())
-    return inside and float(ball.size(images - clean).max()) <= ball.eps + SLACK
+    return inside and float(excess(bound, images, clean).max()) <= SLACK
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,7 +539,9 @@ class Attack(Protocol):
     An attack never asks which threat model it is under: it sees a view and searches. A field called
     `eot` is the number of EoT samples of a step, which is idle where every draw is known; where
     steps take different numbers of them, an attribute `samples` is the largest. An attack that
-    searches in other defenses names them in an attribute `sources`.
+    searches in other defenses names them in an attribute `sources`. One that no ball of pixel
+    values holds declares a :class:`Flow` in an attribute `bound`, which takes the place of the
+    track's budget: its images are held to that, and recorded and reported apart.
     """
 
     def __call__(

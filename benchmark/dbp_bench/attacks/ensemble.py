@@ -11,7 +11,7 @@ from dbp_bench import attacks
 from dbp_bench.attacks.common.objectives import SELECTION, margin, mean_over_draws
 from dbp_bench.attacks.common.options import Count, checked
 from dbp_bench.errors import did_you_mean
-from dbp_bench.threat import Attack, AttackerView, Budget, Evaluations, Method, Setup
+from dbp_bench.threat import Attack, AttackerView, Budget, Evaluations, Method, Setup, own_bound
 
 COMPARISON = SELECTION + (1 << 30)
 """The number of the first guess that compares members; no member evaluates it or a later one."""
@@ -139,9 +139,12 @@ def inner(table: Mapping[str, Any]) -> Attack:
         raise ValueError(f"no attack {name!r} of this package.{hint}")
     own = {key: value for key, value in table.items() if key != "attack"}
     try:
-        return attacks.make(name, own)
+        made = attacks.make(name, own)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    if own_bound(made) is not None:
+        raise ValueError(f"{name}: keeps a bound of its own, and cannot search in another's")
+    return made
 
 
 MADE_OF_ATTACKS = ("ensemble", "transfer")

@@ -400,12 +400,12 @@ def _plan_in_words(jobs: "Sequence[Job]") -> "Table":
     for number, (said, threats) in enumerate(attacks.items()):
         of = f"  ({', '.join(dict.fromkeys(threats))})" if len(attacks) > 1 else ""
         lines.add_row("attack" if number == 0 else "", said + of)
-    one, norm = jobs[0], jobs[0].subject.track.entry.norm
+    one = jobs[0]
     sizes = " and ".join(f"{eps:g}" for eps in dict.fromkeys(job.eps for job in jobs))
     lines.add_row(
         "run",
-        f"{norm} eps {sizes}, seed {one.seed}, {one.device}; groups of {one.batch_size} images, "
-        f"at most {one.max_batch} images x samples in a pass",
+        f"{one.norm} eps {sizes}, seed {one.seed}, {one.device}; groups of {one.batch_size} "
+        f"images, at most {one.max_batch} images x samples in a pass",
     )
     return lines
 

@@ -54,7 +54,7 @@ def attack_files(board: Leaderboard) -> dict[str, str | bytes]:
     }
     for end, figure in figure_files(attack_curves(board)).items():
         found[f"-attacks{end}"] = figure
-    if found:
+    if found or board.apart:
         found["-attacks.md"] = _markdown(board, attacks, third_party, optimality)
     return found
 
@@ -71,7 +71,7 @@ def _attacks_frame(board: Leaderboard) -> pd.DataFrame:
     The worst case is that of all rows of the defense and knowledge.
     """
     groups: dict[tuple[str, str], list[Pool]] = {}
-    for pool in _at_eps(board):
+    for pool in board.at_eps:
         groups.setdefault((pool.any.defense, pool.knowledge), []).append(pool)
     order = {name: i for i, name in enumerate(_ORDER)}
     by_name = {row.defense: row for row in board.rows}
@@ -110,15 +110,10 @@ def _attacks_frame(board: Leaderboard) -> pd.DataFrame:
     return frame_of(rows)
 
 
-def _at_eps(board: Leaderboard) -> list[Pool]:
-    """All results at the leaderboard's eps, in order."""
-    return [pool for pool, _ in board.pools if pool.any.eps == board.eps > 0]
-
-
 def attack_curves(board: Leaderboard) -> list[list[Curve]]:
     """The curves of all attacks, by defense and knowledge, where there are several attacks."""
     groups: dict[tuple[str, str], list[Pool]] = {}
-    for pool in _at_eps(board):
+    for pool in board.at_eps:
         groups.setdefault((pool.any.defense, pool.knowledge), []).append(pool)
     by_name = {row.defense: row for row in board.rows}
     found = []
@@ -177,7 +172,7 @@ def _third_party_frame(board: Leaderboard) -> pd.DataFrame:
     `lower` is True where its whole interval is below 0.
     """
     kinds = {row.defense: row.kind for row in board.rows}
-    pools = _at_eps(board)
+    pools = board.at_eps
     rows = []
     for theirs in (pool for pool in pools if pool.third_party):
         ours, why = _ours(theirs, pools)
@@ -285,6 +280,7 @@ def _markdown(
         text += _verdicts(attacks)
     if not third_party.empty:
         text += _third_party(third_party)
+    text += _apart(board)
     text += _sweeps(board)
     if not attacks.empty:
         text += _efforts(attacks)
@@ -382,6 +378,27 @@ def _third_party(frame: pd.DataFrame) -> list[str]:
         f"interval in {frame['lower'].eq(True).sum()}."
     )
     return ["## Third-party attacks against ours", "", *table, f"{total} {note('third_party')}", ""]
+
+
+def _apart(board: Leaderboard) -> list[str]:
+    """The attacks with a bound of their own, whose accuracies stand in no other table."""
+    if not board.apart:
+        return []
+    frame = frame_of(
+        {
+            "defense": pool.any.defense,
+            "kind": kind,
+            "knows": pool.knowledge,
+            **setting_of(pool),
+            "bound": f"{pool.any.norm} {shown_eps(pool.any.eps)}",
+            "robust": pool.robust.estimate,
+            "evaluations": _cost(pd.Series(how(pool))),
+        }
+        for pool, kind in board.pools
+        if pool in board.apart
+    )
+    table = to_markdown(_titled(frame).drop(columns="Kind"))
+    return ["## Attacks with a bound of their own", "", *table, note("apart", norm=board.norm), ""]
 
 
 def _sweeps(board: Leaderboard) -> list[str]:

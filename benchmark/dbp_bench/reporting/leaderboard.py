@@ -27,7 +27,7 @@ from dbp_bench.reporting.rendering import note
 from dbp_bench.reporting.sanity import Check, checks, summary
 from dbp_bench.reporting.statistics import Bootstrap, Estimate
 from dbp_bench.reporting.votes import Tally
-from dbp_bench.result import Result
+from dbp_bench.result import FLOW, Result
 
 Sort = Literal["hidden", "known"]
 Kind = Literal["control", "defense"]
@@ -133,6 +133,16 @@ class Leaderboard:
         return {name: each for name, each in found.items() if each is not None}
 
     @property
+    def at_eps(self) -> list[Pool]:
+        """All results within the leaderboard's budget, in order; none where that is 0."""
+        return [p for p, _ in self.pools if p.within(self.norm, self.eps) and self.eps > 0]
+
+    @property
+    def apart(self) -> list[Pool]:
+        """The results of attacks with a bound of their own, which compare with no others."""
+        return [p for p, _ in self.pools if p.any.norm == FLOW != self.norm]
+
+    @property
     def title(self) -> str:
         """The title of the track, or its name."""
         return self.entry.title if self.entry else self.track
@@ -182,13 +192,20 @@ def leaderboard(
         each.key: _reference([found for found in searches if found.threat == each.threat])
         for each in protocol.extra
     }
-    first = reference or (main or pools)[0].any
-    eps = searches[0].eps if searches else next((p.any.eps for p in pools if p.any.eps), first.eps)
-    at_eps = [pool for pool in pools if pool.any.eps == eps > 0]
+    in_norm = [pool for pool in pools if pool.any.norm != FLOW]
+    first = reference or (main or in_norm or pools)[0].any
+    sizes = [p.any.eps for p in pools if p.any.eps and p.any.norm == first.norm]
+    eps = searches[0].eps if searches else next(iter(sizes), first.eps)
+    at_eps = [pool for pool in pools if pool.within(first.norm, eps) and eps > 0]
     names = sorted({pool.any.defense for pool in pools})
     kinds = {name: _kind(registry, name) for name in names}
     columns = columns_of(each.key for each in protocol.extra)
-    more = [pool for folder in _folders(swept) for pool in pooled(folder) if pool.any.eps == eps]
+    more = [
+        pool
+        for folder in _folders(swept)
+        for pool in pooled(folder)
+        if pool.within(first.norm, eps)
+    ]
     serving = {
         name: _serving([pool for pool in main if pool.any.defense == name], protocol, like)
         for name in names

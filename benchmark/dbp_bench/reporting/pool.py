@@ -85,6 +85,10 @@ class Pool:
         """The part of another `effort` that would count for this defense and this knowledge."""
         return searched_effort(effort, self.any.knows, self.any.sites)
 
+    def within(self, norm: str, eps: float) -> bool:
+        """True if the attack was held to this budget, and to no bound of its own."""
+        return (self.any.norm, self.any.eps) == (norm, eps)
+
     @property
     def search(self) -> str:
         """The attack, its options and its gradient, in words."""

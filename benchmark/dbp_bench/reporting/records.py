@@ -12,7 +12,7 @@ from dbp_bench.certificate import FOLDER
 from dbp_bench.entries.defense import OWN_CLASSIFIER
 from dbp_bench.errors import BadResult, NotComparable, did_you_mean
 from dbp_bench.reporting.protocol import Protocol, knowledge, shipped
-from dbp_bench.result import Result, without_draws
+from dbp_bench.result import FLOW, Result, without_draws
 
 _FILE: Final = r"seed--?\d+\.json"
 
@@ -148,8 +148,8 @@ def check_comparable(records: Sequence[Record], protocol: Protocol | None = None
         NotComparable: Two results disagree; the message names both files and the fields.
     """
     protocol = protocol or shipped()
-    ordered = sorted(records, key=lambda record: _nothing_hidden(record.result))
-    _check_alike(ordered, lambda result: result.track, track_facts)
+    ordered = sorted(records, key=lambda r: (r.result.norm == FLOW, _nothing_hidden(r.result)))
+    _check_alike(ordered, lambda result: result.track, _board_facts)
     _check_alike(ordered, lambda result: result.defense, _defense_facts)
     main = [record for record in ordered if protocol.holds(record.result)]
     searches = [record for record in main if record.result.threat != protocol.null]
@@ -192,7 +192,7 @@ def check_swept(swept: Sequence[Record], records: Sequence[Record]) -> None:
             continue
         pair = (other.result, record.result)
         labels = [dict(zip(each.ids, each.labels, strict=True)) for each in pair]
-        theirs, mine = ({**track_facts(each), **_defense_facts(each)} for each in pair)
+        theirs, mine = ({**_board_facts(each), **_defense_facts(each)} for each in pair)
         for facts, own in ((theirs, labels[0]), (mine, labels[1])):
             del facts["ids"]
             facts["labels"] = [own[each] for each in sorted({*labels[0]} & {*labels[1]})]
@@ -277,6 +277,17 @@ def track_facts(result: Result, _: object = None) -> _Facts:
     }
 
 
+def _board_facts(result: Result, _: object = None) -> _Facts:
+    """The facts of the track; without the norm where the attack keeps a bound of its own.
+
+    Such a result stands apart, in a table of its own.
+    """
+    facts = track_facts(result)
+    if result.norm == FLOW:
+        del facts["norm"]
+    return facts
+
+
 def _defense_facts(result: Result, _: object = None) -> _Facts:
     """The facts that must be equal for two results to be of one defense, whatever its name."""
     return {
@@ -291,11 +302,12 @@ def _defense_facts(result: Result, _: object = None) -> _Facts:
 def _only_of_the_attack(result: Result) -> set[str]:
     """The facts that come from the attack: its code, and the weights of what it searches in.
 
-    They are compared only where both results have them.
+    They are compared only where both results have them. So is the norm, where it is the attack's.
     """
     module = result.attack.partition(":")[0].split(".")[0]
     roles = [role for role in result.provenance.weights if "." in role and role != OWN_CLASSIFIER]
-    return {f"provenance.code.{module}", *(f"provenance.weights.{role}" for role in roles)}
+    own = {f"provenance.code.{module}", *(f"provenance.weights.{role}" for role in roles)}
+    return own | {"norm"} if result.norm == FLOW else own
 
 
 def _search_facts(result: Result, effort: Mapping[str, object]) -> _Facts:

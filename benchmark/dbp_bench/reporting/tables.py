@@ -46,7 +46,10 @@ def csv_tables(board: Leaderboard) -> Mapping[str, str]:
         ".csv": to_csv(of_track(rows_frame(board), board)),
         "-draws.csv": to_csv(of_track(draws_frame(board).drop(columns="rank"), board)),
         **extra,
-        "-results.csv": to_csv(of_track(results_frame(board), board)),
+        "-results.csv": to_csv(
+            # The norm of each, in the place of the leaderboard's.
+            of_track(results_frame(board), board).assign(norm=[p.any.norm for p, _ in board.pools])
+        ),
     }
 
 

@@ -32,7 +32,7 @@ from dbp_bench.result import (
 from dbp_bench.runs.job import Job, identity_of, refuse_other_request
 from dbp_bench.runs.pieces import Pieces, State, is_sound, read_request, work_folder, write_request
 from dbp_bench.runs.saved import adversarial_path, write_saved
-from dbp_bench.threat import Attack, Budget, Tick, ignore
+from dbp_bench.threat import Attack, Bound, Budget, Tick, ignore
 from dbp_bench.writing import locked
 
 FRESH_DRAWS = 3
@@ -196,7 +196,7 @@ def _complete(
         progress: Told how far it is.
     """
     for index, (ids, state) in enumerate(zip(pieces.groups, pieces.states, strict=True)):
-        if state and not is_sound(state, run.budget, data.select(ids)[0]):
+        if state and not is_sound(state, run.bound, data.select(ids)[0]):
             pieces.states[index] = {}  # whoever wrote it: it is computed again
     progress.start(pieces.attacks_missing * evaluations)
     for index, (ids, state) in enumerate(zip(pieces.groups, pieces.states, strict=True)):
@@ -224,6 +224,8 @@ class _Run:
     """Other defenses in which the attack searches."""
     method: Attack
     budget: Budget
+    bound: Bound
+    """The budget, or the attack's own bound, to which the images are held."""
     knows: frozenset[Site]
     seed: int
     max_batch: int
@@ -238,6 +240,7 @@ class _Run:
             job.other_defenses(policy=policy),
             job.attack(),
             job.budget(),
+            job.bound(),
             frozenset(Site(site) for site in job.knows),
             job.seed,
             job.max_batch,

@@ -18,8 +18,9 @@ from dbp_bench.entries.fields import Entry, check_eps
 from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.subject import Subject
 from dbp_bench.entries.threat import GRADIENT, KNOWN_DRAWS, AttackSetting, Threat, is_outside
+from dbp_bench.entries.track import Track
 from dbp_bench.errors import BadEntry, BadRequest, UnknownName, brief, did_you_mean
-from dbp_bench.result import Result, attack_label, result_path, searched_effort
+from dbp_bench.result import FLOW, Result, attack_label, result_path, searched_effort
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from dbp_bench.defense import Defense
     from dbp_bench.evaluation import Group
     from dbp_bench.memory import Policy
-    from dbp_bench.threat import Attack, Budget, Evaluations, Setup
+    from dbp_bench.threat import Attack, Bound, Budget, Evaluations, Flow, Setup
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,10 @@ class Job:
     """Other defenses that the attack searches in, by name."""
     seed: int
     device: str
+    norm: str
+    """The track's norm, or that of the attack's own bound."""
     eps: float
+    """The size of the budget, or of the attack's own bound."""
     knows: list[str]
     draws: int
     track_ids: list[int]
@@ -129,8 +133,18 @@ class Job:
         return self.subject.data(verified=True)
 
     def budget(self) -> "Budget":
-        """The ball around each image that the attack searches."""
-        return self.subject.budget(self.eps)
+        """The ball around each image that the attack searches; the track's, if it has a bound."""
+        return self.subject.budget(None if self._own_bound else self.eps)
+
+    def bound(self) -> "Bound":
+        """What the images of the attack are held to: its own bound if it has one, or the ball."""
+        return self._own_bound or self.budget()
+
+    @property
+    def _own_bound(self) -> "Flow | None":
+        from dbp_bench.threat import own_bound
+
+        return own_bound(self.search.attack)
 
     def attack(self) -> "Attack":
         """The attack."""
@@ -240,7 +254,7 @@ class Job:
             "attack": self.search.name,
             "setting": self.search.setting.name if self.search.setting else None,
             "seed": self.seed,
-            "norm": self.subject.track.entry.norm,
+            "norm": self.norm,
             "eps": self.eps,
             "sites": self.sites,
             "knows": self.knows,
@@ -436,6 +450,7 @@ def resolve(
         )
     ids = subject.ids()
     search, sources = _search(registry, subject, threat_entry, attack, overrides, knows, eps)
+    norm, eps = _limits(search, place, eps)
     dotted = [*subject.code(), *(path for s in sources.values() for path in s.code())]
     if is_outside(search.name):
         dotted.append((search.name, search.path))
@@ -446,6 +461,7 @@ def resolve(
         sources=sources,
         seed=seed,
         device=device,
+        norm=norm,
         eps=eps,
         knows=knows,
         # Without noise every draw is the same.
@@ -517,6 +533,30 @@ def _search(
     if gradient != "exact" and not follows:
         raise BadRequest(f"gradient: {gradient}, but {name} follows no gradient of {subject.name}.")
     return Search(made, name, path, setting, effort, gradient if follows else None), sources
+
+
+def _limits(search: Search, track: Track, eps: float) -> tuple[str, float]:
+    """The norm and size of the budget, or those of the attack's own bound.
+
+    Args:
+        search: The attack.
+        track: The track.
+        eps: The size of the budget that is asked for.
+
+    Raises:
+        BadRequest: The attack has its own bound, and another size than the track's is asked for.
+    """
+    from dbp_bench.threat import own_bound
+
+    own = own_bound(search.attack)
+    if own is None:
+        return track.norm, eps
+    if eps not in (track.eps, own.eps):
+        raise BadRequest(
+            f"eps: {eps:g} in {track.norm} is no limit of {search.name}, which keeps a bound of "
+            f"its own, {FLOW} {own.eps:g}, among its options."
+        )
+    return FLOW, own.eps
 
 
 def _check_attack(name: str, settings: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dbp_bench.declaration import parse_json
-from dbp_bench.threat import Budget, is_inside
+from dbp_bench.threat import Bound, is_inside
 from dbp_bench.writing import write_atomically
 
 State = dict[str, Tensor]
@@ -41,14 +41,14 @@ _DIGEST = "digest"
 _REQUEST = "request.json"
 
 
-def is_sound(state: State, budget: Budget, clean: Tensor) -> bool:
-    """Tell whether all that is known fits a group of these `clean` images, and the budget."""
+def is_sound(state: State, bound: Bound, clean: Tensor) -> bool:
+    """Tell whether all that is known fits a group of these `clean` images, and the bound."""
     for key, value in state.items():
         if "/" not in key:
             fits = value.numel() == 1
         elif key.startswith("images/"):
             fits = (value.shape, value.dtype) == (clean.shape, clean.dtype)
-            fits = fits and is_inside(budget, value, clean)
+            fits = fits and is_inside(bound, value, clean)
         else:
             fits = value.shape[:1] == clean.shape[:1]
         if not fits:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dbp_bench.declaration import parse_json
 from dbp_bench.errors import BadRequest, BadWeights
 from dbp_bench.runs.job import Job, refuse_other_request
-from dbp_bench.threat import SLACK, is_inside
+from dbp_bench.threat import SLACK, excess, is_inside
 from dbp_bench.writing import write_atomically
 
 
@@ -73,13 +73,13 @@ def read_saved(path: Path, job: Job) -> Saved:
             f"{path}: images of shape {tuple(images.shape[1:])} in {images.dtype}, not "
             f"{tuple(clean.shape)} in {clean.dtype}."
         )
-    ball = job.budget()
+    bound = job.bound()
     for found in images:
-        if not is_inside(ball, found, clean):
-            size = float(ball.size(found - clean).max())
+        if not is_inside(bound, found, clean):
+            size = float(excess(bound, found, clean).max()) + bound.eps
             raise BadRequest(
-                f"{path}: images outside the budget: {job.subject.track.entry.norm} {size:.6g} "
-                f"against eps {ball.eps:g}, or outside [0, 1]."
+                f"{path}: images outside the budget: {job.norm} {size:.6g} against eps "
+                f"{bound.eps:g}, or outside [0, 1]."
             )
     return Saved(images, clean, ids)
 
@@ -90,8 +90,8 @@ def as_8_bit(saved: Saved, job: Job) -> tuple[Saved, int]:
     They are rounded to whole numbers of 1/255, then projected, since rounding can leave the budget
     by half a level.
     """
-    ball, clean = job.budget(), saved.clean
+    bound, clean = job.bound(), saved.clean
     rounded = (saved.images * 255).round() / 255
-    outside = sum(int((ball.size(found - clean) > ball.eps + SLACK).sum()) for found in rounded)
-    images = torch.stack([ball.project(found, clean) for found in rounded])
+    outside = sum(int((excess(bound, found, clean) > SLACK).sum()) for found in rounded)
+    images = torch.stack([bound.project(found, clean) for found in rounded])
     return saved._replace(images=images), outside

@@ -484,11 +484,7 @@ def _eot(board: Leaderboard) -> Chart:
 
 def _pools(row: Row, board: Leaderboard) -> list[Pool]:
     """All results of a defense at the leaderboard's eps."""
-    return [
-        pool
-        for pool, _ in board.pools
-        if pool.any.defense == row.defense and pool.any.eps == board.eps > 0
-    ]
+    return [pool for pool in board.at_eps if pool.any.defense == row.defense]
 
 
 _KNOWLEDGE: Final = dict(zip(KNOWN, ("none", "forward", "reverse", "all"), strict=True))

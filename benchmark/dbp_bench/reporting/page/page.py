@@ -196,8 +196,8 @@ class _Page:
         for row in self.board.rows:
             own = {row.columns[key].knows: row.columns[key] for key in KNOWN if key in row.columns}
             for pool, _ in self.board.pools:
-                here = pool.any.defense == row.defense and pool.any.eps == self.board.eps
-                if here and pool not in own.values():
+                here = pool.within(self.board.norm, self.board.eps)
+                if here and pool.any.defense == row.defense and pool not in own.values():
                     count = pool.evaluations
                     first = own[pool.knows].evaluations if pool.knows in own else None
                     ratio = "" if count is None or not first else f"{count / first:.2g}"
