@@ -351,8 +351,9 @@ def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
     assert path.stat().st_mtime_ns != before, "another request is another run"
 
 
-def test_the_log_continues_with_the_run(tmp_path: Path) -> None:
-    plan = recipes.changed(recipes.recipe("diffusion", "digits"), 1437, iterations=6, batch_size=8)
+@pytest.mark.parametrize("name", ["diffusion", "adbm", "flow-pgd", "consistency"])
+def test_the_log_continues_with_the_run(tmp_path: Path, name: str) -> None:
+    plan = recipes.changed(recipes.recipe(name, "digits"), 1437, iterations=6, batch_size=8)
     options = Options(checkpoint_every=2)
 
     def stop(done: int, *_: object) -> None:
@@ -372,7 +373,7 @@ def test_the_log_continues_with_the_run(tmp_path: Path) -> None:
 
 def test_ablations_of_the_digits(tmp_path: Path) -> None:
     weights = {digest(made(n, tmp_path)) for n in recipes.FINETUNED}
-    assert len(weights) == 4
+    assert len(weights) == len(recipes.FINETUNED)
 
 
 def cifar(tmp_path: Path, name: str, network: nn.Module, says: dict[str, str]) -> Given:
