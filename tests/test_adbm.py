@@ -67,7 +67,7 @@ def test_the_bridge_is_that_of_the_paper(kind: type[Any], t: int, end: int) -> N
     level, top = levels(made.process, t), levels(made.process, end)
     target = made.push(z, delta, level, top)
     shown = a**0.5 * x + (1 - a) ** 0.5 * z + delta * b * (1 - a) / ((1 - b) * a**0.5)
-    close = {"rtol": 1e-4, "atol": 1e-4}  # the tables of levels are in float32
+    close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}  # the tables of levels are in float32
     torch.testing.assert_close(level.diffuse(x, target), shown, **close)
     torch.testing.assert_close(target, z + delta * (1 / a - 1) ** 0.5 * b / (1 - b), **close)
     if t == end:
@@ -233,7 +233,8 @@ class Push(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         a, b = discrete_signal(float(t[0]) + 1), discrete_signal(self.end)
-        return self.delta * (1 / a - 1) ** 0.5 * b / (1 - b)
+        out: Tensor = self.delta * (1 / a - 1) ** 0.5 * b / (1 - b)
+        return out
 
 
 @pytest.mark.parametrize("steps", [1, 5, 100])

@@ -102,7 +102,7 @@ def test_the_target_is_further_down_the_teachers_path(levels: int, skip: int) ->
     a, b = signals(told), signals(low_told)
     x = 2 * given.images - 1
     z = a.sqrt() * x + (1 - a).sqrt() * given.tape.normal(NOISE, 0, x)
-    close = {"rtol": 1e-3, "atol": 1e-4}  # the tables of levels are in float32
+    close: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}  # the tables of levels are in float32
     torch.testing.assert_close(shown, z, **close)
     eps = Posterior()(z, told)
     x0 = (z - (1 - a).sqrt() * eps) / a.sqrt()

@@ -1,5 +1,6 @@
 """FlowPure: its target, the exact flow of Gaussian data, and a defense without any draw."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,13 @@ from torch.nn import functional as F
 from closed_forms import F64, orders
 from dbp_bench.checks.conformance import CHECKS, fault
 from dbp_bench.defense import Defense
+from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadEntry, BadRequest
 from dbp_bench.noise import FORWARD, Site, Tape
 from dbp_bench.purifiers.flow import FlowPure
+from dbp_bench.result import Result
+from dbp_bench.runs.execute import execute
+from dbp_bench.runs.job import Overrides, resolve
 from dbp_bench.training import recipes
 from dbp_bench.training.batches import Batch
 from dbp_bench.training.flow import attacked, matching, noisy
@@ -52,18 +57,18 @@ def tape(n: int = 3) -> Tape:
 # ------------------------------------------------------------------------------------- training
 
 
-class Zero(nn.Module):
-    """Predicts no velocity, and remembers what it was shown."""
+class Half(nn.Module):
+    """Says half of what it is shown, and remembers it."""
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         self.seen = z.detach(), t
-        return torch.zeros_like(z)
+        return z / 2
 
 
 def test_the_velocity_leads_from_the_perturbed_image_to_the_clean_one() -> None:
-    zero, given = Zero(), batch()
-    loss = matching(zero, noisy(0.3))(given)
-    state, told = zero.seen
+    half, given = Half(), batch()
+    loss = matching(half, noisy(0.3))(given)
+    state, told = half.seen
     clean = 2 * given.images - 1
     start = clean + 0.6 * given.tape.normal(Site("noise"), 0, clean)
     t = (told / 1000).view(-1, 1, 1, 1)
@@ -71,7 +76,7 @@ def test_the_velocity_leads_from_the_perturbed_image_to_the_clean_one() -> None:
     assert float(t.max()) < 1
     assert len(set(told.tolist())) == 6, "each image has a time of its own"
     torch.testing.assert_close(state, (1 - t) * start + t * clean)
-    torch.testing.assert_close(loss, (clean - start).square().mean())
+    torch.testing.assert_close(loss, (clean - start - state / 2).square().mean())
 
 
 def test_no_network_has_a_lower_loss_than_the_exact_velocity() -> None:
@@ -207,3 +212,21 @@ def test_it_conforms(title: str, sigma: float) -> None:
     purifier = FlowPure(net, sigma, 0.5 if sigma else 0.0, steps=4, clamp_output=False)
     defense = Defense(purifier, Small().double(), [net])
     assert fault(CHECKS[title], defense, 0.5 + 0.3 * (images() - 0.5)) is None
+
+
+def test_the_dw_box_is_the_white_box_without_a_draw(tmp_path: Path) -> None:
+    """The shipped `flow-pgd`: the same adversarial outcomes, whatever the attacker is shown."""
+    found = []
+    for threat in ("eot", "dwbox", "dw-fwd"):
+        job = resolve(
+            Registry(),
+            *("digits-linf", "flow-pgd", threat),
+            seed=0,
+            device="cpu",
+            overrides=Overrides(examples=8, effort={"budget": 8}),
+        )
+        assert job.subject.sites == []
+        found.append(Result.read(execute(job, tmp_path)))
+    for result in found:
+        assert result.predicted.clean == found[0].predicted.clean
+        assert result.predicted.adversarial == found[0].predicted.adversarial

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dbp_bench.data import DataSet
 from dbp_bench.noise import Tape
+from dbp_bench.training import diffusion
 from dbp_bench.training.batches import Batch
-from dbp_bench.training.diffusion import Loss, denoising
 from dbp_bench.training.given import HEADER
 from dbp_bench.training.processes import DDPM
 from dbp_bench.training.recipes import FLOWS, Recipe
@@ -53,7 +53,7 @@ def packed(values: dict[str, Tensor], recipe: Recipe) -> bytes:
 
 @torch.no_grad()
 def measured(
-    network: nn.Module, own: Loss, data: DataSet, recipe: Recipe, device: torch.device
+    network: nn.Module, own: diffusion.Loss, data: DataSet, recipe: Recipe, device: torch.device
 ) -> dict[str, float]:
     """Accuracy of a classifier, or loss of a denoiser, on images that weren't trained on.
 
@@ -62,8 +62,10 @@ def measured(
     """
     digits = recipe.data == "digits"
     ids = data.ids["test" if digits and not recipe.hold_out else "validation"]
+    loss = diffusion.denoising(network, DDPM() if digits else recipe.process())
     flows = recipe.name in FLOWS
-    loss = own if flows else denoising(network, DDPM() if digits else recipe.process())
+    if flows:
+        loss = own
     total = 0.0
     for part in chunks(ids):
         images, labels = (tensor.to(device) for tensor in data.select(part))

@@ -35,7 +35,7 @@ FINETUNED = ("addt", "clean-finetune", "mse-guided", "addt-linf", "adbm", "consi
 """Recipes that start from trained weights."""
 FLOWS = ("flow", "flow-pgd")
 """Recipes of a velocity, which is told a flow's time."""
-SHIPPED = ("classifier", "diffusion", "addt")
+SHIPPED = ("classifier", "diffusion", "addt", "adbm", "flow", "flow-pgd", "consistency")
 """The recipes of the digits that `all` stands for."""
 KINDS: dict[str, tuple[Kind, ...]] = {
     "adbm": ("ddpm", "vpsde"),
@@ -88,8 +88,9 @@ _ADBM: dict[str, Any] = {
 }
 _FLOW = {"iterations": 300_000, "batch_size": 64, "ramp": 0, "average": 0.0, "flip": False}
 _SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
-    ("flow", "digits"): {"iterations": 4000},
-    ("flow-pgd", "digits"): {"iterations": 2000},
+    ("adbm", "digits"): {"iterations": 600},
+    ("flow", "digits"): {"iterations": 2500},
+    ("flow-pgd", "digits"): {"iterations": 500},
     ("adbm", "published"): _ADBM,
     ("flow", "published"): _FLOW,
     ("flow-pgd", "published"): _FLOW,
@@ -126,7 +127,7 @@ class Recipe:
     @property
     def file(self) -> str:
         """The name of the weights file."""
-        if self.name in ("classifier", "diffusion"):
+        if self.name not in (*FINETUNED, *FLOWS):
             return self._trained(self.variant)
         stem = "digits" if self.data == "digits" else f"{self.data}-{self.variant.name}"
         return f"{stem}-{self.name}.safetensors"
