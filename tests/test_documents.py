@@ -152,6 +152,9 @@ EXCEPTED = {
     "dbp-bench train addt --track cifar10 --network ddpmpp --init cifar10-ddpmpp-deep-vp": CIFAR,
     "dbp-bench train addt --track cifar10 --network edm": CIFAR,
     "dbp-bench train addt --track cifar10-linf": CIFAR,
+    "dbp-bench train adbm --track cifar10 --network ddpmpp --init cifar10-ddpmpp-deep-vp": CIFAR,
+    "dbp-bench train flow --track cifar10": CIFAR,
+    "dbp-bench train consistency --track cifar10 --init cifar10-ddpm-ema": CIFAR,
     "torchrun --nproc-per-node 4 --no-python dbp-bench train addt --track cifar10 --precision bf16 "
     "--channels-last --compile": CIFAR,
     "dbp-bench weights fetch NAME": "needs the network; test_weights_fetch has a server",

@@ -1,4 +1,4 @@
-"""The command that trains: classifiers, diffusion models, and ADDT with its ablations."""
+"""The command that trains: classifiers, diffusion models, and what defenses make of them."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,8 +20,9 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="classifier, noisy-classifier, diffusion, addt, clean-finetune, mse-guided or "
-            "addt-linf; for the digits also all: the weights that ship with the package."
+            help="classifier, noisy-classifier, diffusion, addt, clean-finetune, mse-guided, "
+            "addt-linf, adbm, flow, flow-pgd or consistency; for the digits also all: the weights "
+            "that ship."
         ),
     ],
     track: TrackName = "digits-linf",
@@ -47,8 +48,7 @@ def train(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="A constant of ADDT, such as lambda_unit=0.1, or the least and the largest noise "
-            "of noisy-classifier, sigma_min and sigma_max; can be repeated.",
+            help="A constant of the recipe, such as lambda_unit=0.1; can be repeated.",
         ),
     ] = None,
     precision: Annotated[str, typer.Option(help="fp32, or bf16: autocast.")] = "fp32",

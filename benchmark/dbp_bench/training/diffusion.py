@@ -110,6 +110,18 @@ def _ascent(
     return gradient
 
 
+def inside(delta: Tensor, z: Tensor, eps: float | Tensor) -> Tensor:
+    """`delta` brought back into the ball of `eps` and, with the images `z`, into the pixel box.
+
+    Args:
+        delta: ``(b, c, h, w)`` in [-1, 1] units.
+        z: ``(b, c, h, w)`` in [-1, 1].
+        eps: The l-infinity bound, [0, 1] units; a number, or one for each image.
+    """
+    bound = torch.as_tensor(2 * eps, dtype=z.dtype, device=z.device)
+    return delta.clamp(-bound, bound).clamp(-1 - z, 1 - z)
+
+
 def rank_based_gaussian(gradient: Tensor, gaussian: Tensor) -> Tensor:
     """RBGM: the values of `gaussian` in the rank order of `gradient`, both ``(b, c, h, w)``.
 
@@ -195,8 +207,5 @@ class LinfADDT:
         for k in range(self.rounds):
             noise = batch.tape.normal(_NOISE, 1 + k, z)
             gradient = _ascent(self, denoiser, guide, batch, level, delta, noise)
-            # One signed step, back into the ball, back into the pixel box.
-            delta = delta + 2 * self.step * gradient.sign()
-            delta = delta.clamp(-2 * self.eps, 2 * self.eps)
-            delta = delta.clamp(-1 - z, 1 - z)
+            delta = inside(delta + 2 * self.step * gradient.sign(), z, self.eps)
         return delta

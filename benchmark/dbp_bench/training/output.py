@@ -16,7 +16,7 @@ from dbp_bench.training import diffusion
 from dbp_bench.training.batches import Batch
 from dbp_bench.training.given import HEADER
 from dbp_bench.training.processes import DDPM
-from dbp_bench.training.recipes import CLASSIFIERS, Recipe
+from dbp_bench.training.recipes import CLASSIFIERS, FLOWS, Recipe
 from dbp_bench.training.recipes import recipe as usual_recipe
 from dbp_bench.training.state import Settings
 
@@ -53,15 +53,19 @@ def packed(values: dict[str, Tensor], recipe: Recipe) -> bytes:
 
 @torch.no_grad()
 def measured(
-    network: nn.Module, data: DataSet, recipe: Recipe, device: torch.device
+    network: nn.Module, own: diffusion.Loss, data: DataSet, recipe: Recipe, device: torch.device
 ) -> dict[str, float]:
     """Accuracy of a classifier, or loss of a denoiser, on images that weren't trained on.
 
-    They are the validation images; where the digits' are trained on, too, the test images.
+    They are the validation images; where the digits' are trained on, too, the test images. A
+    denoiser's loss is the ordinary one, whatever it was trained by; a flow's is its `own`.
     """
     digits = recipe.data == "digits"
     ids = data.ids["test" if digits and not recipe.hold_out else "validation"]
     loss = diffusion.denoising(network, DDPM() if digits else recipe.process())
+    flows = recipe.name in FLOWS
+    if flows:
+        loss = own
     total = 0.0
     for part in chunks(ids):
         images, labels = (tensor.to(device) for tensor in data.select(part))
@@ -70,8 +74,9 @@ def measured(
         else:
             value = loss(Batch(images, labels, Tape.make(0, "test", part)))
         total += float(value) * len(part)
-    names = {"classifier": "accuracy", "edm": "denoising_loss"}
-    return {names.get(recipe.variant.kind, "noise_prediction_error"): total / len(ids)}
+    names = {"classifier": "accuracy", "edm": "denoising_loss", "flow": "velocity_error"}
+    kind = "flow" if flows else recipe.variant.kind
+    return {names.get(kind, "noise_prediction_error"): total / len(ids)}
 
 
 def chunks(ids: Sequence[int]) -> list[Sequence[int]]:
@@ -80,7 +85,7 @@ def chunks(ids: Sequence[int]) -> list[Sequence[int]]:
 
 
 def rows(recipe: Recipe) -> dict[str, Any]:
-    """The settings by name, but those that have their defaults, and the options of ADDT."""
+    """The settings by name, but those that have their defaults, and its constants."""
     defaults = {field.name: field.default for field in fields(Settings)}
     given = {k: v for k, v in asdict(recipe.settings).items() if v != defaults[k]}
     return given | recipe.objective

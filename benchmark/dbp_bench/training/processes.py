@@ -16,7 +16,7 @@ from dbp_bench.purifiers.vpsde import BETA_MAX, BETA_MIN
 from dbp_bench.training.batches import Batch
 
 _LEVEL = Site("level")
-_SIGNALS = torch.tensor(LINEAR.signal()[1:])
+_SIGNALS = torch.tensor(LINEAR.signal())
 _SIGMA_DATA = 0.5
 """The standard deviation of the images, as EDM takes it."""
 
@@ -75,9 +75,13 @@ class DDPM(_NoisePrediction):
         return self.at((batch.uniform(_LEVEL) * self.levels).floor())
 
     def at(self, t: Tensor) -> Level:
-        """The level of 0-based steps `t` ``(b,)``."""
-        signal = _SIGNALS.to(t.device, t.dtype)[t.long()].view(-1, 1, 1, 1)
+        """The level of 0-based steps `t` ``(b,)``; that of step -1 is the clean image's."""
+        signal = _SIGNALS.to(t.device, t.dtype)[t.long() + 1].view(-1, 1, 1, 1)
         return Level(t, signal.sqrt(), (1 - signal).sqrt(), (signal / (1 - signal)).sqrt())
+
+    def at_time(self, time: Tensor) -> Level:
+        """The next level above `time` ``(b,)``, or there, of :attr:`Schedule.levels` in all."""
+        return self.at(time.ceil().clamp(min=1) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,10 @@ class VPSDE(_NoisePrediction):
         exponent = (-0.5 * (BETA_MAX - BETA_MIN) * t * t - BETA_MIN * t).view(-1, 1, 1, 1)
         mean, std = (exponent / 2).exp(), (-exponent.expm1()).sqrt()
         return Level(1000 * t - 1, mean, std, mean / std)
+
+    def at_time(self, time: Tensor) -> Level:
+        """The level at `time` ``(b,)``, of 1000 in all, and 0.01 at least (ADBM's 1e-5 of 1)."""
+        return self.at((time / 1000).clamp(min=1e-5))
 
 
 @dataclass(frozen=True, slots=True)

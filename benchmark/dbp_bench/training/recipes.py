@@ -10,10 +10,11 @@ from typing import Any
 from dbp_bench.data import DataSet
 from dbp_bench.data.catalog import facts_of
 from dbp_bench.errors import BadRequest, UnknownName, did_you_mean
+from dbp_bench.training.adbm import ADBM
 from dbp_bench.training.diffusion import ADDT, LinfADDT
 from dbp_bench.training.processes import DDPM, EDM, VPSDE, Process
 from dbp_bench.training.state import Settings
-from dbp_bench.training.variants import Variant, find
+from dbp_bench.training.variants import Kind, Variant, find
 
 TITLES = {
     "classifier": "Classifier",
@@ -23,47 +24,88 @@ TITLES = {
     "clean-finetune": "Fine-tuning by the ordinary loss (ablation of ADDT)",
     "mse-guided": "ADDT guided by the error of the predicted noise (ablation)",
     "addt-linf": "ADDT with signed steps in place of RBGM (ablation)",
+    "adbm": "ADBM fine-tuning",
+    "flow": "FlowPure, from noisy to clean images",
+    "flow-pgd": "FlowPure, from attacked to clean images",
+    "consistency": "Consistency distillation",
 }
 NAMES = tuple(TITLES)
 CLASSIFIERS = ("classifier", "noisy-classifier")
 """Recipes that train a classifier."""
-GUIDED = ("addt", "addt-linf")
+GUIDED = ("addt", "addt-linf", "adbm", "flow-pgd")
 """Recipes that need a classifier."""
-FINETUNED = ("addt", "clean-finetune", "mse-guided", "addt-linf")
+FINETUNED = ("addt", "clean-finetune", "mse-guided", "addt-linf", "adbm", "consistency")
 """Recipes that start from trained weights."""
-SHIPPED = ("classifier", "noisy-classifier", "diffusion", "addt")
+FLOWS = ("flow", "flow-pgd")
+"""Recipes of a velocity, which is told a flow's time."""
+SHIPPED = (
+    *("classifier", "noisy-classifier", "diffusion", "addt"),
+    *("adbm", "flow", "flow-pgd", "consistency"),
+)
 """The recipes of the digits that `all` stands for."""
+KINDS: dict[str, tuple[Kind, ...]] = {
+    "adbm": ("ddpm", "vpsde"),
+    "flow": ("ddpm",),
+    "flow-pgd": ("ddpm",),
+    "consistency": ("ddpm",),
+}
+"""The kinds of network that a recipe trains, where they aren't all."""
 
 SCHEDULES = {
     "classifier": "",
     "ddpm": "DDPM, 1000 steps, betas linear from 0.0001 to 0.02",
     "vpsde": "VP-SDE, continuous times, beta linear from 0.1 to 20",
     "edm": "EDM, variance exploding",
+    "flow": "no diffusion but a flow, from perturbed images at 0 to clean ones at 1000",
 }
-_ADDT: dict[str, dict[str, Any]] = {
+_CONSTANTS: dict[str, dict[str, Any]] = {
     "addt": {"lambda_unit": 0.03, "lambda_max": 0.3, "rounds": 5},
     "mse-guided": {"lambda_unit": 0.03, "lambda_max": 0.3, "rounds": 5},
     "addt-linf": {"eps": 8 / 255, "step": 4 / 255, "rounds": 5, "ratio_max": 10.0},
+    "adbm": {"eps": 8 / 255, "rounds": 3, "shortest": 100, "levels": 200},
+    "flow": {"sigma": 0.3},
+    "flow-pgd": {"eps": 0.05, "step": 2 / 255, "rounds": 10},
+    "consistency": {"skip": 10, "levels": 200},
+    # Cohen et al. (2019) train a classifier for each sigma; this one is for all in 0 ... 1, as one
+    # denoiser is. With sigma_min = sigma_max it is theirs.
+    "noisy-classifier": {"sigma_min": 0.0, "sigma_max": 1.0},
 }
-"""The constants of the paper."""
+"""The constants of the papers and their code; those of `consistency` are ours."""
 # Scaled to the track of the digits: lambda_unit is the paper's times 0.2 / (8/255), the ratio of
 # the two tracks' eps; lambda_max is raised with it, for else the cap would hold at every level that
 # the purifiers use. This setting was taken over (0.1, 0.5), at first on test images; on validation
 # images, and trained without them, it is the better one, too (docs/choices.md).
-_DIGITS_ADDT: dict[str, dict[str, Any]] = {
+_DIGITS_CONSTANTS: dict[str, dict[str, Any]] = {
     "addt": {"lambda_unit": 0.19, "lambda_max": 0.7, "rounds": 5},
     "mse-guided": {"lambda_unit": 0.19, "lambda_max": 0.7, "rounds": 5},
     "addt-linf": {"eps": 0.2, "step": 0.1, "rounds": 5, "ratio_max": 10.0},
+    # The papers' times the ratio of the two tracks' eps; of PGD half the steps, twice as large.
+    "adbm": {"eps": 0.2, "rounds": 3, "shortest": 100, "levels": 200},
+    "flow-pgd": {"eps": 0.32, "step": 0.1, "rounds": 5},
 }
-# Cohen et al. (2019) train a classifier for each sigma; this one is for all in 0 ... 1, as one
-# denoiser is. With sigma_min = sigma_max it is theirs.
-_NOISY: dict[str, Any] = {"sigma_min": 0.0, "sigma_max": 1.0}
 _DIGITS_STEMS = {"cnn": "digits-classifier", "mlp": "digits-ddpm"}
 _DIGITS_TITLES = {
     "classifier": "Classifier of the digits (CNN, 17,362 parameters)",
     "noisy-classifier": "Classifier of the digits under Gaussian noise (CNN, 17,362 parameters)",
     "diffusion": "DDPM of the digits (residual MLP, 446,016 parameters)",
+    "flow": "FlowPure of the digits, from noisy to clean images (residual MLP, 446,016 parameters)",
+    "flow-pgd": "FlowPure of the digits, from attacked to clean images (the same network)",
 }
+# As released; a learning rate of 2e-4 is that of the networks' own settings.
+_ADBM: dict[str, Any] = {
+    **{"iterations": 30_000, "batch_size": 128, "ramp": 5000, "average": 0.999},
+    **{"betas": (0.9, 0.999), "weight_decay": 0.0},
+}
+_FLOW = {"iterations": 300_000, "batch_size": 64, "ramp": 0, "average": 0.0, "flip": False}
+_SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
+    ("adbm", "digits"): {"iterations": 600},
+    ("flow", "digits"): {"iterations": 2500},
+    ("flow-pgd", "digits"): {"iterations": 500},
+    ("adbm", "published"): _ADBM,
+    ("flow", "published"): _FLOW,
+    ("flow-pgd", "published"): _FLOW,
+}
+"""What isn't as a network's settings say, by recipe, and the digits or the network's size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +117,7 @@ class Recipe:
     variant: Variant
     settings: Settings
     objective: dict[str, Any] = field(default_factory=dict)
-    """Options of ADDT, and how many levels are trained; or the noise that a classifier sees."""
+    """Constants of the objective, how many levels are trained, the noise that a classifier sees."""
     hold_out: bool = False
     """True to leave the validation images out where the training split has them: the digits'."""
 
@@ -95,7 +137,7 @@ class Recipe:
     @property
     def file(self) -> str:
         """The name of the weights file."""
-        if self.name not in (*FINETUNED, "noisy-classifier"):
+        if self.name not in (*FINETUNED, *FLOWS, "noisy-classifier"):
             return self._trained(self.variant)
         stem = "digits" if self.data == "digits" else f"{self.data}-{self.variant.name}"
         return f"{stem}-{self.name}.safetensors"
@@ -129,13 +171,25 @@ class Recipe:
 
     def schedule(self) -> str:
         """The diffusion in words, for the header of the weights; empty for a classifier."""
-        return SCHEDULES[self.variant.kind]
+        return SCHEDULES["flow" if self.name in FLOWS else self.variant.kind]
 
     def adversarial(self) -> ADDT | LinfADDT:
         """The objective of ADDT or its ablation."""
         options = {k: v for k, v in self.objective.items() if k != "levels"}
         kind = LinfADDT if self.name == "addt-linf" else ADDT
         return kind(**options, process=self.process())
+
+    def bridge(self) -> ADBM:
+        """The objective of ADBM."""
+        process = self.process()
+        assert not isinstance(process, EDM)
+        return ADBM(**self.objective, process=process)
+
+    def distillation(self) -> tuple[DDPM, int]:
+        """The diffusion whose paths are distilled, and the levels of a piece of one."""
+        process = self.process()
+        assert isinstance(process, DDPM)
+        return process, self.objective["skip"]
 
 
 def recipe(name: str, data: str, network: str | None = None) -> Recipe:
@@ -153,20 +207,29 @@ def recipe(name: str, data: str, network: str | None = None) -> Recipe:
     if name not in NAMES:
         raise UnknownName(f"no recipe {name!r}.{did_you_mean(name, [*NAMES, 'all'])}")
     variant = find(data, network, classifies=name in CLASSIFIERS)
+    kinds = KINDS.get(name, (variant.kind,))
+    if variant.kind not in kinds:
+        raise BadRequest(
+            f"--network {variant.name}: {name} trains networks of {' or '.join(kinds)}, not of "
+            f"{variant.kind}."
+        )
     settings = variant.finetuning if name in FINETUNED else variant.training
     assert settings is not None
-    known = {**(_DIGITS_ADDT if data == "digits" else _ADDT), "noisy-classifier": _NOISY}
-    objective = dict(known.get(name, {}))
+    key = name, "digits" if data == "digits" else variant.size
+    settings = replace(settings, **_SETTINGS.get(key, {}))
+    objective = dict(_CONSTANTS.get(name, {}))
+    if data == "digits":
+        objective |= _DIGITS_CONSTANTS.get(name, {})
     # Levels above are never visited by a purifier with t* = 100.
     if data == "digits" and name in FINETUNED:
         objective["levels"] = 200
-    elif (variant.kind, variant.size) == ("ddpm", "tiny"):
-        objective["levels"] = 250
+    elif (variant.kind, variant.size) == ("ddpm", "tiny") and name not in FLOWS:
+        objective.setdefault("levels", 250)
     return Recipe(name, data, variant, settings, objective)
 
 
 def with_objective(made: Recipe, options: Mapping[str, Any]) -> Recipe:
-    """`made` with other constants, such as ADDT's ``lambda_unit``.
+    """`made` with other constants of its objective, such as ``lambda_unit``.
 
     Raises:
         BadRequest: It has none of that name, or a value isn't a number above 0.

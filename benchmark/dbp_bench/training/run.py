@@ -1,5 +1,6 @@
 """Train one recipe: read what it needs, run the loop, write weights, a card and a log."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from dbp_bench.memory import is_exhausted
 from dbp_bench.noise import seeded
 from dbp_bench.provenance import full_float32
 from dbp_bench.result import write_atomically
-from dbp_bench.training import diffusion, output, variants
+from dbp_bench.training import adbm, consistency, diffusion, flow, output, variants
+from dbp_bench.training.diffusion import Loss
 from dbp_bench.training.given import Given, guiding_classifier, start_from
 from dbp_bench.training.journal import Journal
 from dbp_bench.training.loop import Options, train
@@ -101,6 +103,9 @@ def run(
     guide = None
     if classifier and recipe.name in GUIDED:
         guide = _compiled(_placed(guiding_classifier(classifier, recipe), options), options)
+    elif recipe.name == "consistency":
+        teacher = copy.deepcopy(network).eval().requires_grad_(False)
+        guide = _compiled(teacher, options)
     images, labels = _held(data, recipe, options.device)
 
     def report(update: int, loss: float, rate: float) -> None:
@@ -128,7 +133,8 @@ def run(
     seconds = time.perf_counter() - start
     write_atomically(path, output.packed(values, recipe))
     fill(network, load(path), path)
-    facts = output.measured(network.eval(), data, recipe, options.device)
+    own = _loss(recipe, network.eval(), guide)
+    facts = output.measured(network, own, data, recipe, options.device)
     trained = Trained(path, digest(path), seconds, facts)
     card = output.card(recipe, trained, options.seed, len(images))
     write_atomically(path.with_suffix(".md"), card)
@@ -175,15 +181,29 @@ def _held(data: DataSet, recipe: Recipe, device: torch.device) -> tuple[Tensor, 
     return torch.cat(pixels).to(device), torch.cat(classes).to(device)
 
 
-def _loss(recipe: Recipe, network: nn.Module, guide: nn.Module | None) -> diffusion.Loss:
+def _loss(recipe: Recipe, network: nn.Module, guide: nn.Module | None) -> Loss:
+    """The loss of a recipe.
+
+    The `guide` is frozen: a classifier; or, in a distillation, the network as it started.
+    """
     if recipe.name == "classifier":
         return diffusion.classification(network)
     if recipe.name == "noisy-classifier":
         return diffusion.noisy_classification(network, **recipe.objective)
     if recipe.name in ("diffusion", "clean-finetune"):
         return diffusion.denoising(network, recipe.process())
-    raised = diffusion.fooling(guide) if guide is not None else diffusion.misleading
-    return diffusion.adversarial(recipe.adversarial(), network, raised)
+    if recipe.name == "mse-guided":
+        return diffusion.adversarial(recipe.adversarial(), network, diffusion.misleading)
+    if recipe.name == "flow":
+        return flow.matching(network, flow.noisy(**recipe.objective))
+    assert guide is not None
+    if recipe.name == "flow-pgd":
+        return flow.matching(network, flow.attacked(guide, **recipe.objective))
+    if recipe.name == "consistency":
+        return consistency.distilling(network, guide, *recipe.distillation())
+    if recipe.name == "adbm":
+        return adbm.bridging(recipe.bridge(), network, diffusion.fooling(guide))
+    return diffusion.adversarial(recipe.adversarial(), network, diffusion.fooling(guide))
 
 
 @contextmanager
