@@ -75,6 +75,9 @@ CALLS = {
     "diffpure": {"cifar10-linf": 100, "cifar10-l2": 75, "imagenet-linf": 150},
     "addt-diffpure": {"cifar10-linf": 100, "cifar10-l2": 75},
     "diffpure-ode": {"cifar10-linf": 100, "cifar10-l2": 75},
+    # As many of its guide as of its denoiser.
+    "coup": {"cifar10-linf": 200, "cifar10-l2": 150},
+    "purify-plus": 9,
     "edm": 99,
     "edm-ode": 99,
     "addt-edm": 99,
@@ -118,7 +121,7 @@ class Counting(nn.Module):
         super().__init__()
         self.channels, self.count = channels, 0
 
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor | None = None) -> Tensor:
         self.count += 1
         return z[:, :1].expand(-1, self.channels, -1, -1) * 0.1
 

@@ -26,6 +26,14 @@ class Surrogate(Strict):
     """Purifications of each image."""
 
 
+class Inner(Strict):
+    """The purifier that the defense's own wraps."""
+
+    factory: DottedPath
+    """``module:Class``; it takes all networks of the setting."""
+    options: Options
+
+
 class Setting(Strict):
     """The set-up of a defense on some tracks."""
 
@@ -34,6 +42,9 @@ class Setting(Strict):
     """Options of the factory: the fields of its class."""
     networks: dict[str, AnyNetwork]
     """The networks that the factory takes, by argument name."""
+    inner: Inner | None = None
+    """The purifier that a factory such as SSNI wraps, as its argument ``inner``; the networks are
+    then those of the wrapped one. May be left out."""
     votes: int = Field(default=1, ge=1)
     """Independent purifications of each image, whose majority decides. May be left out."""
     resize: int | None = Field(default=None, ge=1)
@@ -57,9 +68,11 @@ class Setting(Strict):
     @model_validator(mode="after")
     def _one_value_each(self) -> Self:
         for name in self.networks:
+            if name == "classifier":
+                raise ValueError("networks: 'classifier' is the track's; give it another name")
             if name in self.options:
                 raise ValueError(f"{name!r} is both an option and a network")
-        for name in ("votes", "resize"):
+        for name in ("votes", "resize", "inner"):
             if name in self.options:
                 raise ValueError(f"options: {name}: stands beside options, not among them")
         for name in self.surrogate.options if self.surrogate else ():
@@ -70,8 +83,9 @@ class Setting(Strict):
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """The set-up as a result has it: options, and votes and resize where there are any."""
-        more = {"votes": self.votes} if self.votes > 1 else {}
+        """The set-up as a result has it: options; inner, votes and resize where there are any."""
+        more: dict[str, Any] = {} if self.inner is None else {"inner": self.inner.model_dump()}
+        more |= {"votes": self.votes} if self.votes > 1 else {}
         return {**self.options, **more, **({"resize": self.resize} if self.resize else {})}
 
 

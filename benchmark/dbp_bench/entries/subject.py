@@ -112,7 +112,8 @@ class Subject:
         networks = [(self.track.entry.classifier, track)]
         networks += [(ref, own) for ref in self.setting.refs.values()]
         paths = [(ref.network, path) for ref, path in networks if isinstance(ref, NetworkRef)]
-        return [(self.entry.entry.factory, own), *paths]
+        inner = [] if self.setting.inner is None else [(self.setting.inner.factory, own)]
+        return [(self.entry.entry.factory, own), *inner, *paths]
 
     def checkpoints(self) -> list[str]:
         """The checkpoints that a run needs, the track's classifier among them."""
@@ -164,7 +165,11 @@ class Subject:
             key: self.builder.network(ref, path).to(device, dtype)
             for key, ref in setting.networks.items()
         }
-        arguments = {**networks, **setting.options, **(options or {})}
+        given: dict[str, Any] = networks
+        if (inner := setting.inner) is not None:
+            wrapped = {**networks, **inner.options}
+            given = {"inner": self.builder.call(inner.factory, path, "purifiers", wrapped)}
+        arguments = {**given, **setting.options, **(options or {})}
         purifier = self.builder.call(self.entry.entry.factory, path, "purifiers", arguments)
         if not hasattr(purifier, "sites"):
             purifier = self._taped(purifier, device, dtype)
