@@ -165,7 +165,7 @@ def test_options_of_ssni_that_cannot_be_right(changes: dict[str, Any], message: 
         SSNI(inner, **{**WRAP, **changes})
 
 
-def wrapped(path: Path, **inner: Any) -> Registry:
+def wrapped(path: Path, surrogate: dict[str, Any] | None = None, **inner: Any) -> Registry:
     """A registry in which `mine` is the shipped ssni with another `inner`."""
     entry = Registry().defense("ssni").entry
     own = entry.settings[0]
@@ -176,6 +176,8 @@ def wrapped(path: Path, **inner: Any) -> Registry:
         "inner": {"factory": "dbp_bench.purifiers.ddpm:DDPM", "options": options, **inner},
         "networks": {name: ref.model_dump() for name, ref in own.networks.items()},
     }
+    if surrogate is not None:
+        setting["surrogate"] = surrogate
     table = {**entry.model_dump(exclude={"settings"}), "settings": [setting]}
     return Registry([folder(path, defenses={"mine": table})])
 
@@ -210,6 +212,25 @@ def test_what_is_wrapped_is_held_to_the_rules_of_a_factory(
     with pytest.raises(BadEntry, match=message) as error:
         wrapped(tmp_path, **inner).subject("mine", "digits-linf").defense()
     assert "\n" not in str(error.value)
+
+
+def test_a_surrogate_of_what_is_wrapped(tmp_path: Path) -> None:
+    """Options of the wrapper stay its own; those of the wrapped purifier are found inside."""
+    surrogate = {"options": {"steps": 2, "probes": [30]}}
+    subject = wrapped(tmp_path, surrogate=surrogate).subject("mine", "digits-linf")
+    evaluated = subject.defense()
+    found = {}
+    for gradient in ("surrogate:5", "declared-surrogate"):
+        purifier = subject.searched(evaluated, gradient).purifier
+        assert isinstance(purifier, SSNI)
+        assert isinstance(purifier.inner, DDPM)
+        assert purifier.levels == [50, 75, 100, 125, 150]
+        found[gradient] = (purifier.inner.steps, purifier.probes)
+    assert found == {"surrogate:5": (5, [20, 40]), "declared-surrogate": (2, [30])}
+    with pytest.raises(
+        BadEntry, match=r"surrogate\.options: no option 'step'\. Did you mean 'steps'"
+    ):
+        wrapped(tmp_path / "other", surrogate={"options": {"step": 2}}).defense("mine")
 
 
 # ------------------------------------------------------------------------------------------ coup

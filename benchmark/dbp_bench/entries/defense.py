@@ -18,10 +18,15 @@ UNPURIFIED = "dbp_bench.purifiers.controls:Unpurified"
 
 
 class Surrogate(Strict):
-    """A stand-in for a defense, which attacks may differentiate where its authors say so."""
+    """What the authors of a defense attacked in place of the defense that they score.
+
+    It is another program: fewer steps, coarser levels, one purification in place of several. An
+    attack with ``gradient: declared-surrogate`` searches in it, and its images are evaluated by the
+    defense, as published.
+    """
 
     options: Options = Field(min_length=1)
-    """Options of the defense that are others here."""
+    """Options of the defense, or of what it wraps, that are others here."""
     votes: int = Field(default=1, ge=1)
     """Purifications of each image."""
 
@@ -51,7 +56,7 @@ class Setting(Strict):
     """The side of the square images that the purifier takes; null for the track's own. May be left
     out."""
     surrogate: Surrogate | None = None
-    """The surrogate that ``gradient: declared-surrogate`` differentiates. May be left out."""
+    """What attacks with ``gradient: declared-surrogate`` search in. May be left out."""
     lines: dict[str, Name] = Field(default_factory=dict)
     """By ``file.py:line`` the site of what is drawn there, for a torch module that draws by itself
     (see :class:`dbp_bench.Taped`). May be left out."""
@@ -65,6 +70,11 @@ class Setting(Strict):
         own = {} if self.classifier is None else {OWN_CLASSIFIER: self.classifier}
         return {**self.networks, **own}
 
+    @property
+    def replaceable(self) -> dict[str, Any]:
+        """The options that a surrogate may have others of: its own, and those of what it wraps."""
+        return {**(self.inner.options if self.inner else {}), **self.options}
+
     @model_validator(mode="after")
     def _one_value_each(self) -> Self:
         for name in self.networks:
@@ -76,8 +86,8 @@ class Setting(Strict):
             if name in self.options:
                 raise ValueError(f"options: {name}: stands beside options, not among them")
         for name in self.surrogate.options if self.surrogate else ():
-            if name not in self.options:
-                hint = did_you_mean(name, self.options).rstrip(".")
+            if name not in self.replaceable:
+                hint = did_you_mean(name, self.replaceable).rstrip(".")
                 raise ValueError(f"surrogate.options: no option {name!r}.{hint}")
         return self
 
