@@ -533,7 +533,8 @@ def test_the_rows_stand_in_one_leaderboard(
 
 
 @pytest.mark.parametrize(
-    ("name", "gradient"), [("ddim", None), ("edm", None), ("gradual", "declared-surrogate")]
+    ("name", "gradient"),
+    [("ddim", None), ("edm", None), ("coup", None), ("gradual", "declared-surrogate")],
 )
 def test_a_plan_counts_the_calls_of_the_run(
     name: str,
