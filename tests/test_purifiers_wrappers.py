@@ -372,7 +372,7 @@ FEW: dict[str, Any] = {
 
 def interpolated(level: float) -> float:
     """The signal at a level between two, whose log-ratio of noise to signal is on a line."""
-    levels = np.arange(1, 1001)
+    levels = range(1, 1001)
     ratios = [log((1 - a) / a) for a in map(discrete_signal, levels)]
     return float(1 / (1 + np.exp(np.interp(level, levels, ratios))))
 

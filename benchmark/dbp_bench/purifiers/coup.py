@@ -60,7 +60,8 @@ class Guided:
         # score = -noise / size, so that the guidance enters the noise as -size times itself.
         size = (1 - continuous_signal(level / LINEAR.levels)) ** 0.5
         said = predict(self.denoiser, z, t).noise
-        return said - size * self.weight * confidence_gradient(self.guide, z)
+        guided: Tensor = said - size * self.weight * confidence_gradient(self.guide, z)
+        return guided
 
 
 @dataclass(frozen=True)

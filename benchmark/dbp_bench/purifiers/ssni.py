@@ -102,7 +102,7 @@ class SSNI:
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
         """Purified images ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1]."""
-        chosen = self.choose(self.norms(images)).tolist()
+        chosen: list[int] = self.choose(self.norms(images)).tolist()
         present = sorted(set(chosen))
         if len(present) == 1:
             return self._at[present[0]](images, noise)
