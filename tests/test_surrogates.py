@@ -110,6 +110,22 @@ def test_a_run_records_it_and_nothing_where_none_is_used(tmp_path: Path) -> None
     assert all(c is not None and c < 0.999 for c in result.conformance.gradient.cosine)
 
 
+def test_what_was_attacked_instead_stands_beside_the_exact_row(tmp_path: Path) -> None:
+    registry = entries(tmp_path, surrogate={"options": {"stages": SHORT}})
+    names = (registry, "digits-linf", "mine", "eot")
+    exact, instead = (
+        resolve(*names, attack=attack, seed=0, device="cpu", overrides=Overrides())
+        for attack in (None, DECLARED)
+    )
+    assert (exact.search.gradient, instead.search.gradient) == ("exact", DECLARED)
+    assert exact.search.effort == instead.search.effort, "the standard attack, with its budget"
+    paths = [job.path(tmp_path).relative_to(tmp_path) for job in (exact, instead)]
+    assert [str(path) for path in paths] == [
+        "digits-linf/mine/eot/standard/seed-0.json",
+        f"digits-linf/mine/eot/{DECLARED}/seed-0.json",
+    ]
+
+
 def test_another_surrogate_is_another_request(tmp_path: Path) -> None:
     one = entries(tmp_path / "one", surrogate={"options": {"stages": SHORT}})
     two = entries(tmp_path / "two", surrogate={"options": {"stages": SHORT}, "votes": 2})

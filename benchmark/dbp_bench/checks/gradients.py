@@ -182,7 +182,7 @@ def check(
     known = len(subject.ids())
     if not 1 <= images <= known:
         raise BadRequest(f"--images {images}: this track has 1 to {known}.")
-    steps = subject.setting.options.get("steps")
+    steps = subject.setting.replaceable.get("steps")
     if not isinstance(steps, int):
         if surrogate_steps is not None:
             raise BadRequest(f"--surrogate-steps: {subject.name} has no option `steps` to shorten.")

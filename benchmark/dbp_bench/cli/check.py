@@ -97,7 +97,7 @@ def check(
             device=device_of(device),
         )
         asked = {"defense": defense, "track": track, "images": images, "seed": seed, "loss": loss}
-        asked |= {"dtype": "float64", "steps": subject.setting.options.get("steps")}
+        asked |= {"dtype": "float64", "steps": subject.setting.replaceable.get("steps")}
         asked["surrogate_steps"] = short
         if as_json:
             show_json({**asked, "exact": found.exact, **asdict(found)})

@@ -18,12 +18,25 @@ UNPURIFIED = "dbp_bench.purifiers.controls:Unpurified"
 
 
 class Surrogate(Strict):
-    """A stand-in for a defense, which attacks may differentiate where its authors say so."""
+    """What the authors of a defense attacked in place of the defense that they score.
+
+    It is another program: fewer steps, coarser levels, one purification in place of several. An
+    attack with ``gradient: declared-surrogate`` searches in it, and its images are evaluated by the
+    defense, as published.
+    """
 
     options: Options = Field(min_length=1)
-    """Options of the defense that are others here."""
+    """Options of the defense, or of what it wraps, that are others here."""
     votes: int = Field(default=1, ge=1)
     """Purifications of each image."""
+
+
+class Inner(Strict):
+    """The purifier that the defense's own wraps."""
+
+    factory: DottedPath
+    """``module:Class``; it takes all networks of the setting."""
+    options: Options
 
 
 class Setting(Strict):
@@ -34,6 +47,9 @@ class Setting(Strict):
     """Options of the factory: the fields of its class."""
     networks: dict[str, AnyNetwork]
     """The networks that the factory takes, by argument name."""
+    inner: Inner | None = None
+    """The purifier that a factory such as SSNI wraps, as its argument ``inner``; the networks are
+    then those of the wrapped one. May be left out."""
     votes: int = Field(default=1, ge=1)
     """Independent purifications of each image, whose majority decides. May be left out."""
     decision: Literal["majority", "first", "mean"] = "majority"
@@ -44,7 +60,7 @@ class Setting(Strict):
     """The side of the square images that the purifier takes; null for the track's own. May be left
     out."""
     surrogate: Surrogate | None = None
-    """The surrogate that ``gradient: declared-surrogate`` differentiates. May be left out."""
+    """What attacks with ``gradient: declared-surrogate`` search in. May be left out."""
     lines: dict[str, Name] = Field(default_factory=dict)
     """By ``file.py:line`` the site of what is drawn there, for a torch module that draws by itself
     (see :class:`dbp_bench.Taped`). May be left out."""
@@ -58,26 +74,34 @@ class Setting(Strict):
         own = {} if self.classifier is None else {OWN_CLASSIFIER: self.classifier}
         return {**self.networks, **own}
 
+    @property
+    def replaceable(self) -> dict[str, Any]:
+        """The options that a surrogate may have others of: its own, and those of what it wraps."""
+        return {**(self.inner.options if self.inner else {}), **self.options}
+
     @model_validator(mode="after")
     def _one_value_each(self) -> Self:
         for name in self.networks:
+            if name == "classifier":
+                raise ValueError("networks: 'classifier' is the track's; give it another name")
             if name in self.options:
                 raise ValueError(f"{name!r} is both an option and a network")
-        for name in ("votes", "decision", "resize"):
+        for name in ("votes", "decision", "resize", "inner"):
             if name in self.options:
                 raise ValueError(f"options: {name}: stands beside options, not among them")
         if self.decision != "majority" and self.votes == 1:
             raise ValueError(f"decision: {self.decision} makes no difference to one vote")
         for name in self.surrogate.options if self.surrogate else ():
-            if name not in self.options:
-                hint = did_you_mean(name, self.options).rstrip(".")
+            if name not in self.replaceable:
+                hint = did_you_mean(name, self.replaceable).rstrip(".")
                 raise ValueError(f"surrogate.options: no option {name!r}.{hint}")
         return self
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """The set-up as a result has it: options, and votes and resize where there are any."""
-        more: dict[str, Any] = {"votes": self.votes} if self.votes > 1 else {}
+        """The set-up as a result has it: options; inner, votes and resize where there are any."""
+        more: dict[str, Any] = {} if self.inner is None else {"inner": self.inner.model_dump()}
+        more |= {"votes": self.votes} if self.votes > 1 else {}
         if self.decision != "majority":
             more["decision"] = self.decision
         return {**self.options, **more, **({"resize": self.resize} if self.resize else {})}

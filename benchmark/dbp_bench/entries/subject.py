@@ -112,7 +112,8 @@ class Subject:
         networks = [(self.track.entry.classifier, track)]
         networks += [(ref, own) for ref in self.setting.refs.values()]
         paths = [(ref.network, path) for ref, path in networks if isinstance(ref, NetworkRef)]
-        return [(self.entry.entry.factory, own), *paths]
+        inner = [] if self.setting.inner is None else [(self.setting.inner.factory, own)]
+        return [(self.entry.entry.factory, own), *inner, *paths]
 
     def checkpoints(self) -> list[str]:
         """The checkpoints that a run needs, the track's classifier among them."""
@@ -147,7 +148,8 @@ class Subject:
     ) -> "Defense":
         """The defense with its weights verified, on `device`.
 
-        Some of the entry's `options`, and its `votes`, can be replaced by others.
+        Some of the entry's `options` (see :attr:`Setting.replaceable`), and its `votes`, can be
+        replaced by others.
 
         Raises:
             BadEntry: The factory doesn't take an option or a network of the entry, or needs
@@ -164,7 +166,12 @@ class Subject:
             key: self.builder.network(ref, path).to(device, dtype)
             for key, ref in setting.networks.items()
         }
-        arguments = {**networks, **setting.options, **(options or {})}
+        given, changed = dict[str, Any](networks), dict(options or {})
+        if (inner := setting.inner) is not None:
+            its = {name: changed.pop(name) for name in {*changed} - {*setting.options}}
+            wrapped = {**networks, **inner.options, **its}
+            given = {"inner": self.builder.call(inner.factory, path, "purifiers", wrapped)}
+        arguments = {**given, **setting.options, **changed}
         purifier = self.builder.call(self.entry.entry.factory, path, "purifiers", arguments)
         if not hasattr(purifier, "sites"):
             purifier = self._taped(purifier, device, dtype)

@@ -512,7 +512,7 @@ def _search(
     made = registry.builder.attack(name, {**effort, **overrides.effort}, where, path)
     if gradient == "declared-surrogate":
         _ = subject.surrogate
-    if gradient.startswith("surrogate:") and "steps" not in subject.setting.options:
+    if gradient.startswith("surrogate:") and "steps" not in subject.setting.replaceable:
         raise BadRequest(
             f"gradient: {gradient}, but {subject.name} has no option `steps`: take exact."
         )
