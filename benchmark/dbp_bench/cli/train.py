@@ -20,8 +20,9 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="classifier, diffusion, addt, clean-finetune, mse-guided or addt-linf; for the "
-            "digits also all: the weights that ship with the package."
+            help="classifier, diffusion, conditional (told the class), addt, clean-finetune, "
+            "mse-guided or addt-linf; for the digits also all: the weights that ship with the "
+            "package."
         ),
     ],
     track: TrackName = "digits-linf",

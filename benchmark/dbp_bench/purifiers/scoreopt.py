@@ -1,4 +1,4 @@
-"""ScoreOpt-N: optimisation of a noisy image (Zhang, Luo and Zhang 2023, NeurIPS).
+"""ScoreOpt-N: optimisation of a noisy image (Zhang et al. 2023, arXiv 2307.04333).
 
 The image is noised once, to level t. Adam then moves the noisy image z until the noise that the
 denoiser sees in it, ``(z - D(z; t)) / t``, is the noise n that was added: its loss is the mean over

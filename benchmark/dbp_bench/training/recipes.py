@@ -18,6 +18,7 @@ from dbp_bench.training.variants import Variant, find
 TITLES = {
     "classifier": "Classifier",
     "diffusion": "Diffusion model",
+    "conditional": "Class-conditional diffusion model",
     "addt": "ADDT fine-tuning",
     "clean-finetune": "Fine-tuning by the ordinary loss (ablation of ADDT)",
     "mse-guided": "ADDT guided by the error of the predicted noise (ablation)",
@@ -52,10 +53,15 @@ _DIGITS_ADDT: dict[str, dict[str, Any]] = {
     "mse-guided": {"lambda_unit": 0.19, "lambda_max": 0.7, "rounds": 5},
     "addt-linf": {"eps": 0.2, "step": 0.1, "rounds": 5, "ratio_max": 10.0},
 }
-_DIGITS_STEMS = {"cnn": "digits-classifier", "mlp": "digits-ddpm"}
+_DIGITS_STEMS = {
+    "cnn": "digits-classifier",
+    "mlp": "digits-ddpm",
+    "mlp-conditional": "digits-conditional",
+}
 _DIGITS_TITLES = {
     "classifier": "Classifier of the digits (CNN, 17,362 parameters)",
     "diffusion": "DDPM of the digits (residual MLP, 446,016 parameters)",
+    "conditional": "Class-conditional DDPM of the digits (residual MLP, 92,736 parameters)",
 }
 
 
@@ -145,7 +151,9 @@ def recipe(name: str, data: str, network: str | None = None) -> Recipe:
     """
     if name not in NAMES:
         raise UnknownName(f"no recipe {name!r}.{did_you_mean(name, [*NAMES, 'all'])}")
-    variant = find(data, network, classifies=name == "classifier")
+    variant = find(
+        data, network, classifies=name == "classifier", conditional=name == "conditional"
+    )
     settings = variant.finetuning if name in FINETUNED else variant.training
     assert settings is not None
     objective = dict((_DIGITS_ADDT if data == "digits" else _ADDT).get(name, {}))

@@ -178,8 +178,9 @@ def _held(data: DataSet, recipe: Recipe, device: torch.device) -> tuple[Tensor, 
 def _loss(recipe: Recipe, network: nn.Module, guide: nn.Module | None) -> diffusion.Loss:
     if recipe.name == "classifier":
         return diffusion.classification(network)
-    if recipe.name in ("diffusion", "clean-finetune"):
-        return diffusion.denoising(network, recipe.process())
+    if recipe.name in ("diffusion", "clean-finetune", "conditional"):
+        told = recipe.variant.conditional
+        return diffusion.denoising(network, recipe.process(), conditional=told)
     raised = diffusion.fooling(guide) if guide is not None else diffusion.misleading
     return diffusion.adversarial(recipe.adversarial(), network, raised)
 
