@@ -91,7 +91,7 @@ _CLASSIFIERS = {
 _CNN = Settings(800, 128, 2e-3, 1e-4, _ADAM, 0.99, anneal=True)
 _MLP = Settings(10_000, 256, 1e-3, 0.0, _ADAM, 0.999, anneal=True)
 _MLP_ADDT = Settings(1200, 256, 2e-4, 1e-6, (0.95, 0.999), 0.999, anneal=False)
-_CONDITIONAL = replace(_MLP, iterations=5000)
+_CONDITIONAL = replace(_MLP, iterations=2000, batch_size=128, average=0.995)
 _DIGITS = (
     Variant("cnn", "classifier", "published", "digits:DigitsCNN", _CNN),
     Variant("mlp", "ddpm", "published", "digits:ResidualMLP", _MLP, _MLP_ADDT),
