@@ -29,7 +29,7 @@ GUIDED = ("addt", "addt-linf")
 """Recipes that need a classifier."""
 FINETUNED = ("addt", "clean-finetune", "mse-guided", "addt-linf")
 """Recipes that start from trained weights."""
-SHIPPED = ("classifier", "diffusion", "addt")
+SHIPPED = ("classifier", "diffusion", "addt", "conditional")
 """The recipes of the digits that `all` stands for."""
 
 SCHEDULES = {
