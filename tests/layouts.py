@@ -115,6 +115,11 @@ def narrow_networks(patch: pytest.MonkeyPatch) -> None:
         lambda: songunet.EDMPrecond(song(channels=8, dropout=0.13, augmentations=9)),
     )
     patch.setattr(
+        songunet,
+        "edm_cifar10_conditional",
+        lambda: songunet.EDMPrecond(song(channels=8, dropout=0.13, augmentations=9, classes=10)),
+    )
+    patch.setattr(
         adm,
         "imagenet256",
         lambda: adm.ADM(32, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32), residual_resampling=True),

@@ -1,9 +1,11 @@
 """Checkpointing and recording change what is kept, never what is computed, drawn or counted."""
 
+import gc
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import groupby
 from typing import Any, cast
+from weakref import ref
 
 import pytest
 import torch
@@ -384,6 +386,18 @@ def test_the_policies_agree_on_several_states_and_on_shared_tensors(
 
     (want,) = torch.autograd.grad(value(x), x)
     torch.testing.assert_close(kept.double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_keeps_a_copy_of_its_state_and_not_the_state() -> None:
+    leaf = uniform(N, 1, 4, 4).requires_grad_()
+    state = 2 * leaf
+    alive = ref(state)
+    with memory.checkpointing(True, CallCounter()):
+        out = memory.step(lambda z: z * z.sin(), state)
+    del state
+    gc.collect()
+    assert alive() is None
+    assert out.requires_grad
 
 
 def test_a_state_that_no_step_uses_is_no_obstacle() -> None:

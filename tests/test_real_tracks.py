@@ -95,6 +95,11 @@ CALLS = {
     "gdmp": 4 * 36,
     "gdmp-ssim": 2 * 60,
     "gdmp-imagenet": 45,
+    "lm": 5,
+    "scoreopt-o": 20,
+    "scoreopt-n": 21,
+    "rdc": 125 * 10,
+    "rdc-lm": 5 + 125 * 10,
     "gradual": {"cifar10-linf": 4700, "cifar10-l2": 4700, "imagenet-linf": 6200},
     "smoothing": 0,
     "noisy-classifier": 0,
@@ -138,7 +143,7 @@ class Counting(nn.Module):
         super().__init__()
         self.channels, self.count = channels, 0
 
-    def forward(self, z: Tensor, t: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         self.count += 1
         return z[:, :1].expand(-1, self.channels, -1, -1) * 0.1
 
@@ -153,9 +158,12 @@ def test_the_entry_builds_with_the_full_networks(
     built, setting = subject.defense(), subject.setting
     assert built.sites == frozenset(SHIPPED.defense(name).entry.sites)
     assert built.votes == setting.votes
-    own = setting.classifier or SHIPPED.track(track).entry.classifier
-    assert isinstance(own, CheckpointRef)
-    assert built.classifier is full_size(own.checkpoint)
+    if setting.classifies:
+        assert isinstance(built.classifier, nn.Identity)
+    else:
+        own = setting.classifier or SHIPPED.track(track).entry.classifier
+        assert isinstance(own, CheckpointRef)
+        assert built.classifier is full_size(own.checkpoint)
     if setting.resize:
         assert isinstance(built.purifier, Resized)
         assert built.purifier.size == 256
@@ -178,7 +186,8 @@ def test_the_entry_makes_as_many_calls_as_published(
     state = shared(small, Tape.make(0, "test", [0]))
     once = network.count
     purified = single(state, Tape.make(0, "test", [0]))
-    assert purified.shape == small.shape
+    classifies = subject.setting.classifies
+    assert purified.shape == ((1, 10) if classifies else small.shape)
     assert bool(purified.isfinite().all())
     want: Any = CALLS[name]
     found = once + built.votes * (network.count - once)
@@ -237,6 +246,7 @@ _LISTS = {
         "score-sde",
     ): "score_sde_cifar10_ddpmpp_deep",
     ("dbp_bench.networks.songunet:edm_cifar10", "edm"): "edm_cifar10_uncond_vp_songunet",
+    ("dbp_bench.networks.songunet:edm_cifar10_conditional", "edm"): "edm_cifar10_cond_vp_songunet",
     ("dbp_bench.networks.adm:imagenet256", "plain"): "adm_256x256_uncond",
     ("dbp_bench.networks.adm:iddpm_cifar10", "plain"): "iddpm_cifar10_uncond",
 }
@@ -382,8 +392,12 @@ def shortened(options: dict[str, Any]) -> dict[str, Any]:
     """The same sampler in a few steps."""
     short = dict(options)
     if "steps" in short:
-        odd = "sigma_max" in short or short.get("t_star", 0) % 2
+        odd = {"sigma", "sigma_max"} & short.keys() or short.get("t_star", 0) % 2
         short["steps"] = min(short["steps"], 3 if odd else 2)
+    if "levels" in short:
+        short["levels"] = 2
+    if "lm" in short:
+        short["lm"] = {**short["lm"], "steps": 2}
     if "iterations" in short:
         short["iterations"] = min(2, short["iterations"])
     if "stages" in short:
@@ -399,7 +413,7 @@ def short_entry(path: Path, folder: Path) -> Path:
     table["settings"] = [s for s in table["settings"] if set(s["tracks"]) & set(TRACKS)]
     for setting in table["settings"]:
         setting["options"] = shortened(setting["options"])
-        if "surrogate" in setting:
+        if "surrogate" in setting and "stages" in setting["surrogate"]["options"]:
             surrogate = setting["surrogate"]["options"]
             stages = [
                 {**stage, "steps": 2 if stage["t_star"] == 30 else 1}
@@ -493,6 +507,7 @@ def every_data_set() -> list[Any]:
     ]
     found += [
         ("gradual", "cifar10-linf", "pgd", "declared-surrogate"),
+        ("rdc-lm", "cifar10-linf", "pgd", "declared-surrogate"),
         ("gradual", "imagenet-linf", "gradual-published", None),
         ("edm", "cifar10-l2", "diffattack", None),
     ]
@@ -527,7 +542,7 @@ def test_from_the_published_file_to_a_result(
         if isinstance(ref, CheckpointRef)
     }
     assert result.provenance.weights == want
-    assert (OWN_CLASSIFIER in want) == (setting.classifier is not None)
+    assert (OWN_CLASSIFIER in want) == (setting.classifier is not None or name.startswith("rdc"))
     assert result.options == setting.recorded
     assert result.sites == sorted(SHIPPED.defense(name).entry.sites)
     assert result.classes("adversarial").shape == (IMAGES, 1)
@@ -535,7 +550,7 @@ def test_from_the_published_file_to_a_result(
         assert result.gradient == "declared-surrogate"
         assert result.surrogate is not None
         assert result.evaluations.gradient == [1] * IMAGES
-        assert result.evaluations.searched_nfe == 2 + 1 + 1
+        assert result.evaluations.searched_nfe == (2 + 20 if name == "rdc-lm" else 2 + 1 + 1)
 
 
 def test_a_defense_with_a_classifier_of_its_own(world: Registry) -> None:

@@ -62,7 +62,7 @@ def test_every_shipped_entry_loads() -> None:
     for name in SHIPPED.tracks:
         demonstrates = name.startswith("digits-") or "jpeg" in name
         assert SHIPPED.track(name).entry.demonstration == demonstrates
-    assert SHIPPED.sites == {"forward", "guidance", "local", "reverse"}
+    assert SHIPPED.sites == {"forward", "guidance", "level", "local", "losses", "reverse"}
 
 
 @pytest.mark.parametrize("defense", on_digits(SHIPPED))

@@ -130,6 +130,22 @@ def test_a_network_that_is_right_has_no_loss(process: Process) -> None:
     torch.testing.assert_close(said.x0, right.z, rtol=0, atol=2e-3)
 
 
+class Labelled(Right):
+    """Knows the images of class 1, and says none where it is told another."""
+
+    def forward(self, z_t: Tensor, told: Tensor, labels: Tensor | None = None) -> Tensor:
+        assert labels is not None
+        return super().forward(z_t, told) * labels.view(-1, 1, 1, 1)
+
+
+def test_a_conditional_network_is_told_the_class() -> None:
+    given, process = batch(), EDM()
+    told = Labelled(process, 2 * given.images - 1)
+    ones = replace(given, labels=torch.ones_like(given.labels))
+    assert float(denoising(told, process, conditional=True)(ones)) < 1e-4
+    assert float(denoising(told, process, conditional=True)(given)) > 0.1
+
+
 def test_the_loss_of_edm_has_one_size_at_all_levels() -> None:
     """A network that says the skip alone (F = 0) has the squared target of F as its loss."""
     process, z = EDM(), torch.full((3, 1, 2, 2), 0.5)
@@ -373,6 +389,8 @@ def test_every_recipe_can_be_built(data: str) -> None:
         for name in recipes.NAMES[1:]:
             if variant.kind not in recipes.KINDS.get(name, (variant.kind,)):
                 continue
+            if (name == "conditional") != variant.conditional:
+                continue
             made = recipes.changed(recipes.recipe(name, data, variant.name), 1000)
             assert made.settings.iterations > 0
             assert made.file not in (made.init, made.classifier)
@@ -383,6 +401,8 @@ def test_every_recipe_can_be_built(data: str) -> None:
 def test_a_network_of_another_recipe() -> None:
     with pytest.raises(BadRequest, match=r"--network wrn-16-4.*ddpm-small"):
         recipes.recipe("diffusion", "cifar10", "wrn-16-4")
+    with pytest.raises(BadRequest, match=r"on cifar10 that is told the class: the digits' is\."):
+        recipes.recipe("conditional", "cifar10")
     with pytest.raises(BadRequest, match="nothing is trained on imagenet"):
         recipes.recipe("classifier", "imagenet")
 

@@ -314,6 +314,7 @@ GOLDEN = {
     "flow": "a1ed70c03f35ce679038b8cb8020a31c106907ac13b8acbbebedd31f3d83038f",
     "flow-pgd": "ce5436b54db4d604357195710113eff40a2e04fdb897f7ed6fbef2bae75dbdd4",
     "consistency": "68b81e2c7b268a81f80fbc8d34ee85ac8025d5ff53a6bab53af9aa2345dfc90f",
+    "conditional": "841ffa11760ea03a3aaf1cd3f35d4e3ba16c3b938b30bffa6e717e2cd172274b",
 }
 """After 15 updates, or 5 where others come first, with torch of `requirements/constraints.txt`."""
 FACTS = {
@@ -321,6 +322,7 @@ FACTS = {
     "diffusion": 0.74745,
     "addt": 0.73970,
     "noisy-classifier": 0.2833,
+    "conditional": 0.97921,
     "adbm": 0.74382,
     "flow": 0.36209,
     "flow-pgd": 0.06954,

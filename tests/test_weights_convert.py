@@ -112,7 +112,7 @@ def refused(name: str, path: Path, cache: Path, **options: Any) -> str:
 
 def test_the_catalog_names_what_the_papers_use() -> None:
     entries = catalog.entries()
-    assert len(entries) == 17
+    assert len(entries) == 18
     assert entries["cifar10-ddpm-pesser"].md5 == "1fa350b952534ae442b1d5235cce5cd3"
     assert entries["cifar10-ddpmpp-deep-vp"].size == 1_707_310_559
     assert entries["imagenet256-adm"].size == 2_211_383_297
@@ -120,7 +120,8 @@ def test_the_catalog_names_what_the_papers_use() -> None:
     assert entries["cifar10-wrn-28-10"].source.what == link
     assert catalog.find("robustbench:cifar10/Linf/Standard").source.what == link
     restricted = {n for n, e in entries.items() if e.licence.restriction == "non-commercial"}
-    assert restricted == {"cifar10-edm-vp", "cifar10-edm-vp-plain", "cifar10-edm-addt"}
+    of_edm = ("vp", "vp-conditional", "vp-plain", "addt")
+    assert restricted == {f"cifar10-edm-{name}" for name in of_edm}
     assert entries["imagenet256-adm"].licence.restriction == "research"
 
 
@@ -131,6 +132,7 @@ PARAMETERS = {
     "cifar10-ddpmpp-deep-vp": 106_632_579,
     "cifar10-edm-vp": 55_733_891,
     "cifar10-edm-vp-plain": 55_733_891,
+    "cifar10-edm-vp-conditional": 55_735_299,
     "cifar10-iddpm": 52_546_438,
     "imagenet256-adm": 552_814_086,
     "cifar10-wrn-28-10": 36_479_194,

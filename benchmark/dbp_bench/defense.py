@@ -35,7 +35,11 @@ class Purifier(Protocol):
         ...
 
     def __call__(self, images: Tensor, noise: Noise) -> Tensor:
-        """Purified images ``(b, c, h, w)`` in [0, 1] for `images` in [0, 1], differentiable."""
+        """Purified images ``(b, c, h, w)`` in [0, 1] for `images` in [0, 1], differentiable.
+
+        What is a whole defense gives logits ``(b, k)`` instead: see the field ``classifies`` of an
+        entry.
+        """
         ...
 
 

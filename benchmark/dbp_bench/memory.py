@@ -190,12 +190,16 @@ def step(function: Callable[..., S], state: S, *others: Tensor) -> S:
                 "memory.descend or memory.step as an argument."
             )
 
+    # Numbers, since `flat` lives as long as the graph, and would keep the state itself beside its
+    # copy in the buffer.
+    several, count = isinstance(state, tuple), len(parts)
+
     def flat(*tensors: Tensor) -> S:
         """`function` of tensors alone, as autograd takes them."""
-        first = tensors[: len(parts)] if isinstance(state, tuple) else tensors[0]
-        return function(first, *tensors[len(parts) :])
+        first: Any = tensors[:count] if several else tensors[0]
+        return function(first, *tensors[count:])
 
-    out: S = _Checkpointed.apply(flat, buffer, counter, len(parts), *inputs)  # type: ignore[no-untyped-call]
+    out: S = _Checkpointed.apply(flat, buffer, counter, count, *inputs)  # type: ignore[no-untyped-call]
     return out
 
 

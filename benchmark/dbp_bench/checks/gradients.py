@@ -194,7 +194,9 @@ def check(
             f"{subject.name} has {steps}."
         )
     exact = subject.defense(device=device, dtype=torch.float64)
-    kinds = {"exact": "exact", "bpda": "bpda"}
+    kinds = {"exact": "exact"}
+    if subject.setting.classifies is None:
+        kinds["bpda"] = "bpda"
     if surrogate_steps is not None:
         kinds["surrogate"] = f"surrogate:{surrogate_steps}"
     if subject.setting.surrogate:

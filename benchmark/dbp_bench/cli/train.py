@@ -20,9 +20,9 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="classifier, noisy-classifier, diffusion, addt, clean-finetune, mse-guided, "
-            "addt-linf, adbm, flow, flow-pgd or consistency; for the digits also all: the weights "
-            "that ship."
+            help="classifier, noisy-classifier, diffusion, conditional (told the class), addt, "
+            "clean-finetune, mse-guided, addt-linf, adbm, flow, flow-pgd or consistency; for the "
+            "digits also all: the weights that ship."
         ),
     ],
     track: TrackName = "digits-linf",

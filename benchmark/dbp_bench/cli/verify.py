@@ -190,6 +190,8 @@ def _result(
     record = read_record(path)
     result = record.result
     job = replay.job_of(result, path, registry, device)
+    if pictures and job.subject.setting.classifies is not None:
+        raise BadRequest(f"--pictures: {result.defense} gives logits, and purifies no image.")
     groups = replay.groups_of(job, result, examples)
     others, written = None, None
     with scratch_folder("dbp-bench-again") as scratch, isolated(job.subject, device) as subject:

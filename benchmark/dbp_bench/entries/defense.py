@@ -67,12 +67,17 @@ class Setting(Strict):
     classifier: AnyNetwork | None = None
     """The classifier in place of the track's, for models that are robust by their training. May be
     left out."""
+    classifies: str | None = None
+    """The one of `networks` by which the factory's class classifies: it gives logits, no classifier
+    follows, and results record this network as the defense's own. May be left out."""
 
     @property
     def refs(self) -> dict[str, AnyRef]:
         """Every network of the set-up, by the name under which a result records its weights."""
-        own = {} if self.classifier is None else {OWN_CLASSIFIER: self.classifier}
-        return {**self.networks, **own}
+        own = self.classifier
+        if self.classifies is not None:
+            own = self.networks[self.classifies]
+        return {**self.networks, **({} if own is None else {OWN_CLASSIFIER: own})}
 
     @property
     def replaceable(self) -> dict[str, Any]:
@@ -86,6 +91,13 @@ class Setting(Strict):
                 raise ValueError("networks: 'classifier' is the track's; give it another name")
             if name in self.options:
                 raise ValueError(f"{name!r} is both an option and a network")
+        if self.classifies is not None:
+            if self.classifies not in self.networks:
+                hint = did_you_mean(self.classifies, self.networks).rstrip(".")
+                raise ValueError(f"classifies: no network {self.classifies!r}.{hint}")
+            for name in ("classifier", "resize"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"classifies and {name} don't go together")
         for name in ("votes", "decision", "resize", "inner"):
             if name in self.options:
                 raise ValueError(f"options: {name}: stands beside options, not among them")

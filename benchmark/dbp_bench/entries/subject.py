@@ -17,6 +17,7 @@ from dbp_bench.weights import store
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from dbp_bench.data import DataSet
     from dbp_bench.defense import Defense
@@ -62,6 +63,19 @@ class Subject:
                 "setting."
             )
         return self.setting.surrogate
+
+    def refuse_bpda(self) -> None:
+        """Refuse the identity's gradient where no image is purified.
+
+        Raises:
+            BadRequest: The defense gives logits, whose gradient is no image.
+        """
+        if self.setting.classifies is not None:
+            other = " or declared-surrogate" if self.setting.surrogate else ""
+            raise BadRequest(
+                f"gradient: bpda, but {self.name} gives logits and no purified image: take "
+                f"exact{other}."
+            )
 
     @property
     def facts(self) -> Facts:
@@ -122,7 +136,9 @@ class Subject:
 
     def uncached(self) -> list[str]:
         """The checkpoints that it is built from and that aren't in the cache."""
-        refs = [*self.setting.networks.values(), self._classifier[0]]
+        refs: list[AnyRef] = list(self.setting.networks.values())
+        if self.setting.classifies is None:
+            refs.append(self._classifier[0])
         names = [ref.checkpoint for ref in refs if isinstance(ref, CheckpointRef)]
         return [name for name in names if not store.has(name)]
 
@@ -136,6 +152,10 @@ class Subject:
         if self.setting.classifier is not None:
             return self.setting.classifier, self.entry.path
         return self.track.entry.classifier, self.track.path
+
+    def base_classifier(self, device: "torch.device | str" = "cpu") -> "nn.Module":
+        """The classifier behind the purifier, or the track's where there is none behind it."""
+        return self.builder.network(*self._classifier).to(device).eval()
 
     def defense(
         self,
@@ -157,6 +177,7 @@ class Subject:
             BadWeights: A file is missing or isn't the one that the entry means.
         """
         import torch
+        from torch import nn
 
         from dbp_bench.defense import Defense
         from dbp_bench.purifiers.resize import Resized
@@ -181,7 +202,9 @@ class Subject:
                 f"{path}: sites: {self.sites}, but the purifier declares "
                 f"{sorted(sites) if isinstance(sites, frozenset) else sites}."
             )
-        classifier = self.builder.network(*self._classifier).to(device, dtype)
+        classifier: nn.Module = nn.Identity()
+        if setting.classifies is None:
+            classifier = self.builder.network(*self._classifier).to(device, dtype)
         if setting.resize is not None:
             if hasattr(purifier, "smoothing_sigma"):
                 raise BadEntry(
@@ -229,11 +252,12 @@ class Subject:
         declares.
 
         Raises:
-            BadRequest: The entry declares no surrogate.
+            BadRequest: The entry declares no surrogate; or BPDA of what purifies no image.
         """
         from dbp_bench.defense import StraightThrough
 
         if gradient == "bpda":
+            self.refuse_bpda()
             return evaluated.around(StraightThrough(evaluated.purifier), policy)
         build = partial(self.defense, device=device, dtype=dtype, policy=policy)
         if gradient.startswith("surrogate:"):

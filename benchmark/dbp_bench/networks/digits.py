@@ -7,24 +7,38 @@ from dbp_bench.networks.parts import sinusoids
 
 
 class ResidualMLP(nn.Module):
-    """Noise prediction ``(b, 1, 8, 8)`` for z ``(b, 1, 8, 8)`` in [-1, 1] and steps t ``(b,)``."""
+    """Noise prediction ``(b, 1, 8, 8)`` for z ``(b, 1, 8, 8)`` in [-1, 1] and steps t ``(b,)``.
 
-    def __init__(self, width: int = 256, blocks: int = 3, pixels: int = 64) -> None:
+    With `classes` it is told labels ``(b,)``, too.
+    """
+
+    def __init__(
+        self, width: int = 256, blocks: int = 3, pixels: int = 64, classes: int = 0
+    ) -> None:
         super().__init__()
         self.embed = nn.Sequential(nn.Linear(64, width), nn.SiLU())
+        if classes:
+            self.label = nn.Embedding(classes, width)
         self.first = nn.Linear(pixels, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
         self.last = nn.Linear(width, pixels)
 
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """See the class."""
         # Every image of a batch is at one level when purifying: embed that level once.
         one = t[:1] if bool((t == t[0]).all()) else t
         emb = self.embed(sinusoids(one, 64, endpoint=False))
+        if labels is not None:
+            emb = emb + self.label(labels)
         h = self.first(z.flatten(1))
         for block in self.blocks:
             h = block(h, emb)
         return self.last(F.silu(h)).view_as(z)  # type: ignore[no-any-return]
+
+
+def conditional() -> ResidualMLP:
+    """A smaller network that is told the digit: 92,736 parameters."""
+    return ResidualMLP(width=128, blocks=2, classes=10)
 
 
 class _Block(nn.Module):

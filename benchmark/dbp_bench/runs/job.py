@@ -512,6 +512,8 @@ def _search(
     made = registry.builder.attack(name, {**effort, **overrides.effort}, where, path)
     if gradient == "declared-surrogate":
         _ = subject.surrogate
+    if gradient == "bpda":
+        subject.refuse_bpda()
     if gradient.startswith("surrogate:") and "steps" not in subject.setting.replaceable:
         raise BadRequest(
             f"gradient: {gradient}, but {subject.name} has no option `steps`: take exact."
@@ -598,7 +600,10 @@ def bases(registry: Registry, track: str, defenses: Iterable[str]) -> list[str]:
     """
     found: list[str] = []
     for name in defenses:
-        own = registry.subject(name, track).setting.classifier
+        setting = registry.subject(name, track).setting
+        own = setting.classifier
+        if setting.classifies is not None:
+            continue
         if own is None:
             found.append(BASE)
             continue

@@ -142,7 +142,7 @@ def with_weights(subject: Subject, folder: Path) -> Subject:
 @torch.no_grad()
 def base_accuracy(job: Job) -> float:
     """The share of the job's images that the classifier alone gets right."""
-    classifier, data, right = job.defense().classifier, job.data(), 0
+    classifier, data, right = job.subject.base_classifier(job.device), job.data(), 0
     for start in range(0, job.examples, job.batch_size):
         images, labels = data.select(job.track_ids[: job.examples][start : start + job.batch_size])
         right += int((classifier(images.to(job.device)).argmax(1).cpu() == labels).sum())

@@ -6,6 +6,7 @@ algorithm 1, with the constants of its released code where the two differ.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +49,13 @@ def noisy_classification(classifier: nn.Module, sigma_min: float, sigma_max: flo
     return loss
 
 
-def denoising(denoiser: nn.Module, process: Process, push: Push | None = None) -> Loss:
-    """The ordinary loss of a diffusion model, of noise that was pushed where `push` is given."""
+def denoising(
+    denoiser: nn.Module, process: Process, push: Push | None = None, *, conditional: bool = False
+) -> Loss:
+    """The ordinary loss of a diffusion model, of noise that was pushed where `push` is given.
+
+    A `conditional` one is told the classes.
+    """
 
     def loss(batch: Batch) -> Tensor:
         level = process.draw(batch)
@@ -57,7 +63,8 @@ def denoising(denoiser: nn.Module, process: Process, push: Push | None = None) -
         noise = batch.tape.normal(_NOISE, 0, z)
         if push:
             noise = push(batch, level, noise)
-        said = process.predict(denoiser, level.diffuse(z, noise), level)
+        told = partial(denoiser, labels=batch.labels) if conditional else denoiser
+        said = process.predict(told, level.diffuse(z, noise), level)
         return process.loss(said, level, z, noise)
 
     return loss

@@ -62,10 +62,9 @@ def measured(
     """
     digits = recipe.data == "digits"
     ids = data.ids["test" if digits and not recipe.hold_out else "validation"]
-    loss = diffusion.denoising(network, DDPM() if digits else recipe.process())
+    process, told = DDPM() if digits else recipe.process(), recipe.variant.conditional
     flows = recipe.name in FLOWS
-    if flows:
-        loss = own
+    loss = own if flows else diffusion.denoising(network, process, conditional=told)
     total = 0.0
     for part in chunks(ids):
         images, labels = (tensor.to(device) for tensor in data.select(part))

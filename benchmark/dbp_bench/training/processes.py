@@ -3,11 +3,12 @@
 A network is told a level, and sees ``mean * z + std * noise`` for images z in [-1, 1].
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dbp_bench.noise import Site
@@ -50,7 +51,7 @@ class _NoisePrediction:
 
     __slots__ = ()
 
-    def predict(self, network: nn.Module, z_t: Tensor, level: Level) -> Prediction:
+    def predict(self, network: Callable[..., Tensor], z_t: Tensor, level: Level) -> Prediction:
         """The prediction of `network` for noisy images."""
         noise = network(z_t, level.told)
         return Prediction((z_t - level.std * noise) / level.mean, noise)
@@ -120,7 +121,7 @@ class EDM:
         std = sigma.view(-1, 1, 1, 1)
         return Level(sigma, torch.ones_like(std), std, 1 / std)
 
-    def predict(self, network: nn.Module, z_t: Tensor, level: Level) -> Prediction:
+    def predict(self, network: Callable[..., Tensor], z_t: Tensor, level: Level) -> Prediction:
         """The prediction of `network` for noisy images."""
         x0 = network(z_t, level.told)
         return Prediction(x0, (z_t - x0) / level.std)

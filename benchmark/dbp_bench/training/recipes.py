@@ -20,6 +20,7 @@ TITLES = {
     "classifier": "Classifier",
     "noisy-classifier": "Classifier of noisy images",
     "diffusion": "Diffusion model",
+    "conditional": "Class-conditional diffusion model",
     "addt": "ADDT fine-tuning",
     "clean-finetune": "Fine-tuning by the ordinary loss (ablation of ADDT)",
     "mse-guided": "ADDT guided by the error of the predicted noise (ablation)",
@@ -39,7 +40,7 @@ FINETUNED = ("addt", "clean-finetune", "mse-guided", "addt-linf", "adbm", "consi
 FLOWS = ("flow", "flow-pgd")
 """Recipes of a velocity, which is told a flow's time."""
 SHIPPED = (
-    *("classifier", "noisy-classifier", "diffusion", "addt"),
+    *("classifier", "noisy-classifier", "diffusion", "conditional", "addt"),
     *("adbm", "flow", "flow-pgd", "consistency"),
 )
 """The recipes of the digits that `all` stands for."""
@@ -83,13 +84,18 @@ _DIGITS_CONSTANTS: dict[str, dict[str, Any]] = {
     "adbm": {"eps": 0.2, "rounds": 3, "shortest": 100, "levels": 200},
     "flow-pgd": {"eps": 0.32, "step": 0.1, "rounds": 5},
 }
-_DIGITS_STEMS = {"cnn": "digits-classifier", "mlp": "digits-ddpm"}
+_DIGITS_STEMS = {
+    "cnn": "digits-classifier",
+    "mlp": "digits-ddpm",
+    "mlp-conditional": "digits-conditional",
+}
 _DIGITS_TITLES = {
     "classifier": "Classifier of the digits (CNN, 17,362 parameters)",
     "noisy-classifier": "Classifier of the digits under Gaussian noise (CNN, 17,362 parameters)",
     "diffusion": "DDPM of the digits (residual MLP, 446,016 parameters)",
     "flow": "FlowPure of the digits, from noisy to clean images (residual MLP, 446,016 parameters)",
     "flow-pgd": "FlowPure of the digits, from attacked to clean images (the same network)",
+    "conditional": "Class-conditional DDPM of the digits (residual MLP, 92,736 parameters)",
 }
 # As released; a learning rate of 2e-4 is that of the networks' own settings.
 _ADBM: dict[str, Any] = {
@@ -206,7 +212,7 @@ def recipe(name: str, data: str, network: str | None = None) -> Recipe:
     """
     if name not in NAMES:
         raise UnknownName(f"no recipe {name!r}.{did_you_mean(name, [*NAMES, 'all'])}")
-    variant = find(data, network, classifies=name in CLASSIFIERS)
+    variant = find(data, network, classifies=name in CLASSIFIERS, conditional=name == "conditional")
     kinds = KINDS.get(name, (variant.kind,))
     if variant.kind not in kinds:
         raise BadRequest(

@@ -190,8 +190,9 @@ def _loss(recipe: Recipe, network: nn.Module, guide: nn.Module | None) -> Loss:
         return diffusion.classification(network)
     if recipe.name == "noisy-classifier":
         return diffusion.noisy_classification(network, **recipe.objective)
-    if recipe.name in ("diffusion", "clean-finetune"):
-        return diffusion.denoising(network, recipe.process())
+    if recipe.name in ("diffusion", "clean-finetune", "conditional"):
+        told = recipe.variant.conditional
+        return diffusion.denoising(network, recipe.process(), conditional=told)
     if recipe.name == "mse-guided":
         return diffusion.adversarial(recipe.adversarial(), network, diffusion.misleading)
     if recipe.name == "flow":

@@ -32,6 +32,8 @@ class Variant:
     """The settings of ADDT and its ablations; None for a classifier."""
     epochs: int = 0
     """The duration where settings have no number of iterations."""
+    conditional: bool = False
+    """True if the network is told the class."""
 
     @property
     def path(self) -> str:
@@ -89,9 +91,13 @@ _CLASSIFIERS = {
 _CNN = Settings(800, 128, 2e-3, 1e-4, _ADAM, 0.99, anneal=True)
 _MLP = Settings(10_000, 256, 1e-3, 0.0, _ADAM, 0.999, anneal=True)
 _MLP_ADDT = Settings(1200, 256, 2e-4, 1e-6, (0.95, 0.999), 0.999, anneal=False)
+_CONDITIONAL = replace(_MLP, iterations=2000, batch_size=128, average=0.995)
 _DIGITS = (
     Variant("cnn", "classifier", "published", "digits:DigitsCNN", _CNN),
     Variant("mlp", "ddpm", "published", "digits:ResidualMLP", _MLP, _MLP_ADDT),
+    Variant(
+        "mlp-conditional", "ddpm", "tiny", "digits:conditional", _CONDITIONAL, conditional=True
+    ),
 )
 
 
@@ -109,13 +115,16 @@ def variants(data: str) -> tuple[Variant, ...]:
     return (*_CLASSIFIERS[facts.classes], *_DENOISERS)
 
 
-def find(data: str, name: str | None, *, classifies: bool) -> Variant:
+def find(data: str, name: str | None, *, classifies: bool, conditional: bool = False) -> Variant:
     """The classifier, or the denoiser, of `data` called `name`: a name, a size, or None.
 
     Raises:
         BadRequest: There is none.
     """
-    known = [v for v in variants(data) if (v.kind == "classifier") == classifies]
+    wanted = (classifies, conditional)
+    known = [v for v in variants(data) if (v.kind == "classifier", v.conditional) == wanted]
+    if not known:
+        raise BadRequest(f"no network is trained on {data} that is told the class: the digits' is.")
     for variant in known:
         if name in (None, variant.name, variant.size):
             return variant
