@@ -269,7 +269,8 @@ class _Call:
             if not answers:
                 answers.append(forward(*args))
             # Zeros that hang on the image: a purifier may ask for their gradient.
-            return torch.zeros_like(answers[0]) + 0 * args[0].sum()
+            zero: Tensor = 0 * args[0].sum()
+            return torch.zeros_like(answers[0]) + zero
 
         tape = Tape.make(0, ATTACKER, [0])
         with _answering({network: once}), torch.no_grad():
