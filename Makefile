@@ -22,6 +22,8 @@ KNOWN := pgd apgd ensemble-known autoattack:standard $(addprefix torchattacks:,A
 BALLS := eps=0.05,0.1,0.3,0.5,1
 # Twice the evaluations that the standard attack takes: what they don't change has converged.
 TWICE := budget=400
+# The standard attack's curve of accuracy against evaluations.
+CURVE := budget=20,50,100,400
 ANALYSES := immobilise stochasticity eot-curve landscape trajectory efficacy
 
 .DEFAULT_GOAL := help
@@ -81,6 +83,8 @@ attacks: $(VENV)/.third-party  ## Attacks of ours and of third parties again (ho
 		--black-box none --examples 120 --out $(SCRATCH)/attacks/results
 	$(BIN)/dbp-bench sweep $(ATTACKED) --threat eot,dwbox --over $(BALLS) \
 		--black-box none --examples 120 --out $(SCRATCH)/attacks/results
+	$(BIN)/dbp-bench sweep $(ATTACKED) --threat eot,dwbox --over $(CURVE) \
+		--black-box none --out $(SCRATCH)/attacks/results
 	$(BIN)/dbp-bench report --results $(SCRATCH)/attacks/results --out $(SCRATCH)/attacks/leaderboards
 
 leaderboards: $(VENV)/.core  ## Write leaderboards/ anew from results/.
