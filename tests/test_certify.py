@@ -182,7 +182,7 @@ def test_the_plan_says_votes_nfe_and_reach(command: "Command") -> None:
 
 def test_the_plan_says_what_published_settings_cost(command: "Command") -> None:
     """10 steps, 40 reverse runs, and 100,100 votes of each image: 40 million NFE for one."""
-    published = ("--n0", "100", "--n", "100000", "--set", "votes=40")
+    published = ("--n0", "100", "--n", "100000", "--set", "steps=10", "--set", "votes=40")
     _, out, err = _certify(command, "--dry-run", *published, defense="densepure")
     assert err == ""
     assert "40,040,000" in out

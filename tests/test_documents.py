@@ -66,6 +66,7 @@ SHORTENED = {
     "dbp-bench report": "",
     "dbp-bench compare addt/dwbox ddpm/dwbox": "",
     "dbp-bench check ddpm": "",
+    "dbp-bench check lm --gradients": "",
     "dbp-bench check <name>": "",
     "dbp-bench sweep ddpm --threat eot --over budget=400": (
         f"{SMALL} --draws 1 --black-box none --out out"

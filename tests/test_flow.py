@@ -144,7 +144,7 @@ def test_its_recipes() -> None:
     assert made.classifier is None
     pgd = recipes.recipe("flow-pgd", "cifar10-jpeg", "tiny")
     assert pgd.file == "cifar10-jpeg-ddpm-tiny-flow-pgd.safetensors"
-    assert pgd.classifier == "cifar10-jpeg-wrn-10-2.safetensors"
+    assert pgd.classifier == "cifar10-jpeg-wrn-16-2.safetensors"
     assert recipes.recipe("flow", "digits").file == "digits-flow.safetensors"
     with pytest.raises(BadRequest, match="--network ddpmpp: flow trains networks of ddpm, not of"):
         recipes.recipe("flow", "cifar10", "ddpmpp")

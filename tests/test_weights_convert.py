@@ -112,7 +112,7 @@ def refused(name: str, path: Path, cache: Path, **options: Any) -> str:
 
 def test_the_catalog_names_what_the_papers_use() -> None:
     entries = catalog.entries()
-    assert len(entries) == 18
+    assert len(entries) == 23
     assert entries["cifar10-ddpm-pesser"].md5 == "1fa350b952534ae442b1d5235cce5cd3"
     assert entries["cifar10-ddpmpp-deep-vp"].size == 1_707_310_559
     assert entries["imagenet256-adm"].size == 2_211_383_297

@@ -352,6 +352,11 @@ class AttackerView:
         return self._knows == self._defense.sites
 
     @property
+    def blind(self) -> bool:
+        """True where no draw is known."""
+        return not self._knows
+
+    @property
     def decided_by_logits(self) -> bool:
         """True where logits tell right from wrong.
 

@@ -41,7 +41,7 @@ class SPSA:
         directions: Pairs of points of each step.
         delta: Distance of the points from the image, in [0, 1] pixel units.
         step_size: Adam's learning rate, relative to eps (linf), or to eps over the square root of
-            the number of pixels and channels (l2). The paper's 0.01 is 0.32 of 8/255.
+            the number of pixels and channels (l2).
         eot: Guesses over which each difference is averaged.
         loss: The loss that is maximised.
     """

@@ -28,7 +28,7 @@ SAMPLES = 2
 """EoT samples of each step where a draw is hidden."""
 LONGEST = 2.0
 """The most that a gradient of the log-odds counts, relative to the median length of those so far,
-where a draw is hidden."""
+where every draw is hidden."""
 MOMENTUM = 0.8
 """The share of the running mean gradient that a step keeps where a draw is hidden."""
 FIRST, LAST_KNOWN, LAST_HIDDEN = 2.0, 0.02, 0.01
@@ -53,9 +53,9 @@ class Standard:
     2018) over two fresh EoT samples, and maximises a smooth error rate: the mean over the samples
     of ``sigmoid(z / T)``, where z is the log-odds of being wrong and T the standard deviation of
     those that the image has met. The first step takes a tenth of the budget, for it decides in
-    which direction the search sets out. A sample whose gradient of the log-odds is longer than
-    twice the median so far counts as if it were twice the median, so that gradients that explode in
-    some draws don't outweigh all others. The last iterate counts.
+    which direction the search sets out. Where every draw is hidden, a sample whose gradient of the
+    log-odds is longer than twice the median so far counts as if it were twice the median, so that
+    gradients that explode in some draws don't outweigh all others. The last iterate counts.
 
     Where a defense masks its gradient, steps lead nowhere: images whose gradient was zero at every
     step are searched by Square (Andriushchenko et al. 2020), which sees logits alone, with as many
@@ -120,7 +120,8 @@ class Standard:
                 length = torch.linalg.vector_norm(seen.mean, dim=(1, 2, 3))
                 length = length / error.slope(met) if error else length
                 lengths = torch.cat([lengths, length[:, None]], 1)
-                gradient += seen.mean * _shorter(lengths)[:, None, None, None] / samples
+                counts = _shorter(lengths) if view.blind else torch.ones_like(length)
+                gradient += seen.mean * counts[:, None, None, None] / samples
             # A step along the running mean of the gradients, projected. The first gradient is that
             # of the log-odds themselves, unscaled, so that it weighs on the steps that follow.
             mean = MOMENTUM * mean + (1 - MOMENTUM) * gradient if step else gradient
