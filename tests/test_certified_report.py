@@ -187,6 +187,7 @@ def test_a_report_has_a_section_a_table_and_a_figure(tmp_path: Path) -> None:
     text = (tmp_path / f"boards/{TRACK}.md").read_text()
     assert "## Certified accuracy" in text
     assert "| both | 0.5 | 1000 |" in text
+    assert "attacked" not in text.partition("## Certified accuracy")[2].partition("##")[0]
     assert r"\caption{Certified accuracy" in (tmp_path / f"boards/{TRACK}.tex").read_text()
     page = (tmp_path / f"boards/{TRACK}.html").read_text()
     assert '<section id="certified">' in page
@@ -237,6 +238,28 @@ def test_the_report_is_refused(tmp_path: Path) -> None:
     folder = written(save(tmp_path, attacked(0)), certificate(ALL))
     with pytest.raises(BadResult, match="contradict each other: image 0 is certified"):
         write_leaderboards(folder, tmp_path / "boards")
+
+
+def test_what_a_sweep_over_the_radius_left_stands_beside_and_is_compared(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    save(results, attacked(10, eps=1.0))
+    save(results / "sweeps/eps-0.25", attacked(18, eps=0.25))
+    other = certificate(VOTES, overrides=["votes"], options={"votes": 3})
+    written(results, certificate(ALL), certificate(ALL, sigma=0.25), other)
+    write_leaderboards(results, tmp_path / "boards")
+    frame = pd.read_csv(tmp_path / f"boards/{TRACK}-certificates.csv")
+    rows = frame[["defense", "sigma"]].to_numpy().tolist()
+    assert rows[:4] == [["both", each] for each in ("0.25", "0.5", "best", "attacked")]
+    assert rows[4:] == [["both votes=3", "0.5"]]
+    assert frame.loc[3, ["at_0.25", "at_1"]].tolist() == [0.9, 0.5]
+    assert frame.loc[3, ["at_0", "at_0.5", "n"]].isna().all()
+    text = (tmp_path / f"boards/{TRACK}.md").read_text()
+    assert "| both | attacked |  |" in text
+    assert "Attacked: the accuracy under" in text
+    assert "Attacked: the accuracy under" in (tmp_path / f"boards/{TRACK}.html").read_text()
+    save(results / "sweeps/eps-0.25", attacked(0, eps=0.25))
+    with pytest.raises(BadResult, match=r"eps-0\.25.* contradict each other"):
+        write_leaderboards(results, tmp_path / "boards")
 
 
 def test_draws_that_a_vote_may_give_contradict_nothing() -> None:

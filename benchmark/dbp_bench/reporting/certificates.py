@@ -33,8 +33,13 @@ if TYPE_CHECKING:
 
 STEP: Final = 0.25
 """The distance between the radii of tables, unless others are asked for."""
+ATTACKED: Final = "attacked"
+"""What stands for a noise level in a row of accuracies under an attack."""
 MOST: Final = 13
 """The most radii of a table; where more are in reach, they lie further apart."""
+Attacked = Mapping[str, Mapping[float, Estimate]]
+"""Accuracies of single draws under an attack, by defense and l2 radius."""
+
 CHANCE: Final = 1e-6
 """The chance, over all images of a pair, that a contradiction is none (see `contradictions`)."""
 
@@ -213,11 +218,11 @@ def certificates_frame(
     radii: Sequence[float] | None = None,
     *,
     alpha: float = ALPHA,
-    attacked: Mapping[str, Estimate] | None = None,
+    attacked: Attacked | None = None,
 ) -> pd.DataFrame:
     """A row for each certificate, in order, and for each defense the best sigma at every radius.
 
-    `attacked` are accuracies under an attack, by defense, of single draws.
+    Where the defense was `attacked` at its own settings, a row follows with what that left.
     """
     if radii is None:
         radii = usual_radii(max((held.certificate.reach(alpha) for held in helds), default=0.0))
@@ -235,7 +240,6 @@ def certificates_frame(
                     "dataset_bound_at_0": round(
                         dataset_bound(float(found.holds(0).mean()), len(one.ids), alpha), 6
                     ),
-                    "attacked": cell((attacked or {}).get(one.defense)),
                     "alpha": alpha,
                     "noise": one.noise,
                     "size": round(one.size, 6),
@@ -255,11 +259,15 @@ def certificates_frame(
                         _key(r): cell(accuracy(h.certificate, r, alpha) if h else None)
                         for r, h in chosen.items()
                     },
-                    "attacked": cell((attacked or {}).get(group.helds[0].certificate.defense)),
                     "alpha": alpha,
                     "images": len(group.helds[0].certificate.ids),
                 }
             )
+        first = group.helds[0].certificate
+        left = {} if first.overrides else (attacked or {}).get(first.defense, {})
+        if any(r in left for r in radii):
+            accuracies = {_key(r): cell(left.get(r)) for r in radii}
+            rows.append({"defense": first.defense, "sigma": ATTACKED, **accuracies})
     return frame_of(rows)
 
 

@@ -1,7 +1,7 @@
 """The section on certified accuracy of a track: tables for readers, a figure, and files."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -9,11 +9,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dbp_bench.reporting.certificates import Best, Held, certificates_frame, difference, groups
+from dbp_bench.reporting.certificates import (
+    ATTACKED,
+    Attacked,
+    Best,
+    Held,
+    certificates_frame,
+    difference,
+    groups,
+)
 from dbp_bench.reporting.frames import Marked, Signed, cell, frame_of, to_csv, to_latex, to_markdown
 from dbp_bench.reporting.plotting import COLOURS, INK, LINES, styled
 from dbp_bench.reporting.rendering import md, note, tex
-from dbp_bench.reporting.statistics import Estimate
 
 TITLE: Final = "Certified accuracy"
 _WIDTH, _PANEL, _WIDE = 3.35, 1.9, 2
@@ -22,11 +29,10 @@ _MOST: Final = 8
 """The most panels of the figure."""
 
 
-def table(frame: pd.DataFrame, attacked: str | None = None) -> pd.DataFrame:
+def table(frame: pd.DataFrame) -> pd.DataFrame:
     """The table of :func:`certificates_frame`, with the headings that readers see.
 
-    `attacked` is the heading of the accuracy under an attack, where there is one. The first column
-    is empty, as that of ranks is in other tables.
+    The first column is empty, as that of ranks is in other tables.
     """
     radii = [str(name) for name in frame if str(name).startswith("at_")]
     shown = {"": [""] * len(frame), "Defense": frame["defense"], "Sigma": frame["sigma"]}
@@ -36,14 +42,13 @@ def table(frame: pd.DataFrame, attacked: str | None = None) -> pd.DataFrame:
         "" if empty else f"{100 * share:.1f}"
         for share, empty in zip(frame["abstained"], missing, strict=True)
     ]
-    if attacked and any(each.value == each.value for each in frame["attacked"]):
-        shown[attacked] = frame["attacked"]
     return pd.DataFrame(shown, dtype=object)
 
 
-def attacked_heading(norm: str, eps: float) -> str | None:
-    """The heading of accuracies under an attack, which stand beside only in the same norm."""
-    return f"Attacked, l2 {eps:g}, one draw" if norm == "l2" else None
+def caption(frame: pd.DataFrame) -> str:
+    """What the numbers of the table are."""
+    attacked = bool((frame["sigma"] == ATTACKED).any())
+    return " ".join([note("certified"), *([note("certified_attacked")] if attacked else [])])
 
 
 def differences(helds: Sequence[Held], radii: Sequence[float]) -> pd.DataFrame:
@@ -81,18 +86,14 @@ def radii_of(frame: pd.DataFrame) -> list[float]:
     return [float(name.removeprefix("at_")) for name in names if name.startswith("at_")]
 
 
-def markdown(
-    helds: Sequence[Held], attacked: Mapping[str, Estimate], heading: str | None
-) -> list[str]:
+def markdown(helds: Sequence[Held], attacked: Attacked) -> list[str]:
     """The lines of the section in Markdown; none without certificates."""
     if not helds:
         return []
     frame = certificates_frame(helds, attacked=attacked)
     track = helds[0].certificate.track
-    text = [f"## {TITLE}", "", *to_markdown(_marked(table(frame, heading)), stacked=True)]
-    text += [note("certified"), ""]
-    if heading:
-        text += [note("certified_attacked"), ""]
+    text = [f"## {TITLE}", "", *to_markdown(_marked(table(frame)), stacked=True)]
+    text += [caption(frame), ""]
     paired = differences(helds, radii_of(frame))
     if not paired.empty:
         text += [
@@ -109,14 +110,12 @@ def _marked(shown: pd.DataFrame) -> pd.DataFrame:
     return shown.drop(columns="").assign(Defense=pd.Series(names, dtype=object))
 
 
-def latex(
-    helds: Sequence[Held], attacked: Mapping[str, Estimate], heading: str | None
-) -> list[str]:
+def latex(helds: Sequence[Held], attacked: Attacked) -> list[str]:
     """The lines of a float in LaTeX; none without certificates."""
     if not helds:
         return []
     frame = certificates_frame(helds, attacked=attacked)
-    shown = table(frame, heading).drop(columns="")
+    shown = table(frame).drop(columns="")
     names = shown["Defense"]
     rules = [i for i, same in enumerate(names == names.shift()) if i and not same]
     track = helds[0].certificate.track
@@ -128,13 +127,13 @@ def latex(
         rf"\caption{{Certified accuracy within l2 radii on {tex(track)}, in percent.}}",
         *to_latex(shown, rules),
         r"\begin{minipage}{\textwidth}\footnotesize",
-        tex(note("certified")),
+        tex(caption(frame)),
         r"\end{minipage}",
         r"\end{table*}",
     ]
 
 
-def files(helds: Sequence[Held], attacked: Mapping[str, Estimate]) -> dict[str, str | bytes]:
+def files(helds: Sequence[Held], attacked: Attacked) -> dict[str, str | bytes]:
     """The files on certificates, by the ends of their names; none without certificates."""
     if not helds:
         return {}

@@ -6,7 +6,7 @@ columns.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -15,7 +15,7 @@ from dbp_bench.entries.registry import Registry
 from dbp_bench.entries.track import Track
 from dbp_bench.errors import NotComparable
 from dbp_bench.reporting.badge import Badge, badge_of
-from dbp_bench.reporting.certificates import Held, check_contradictions
+from dbp_bench.reporting.certificates import Attacked, Held, check_contradictions
 from dbp_bench.reporting.columns import NULL, Column, columns_of, derived
 from dbp_bench.reporting.effort import Convergence, convergence
 from dbp_bench.reporting.findings import Findings
@@ -123,14 +123,8 @@ class Leaderboard:
     """The results of sweeps at the leaderboard's eps, with other efforts."""
     certificates: Sequence[Held] = ()
     """The certificates of the track's defenses."""
-
-    @property
-    def attacked(self) -> Mapping[str, Estimate]:
-        """The accuracy of each defense in l2 with all draws hidden, where it was measured."""
-        if self.norm != "l2":
-            return {}
-        found = {row.defense: row.estimates["hidden"] for row in self.rows}
-        return {name: each for name, each in found.items() if each is not None}
+    attacked: Attacked = field(default_factory=dict)
+    """The accuracies that stand beside them: in l2, with all draws hidden."""
 
     @property
     def at_eps(self) -> list[Pool]:
@@ -183,7 +177,8 @@ def leaderboard(
         raise NotComparable(f"one leaderboard per track, not one of {', '.join(tracks) or 'none'}.")
     check_comparable(records, protocol)
     check_swept(swept, records)
-    check_contradictions(certificates, [(record.path, record.result) for record in records])
+    attacks = [(record.path, record.result) for record in [*records, *swept]]
+    check_contradictions(certificates, attacks)
     pools = pooled(records)
     main = [pool for pool in pools if protocol.holds(pool.any)]
     searches = [pool.any for pool in main if pool.any.threat != protocol.null]
@@ -200,12 +195,8 @@ def leaderboard(
     names = sorted({pool.any.defense for pool in pools})
     kinds = {name: _kind(registry, name) for name in names}
     columns = columns_of(each.key for each in protocol.extra)
-    more = [
-        pool
-        for folder in _folders(swept)
-        for pool in pooled(folder)
-        if pool.within(first.norm, eps)
-    ]
+    others = [pool for folder in _folders(swept) for pool in pooled(folder)]
+    more = [pool for pool in others if pool.within(first.norm, eps)]
     serving = {
         name: _serving([pool for pool in main if pool.any.defense == name], protocol, like)
         for name in names
@@ -244,7 +235,23 @@ def leaderboard(
         sweeps=findings,
         swept=more,
         certificates=certificates,
+        attacked={
+            name: _attacked(serving[name]["hidden"], others)
+            for name in names
+            if "hidden" in serving[name]
+        },
     )
+
+
+def _attacked(hidden: Pool, others: Sequence[Pool]) -> dict[float, Estimate]:
+    """The accuracy of a defense by l2 radius, under the attack of its result with hidden draws."""
+
+    def facts(pool: Pool) -> tuple[object, ...]:
+        one = pool.any
+        return one.defense, one.threat, one.attack, one.gradient, one.options, one.effort
+
+    alike = [pool for pool in others if facts(pool) == facts(hidden)]
+    return {p.any.eps: p.robust.estimate for p in [*alike, hidden] if p.any.norm == "l2"}
 
 
 def _folders(swept: Sequence[Record]) -> list[list[Record]]:

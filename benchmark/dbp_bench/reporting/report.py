@@ -95,10 +95,10 @@ def write_leaderboards(
         files |= {f"{name}{end}": content for end, content in contents.items()}
     for name in sorted({held.certificate.track for held in certificates} - {*tracks}):
         own = [held for held in certificates if held.certificate.track == name]
-        text = [f"# {md(name)}", "", *certified.markdown(own, {}, None)]
+        text = [f"# {md(name)}", "", *certified.markdown(own, {})]
         contents = {
             ".md": "\n".join(text),
-            ".tex": "\n".join(certified.latex(own, {}, None)) + "\n",
+            ".tex": "\n".join(certified.latex(own, {})) + "\n",
             **certified.files(own, {}),
         }
         files |= {f"{name}{end}": content for end, content in contents.items()}

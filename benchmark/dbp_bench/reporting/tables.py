@@ -325,9 +325,7 @@ def leaderboard_markdown(board: Leaderboard) -> str:
             text += [_in_short(board), ""]
         if title == CONVERGENCE:
             text += [convergence_note(), ""]
-    text += certified.markdown(
-        board.certificates, board.attacked, certified.attacked_heading(board.norm, board.eps)
-    )
+    text += certified.markdown(board.certificates, board.attacked)
     flagged = [f"- **{md(row.defense)}**: {md(flag)}." for row in board.rows for flag in row.flags]
     if flagged:
         text += ["## What the checks found", "", *flagged, ""]
@@ -404,9 +402,7 @@ def leaderboard_latex(board: Leaderboard) -> str:
     text += [r"\begin{minipage}{\textwidth}\footnotesize"]
     text += [tex(note) for note in notes]
     text += [r"\end{minipage}", r"\end{table*}"]
-    text += certified.latex(
-        board.certificates, board.attacked, certified.attacked_heading(board.norm, board.eps)
-    )
+    text += certified.latex(board.certificates, board.attacked)
     return "\n".join(text) + "\n"
 
 

@@ -9,15 +9,13 @@ from math import isnan
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadResult
+from dbp_bench.reporting import certified
 from dbp_bench.reporting.certificates import certificates_frame
-from dbp_bench.reporting.certified import attacked_heading
-from dbp_bench.reporting.certified import table as certified_table
 from dbp_bench.reporting.columns import SECTIONS, Column
 from dbp_bench.reporting.frames import symbols
 from dbp_bench.reporting.leaderboard import Leaderboard, Row
@@ -68,6 +66,7 @@ def to_html(
         samples: Pictures, by the name of their result.
         registry: The source of titles and papers; the package's own entries if not given.
     """
+    certificates = certificates_frame(board.certificates, attacked=board.attacked)
     style, script = _text("style.css") + dark_css(), _text("script.js")
     return _template().render(
         board=board,
@@ -81,7 +80,8 @@ def to_html(
         draws=draws_table(board),
         convergence=convergence_table(board) if any(r.convergence for r in board.rows) else None,
         convergence_note=convergence_note(),
-        certified=_certified(board),
+        certified=certified.table(certificates) if board.certificates else None,
+        certified_caption=certified.caption(certificates) if board.certificates else "",
         checked=checked(),
         unmeasured=None if board.reference else unmeasured(board),
         note=note,
@@ -92,14 +92,6 @@ def to_html(
         is_number=lambda each: isinstance(each, Estimate),
         level=f"{100 * LEVEL:.0f}",
     )
-
-
-def _certified(board: Leaderboard) -> pd.DataFrame | None:
-    """The table of certified accuracies; None where there are none."""
-    if not board.certificates:
-        return None
-    frame = certificates_frame(board.certificates, attacked=board.attacked)
-    return certified_table(frame, attacked_heading(board.norm, board.eps))
 
 
 @cache
