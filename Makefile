@@ -13,6 +13,12 @@ SCRATCH := build
 OUT := $(SCRATCH)/gpu
 WHEELS := $(SCRATCH)/wheels
 
+# Of `make matrix`: the defenses; the others of the literature take hours more (DEFENSES=all).
+DEFENSES := none,noise-only,oneshot,ddpm,ddim,dpm-solver,diffpure,gdmp,gdmp-ssim,addt
+# Of `make certificates`: what is certified, and the radii at which it is attacked, too.
+CERTIFIED := dds,smoothing,diffsmooth,densepure
+RADII := eps=0.25,0.5,1.0
+CERTIFY = $(BIN)/dbp-bench certify --track digits-l2 --sigma 0.25,0.5,1.0 --quiet --out $(SCRATCH)/matrix/results
 # What the table of attacks is made of: on these defenses, attacks with hidden and with known draws.
 ATTACKED := ddpm,addt
 HIDDEN := pgd apgd ensemble-hidden diffattack low-frequency selective square transfer autoattack:rand \
@@ -28,7 +34,7 @@ ANALYSES := immobilise stochasticity eot-curve landscape trajectory efficacy
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format matrix matrix-digits-linf matrix-digits-l2 matrix-analyses \
-	attacks leaderboards gpu wheels clean
+	certificates attacks leaderboards gpu wheels clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 22
@@ -51,14 +57,14 @@ format: $(VENV)/.dev  ## Rewrite files as `make check` wants them.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-matrix: $(VENV)/.core  ## Every defense under every threat model again, on two cores, in build/matrix.
+matrix: $(VENV)/.core  ## The defenses under every threat model again, on two cores, in build/matrix.
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 matrix-digits-linf matrix-digits-l2 matrix-analyses
 	$(BIN)/dbp-bench report --results $(SCRATCH)/matrix/results --out $(SCRATCH)/matrix/leaderboards
 
 matrix-digits-linf matrix-digits-l2: matrix-%:
-	@echo '$*: every defense under every threat model, then with twice the budget'
-	$(BIN)/dbp-bench run --defense all --threat all --track $* --quiet --out $(SCRATCH)/matrix/results
-	$(BIN)/dbp-bench sweep all --threat all --track $* --over $(TWICE) --black-box none --quiet \
+	@echo '$*: every threat model, then with twice the budget'
+	$(BIN)/dbp-bench run --defense $(DEFENSES) --threat all --track $* --quiet --out $(SCRATCH)/matrix/results
+	$(BIN)/dbp-bench sweep $(DEFENSES) --threat all --track $* --over $(TWICE) --black-box none --quiet \
 		--out $(SCRATCH)/matrix/results
 
 matrix-analyses:
@@ -66,6 +72,15 @@ matrix-analyses:
 		$(BIN)/dbp-bench analyze $$analysis --defense $(ATTACKED) --quiet \
 			--out $(SCRATCH)/matrix/results || exit 1; \
 	done
+
+certificates: $(VENV)/.core  ## Certificates on digits-l2 again (hours on a core), in build/matrix.
+	$(CERTIFY) --defense $(CERTIFIED) --n 1000
+	$(CERTIFY) --defense dds,smoothing --n 10000
+	for votes in 1 3 10; do $(CERTIFY) --defense densepure --n 1000 --set votes=$$votes || exit 1; done
+	$(BIN)/dbp-bench run --defense $(CERTIFIED) --threat all --track digits-l2 --quiet \
+		--out $(SCRATCH)/matrix/results
+	$(BIN)/dbp-bench sweep $(CERTIFIED) --threat eot --track digits-l2 --over $(RADII) --black-box none \
+		--quiet --out $(SCRATCH)/matrix/results
 
 attacks: $(VENV)/.third-party  ## Attacks of ours and of third parties again (hours), and their table.
 	$(BIN)/dbp-bench run --defense $(ATTACKED) --threat all --out $(SCRATCH)/attacks/results
