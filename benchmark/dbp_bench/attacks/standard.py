@@ -33,9 +33,12 @@ MOMENTUM = 0.8
 """The share of the running mean gradient that a step keeps where a draw is hidden."""
 FIRST, LAST_KNOWN, LAST_HIDDEN = 2.0, 0.02, 0.01
 """Lengths of the first and the last step of a search, relative to eps."""
+RANGE = 20.0
+"""The range that the logits of a clean image are scaled to, where a draw is hidden: log-odds, and
+what they rank, must not hang on the scale that a classifier happens to have."""
 WINDOW, EASE = 20, 5.0
-"""Where a draw is hidden, an image is finished when the log-odds of being wrong of its last 20
-draws have a mean of more than 5 standard deviations."""
+"""Where a draw is hidden, an image is finished when its last 20 draws were all misclassified, with
+log-odds of being wrong that have a mean of more than 5 standard deviations."""
 SHORTEST = 10
 """Steps of a leg, at least."""
 
@@ -51,8 +54,8 @@ class Standard:
 
     Where a draw is hidden, each step follows a running mean of gradients (momentum, Dong et al.
     2018) over two fresh EoT samples, and maximises a smooth error rate: the mean over the samples
-    of ``sigmoid(z / T)``, where z is the log-odds of being wrong and T the standard deviation of
-    those that the image has met. The first step takes a tenth of the budget, for it decides in
+    of ``sigmoid(z / T)``, where z is the log-odds of being wrong, by logits whose range on the
+    clean image is scaled to 20, and T the standard deviation of those that the image has met. The first step takes a tenth of the budget, for it decides in
     which direction the search sets out. Where every draw is hidden, a sample whose gradient of the
     log-odds is longer than twice the median so far counts as if it were twice the median, so that
     gradients that explode in some draws don't outweigh all others. The last iterate counts.
@@ -74,7 +77,7 @@ class Standard:
         """The budget at most, and forward evaluations: known draws finish images."""
         masked = self._square.evaluations(setup) if setup.norm != "l1" else Evaluations(0, 0, True)
         if setup.hidden:
-            own = Evaluations(sum(_plan(self.budget)), 0, exact=False)
+            own = Evaluations(sum(_plan(self.budget)), 1, exact=False)
         else:
             own = Evaluations(self.budget, 1 + len(_legs(self.budget, setup.classes - 1)), False)
         return own + masked
@@ -107,15 +110,19 @@ class Standard:
         found, rows = images.clone(), torch.arange(len(images), device=images.device)
         x, mean = images, torch.zeros_like(images)
         odds = lengths = images.new_empty(len(images), 0)
+        wrong = torch.empty_like(odds, dtype=torch.bool)
+        factor = _factor(view.logits(images, [0])[:, 0])
         error: SmoothError | None = None
         plan = _plan(self.budget)
         for step, samples in enumerate(plan):
             part, own = view[rows], labels[rows]
             gradient = torch.zeros_like(x)
             for _ in range(samples):
-                seen = part.gradient(x, own, error or log_odds, [odds.shape[1]])
-                met = log_odds(seen.logits[:, 0], own)
+                seen = part.gradient(x, own, Scaled(error or log_odds, factor), [odds.shape[1]])
+                logits = factor[:, None] * seen.logits[:, 0]
+                met = log_odds(logits, own)
                 odds = torch.cat([odds, met[:, None]], 1)
+                wrong = torch.cat([wrong, (margin(logits, own) > 0)[:, None]], 1)
                 # How long the gradient of the log-odds themselves is.
                 length = torch.linalg.vector_norm(seen.mean, dim=(1, 2, 3))
                 length = length / error.slope(met) if error else length
@@ -128,10 +135,11 @@ class Standard:
             size = _falling(FIRST, LAST_HIDDEN, step, len(plan)) * budget.eps
             ahead = budget.project(x + size * budget.ascent(mean), images[rows])
             # An image that its last draws misclassified with ease is finished, where it stands.
-            finished = _lost(odds) & view.decided_by_logits
+            finished = _lost(odds, wrong) & view.decided_by_logits
             found[rows] = torch.where(finished[:, None, None, None], x, ahead)
             left = ~finished
-            rows, x, mean, odds, lengths = (t[left] for t in (rows, ahead, mean, odds, lengths))
+            state = (rows, ahead, mean, odds, lengths, wrong, factor)
+            rows, x, mean, odds, lengths, wrong, factor = (each[left] for each in state)
             if not len(rows):
                 break
             # The temperature is the scale of all log-odds met so far.
@@ -192,11 +200,17 @@ def _scale(odds: Tensor) -> Tensor:
     return torch.maximum(odds.std(1, correction=0), odds.mean(1).abs() / 8).clamp(min=1e-6)
 
 
-def _lost(odds: Tensor) -> Tensor:
-    """True ``(b,)`` where the last log-odds of ``(b, n)`` lie above 0 by some deviations."""
+def _factor(logits: Tensor) -> Tensor:
+    """Factors ``(b,)`` that give logits ``(b, k)`` a range of 20; 1 where all are equal."""
+    spread = logits.amax(1) - logits.amin(1)
+    return torch.where(spread > 0, RANGE / spread, 1.0)
+
+
+def _lost(odds: Tensor, wrong: Tensor) -> Tensor:
+    """True ``(b,)`` where the last draws of ``(b, n)`` were `wrong`, by some deviations."""
     last = odds[:, -WINDOW:]
     lost = last.mean(1) > EASE * last.std(1, correction=0)
-    return lost & (odds.shape[1] >= WINDOW)
+    return lost & wrong[:, -WINDOW:].all(1) & (odds.shape[1] >= WINDOW)
 
 
 def _shorter(lengths: Tensor) -> Tensor:
@@ -214,6 +228,18 @@ def _value(view: AttackerView, logits: Tensor, labels: Tensor) -> Tensor:
     """The margins ``(b,)``; infinite where the image is misclassified for certain."""
     wrong = surely_wrong(logits, labels) & view.decided_by_logits
     return margin(logits, labels).masked_fill(wrong, torch.inf)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scaled:
+    """An objective of logits ``(b, k)`` times a `factor` ``(b,)``, one for each image."""
+
+    objective: Objective
+    factor: Tensor
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Losses ``(b,)`` for logits ``(b, k)``."""
+        return self.objective(self.factor[:, None] * logits, labels)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
