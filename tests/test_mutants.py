@@ -69,7 +69,7 @@ _SMALL: Mapping[str, Mapping[str, Any]] = {
     "transfer": {"source": "toy", "search": {"attack": "pgd", **_STEPS, **_STARTS}},
 }
 _ATTACKS = {name.partition(":")[0] for name in _SMALL}
-_APART = {"stadv"}
+_APART = {"stadv", "lpips"}
 """Attacks that no ball holds, which have a bound and tests of their own."""
 EFFORT = {**_SMALL, **{name: {} for name in set(attacks.names()) - _ATTACKS - _APART}}
 """A small effort of each attack; an attack that isn't named has its own."""

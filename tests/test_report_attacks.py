@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -531,10 +532,23 @@ def flow(robust: float, eps: float = 0.15, **changes: Any) -> Result:
     return attacked("both", "stadv", robust, attack="stadv", **changes)
 
 
-def test_an_attack_with_a_bound_of_its_own_stands_in_a_table_of_its_own(tmp_path: Path) -> None:
+def perceptual(robust: float, eps: float = 0.15, **changes: Any) -> Result:
+    """LPIPS, by mischance with the number that is the budget of the track."""
+    effort = {"network": "none", "layers": ["conv1", "conv2"], "distance": eps, "eot": 10}
+    changes = {"attack": "lpips", "effort": effort, "norm": "lpips", "eps": eps, **changes}
+    return attacked("both", "lpips", robust, **changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "attack", "bound"),
+    [(flow, "stadv", "flow 0.15"), (perceptual, "lpips", "lpips 0.15 of none: conv1, conv2")],
+)
+def test_an_attack_with_a_bound_of_its_own_stands_in_a_table_of_its_own(
+    make: Callable[..., Result], attack: str, bound: str, tmp_path: Path
+) -> None:
     """It moves no number, rank, flag or worst case, however little it leaves."""
     written: list[dict[str, str]] = []
-    for name, more in (("without", []), ("with", [flow(0.0), flow(0.1, knows=list(BOTH))])):
+    for name, more in (("without", []), ("with", [make(0.0), make(0.1, knows=list(BOTH))])):
         save(tmp_path / name, *matrix(), square(0.6), *more)
         write_leaderboards(tmp_path / name, tmp_path / "out" / name)
         files = [p for p in (tmp_path / "out" / name).iterdir() if p.suffix in (".md", ".csv")]
@@ -547,11 +561,23 @@ def test_an_attack_with_a_bound_of_its_own_stands_in_a_table_of_its_own(tmp_path
     start = lines.index("## Attacks with a bound of their own")
     section = lines[start : start + 6]
     assert lines[:start] + lines[start + 9 :] == without[apart[1]].splitlines()
-    assert section[4].startswith("| both | all | dwbox | stadv | flow 0.15 | 10.0 [")
-    assert section[5].startswith("| both | none | eot | stadv | flow 0.15 | 0.0 [")
+    assert section[4].startswith(f"| both | all | dwbox | {attack} | {bound} | 10.0 [")
+    assert section[5].startswith(f"| both | none | eot | {attack} | {bound} | 0.0 [")
     rows = table(tmp_path / "out" / "with" / apart[0], "norm", "attack")
-    assert set(rows.loc["flow"].index) == {"stadv"}
-    assert "stadv" not in rows.loc["linf"].index
+    assert set(rows.loc[bound.split()[0]].index) == {attack}
+    assert attack not in rows.loc["linf"].index
+
+
+def test_bounds_of_several_kinds_stand_beside_each_other(tmp_path: Path) -> None:
+    """An attack from outside need not say by which option it names the network."""
+    theirs = perceptual(0.2, attack="my:Own", setting=None, effort={"distance": 0.15})
+    found = leaderboard(load(save(tmp_path, *matrix(), flow(0.3), perceptual(0.1), theirs)))
+    bounds = {pool.bound for pool in found.apart}
+    assert bounds == {"flow 0.15", "lpips 0.15 of none: conv1, conv2", "lpips 0.15"}
+    alone = leaderboard(load(save(tmp_path / "alone", flow(0.3), perceptual(0.1))))
+    assert [pool.any.norm for pool in alone.apart] == [
+        {"flow": "lpips", "lpips": "flow"}[alone.norm]
+    ]
 
 
 def test_results_of_a_bound_of_its_own_alone_make_a_board(tmp_path: Path) -> None:

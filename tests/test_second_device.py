@@ -81,12 +81,13 @@ def attacked(defense: str, attack: str, knows: str, device: torch.device) -> lis
         seed=0,
         victim_draw=0,
         max_batch=4,
+        sources={"none": REGISTRY.subject("none", "digits-linf").defense(device=device)},
     )
     classes = evaluation.predict(built, found.images, range(3), seed=0, draw=0)
     return [found.images.cpu(), classes.cpu(), found.gradient.cpu()]
 
 
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
     "pgd": {"steps": 2, "eot": 2},
     "standard": {"budget": 24},
     "apgd": {"steps": 6, "eot": 2},
@@ -94,6 +95,7 @@ SMALL = {
     "rays": {"n_queries": 6, "eot": 1},
     "spsa": {"steps": 2, "directions": 2},
     "stadv": {"steps": 3, "eot": 1},
+    "lpips": {"network": "none", "layers": ["conv1", "conv2"], "steps": 3, "rounds": 2, "eot": 1},
     "selective": {},
     "autoattack:standard": {},
     "autoattack:rand": {},
@@ -117,6 +119,7 @@ SMALL = {
         ("oneshot", "rays"),
         ("oneshot", "spsa"),
         ("oneshot", "stadv"),
+        ("oneshot", "lpips"),
         ("noise-only", "pgd"),
     ],
 )
@@ -145,8 +148,8 @@ def assert_same(defense: str, attack: str, knows: str) -> None:
     wanted = attacked(defense, attack, knows, torch.device("cpu"))
     with SecondDevice():
         found = attacked(defense, attack, knows, DEVICE)
-    if attack in ("spsa", "stadv"):
-        # Adam follows the last bits of the logits, which signs and comparisons hide.
+    if attack in ("spsa", "stadv", "lpips"):
+        # They follow the last bits of the logits, which signs and comparisons hide.
         torch.testing.assert_close(found[0], wanted[0], atol=1e-2, rtol=0)
         found, wanted = found[1:], wanted[1:]
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))

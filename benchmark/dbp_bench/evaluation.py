@@ -9,6 +9,7 @@ from torch import Tensor
 from dbp_bench.defense import Defense
 from dbp_bench.errors import AttackFailed, ZeroGradient
 from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
+from dbp_bench.perceptual import Perceptual
 from dbp_bench.threat import AttackerView, Budget, Method, Tick, ignore, own_bound
 
 FRESH = 1 << 32
@@ -91,7 +92,9 @@ def attack(
             "the gradient of every image is zero at every step: the defense masks its gradient, "
             "and this accuracy would mean nothing; `dbp-bench check` tells more."
         )
-    images = (own_bound(method) or budget).project(found.detach(), group.images)
+    own = own_bound(method)
+    held = view.measured(own) if isinstance(own, Perceptual) else own or budget
+    images = held.project(found.detach(), group.images)
     log = view.log
     return Attacked(images, log.gradient, log.forward, log.nonzero, log.verdict)
 

@@ -25,8 +25,8 @@ SCHEMA = 2
 NO_MAJORITY = -1
 """The predicted class where a defense's votes name no class more often than every other."""
 
-FLOW: Literal["flow"] = "flow"
-"""The norm of a result whose attack moves pixels from their places, within a bound of its own."""
+OWN_BOUNDS = ("flow", "lpips")
+"""The norms of results whose attacks keep a bound of their own, no ball of pixel values."""
 
 Kind = Literal["clean", "adversarial", "fresh"]
 
@@ -142,12 +142,13 @@ class Result(Strict):
     setting: str | None
     """The named setting of the attack; null where its options were given otherwise."""
     seed: int
-    norm: Literal["linf", "l2", "l1", "flow"]
-    """The track's norm; "flow" where the attack moves pixels from their places instead, within a
-    bound of its own."""
+    norm: Literal["linf", "l2", "l1", "flow", "lpips"]
+    """The track's norm, or the attack's own bound: "flow" where it moves pixels from their places,
+    "lpips" where it keeps near the image in the features of a network, which its options name."""
     eps: float = Field(ge=0)
     """The budget of this run, in [0, 1] pixel units; 0 for the null attack. In norm "flow", the
-    largest displacement along each axis, in half sides of the image."""
+    largest displacement along each axis, in half sides of the image; in "lpips", the largest
+    distance of features."""
     sites: list[str]
     """The sites at which the defense draws noise."""
     knows: list[str]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from dbp_bench.defense import Defense
 from dbp_bench.errors import AttackFailed
 from dbp_bench.memory import State
 from dbp_bench.noise import CachedTape, Noise, Site, Tape
+from dbp_bench.perceptual import Perceptual
 
 _START, _RADIUS = Site("start"), Site("radius")
 
@@ -198,6 +199,9 @@ class Flow:
     channel within reach.
     """
 
+    norm: ClassVar[str] = "flow"
+    """What results call it."""
+
     eps: float
 
     def project(self, images: Tensor, clean: Tensor) -> Tensor:
@@ -212,14 +216,17 @@ class Flow:
         return F.max_pool2d(images, [2 * each + 1 for each in reach], stride=1, padding=reach)
 
 
-Bound = Budget | Flow
+OwnBound = Flow | Perceptual
+"""What an attack may declare in place of a track's budget."""
+
+Bound = Budget | OwnBound
 """What an adversarial image is held to."""
 
 
-def own_bound(attack: object) -> Flow | None:
+def own_bound(attack: object) -> OwnBound | None:
     """The bound that an `attack` declares in place of a track's budget; None if it has none."""
     bound = getattr(attack, "bound", None)
-    return bound if isinstance(bound, Flow) else None
+    return bound if isinstance(bound, OwnBound) else None
 
 
 SLACK = 1e-6
@@ -229,8 +236,12 @@ SLACK = 1e-6
 def excess(bound: Bound, images: Tensor, clean: Tensor) -> Tensor:
     """The distance ``(b,)`` by which each of `images` is outside of the `bound`; 0 or less inside.
 
-    In the norm of a budget; for a flow, the largest distance of a pixel from the values in reach.
+    In the norm of a budget; for a flow, the largest distance of a pixel from the values in reach;
+    for a perceptual bound, in the distance of features.
     """
+    if isinstance(bound, Perceptual):
+        with torch.no_grad():
+            return bound.distance(images, clean) - bound.eps
     if isinstance(bound, Flow):
         return (images - bound.project(images, clean)).flatten(1).abs().amax(1)
     return bound.size(images - clean) - bound.eps
@@ -483,14 +494,26 @@ class AttackerView:
         Raises:
             AttackFailed: The attacker has no such defense.
         """
-        if source not in self._sources:
-            raise AttackFailed(
-                f"the attack asks for the defense {source!r}, which its `sources` do not name."
-            )
-        defense = self._sources[source]
+        defense = self._source(source)
         return AttackerView(
             defense, frozenset(), self._guess, self._guess, self._max_batch, self._tick
         )
+
+    def measured(self, bound: Perceptual) -> Perceptual:
+        """The `bound` with the classifier that it names, which the attacker has.
+
+        Raises:
+            AttackFailed: The attacker has no defense of that name.
+            BadRequest: The classifier has other layers.
+        """
+        return bound.by(self._source(bound.network).classifier)
+
+    def _source(self, name: str) -> Defense:
+        if name not in self._sources:
+            raise AttackFailed(
+                f"the attack asks for the defense {name!r}, which its `sources` do not name."
+            )
+        return self._sources[name]
 
     def _pass(self, images: Tensor, draws: Sequence[int]) -> Tensor:
         n = len(draws)
@@ -545,8 +568,9 @@ class Attack(Protocol):
     `eot` is the number of EoT samples of a step, which is idle where every draw is known; where
     steps take different numbers of them, an attribute `samples` is the largest. An attack that
     searches in other defenses names them in an attribute `sources`. One that no ball of pixel
-    values holds declares a :class:`Flow` in an attribute `bound`, which takes the place of the
-    track's budget: its images are held to that, and recorded and reported apart.
+    values holds declares a :class:`Flow` or a :class:`Perceptual` bound in an attribute `bound`,
+    which takes the place of the track's budget: its images are held to that, and recorded and
+    reported apart.
     """
 
     def __call__(

@@ -390,7 +390,7 @@ def _apart(board: Leaderboard) -> list[str]:
             "kind": kind,
             "knows": pool.knowledge,
             **setting_of(pool),
-            "bound": f"{pool.any.norm} {shown_eps(pool.any.eps)}",
+            "bound": pool.bound,
             "robust": pool.robust.estimate,
             "evaluations": _cost(pd.Series(how(pool))),
         }

@@ -27,7 +27,7 @@ from dbp_bench.reporting.rendering import note
 from dbp_bench.reporting.sanity import Check, checks, summary
 from dbp_bench.reporting.statistics import Bootstrap, Estimate
 from dbp_bench.reporting.votes import Tally
-from dbp_bench.result import FLOW, Result
+from dbp_bench.result import OWN_BOUNDS, Result
 
 Sort = Literal["hidden", "known"]
 Kind = Literal["control", "defense"]
@@ -134,7 +134,8 @@ class Leaderboard:
     @property
     def apart(self) -> list[Pool]:
         """The results of attacks with a bound of their own, which compare with no others."""
-        return [p for p, _ in self.pools if p.any.norm == FLOW != self.norm]
+        own = [p for p, _ in self.pools if p.any.norm in OWN_BOUNDS]
+        return [pool for pool in own if pool.any.norm != self.norm]
 
     @property
     def title(self) -> str:
@@ -187,7 +188,7 @@ def leaderboard(
         each.key: _reference([found for found in searches if found.threat == each.threat])
         for each in protocol.extra
     }
-    in_norm = [pool for pool in pools if pool.any.norm != FLOW]
+    in_norm = [pool for pool in pools if pool.any.norm not in OWN_BOUNDS]
     first = reference or (main or in_norm or pools)[0].any
     sizes = [p.any.eps for p in pools if p.any.eps and p.any.norm == first.norm]
     eps = searches[0].eps if searches else next(iter(sizes), first.eps)

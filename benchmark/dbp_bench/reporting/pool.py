@@ -8,6 +8,7 @@ from typing import Final, Literal
 
 import numpy as np
 
+from dbp_bench.errors import brief
 from dbp_bench.reporting.protocol import knowledge
 from dbp_bench.reporting.records import Record, fresh_draws
 from dbp_bench.reporting.rendering import in_words
@@ -88,6 +89,16 @@ class Pool:
     def within(self, norm: str, eps: float) -> bool:
         """True if the attack was held to this budget, and to no bound of its own."""
         return (self.any.norm, self.any.eps) == (norm, eps)
+
+    @property
+    def bound(self) -> str:
+        """What the attack was held to, and by what it is measured, in words."""
+        bound, asked = f"{self.any.norm} {self.any.eps:g}", self.any.effort
+        if self.any.norm != "lpips" or "network" not in asked:
+            return bound
+        layers = asked.get("layers")
+        named = ", ".join(map(str, layers)) if isinstance(layers, list) else brief(layers)
+        return f"{bound} of {asked['network']}: {named}"
 
     @property
     def search(self) -> str:

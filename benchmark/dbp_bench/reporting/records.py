@@ -12,7 +12,7 @@ from dbp_bench.certificate import FOLDER
 from dbp_bench.entries.defense import OWN_CLASSIFIER
 from dbp_bench.errors import BadResult, NotComparable, did_you_mean
 from dbp_bench.reporting.protocol import Protocol, knowledge, shipped
-from dbp_bench.result import FLOW, Result, without_draws
+from dbp_bench.result import OWN_BOUNDS, Result, without_draws
 
 _FILE: Final = r"seed--?\d+\.json"
 
@@ -148,7 +148,7 @@ def check_comparable(records: Sequence[Record], protocol: Protocol | None = None
         NotComparable: Two results disagree; the message names both files and the fields.
     """
     protocol = protocol or shipped()
-    ordered = sorted(records, key=lambda r: (r.result.norm == FLOW, _nothing_hidden(r.result)))
+    ordered = sorted(records, key=lambda r: (_keeps_own(r.result), _nothing_hidden(r.result)))
     _check_alike(ordered, lambda result: result.track, _board_facts)
     _check_alike(ordered, lambda result: result.defense, _defense_facts)
     main = [record for record in ordered if protocol.holds(record.result)]
@@ -283,7 +283,7 @@ def _board_facts(result: Result, _: object = None) -> _Facts:
     Such a result stands apart, in a table of its own.
     """
     facts = track_facts(result)
-    if result.norm == FLOW:
+    if _keeps_own(result):
         del facts["norm"]
     return facts
 
@@ -307,7 +307,12 @@ def _only_of_the_attack(result: Result) -> set[str]:
     module = result.attack.partition(":")[0].split(".")[0]
     roles = [role for role in result.provenance.weights if "." in role and role != OWN_CLASSIFIER]
     own = {f"provenance.code.{module}", *(f"provenance.weights.{role}" for role in roles)}
-    return own | {"norm"} if result.norm == FLOW else own
+    return own | {"norm"} if _keeps_own(result) else own
+
+
+def _keeps_own(result: Result) -> bool:
+    """True if the attack kept a bound of its own, in place of the track's budget."""
+    return result.norm in OWN_BOUNDS
 
 
 def _search_facts(result: Result, effort: Mapping[str, object]) -> _Facts:

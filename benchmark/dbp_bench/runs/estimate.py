@@ -183,7 +183,8 @@ def _probe(job: Job, policy: Policy) -> _Probe:
         sources={name: source.with_random_weights() for name, source in job.sources.items()},
     )
     defended, searched = job.built(policy=policy)
-    searched = next(iter(job.other_defenses(policy=policy).values()), searched)
+    if job.search.gradient is None:  # it searches elsewhere, if in any other defense
+        searched = next(iter(job.other_defenses(policy=policy).values()), searched)
     image = stand_in(track.entry.facts(track.name), 1)[0].to(device)
     free = memory.free_bytes(device)
     networks = searched.networks or defended.networks

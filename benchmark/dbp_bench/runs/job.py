@@ -20,7 +20,7 @@ from dbp_bench.entries.subject import Subject
 from dbp_bench.entries.threat import GRADIENT, KNOWN_DRAWS, AttackSetting, Threat, is_outside
 from dbp_bench.entries.track import Track
 from dbp_bench.errors import BadEntry, BadRequest, UnknownName, brief, did_you_mean
-from dbp_bench.result import FLOW, Result, attack_label, result_path, searched_effort
+from dbp_bench.result import Result, attack_label, result_path, searched_effort
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dbp_bench.defense import Defense
     from dbp_bench.evaluation import Group
     from dbp_bench.memory import Policy
-    from dbp_bench.threat import Attack, Bound, Budget, Evaluations, Flow, Setup
+    from dbp_bench.threat import Attack, Bound, Budget, Evaluations, OwnBound, Setup
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Job:
     threat: Entry[Threat]
     search: Search
     sources: Mapping[str, Subject]
-    """Other defenses that the attack searches in, by name."""
+    """Other defenses that the attack searches in or measures by, by name."""
     seed: int
     device: str
     norm: str
@@ -122,7 +122,7 @@ class Job:
         )
 
     def other_defenses(self, *, policy: "Policy" = "auto") -> dict[str, "Defense"]:
-        """The other defenses that the attack searches in, by name."""
+        """The other defenses that the attack searches in or measures by, by name."""
         return {
             name: subject.defense(device=self.device, policy=policy)
             for name, subject in self.sources.items()
@@ -137,11 +137,20 @@ class Job:
         return self.subject.budget(None if self._own_bound else self.eps)
 
     def bound(self) -> "Bound":
-        """What the images of the attack are held to: its own bound if it has one, or the ball."""
-        return self._own_bound or self.budget()
+        """What the images of the attack are held to: its own bound if it has one, or the ball.
+
+        Raises:
+            BadRequest: The classifier that measures the distance has other layers.
+        """
+        from dbp_bench.perceptual import Perceptual
+
+        own = self._own_bound
+        if isinstance(own, Perceptual):
+            return own.by(self.other_defenses()[own.network].classifier)
+        return own or self.budget()
 
     @property
-    def _own_bound(self) -> "Flow | None":
+    def _own_bound(self) -> "OwnBound | None":
         from dbp_bench.threat import own_bound
 
         return own_bound(self.search.attack)
@@ -484,7 +493,7 @@ def _search(
     knows: list[str],
     eps: float,
 ) -> tuple[Search, dict[str, Subject]]:
-    """The attack that is asked for, and the other defenses that it searches in.
+    """The attack that is asked for, and the other defenses that it searches in or measures by.
 
     Raises:
         BadRequest: It doesn't fit what is known, the norm or the classes; or an option is wrong.
@@ -518,10 +527,16 @@ def _search(
         raise BadRequest(
             f"gradient: {gradient}, but {subject.name} has no option `steps`: take exact."
         )
+    searched, measure = getattr(made, "sources", ()), _measure(made)
     sources = {
-        source: registry.subject(source, subject.track.name)
-        for source in getattr(made, "sources", ())
+        source: registry.subject(source, subject.track.name) for source in (*searched, *measure)
     }
+    for source in measure:
+        if sources[source].entry.entry.factory != UNPURIFIED:
+            raise BadRequest(
+                f"network: {source} has a purifier, and only a classifier measures: take {BASE}, "
+                "or an entry of a classifier alone."
+            )
     setup = _setup(subject, knows, eps, sources, gradient)
     unfit = made.unfit(setup)
     if unfit is not None:
@@ -531,10 +546,18 @@ def _search(
     except ValueError as error:
         raise BadEntry(f"{where}: {error}.") from None
     # An attack that searches in other defenses asks the one under attack for no gradient.
-    follows = made.evaluations(setup).gradient > 0 and not sources
+    follows = made.evaluations(setup).gradient > 0 and not searched
     if gradient != "exact" and not follows:
         raise BadRequest(f"gradient: {gradient}, but {name} follows no gradient of {subject.name}.")
     return Search(made, name, path, setting, effort, gradient if follows else None), sources
+
+
+def _measure(attack: "Attack") -> tuple[str, ...]:
+    """The defense whose classifier measures the own bound of an `attack`, if one does."""
+    from dbp_bench.threat import own_bound
+
+    network = getattr(own_bound(attack), "network", "")
+    return (network,) if network else ()
 
 
 def _limits(search: Search, track: Track, eps: float) -> tuple[str, float]:
@@ -556,9 +579,9 @@ def _limits(search: Search, track: Track, eps: float) -> tuple[str, float]:
     if eps not in (track.eps, own.eps):
         raise BadRequest(
             f"eps: {eps:g} in {track.norm} is no limit of {search.name}, which keeps a bound of "
-            f"its own, {FLOW} {own.eps:g}, among its options."
+            f"its own, {own.norm} {own.eps:g}, among its options."
         )
-    return FLOW, own.eps
+    return own.norm, own.eps
 
 
 def _check_attack(name: str, settings: Iterable[str]) -> None:
