@@ -123,6 +123,36 @@ def test_hidden_draws_take_two_samples_a_step() -> None:
     assert Standard(1).unfit(Setup(hidden=False)) is None
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@pytest.mark.parametrize("knows", [frozenset(), frozenset({FORWARD})])
+def test_the_scale_of_the_logits_changes_nothing(scale: float, knows: frozenset[Site]) -> None:
+    """Twenty classes: the log-odds of close logits are above 0 where the label is still ahead."""
+    weights = 10 * normal(20, 16, seed=3)
+
+    class Some(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.factor * (images.flatten(1) @ weights.T)
+
+    images = uniform(100, 1, 4, 4)
+    group = Group(images, Some(1.0)(images).argmax(1), range(100))
+    usual, other = (
+        searched(Defense(Noisy(0.05, 0.05), Some(factor)), group, Linf(0.05), 100, knows)
+        for factor in (1.0, scale)
+    )
+    assert torch.allclose(usual.images, other.images, atol=1e-4)
+    assert torch.equal(usual.gradient, other.gradient)
+    draw = 1 << 32
+    defense = Defense(Noisy(0.05, 0.05), Some(scale))
+    clean = is_right(defense, group.images, group, draw).float().mean()
+    left = is_right(defense, other.images, group, draw).float().mean()
+    assert float(clean) > 0.8
+    assert float(left) < 0.5
+
+
 def test_an_image_that_hidden_draws_cannot_save_is_finished() -> None:
     """Some images are lost under any draw; those that a draw may save take the whole budget."""
     classifier, group = linear()
