@@ -171,7 +171,7 @@ def test_the_plan_says_votes_nfe_and_reach(command: "Command") -> None:
     code, out, err = _certify(command, "--dry-run", defense="ddpm")
     assert (code, err) == (0, "")
     assert not Path("out").exists()
-    for words in ("t_star=146", "38", "380", "2,280", "largest radius"):
+    for words in ("t_star=146", "38", "380", "2,280", "the largest in reach"):
         assert words in out
     listed = json.loads(_certify(command, "--dry-run", "--json", defense="ddpm")[1])
     (job,) = listed["jobs"]

@@ -248,16 +248,12 @@ def _plan(
         show_json({"jobs": rows, "seconds": sum(row["seconds"] for row in rows)})
         return
     table = table_of(
-        ["defense", "sigma", "noise level"],
-        ["images", "votes of one", "NFE of one", "NFE", "largest radius", "time"],
+        ["defense", "sigma"], ["images", "votes", "NFE of one", "NFE of all", "radius", "time"]
     )
     for row in rows:
-        levels = ("sigma", "t_star", "sigma_max", "steps", "votes")
-        shown = {name: row["options"][name] for name in levels if name in row["options"]}
         table.add_row(
             row["defense"],
             f"{row['sigma']:g}",
-            ", ".join(f"{name}={value:g}" for name, value in shown.items()),
             f"{row['images']}",
             f"{row['votes']:,}",
             f"{row['nfe_of_an_image']:,}",
@@ -266,9 +262,14 @@ def _plan(
             duration(row["seconds"]),
         )
     say.print("", table, "", sep="\n")
+    shown = ("t_star", "sigma_max", "steps", "votes")
+    for row in rows:
+        levels = [f"{name}={row['options'][name]:g}" for name in shown if name in row["options"]]
+        if levels:
+            say.print(f"{row['defense']} at sigma {row['sigma']:g}: {', '.join(levels)}")
     say.print(f"total    {duration(sum(row['seconds'] for row in rows))} on this device")
     say.print(
-        f"Largest radius: where all votes agree, at alpha {alpha:g}, in l2 and [0, 1] pixel units. "
-        "More needs a larger --n or --sigma.",
+        "Votes are those of one image. Radius: the largest in reach, where all votes agree, at "
+        f"alpha {alpha:g}, in l2 and [0, 1] pixel units; more needs a larger --n or --sigma.",
         style="dim",
     )
