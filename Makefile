@@ -21,9 +21,9 @@ RADII := eps=0.25,0.5,1.0
 CERTIFY = $(BIN)/dbp-bench certify --track digits-l2 --sigma 0.25,0.5,1.0 --quiet --out $(SCRATCH)/matrix/results
 # What the table of attacks is made of: on these defenses, attacks with hidden and with known draws.
 ATTACKED := ddpm,addt
-HIDDEN := pgd apgd ensemble-hidden diffattack low-frequency selective square transfer autoattack:rand \
-	torchattacks:APGD torchattacks:EOTPGD torchattacks:UPGD
-KNOWN := pgd apgd ensemble-known autoattack:standard $(addprefix torchattacks:,APGD BIM DIFGSM FAB \
+HIDDEN := pgd apgd ensemble-hidden diffattack low-frequency selective square rays spsa stadv transfer \
+	autoattack:rand torchattacks:APGD torchattacks:EOTPGD torchattacks:UPGD
+KNOWN := pgd apgd ensemble-known rays spsa stadv autoattack:standard $(addprefix torchattacks:,APGD BIM DIFGSM FAB \
 	FFGSM FGSM Jitter MIFGSM NIFGSM PGD RFGSM SINIFGSM Square TPGD VMIFGSM VNIFGSM)
 BALLS := eps=0.05,0.1,0.3,0.5,1
 # Twice the evaluations that the standard attack takes: what they don't change has converged.
