@@ -105,7 +105,7 @@ _ADBM: dict[str, Any] = {
 _FLOW = {"iterations": 300_000, "batch_size": 64, "ramp": 0, "average": 0.0, "flip": False}
 _SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("adbm", "digits"): {"iterations": 1200},
-    ("flow", "digits"): {"iterations": 2500},
+    ("flow", "digits"): {"iterations": 10_000},
     ("flow-pgd", "digits"): {"iterations": 2500},
     ("adbm", "published"): _ADBM,
     ("flow", "published"): _FLOW,
