@@ -26,9 +26,9 @@ TARGETS = 9
 """Wrong classes to aim at, at most, where every draw is known."""
 SAMPLES = 2
 """EoT samples of each step where a draw is hidden."""
-LONGEST = 2.0
-"""The most that a gradient of the log-odds counts, relative to the median length of those so far,
-where every draw is hidden."""
+LONGEST, LONGEST_PARTLY = 2.0, 10.0
+"""The most that a gradient of the log-odds counts, relative to the median length of those so far:
+where every draw is hidden, and where a part is known."""
 MOMENTUM = 0.8
 """The share of the running mean gradient that a step keeps where a draw is hidden."""
 FIRST, LAST_KNOWN, LAST_HIDDEN = 2.0, 0.02, 0.01
@@ -55,10 +55,11 @@ class Standard:
     Where a draw is hidden, each step follows a running mean of gradients (momentum, Dong et al.
     2018) over two fresh EoT samples, and maximises a smooth error rate: the mean over the samples
     of ``sigmoid(z / T)``, where z is the log-odds of being wrong, by logits whose range on the
-    clean image is scaled to 20, and T the standard deviation of those that the image has met. The first step takes a tenth of the budget, for it decides in
-    which direction the search sets out. Where every draw is hidden, a sample whose gradient of the
-    log-odds is longer than twice the median so far counts as if it were twice the median, so that
-    gradients that explode in some draws don't outweigh all others. The last iterate counts.
+    clean image is scaled to 20, and T the standard deviation of those that the image has met. The
+    first step takes a tenth of the budget, for it decides in which direction the search sets out. A
+    sample whose gradient of the log-odds is longer than twice the median so far (ten times, where a
+    part of the draws is known) counts as if it were no longer, so that gradients that explode in
+    some draws don't outweigh all others. The last iterate counts.
 
     Where a defense masks its gradient, steps lead nowhere: images whose gradient was zero at every
     step are searched by Square (Andriushchenko et al. 2020), which sees logits alone, with as many
@@ -127,7 +128,7 @@ class Standard:
                 length = torch.linalg.vector_norm(seen.mean, dim=(1, 2, 3))
                 length = length / error.slope(met) if error else length
                 lengths = torch.cat([lengths, length[:, None]], 1)
-                counts = _shorter(lengths) if view.blind else torch.ones_like(length)
+                counts = _shorter(lengths, LONGEST if view.blind else LONGEST_PARTLY)
                 gradient += seen.mean * counts[:, None, None, None] / samples
             # A step along the running mean of the gradients, projected. The first gradient is that
             # of the log-odds themselves, unscaled, so that it weighs on the steps that follow.
@@ -213,9 +214,9 @@ def _lost(odds: Tensor, wrong: Tensor) -> Tensor:
     return lost & wrong[:, -WINDOW:].all(1) & (odds.shape[1] >= WINDOW)
 
 
-def _shorter(lengths: Tensor) -> Tensor:
-    """Factors ``(b,)`` that shorten the last of lengths ``(b, n)`` to some of their medians."""
-    longest, last = LONGEST * lengths.median(1).values, lengths[:, -1]
+def _shorter(lengths: Tensor, medians: float) -> Tensor:
+    """Factors ``(b,)`` that shorten the last of lengths ``(b, n)`` to so many of their medians."""
+    longest, last = medians * lengths.median(1).values, lengths[:, -1]
     return torch.where((longest > 0) & (last > longest), longest / last, 1.0)
 
 
