@@ -22,7 +22,7 @@ from dbp_bench.reporting.certificates import (
     read_certificate,
     usual_radii,
 )
-from dbp_bench.reporting.certified import differences
+from dbp_bench.reporting.certified import differences, figure
 from dbp_bench.reporting.leaderboard import leaderboard
 from dbp_bench.reporting.page import to_html
 from dbp_bench.reporting.records import load
@@ -194,6 +194,13 @@ def test_a_report_has_a_section_a_table_and_a_figure(tmp_path: Path) -> None:
     assert "Certified accuracy against the radius" in page
     again = write_leaderboards(folder, tmp_path / "again")
     assert [p.read_bytes() for p in paths] == [p.read_bytes() for p in again]
+
+
+@pytest.mark.parametrize("defenses", [1, 2, 3])
+def test_the_figure_has_a_panel_for_each_defense(defenses: int) -> None:
+    drawn = figure(groups([held(VOTES, defense=f"d{i}") for i in range(defenses)]))
+    shown = [axes.get_title(loc="left") for axes in drawn.axes if axes.get_visible()]
+    assert shown == [f"d{i}, n = 1,000" for i in range(defenses)]
 
 
 def test_a_page_without_certificates_says_nothing_of_them(tmp_path: Path) -> None:

@@ -163,11 +163,11 @@ def figure(found: Sequence[Best]) -> Figure:
     wide = min(_WIDE, len(shown))
     size = (_WIDTH * wide, 0.3 + _PANEL * rows)
     drawn = Figure(figsize=size, layout="constrained")
-    panels = drawn.subplots(rows, wide, squeeze=False, sharex=True, sharey=True).flat
+    panels = list(drawn.subplots(rows, wide, squeeze=False, sharex=True, sharey=True).flat)
     sigmas = sorted({held.certificate.sigma for group in shown for held in group.helds})
     for axes, group in zip(panels, shown, strict=False):
         _panel(axes, group, sigmas)
-    for axes in list(panels)[len(shown) :]:
+    for axes in panels[len(shown) :]:
         axes.set_visible(False)
     return drawn
 
