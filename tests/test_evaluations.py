@@ -197,8 +197,9 @@ def test_the_standard_attack_takes_its_budget_where_no_image_falls(
     taken = Result.read(execute(job, tmp_path)).evaluations
     assert job.search.effort == {"budget": 24}
     assert taken.gradient == [24 * job.attacks] * 4
-    # Where all is known: the legs' targets, and the end of each of the two legs.
-    assert taken.forward == [3 * 3 if threat == "dwbox" else 0] * 4
+    # Where all is known: the legs' targets, and the end of each of the two legs. Where a draw is
+    # hidden: the range of the logits.
+    assert taken.forward == [3 * 3 if threat == "dwbox" else 1] * 4
     assert job.evaluations.gradient == 24
 
 
