@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, ValidationError, model_validator
 
-from dbp_bench.declaration import Strict, explain, parse_json
+from dbp_bench.declaration import Strict, explain, read_table
 from dbp_bench.errors import BadRequest, BadResult, brief
 from dbp_bench.result import Arithmetic, Provenance, pretty
 from dbp_bench.writing import write_atomically
@@ -134,7 +134,7 @@ def certified(
     sigma: float,
     alpha: float = ALPHA,
 ) -> Certified:
-    """What counted votes certify (Cohen et al. 2019, algorithm 2).
+    """The class and radius that counted votes certify (Cohen et al. 2019, algorithm 2).
 
     Args:
         selection: Votes ``(images, classes)`` that only choose the class; ties go to the lowest.
@@ -286,12 +286,7 @@ class Certificate(Strict):
         Raises:
             BadResult: It isn't one, is damaged, or was written by a newer version.
         """
-        try:
-            table = parse_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise BadResult(f"{path}: no such file.") from None
-        except (OSError, ValueError) as error:
-            raise BadResult(f"{path}: not a JSON file ({error}).") from None
+        table = read_table(path)
         version = table.get("schema") if isinstance(table, dict) else None
         if version != SCHEMA:
             raise BadResult(

@@ -220,6 +220,20 @@ def read_json(path: Path, model: type[M], what: str) -> M:
         raise BadResult(f"{path}: {error.strerror}.") from None
 
 
+def read_table(path: Path) -> Any:
+    """The value in the JSON file at `path`, of whatever form.
+
+    Raises:
+        BadResult: There is no such file, or it isn't JSON.
+    """
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadResult(f"{path}: no such file.") from None
+    except (OSError, ValueError) as error:
+        raise BadResult(f"{path}: not a JSON file ({error}).") from None
+
+
 def explain(error: ValidationError, model: type[Any]) -> str:
     """The faults of a validation, each with its key and what would do, on one line.
 

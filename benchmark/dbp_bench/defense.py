@@ -64,7 +64,7 @@ Part = Callable[[Tensor, Noise], Tensor]
 
 
 def parts(purifier: Purifier) -> tuple[Part, Part]:
-    """What votes share of a `purifier`, nothing where it isn't in two parts, and the rest."""
+    """The part of a `purifier` that its votes share, which may be nothing, and the rest."""
     if isinstance(purifier, InTwoParts):
         return purifier.shared, purifier.single
     return _unchanged, purifier
@@ -195,7 +195,7 @@ class Defense:
         return self.finish(self.begin(images, noise), noise, vote)
 
     def begin(self, images: Tensor, noise: Noise) -> Tensor:
-        """What all votes share, of the form of `images`, which it is where they share nothing."""
+        """The state that all votes share: the `images` themselves where they share nothing."""
         shared, _ = parts(self.purifier)
         return images if shared is _unchanged else self._run(shared, images, noise, 0)
 
@@ -303,7 +303,7 @@ class StraightThrough:
         return self.purifier.sites
 
     def shared(self, images: Tensor, noise: Noise) -> Tensor:
-        """What votes share ``(b, c, h, w)`` for `images` ``(b, c, h, w)`` in [0, 1]."""
+        """The state ``(b, c, h, w)`` that votes share, for `images` ``(b, c, h, w)`` in [0, 1]."""
         return _straight(parts(self.purifier)[0], images, noise)
 
     def single(self, state: Tensor, noise: Noise) -> Tensor:

@@ -36,7 +36,7 @@ class Perceptual:
     """
 
     norm: ClassVar[str] = "lpips"
-    """What results call it."""
+    """The name of this bound in results, in place of a norm."""
 
     eps: float
     network: str

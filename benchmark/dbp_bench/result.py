@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pydantic import Field, ValidationError, model_validator
 
 from dbp_bench import schema1
-from dbp_bench.declaration import Strict, explain, parse_json
+from dbp_bench.declaration import Strict, explain, read_table
 from dbp_bench.errors import BadResult, brief
 from dbp_bench.schema1 import NOT_RECORDED as NOT_RECORDED
 from dbp_bench.writing import write_atomically as write_atomically
@@ -292,12 +292,7 @@ class Result(Strict):
         Raises:
             BadResult: It isn't one, is damaged, or was written by a newer version.
         """
-        try:
-            table = parse_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise BadResult(f"{path}: no such file.") from None
-        except (OSError, ValueError) as error:
-            raise BadResult(f"{path}: not a JSON file ({error}).") from None
+        table = read_table(path)
         if not isinstance(table, dict) or "schema" not in table:
             raise BadResult(f"{path}: not a result of dbp-bench: it has no key 'schema'.")
         version = table["schema"]

@@ -200,7 +200,7 @@ class Flow:
     """
 
     norm: ClassVar[str] = "flow"
-    """What results call it."""
+    """The name of this bound in results, in place of a norm."""
 
     eps: float
 

@@ -91,7 +91,7 @@ class PartlyFresh:
         return own if self.k in (0, 1) else own | {beside(site) for site in own}
 
     def shared(self, images: Tensor, noise: Noise) -> Tensor:
-        """What votes share ``(b, c, h, w)`` for `images` in [0, 1]."""
+        """The state ``(b, c, h, w)`` that votes share, for `images` in [0, 1]."""
         return parts(self.purifier)[0](images, OpaqueNoise(Mixed(noise, self.k)))
 
     def single(self, state: Tensor, noise: Noise) -> Tensor:

@@ -18,7 +18,7 @@ UNPURIFIED = "dbp_bench.purifiers.controls:Unpurified"
 
 
 class Surrogate(Strict):
-    """What the authors of a defense attacked in place of the defense that they score.
+    """The program that the authors of a defense attacked in place of the one that they score.
 
     It is another program: fewer steps, coarser levels, one purification in place of several. An
     attack with ``gradient: declared-surrogate`` searches in it, and its images are evaluated by the
@@ -60,7 +60,7 @@ class Setting(Strict):
     """The side of the square images that the purifier takes; null for the track's own. May be left
     out."""
     surrogate: Surrogate | None = None
-    """What attacks with ``gradient: declared-surrogate`` search in. May be left out."""
+    """The program that attacks with ``gradient: declared-surrogate`` search in. May be left out."""
     lines: dict[str, Name] = Field(default_factory=dict)
     """By ``file.py:line`` the site of what is drawn there, for a torch module that draws by itself
     (see :class:`dbp_bench.Taped`). May be left out."""
