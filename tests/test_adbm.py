@@ -12,13 +12,12 @@ from dbp_bench.checks.conformance import CHECKS, fault
 from dbp_bench.defense import Defense
 from dbp_bench.errors import BadEntry, BadRequest
 from dbp_bench.networks.songunet import DDPMpp
-from dbp_bench.noise import FORWARD, Site, Tape
+from dbp_bench.noise import FORWARD, Site
 from dbp_bench.purifiers.adbm import ADBM as Purifier
 from dbp_bench.purifiers.ddpm import DDIM
 from dbp_bench.purifiers.schedule import Schedule
 from dbp_bench.training import recipes
 from dbp_bench.training.adbm import ADBM, bridging
-from dbp_bench.training.batches import Batch
 from dbp_bench.training.diffusion import fooling
 from dbp_bench.training.processes import DDPM, VPSDE, Level
 from toys import (
@@ -26,10 +25,13 @@ from toys import (
     MixtureDenoiser,
     Small,
     SmallDenoiser,
+    Zero,
+    batch,
     continuous_signal,
     discrete_signal,
+    images,
     normal,
-    uniform,
+    tape,
 )
 
 NOISE, START = Site("noise"), Site("start")
@@ -39,11 +41,6 @@ SIGNALS = {DDPM: discrete_signal, VPSDE: continuous_signal}
 def bridge(process: DDPM | VPSDE | None = None, **changes: Any) -> ADBM:
     released: dict[str, Any] = {"eps": 8 / 255, "rounds": 3, "shortest": 100, "levels": 200}
     return ADBM(**{**released, **changes}, process=process or DDPM(200))
-
-
-def batch(n: int = 6) -> Batch:
-    images = uniform(n, 1, 4, 4)
-    return Batch(images, torch.arange(n) % 2, Tape.make(0, "recipe", range(n)))
 
 
 def levels(process: DDPM | VPSDE, *times: int) -> Level:
@@ -99,18 +96,6 @@ def test_bridges_begin_and_are_trained_where_they_should() -> None:
 
 
 # --------------------------------------------------------------------------- the adversarial end
-
-
-class Zero(nn.Module):
-    """Predicts no noise, and remembers what it was shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[Tensor, Tensor]] = []
-
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        self.seen.append((z.detach(), t))
-        return torch.zeros_like(z) + 0 * z
 
 
 def test_the_attack_is_signed_ascent_under_the_noise_that_is_trained() -> None:
@@ -174,14 +159,6 @@ def test_its_recipes() -> None:
 
 
 # ----------------------------------------------------------------------------------- the sampler
-
-
-def tape(n: int = 3) -> Tape:
-    return Tape.make(0, "test", range(n))
-
-
-def images(n: int = 3) -> Tensor:
-    return uniform(n, 1, 4, 4, dtype=F64)
 
 
 def mixture() -> MixtureDenoiser:

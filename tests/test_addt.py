@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dbp_bench.noise import Site, Tape
@@ -11,15 +11,10 @@ from dbp_bench.training.batches import Batch
 from dbp_bench.training.diffusion import ADDT, adversarial, classification, denoising, fooling
 from dbp_bench.training.diffusion import rank_based_gaussian as rbgm
 from dbp_bench.training.processes import DDPM, Level
-from toys import MixtureDenoiser, Small, SmallDenoiser, discrete_signal, normal, uniform
+from toys import MixtureDenoiser, Small, SmallDenoiser, Zero, batch, discrete_signal, normal
 
 PAPER = ADDT(lambda_unit=0.03, lambda_max=0.3, rounds=5, process=DDPM())
 NOISE, START = Site("noise"), Site("start")
-
-
-def batch(n: int = 6, iteration: int = 0) -> Batch:
-    images = uniform(n, 1, 4, 4)
-    return Batch(images, torch.arange(n) % 2, Tape.make(0, "recipe", range(n), iteration))
 
 
 def signal_at(*steps: int) -> Tensor:
@@ -186,18 +181,6 @@ def test_cgpo_raises_the_loss_and_without_rounds_does_not() -> None:
 
 
 # ------------------------------------------------------------------------------------ losses
-
-
-class Zero(nn.Module):
-    """Predicts no noise, and remembers what it was shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[Tensor, Tensor]] = []
-
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        self.seen.append((z.detach(), t))
-        return torch.zeros_like(z) + 0 * z
 
 
 def noise_shown(x: Tensor, z: Tensor, t: Tensor) -> Tensor:

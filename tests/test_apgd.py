@@ -23,26 +23,28 @@ from dbp_bench.attacks.common.objectives import (
 from dbp_bench.attacks.common.options import AnyLoss
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluation import Attacked, Group, attack
+from dbp_bench.evaluation import Group
 from dbp_bench.extras import load_extra
 from dbp_bench.noise import ATTACKER, FORWARD, VICTIM, Noise, Site, Tape
 from dbp_bench.threat import L1, L2, AttackerView, Budget, Linf, Objective
-from toys import BOTH, Echo, Linear, Made, Noisy, Small, SmallDenoiser, normal, sampler, uniform
+from toys import (
+    BOTH,
+    NOTHING,
+    Echo,
+    Linear,
+    Made,
+    Noisy,
+    Small,
+    SmallDenoiser,
+    normal,
+    sampler,
+    search,
+    uniform,
+    view_of,
+)
 
 WEIGHT = normal(1, 16, seed=5)[0]
-NOTHING = frozenset[Site]()
 BALLS = [Linf(0.1), L2(0.4), L1(1.5)]
-
-
-def view_of(of: Defense, n: int, knows: frozenset[Site] = BOTH) -> AttackerView:
-    ids = range(n)
-    return AttackerView(of, knows, Tape.make(0, VICTIM, ids), Tape.make(0, ATTACKER, ids), 4096)
-
-
-def search(
-    of: Defense, method: APGD, group: Group, ball: Budget, knows: frozenset[Site] = BOTH
-) -> Attacked:
-    return attack(of, method, group, ball, knows, seed=0, victim_draw=0, max_batch=4096)
 
 
 # ------------------------------------------------------------------------------- known optima

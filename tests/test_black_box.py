@@ -13,24 +13,12 @@ from dbp_bench.attacks.rays import RayS
 from dbp_bench.attacks.spsa import SPSA
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.errors import AttackFailed
-from dbp_bench.evaluation import Attacked, Group, attack
+from dbp_bench.evaluation import Attacked, Group
 from dbp_bench.noise import ATTACKER, FORWARD, VICTIM, Site, Tape
-from dbp_bench.threat import L1, L2, AttackerView, Budget, Linf, Method, Setup
-from toys import BOTH, Echo, Linear, Made, Noisy, Small, normal, uniform
+from dbp_bench.threat import L1, L2, AttackerView, Budget, Linf, Setup
+from toys import BOTH, NOTHING, Echo, Linear, Made, Noisy, Small, normal, search, uniform, view_of
 
 WEIGHT = normal(1, 16, seed=5)[0]
-NOTHING = frozenset[Site]()
-
-
-def view_of(of: Defense, n: int, knows: frozenset[Site] = BOTH) -> AttackerView:
-    ids = range(n)
-    return AttackerView(of, knows, Tape.make(0, VICTIM, ids), Tape.make(0, ATTACKER, ids), 4096)
-
-
-def search(
-    of: Defense, method: Method, group: Group, ball: Budget, knows: frozenset[Site] = BOTH
-) -> Attacked:
-    return attack(of, method, group, ball, knows, seed=0, victim_draw=0, max_batch=4096)
 
 
 def linear(n: int) -> tuple[Defense, Group, Tensor]:

@@ -17,7 +17,7 @@ from dbp_bench.training import recipes
 from dbp_bench.training.batches import Batch
 from dbp_bench.training.consistency import distilling
 from dbp_bench.training.processes import DDPM
-from toys import LoggedNoise, Small, SmallDenoiser, discrete_signal, normal, uniform
+from toys import LoggedNoise, Small, SmallDenoiser, discrete_signal, images, normal, tape
 
 MEAN, VARIANCE = 0.2, 0.09
 NOISE = Site("noise")
@@ -52,14 +52,6 @@ class Posterior(nn.Module):
 def batch(n: int = 6) -> Batch:
     x = (1 + MEAN + VARIANCE**0.5 * normal(n, 1, 4, 4, seed=3, dtype=F64)) / 2
     return Batch(x, torch.zeros(n), Tape.make(0, "recipe", range(n)))
-
-
-def images(n: int = 3) -> Tensor:
-    return uniform(n, 1, 4, 4, dtype=F64)
-
-
-def tape(n: int = 3) -> Tape:
-    return Tape.make(0, "test", range(n))
 
 
 # ------------------------------------------------------------------------------------- training

@@ -21,7 +21,7 @@ from dbp_bench.runs.job import Overrides, resolve
 from dbp_bench.training import recipes
 from dbp_bench.training.batches import Batch
 from dbp_bench.training.flow import attacked, matching, noisy
-from toys import LoggedNoise, Small, SmallDenoiser, normal, uniform
+from toys import LoggedNoise, Small, SmallDenoiser, batch, images, normal, tape
 
 MEAN, VARIANCE = 0.2, 0.09
 
@@ -39,19 +39,6 @@ class Exact(nn.Module):
         self.told.append(float(t[0]))
         left = 1 - float(t[0]) / 1000
         return -left * self.sigma**2 * (z - MEAN) / (VARIANCE + (left * self.sigma) ** 2)
-
-
-def batch(n: int = 6) -> Batch:
-    images = uniform(n, 1, 4, 4)
-    return Batch(images, torch.arange(n) % 2, Tape.make(0, "recipe", range(n)))
-
-
-def images(n: int = 3) -> Tensor:
-    return uniform(n, 1, 4, 4, dtype=F64)
-
-
-def tape(n: int = 3) -> Tape:
-    return Tape.make(0, "test", range(n))
 
 
 # ------------------------------------------------------------------------------------- training

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dbp_bench
-from dbp_bench import attacks
 from dbp_bench.attacks.lpips import LPIPS
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.entries.defense import OWN_CLASSIFIER
@@ -26,12 +25,11 @@ from dbp_bench.runs.job import Job, Overrides, identity_of, resolve
 from dbp_bench.runs.replay import job_of
 from dbp_bench.runs.saved import adversarial_path, as_8_bit, read_saved, write_saved
 from dbp_bench.threat import AttackerView, Gradient, Linf, Setup, excess, is_inside
-from toys import BOTH, Linear, Noisy, Small, normal, uniform
+from toys import BOTH, NOTHING, Linear, Noisy, Small, normal, uniform
 
 if TYPE_CHECKING:
     from conftest import Command
 
-NOTHING = frozenset[Site]()
 SOME = frozenset({Site("forward")})
 
 
@@ -378,15 +376,6 @@ def test_what_cannot_be_measured_is_refused(
     assert says in said.err
     assert len(said.err.splitlines()) == 1
     assert not list((tmp_path / "out").rglob("seed-*.json"))
-
-
-def test_the_attacks_made_of_attacks_take_others() -> None:
-    for name, options in (
-        ("ensemble", {"members": [{"attack": "lpips"}]}),
-        ("transfer", {"search": {"attack": "lpips"}}),
-    ):
-        with pytest.raises(ValueError, match="lpips: keeps a bound of its own, and cannot search"):
-            attacks.make(name, options)
 
 
 def job(threat: str = "eot", **effort: Any) -> Job:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from closed_forms import F64
 from dbp_bench.defense import Defense, Purifier
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, GUIDANCE, REVERSE, Site, Tape
@@ -28,23 +29,15 @@ from toys import (
     Silent,
     continuous_signal,
     discrete_signal,
+    images,
     normal,
     sampler,
     ssim,
-    uniform,
+    tape,
 )
 
-F64 = torch.float64
 BETAS = np.linspace(1e-4, 2e-2, 1000)
 ABAR = np.cumprod(1 - BETAS)
-
-
-def images(n: int = 3, size: int = 4, channels: int = 1) -> Tensor:
-    return uniform(n, channels, size, size, dtype=F64)
-
-
-def tape(n: int = 3, draw: int = 0) -> Tape:
-    return Tape.make(0, "test", range(n), draw)
 
 
 # -------------------------------------------------------------------------- levels and grids

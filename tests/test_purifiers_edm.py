@@ -10,9 +10,9 @@ from closed_forms import F64, ImageNet, Mixture, gaussian
 from dbp_bench.checks.conformance import CHECKS, fault
 from dbp_bench.defense import Defense
 from dbp_bench.errors import BadEntry
-from dbp_bench.noise import FORWARD, REVERSE, Tape
+from dbp_bench.noise import FORWARD, REVERSE
 from dbp_bench.purifiers.edm import EDM
-from toys import LoggedNoise, Silent, Small, normal, uniform
+from toys import LoggedNoise, Silent, Small, images, normal, tape
 
 GRID: dict[str, Any] = {"sigma_max": 0.5, "sigma_min": 0.002, "rho": 7.0, "steps": 50}
 ODE: dict[str, Any] = {**GRID, "solver": "heun", "clamp_output": True}
@@ -23,14 +23,6 @@ SDE: dict[str, Any] = {**ODE, **CHURN}
 
 def network() -> ImageNet:
     return ImageNet(gaussian(0.2, 0.09))
-
-
-def images(n: int = 3) -> Tensor:
-    return uniform(n, 1, 4, 4, dtype=F64)
-
-
-def tape(n: int = 3) -> Tape:
-    return Tape.make(0, "test", range(n))
 
 
 def karras(i: int, n: int = 50) -> float:

@@ -10,9 +10,9 @@ from closed_forms import F64, Mixture, NoiseNet, gaussian
 from dbp_bench.checks.conformance import CHECKS, fault
 from dbp_bench.defense import Defense, Purifier
 from dbp_bench.errors import BadEntry
-from dbp_bench.noise import FORWARD, REVERSE, Noise, Site, Tape
+from dbp_bench.noise import FORWARD, REVERSE, Noise, Site
 from dbp_bench.purifiers.gradual import Gradual
-from toys import LoggedNoise, Small, discrete_signal, normal, sampler, uniform
+from toys import LoggedNoise, Small, discrete_signal, images, normal, sampler, tape
 
 Stages = list[dict[str, int]]
 
@@ -26,14 +26,6 @@ PUBLISHED: dict[str, tuple[Stages, int]] = {
     "surrogate": (stages((30, 1, 1), (50, 1, 1), (125, 5, 1)), 7),
 }
 """Those of CIFAR-10 and ImageNet are entries: their calls are counted with the entries'."""
-
-
-def images(n: int = 3) -> Tensor:
-    return uniform(n, 1, 4, 4, dtype=F64)
-
-
-def tape(n: int = 3) -> Tape:
-    return Tape.make(0, "test", range(n))
 
 
 def network() -> NoiseNet:

@@ -16,12 +16,12 @@ from dbp_bench.checks.conformance import CHECKS, fault
 from dbp_bench.defense import Defense, Purifier, StraightThrough
 from dbp_bench.errors import BadEntry
 from dbp_bench.networks.parts import sinusoids
-from dbp_bench.noise import FORWARD, Noise, Site, Tape, seeded
+from dbp_bench.noise import FORWARD, Noise, Site, seeded
 from dbp_bench.purifiers.lm import LEVEL, LM, minimised, slope, squares
 from dbp_bench.purifiers.rdc import LOSSES, RDC
 from dbp_bench.purifiers.scoreopt import ScoreOptN
 from dbp_bench.purifiers.sigma import AtSigma, step_at
-from toys import LoggedNoise, Silent, Small, discrete_signal, distinct, uniform
+from toys import LoggedNoise, Silent, Small, discrete_signal, distinct, tape, uniform
 
 MEAN, VARIANCE = 0.2, 0.09
 DATA = gaussian(MEAN, VARIANCE)
@@ -52,10 +52,6 @@ class SmallSigma(nn.Module):
 
 def images(n: int = 3) -> Tensor:
     return 0.3 + 0.4 * uniform(n, 1, 4, 4, dtype=F64)
-
-
-def tape(n: int = 3) -> Tape:
-    return Tape.make(0, "test", range(n))
 
 
 def lm(denoiser: nn.Module, **changes: Any) -> LM:

@@ -13,27 +13,19 @@ from closed_forms import F64, NoiseNet, gaussian
 from dbp_bench.checks.conformance import check_batch, check_gradient
 from dbp_bench.defense import Defense, Purifier
 from dbp_bench.errors import BadEntry, NotConforming
-from dbp_bench.noise import FORWARD, GUIDANCE, REVERSE, Noise, Site, Tape
+from dbp_bench.noise import FORWARD, GUIDANCE, REVERSE, Noise, Site
 from dbp_bench.purifiers.controls import OneShot
 from dbp_bench.purifiers.ddpm import DDIM, DDPM, Posterior
 from dbp_bench.purifiers.guided import GDMP, published_scale
 from dbp_bench.purifiers.resize import Resized
 from dbp_bench.purifiers.schedule import Schedule, predict
 from dbp_bench.purifiers.vpsde import DiffPure
-from toys import LoggedNoise, Small, continuous_signal, discrete_signal, uniform
+from toys import LoggedNoise, Small, continuous_signal, discrete_signal, images, tape
 
 BETAS = np.linspace(1e-4, 2e-2, 1000)
 ABAR = np.cumprod(1 - BETAS)
 RAW = {"clip_x0": False, "clamp_output": False}
 Draws = dict[tuple[Site, int], Tensor]
-
-
-def images(n: int = 3, size: int = 4) -> Tensor:
-    return uniform(n, 1, size, size, dtype=F64)
-
-
-def tape(n: int = 3) -> Tape:
-    return Tape.make(0, "test", range(n))
 
 
 class Net(NoiseNet):

@@ -15,7 +15,7 @@ from dbp_bench.checks.conformance import CHECKS, fault
 from dbp_bench.defense import Defense
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadEntry
-from dbp_bench.noise import FORWARD, REVERSE, Site, Tape
+from dbp_bench.noise import FORWARD, REVERSE, Site
 from dbp_bench.purifiers.coup import COUP, confidence_gradient
 from dbp_bench.purifiers.ddpm import DDPM
 from dbp_bench.purifiers.edm import EDM
@@ -33,18 +33,11 @@ from toys import (
     Silent,
     Small,
     discrete_signal,
+    images,
     normal,
     sampler,
-    uniform,
+    tape,
 )
-
-
-def images(n: int = 3) -> Tensor:
-    return uniform(n, 1, 4, 4, dtype=F64)
-
-
-def tape(n: int = 3) -> Tape:
-    return Tape.make(0, "test", range(n))
 
 
 def mixture() -> MixtureDenoiser:

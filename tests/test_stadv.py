@@ -9,26 +9,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from closed_forms import F64
 from dbp_bench import attacks
 from dbp_bench.attacks.stadv import StAdv, moved, roughness
 from dbp_bench.defense import Defense, Identity
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest
-from dbp_bench.evaluation import Attacked, Group, attack
-from dbp_bench.noise import ATTACKER, VICTIM, Site, Tape
+from dbp_bench.evaluation import Attacked, Group
+from dbp_bench.noise import Site
 from dbp_bench.result import Result
 from dbp_bench.runs.execute import execute
 from dbp_bench.runs.job import Job, Overrides, identity_of, resolve
 from dbp_bench.runs.replay import job_of
 from dbp_bench.runs.saved import adversarial_path, as_8_bit, read_saved, write_saved
-from dbp_bench.threat import AttackerView, Flow, Linf, Setup, excess, is_inside
-from toys import BOTH, Echo, Linear, Noisy, Small, normal, uniform
+from dbp_bench.threat import Flow, Linf, Setup, excess, is_inside
+from toys import BOTH, NOTHING, Echo, Linear, Noisy, Small, normal, search, uniform, view_of
 
 if TYPE_CHECKING:
     from conftest import Command
-
-NOTHING = frozenset[Site]()
-F64 = torch.float64
 
 
 def constant(along_width: float, along_height: float, n: int, h: int, w: int) -> Tensor:
@@ -100,14 +98,9 @@ def test_the_roughness_of_a_constant_flow_is_zero_and_of_a_step_its_height() -> 
 # ----------------------------------------------------------------------------------- the search
 
 
-def view_of(of: Defense, n: int, knows: frozenset[Site] = BOTH) -> AttackerView:
-    ids = range(n)
-    return AttackerView(of, knows, Tape.make(0, VICTIM, ids), Tape.make(0, ATTACKER, ids), 4096)
-
-
 def searched(of: Defense, method: StAdv, group: Group, knows: frozenset[Site] = BOTH) -> Attacked:
     """Within a budget that would leave nothing."""
-    return attack(of, method, group, Linf(0.0), knows, seed=0, victim_draw=0, max_batch=4096)
+    return search(of, method, group, Linf(0.0), knows)
 
 
 def bright(n: int, noise: float = 0.0, bound: float = -1e3) -> tuple[Defense, Group]:
@@ -249,14 +242,18 @@ def test_a_limit_that_is_none_is_refused(
     assert len(said.err.splitlines()) == 1
 
 
-def test_the_null_attack_and_the_attacks_made_of_attacks_take_others() -> None:
+def test_the_null_attack_takes_another() -> None:
     with pytest.raises(BadRequest, match="eps: 0 in linf is no limit of stadv"):
         job(threat="null")
-    members = {"members": [{"attack": "stadv"}]}
-    with pytest.raises(ValueError, match="stadv: keeps a bound of its own, and cannot search in"):
-        attacks.make("ensemble", members)
-    with pytest.raises(ValueError, match="stadv: keeps a bound of its own, and cannot search in"):
-        attacks.make("transfer", {"search": {"attack": "stadv"}})
+
+
+@pytest.mark.parametrize("name", ["stadv", "lpips"])
+def test_the_attacks_made_of_attacks_take_others(name: str) -> None:
+    said = f"{name}: keeps a bound of its own, and cannot search in"
+    with pytest.raises(ValueError, match=said):
+        attacks.make("ensemble", {"members": [{"attack": name}]})
+    with pytest.raises(ValueError, match=said):
+        attacks.make("transfer", {"search": {"attack": name}})
 
 
 def job(threat: str = "eot", effort: dict[str, Any] | None = None, eps: float | None = None) -> Job:

@@ -13,7 +13,7 @@ from dbp_bench.errors import BadRequest
 from dbp_bench.networks import trial
 from dbp_bench.noise import Site, Tape
 from dbp_bench.training import dropout, recipes, variants
-from dbp_bench.training.batches import Batch, draw
+from dbp_bench.training.batches import draw
 from dbp_bench.training.diffusion import (
     ADDT,
     LinfADDT,
@@ -25,16 +25,11 @@ from dbp_bench.training.diffusion import (
 )
 from dbp_bench.training.processes import DDPM, EDM, VPSDE, Process
 from dbp_bench.training.state import Settings, State, WeightAverage
-from toys import Small, SmallDenoiser, normal, uniform
+from toys import Small, SmallDenoiser, batch, normal, uniform
 
 NOISE, START = Site("noise"), Site("start")
 PROCESSES: list[Process] = [DDPM(), VPSDE(), EDM()]
 CONSTANT = Settings(10, 8, 1e-3, 0.0, (0.9, 0.999), 0.9, anneal=False)
-
-
-def batch(n: int = 6, iteration: int = 0) -> Batch:
-    images = uniform(n, 1, 4, 4)
-    return Batch(images, torch.arange(n) % 2, Tape.make(0, "recipe", range(n), iteration))
 
 
 def names(value: object) -> str:

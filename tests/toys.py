@@ -13,15 +13,18 @@ from torch.nn import functional as F
 
 from dbp_bench.checks.record import Approach
 from dbp_bench.defense import Defense, Denoiser
-from dbp_bench.evaluation import Group, predict
-from dbp_bench.noise import FORWARD, REVERSE, Noise, Site, Tape, seeded
+from dbp_bench.evaluation import Attacked, Group, attack, predict
+from dbp_bench.noise import ATTACKER, FORWARD, REVERSE, VICTIM, Noise, Site, Tape, seeded
 from dbp_bench.purifiers.ddpm import DDIM, DDPM
 from dbp_bench.purifiers.dpm_solver import DPMSolver
 from dbp_bench.purifiers.guided import GDMP, mse_gradient, ssim_gradient
 from dbp_bench.purifiers.vpsde import DiffPure
+from dbp_bench.threat import AttackerView, Budget, Method
+from dbp_bench.training.batches import Batch
 
+NOTHING = frozenset[Site]()
 BOTH = frozenset({FORWARD, REVERSE})
-SUBSETS = [frozenset[Site](), frozenset({FORWARD}), frozenset({REVERSE}), BOTH]
+SUBSETS = [NOTHING, frozenset({FORWARD}), frozenset({REVERSE}), BOTH]
 
 
 # --------------------------------------------------------------------------------------- data
@@ -44,6 +47,22 @@ def group(n: int, size: int = 4, channels: int = 1) -> Group:
     return Group(uniform(n, channels, size, size), torch.arange(n) % 2, range(10, 10 + n))
 
 
+def batch(n: int = 6, iteration: int = 0) -> Batch:
+    """`n` uniform images with alternating labels, as a recipe trains on them."""
+    tape = Tape.make(0, "recipe", range(n), iteration)
+    return Batch(uniform(n, 1, 4, 4), torch.arange(n) % 2, tape)
+
+
+def images(n: int = 3, size: int = 4, channels: int = 1) -> Tensor:
+    """`n` uniform images, in float64."""
+    return uniform(n, channels, size, size, dtype=torch.float64)
+
+
+def tape(n: int = 3, draw: int = 0) -> Tape:
+    """A draw for each of `n` images."""
+    return Tape.make(0, "test", range(n), draw)
+
+
 def distinct(rows: Tensor) -> int:
     """How many rows differ from all before them."""
     return len({tuple(row) for row in rows.flatten(1).tolist()})
@@ -52,6 +71,19 @@ def distinct(rows: Tensor) -> int:
 def is_right(defense: Defense, images: Tensor, of: Group, draw: int = 0) -> Tensor:
     """Which ``(b,)`` of the `images` the defense gets right at victim draw `draw` of seed 0."""
     return predict(defense, images, of.ids, seed=0, draw=draw) == of.labels
+
+
+def view_of(of: Defense, n: int, knows: frozenset[Site] = BOTH) -> AttackerView:
+    """What an attacker of `n` images sees, at victim draw 0 of seed 0."""
+    ids = range(n)
+    return AttackerView(of, knows, Tape.make(0, VICTIM, ids), Tape.make(0, ATTACKER, ids), 4096)
+
+
+def search(
+    of: Defense, method: Method, group: Group, ball: Budget, knows: frozenset[Site] = BOTH
+) -> Attacked:
+    """What `method` finds in the `ball`, at victim draw 0 of seed 0."""
+    return attack(of, method, group, ball, knows, seed=0, victim_draw=0, max_batch=4096)
 
 
 def approach(batch_size: int, max_batch: int) -> Approach:
@@ -140,6 +172,18 @@ class SmallDenoiser(nn.Module):
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         level = (t / 1000).view(-1, 1, 1, 1).expand(-1, 1, *z.shape[2:])
         return self.last(F.silu(self.first(torch.cat([z, level], 1))))  # type: ignore[no-any-return]
+
+
+class Zero(nn.Module):
+    """Predicts no noise, and remembers what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        self.seen.append((z.detach(), t))
+        return torch.zeros_like(z) + 0 * z
 
 
 class GaussianDenoiser(nn.Module):
