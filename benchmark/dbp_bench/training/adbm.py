@@ -24,13 +24,12 @@ integer between two levels, t one of 1 ... T, and T itself is trained with proba
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from dbp_bench.noise import Site
 from dbp_bench.purifiers.schedule import to_diffusion
 from dbp_bench.training.batches import Batch
-from dbp_bench.training.diffusion import Guide, Loss, inside
+from dbp_bench.training.diffusion import Guide, Loss, inside, slope
 from dbp_bench.training.processes import DDPM, VPSDE, Level
 
 _NOISE, _START, _LEVEL, _END = Site("noise"), Site("start"), Site("level"), Site("end")
@@ -84,14 +83,14 @@ class ADBM:
         """
         z = to_diffusion(batch.images)
         start = 2 * batch.tape.uniform(_START, 0, z) - 1
+
+        def value(delta: Tensor) -> Tensor:
+            shown = level.diffuse(z, self.push(noise, delta, level, end))
+            return guide(self.process.predict(denoiser, shown, level), noise, batch.labels)
+
         delta = inside(2 * self.eps * start, z, self.eps)
         for _ in range(self.rounds):
-            with torch.enable_grad():
-                leaf = delta.detach().requires_grad_()
-                shown = level.diffuse(z, self.push(noise, leaf, level, end))
-                said = self.process.predict(denoiser, shown, level)
-                (gradient,) = torch.autograd.grad(guide(said, noise, batch.labels), leaf)
-            delta = inside(delta + 2 * self.eps * gradient.sign(), z, self.eps)
+            delta = inside(delta + 2 * self.eps * slope(value, delta).sign(), z, self.eps)
         return delta
 
 

@@ -108,12 +108,20 @@ def _ascent(
     perturbation: Tensor,
     noise: Tensor,
 ) -> Tensor:
-    """The gradient of the guide in the perturbation alone: none is left on any weight."""
+    """The gradient of the guide in the perturbation."""
+
+    def value(perturbation: Tensor) -> Tensor:
+        z_t = level.diffuse(to_diffusion(batch.images), objective.mix(noise, perturbation, level))
+        return guide(objective.process.predict(denoiser, z_t, level), noise, batch.labels)
+
+    return slope(value, perturbation)
+
+
+def slope(value: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """The gradient of a sum over images in `at` alone: none is left on any weight."""
     with torch.enable_grad():
-        leaf = perturbation.detach().requires_grad_()
-        z_t = level.diffuse(to_diffusion(batch.images), objective.mix(noise, leaf, level))
-        said = objective.process.predict(denoiser, z_t, level)
-        (gradient,) = torch.autograd.grad(guide(said, noise, batch.labels), leaf)
+        leaf = at.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(value(leaf), leaf)
     return gradient
 
 

@@ -8,7 +8,6 @@ the velocity ``x1 - x0``. All in diffusion space [-1, 1].
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,7 +15,7 @@ from dbp_bench.noise import Site
 from dbp_bench.purifiers.flow import TIMES
 from dbp_bench.purifiers.schedule import to_diffusion
 from dbp_bench.training.batches import Batch
-from dbp_bench.training.diffusion import Loss, inside
+from dbp_bench.training.diffusion import Loss, inside, slope
 
 _NOISE, _START, _TIME, _BOUND = Site("noise"), Site("start"), Site("time"), Site("bound")
 
@@ -60,14 +59,13 @@ def attacked(classifier: nn.Module, eps: float, step: float, rounds: int) -> Per
     def perturb(batch: Batch) -> Tensor:
         z = to_diffusion(batch.images)
         bound = eps * batch.uniform(_BOUND).view(-1, 1, 1, 1)
+
+        def loss(delta: Tensor) -> Tensor:
+            return F.cross_entropy(classifier((z + delta + 1) / 2), batch.labels, reduction="sum")
+
         delta = inside(2 * bound * (2 * batch.tape.uniform(_START, 0, z) - 1), z, bound)
         for _ in range(rounds):
-            with torch.enable_grad():
-                leaf = delta.detach().requires_grad_()
-                logits = classifier((z + leaf + 1) / 2)
-                value = F.cross_entropy(logits, batch.labels, reduction="sum")
-                (gradient,) = torch.autograd.grad(value, leaf)
-            delta = inside(delta + 2 * step * gradient.sign(), z, bound)
+            delta = inside(delta + 2 * step * slope(loss, delta).sign(), z, bound)
         return z + delta
 
     return perturb
