@@ -384,18 +384,18 @@ def _apart(board: Leaderboard) -> list[str]:
     """The attacks with a bound of their own, whose accuracies stand in no other table."""
     if not board.apart:
         return []
+    kinds = {row.defense: row.kind for row in board.rows}
     frame = frame_of(
         {
             "defense": pool.any.defense,
-            "kind": kind,
+            "kind": kinds[pool.any.defense],
             "knows": pool.knowledge,
             **setting_of(pool),
             "bound": pool.bound,
             "robust": pool.robust.estimate,
             "evaluations": _cost(pd.Series(how(pool))),
         }
-        for pool, kind in board.pools
-        if pool in board.apart
+        for pool in board.apart
     )
     table = to_markdown(_titled(frame).drop(columns="Kind"))
     return ["## Attacks with a bound of their own", "", *table, note("apart", norm=board.norm), ""]

@@ -134,8 +134,7 @@ class Leaderboard:
     @property
     def apart(self) -> list[Pool]:
         """The results of attacks with a bound of their own, which compare with no others."""
-        own = [p for p, _ in self.pools if p.any.norm in OWN_BOUNDS]
-        return [pool for pool in own if pool.any.norm != self.norm]
+        return [p for p, _ in self.pools if p.any.norm in OWN_BOUNDS and p.any.norm != self.norm]
 
     @property
     def title(self) -> str:
