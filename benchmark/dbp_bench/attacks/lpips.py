@@ -1,4 +1,4 @@
-"""The Lagrangian perceptual attack (Laidlaw et al. 2021): far in pixels, near in a network's eyes.
+"""The Lagrangian perceptual attack (Laidlaw et al. 2021): far in pixels, near in features.
 
 It maximises the loss minus ``weight max(0, d(x', x) - bound)``, where d is the perceptual distance
 (:mod:`dbp_bench.perceptual`); from round to round the weight grows tenfold for each image that is

@@ -35,7 +35,7 @@ FIRST, LAST_KNOWN, LAST_HIDDEN = 2.0, 0.02, 0.01
 """Lengths of the first and the last step of a search, relative to eps."""
 RANGE = 20.0
 """The range that the logits of a clean image are scaled to, where a draw is hidden: log-odds, and
-what they rank, must not hang on the scale that a classifier happens to have."""
+what they rank, must not depend on the scale that a classifier happens to have."""
 WINDOW, EASE = 20, 5.0
 """Where a draw is hidden, an image is finished when its last 20 draws were all misclassified, with
 log-odds of being wrong that have a mean of more than 5 standard deviations."""

@@ -68,7 +68,7 @@ class Subject:
         """Refuse the identity's gradient where no image is purified.
 
         Raises:
-            BadRequest: The defense gives logits, whose gradient is no image.
+            BadRequest: The defense gives logits, and BPDA needs a purified image.
         """
         if self.setting.classifies is not None:
             other = " or declared-surrogate" if self.setting.surrogate else ""

@@ -52,7 +52,10 @@ class Guided:
     label: Label
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        """Predicted noise ``(b, c, h, w)`` for `z` ``(b, c, h, w)`` at what DiffPure tells `t`."""
+        """Predicted noise ``(b, c, h, w)`` for `z` ``(b, c, h, w)``, with the guidance in it.
+
+        `t` ``(b,)`` is what DiffPure tells its network: one number, in the units of `label`.
+        """
         told = float(t[0])
         level = told + 1 if self.label == "step" else told
         if self.label == "score-sde":

@@ -20,7 +20,7 @@ from dbp_bench.noise import FORWARD, Noise, Site
 from dbp_bench.purifiers.schedule import to_diffusion, to_images
 
 TIMES = 1000
-"""A network is told this many times the flow's time, so that those of diffusions will do."""
+"""A network is told this many times the flow's time, so that networks of diffusions serve."""
 
 
 class Velocity(Protocol):

@@ -4,10 +4,10 @@ The image is moved by a few steps of Adam down the loss that its denoiser was tr
 bounds its negative log-likelihood: the mean over pixels of ``(D(z + sigma n; sigma) - z)^2``, at a
 level sigma and noise n that each step draws anew. z is in [-1, 1].
 
-The published code differs in what no rule of this benchmark allows: it averages the loss over the
-batch too, which Adam almost undoes; here each image has a loss of its own. It seeds the global
-generator at each call, so that its noise is always the same; here every draw is the tape's. Its
-projection to a ball of radius 200 in [-1, 1] units, wider than the pixel box of CIFAR, is left out.
+The published code breaks two rules of this benchmark. It averages the loss over the batch too,
+which Adam almost undoes; here each image has a loss of its own. It seeds the global generator at
+each call, so that its noise is always the same; here every draw is the tape's. Its projection to a
+ball of radius 200 in [-1, 1] units, wider than the pixel box of CIFAR, is left out.
 
 The gradient of this defense is of second order, through every step of Adam. Published attacks take
 the identity's in its place (``--gradient bpda``). Near a pixel whose slope is 0 Adam's first step

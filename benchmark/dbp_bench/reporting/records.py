@@ -100,9 +100,9 @@ def load_sweeps(place: Path, tracks: Sequence[str]) -> list[Record]:
 
 
 def result_files(place: Path) -> list[Path]:
-    """The result files below a folder, in order.
+    """The result files below a folder, in order, without those of sweeps, analyses and `.work`.
 
-    Those of sweeps, certificates and unfinished work are none.
+    Certificates are no results.
     """
     found = sorted(path for path in place.rglob("seed-*.json") if re.fullmatch(_FILE, path.name))
     apart = ("sweeps", "analyses")

@@ -150,7 +150,7 @@ class _Purifier:
     """The purifier in the other process."""
 
     ask: Callable[[str], Callable[..., list[Tensor]]]
-    """By part."""
+    """The function that asks the other process about a part of the defense, by the part's name."""
     sites: frozenset[Site]
 
     def part(self, name: str, images: Tensor, noise: Noise) -> Tensor:

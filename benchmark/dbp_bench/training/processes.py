@@ -81,7 +81,7 @@ class DDPM(_NoisePrediction):
         return Level(t, signal.sqrt(), (1 - signal).sqrt(), (signal / (1 - signal)).sqrt())
 
     def at_time(self, time: Tensor) -> Level:
-        """The next level above `time` ``(b,)``, or there, of :attr:`Schedule.levels` in all."""
+        """The level of `time` ``(b,)`` in 0 ... 1000, rounded up to an integer; 1 at least."""
         return self.at(time.ceil().clamp(min=1) - 1)
 
 
@@ -104,7 +104,7 @@ class VPSDE(_NoisePrediction):
         return Level(1000 * t - 1, mean, std, mean / std)
 
     def at_time(self, time: Tensor) -> Level:
-        """The level at `time` ``(b,)``, of 1000 in all, and 0.01 at least (ADBM's 1e-5 of 1)."""
+        """The level at `time` ``(b,)`` in 0 ... 1000; 0.01 at least (in ADBM's code, 1e-5 of 1)."""
         return self.at((time / 1000).clamp(min=1e-5))
 
 

@@ -238,7 +238,8 @@ def with_objective(made: Recipe, options: Mapping[str, Any]) -> Recipe:
     """`made` with other constants of its objective, such as ``lambda_unit``.
 
     Raises:
-        BadRequest: It has none of that name, or a value isn't a number above 0.
+        BadRequest: It has none of that name, a value isn't a number above 0, or sigma_min is above
+            sigma_max.
     """
     for name, value in options.items():
         if name not in made.objective:
