@@ -300,6 +300,17 @@ def test_votes_without_a_class_are_counted_for_none() -> None:
     assert found.selection.tolist() == [[5, 0]] * 3
 
 
+def test_no_graph_is_built() -> None:
+    asked: list[bool] = []
+
+    def classify(images: Tensor, tape: Tape) -> Tensor:
+        asked.append(torch.is_grad_enabled())
+        return torch.zeros(len(images), dtype=torch.int64)
+
+    _run(classify)
+    assert asked == [False, False]
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [

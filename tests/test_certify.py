@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import dbp_bench
-from dbp_bench import certification
 from dbp_bench.certificate import Certificate, certificate_schema, label_of
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, BadResult, NotConforming
@@ -20,6 +19,7 @@ from dbp_bench.purifiers.denoised_smoothing import noise_of
 from dbp_bench.purifiers.schedule import LINEAR
 from dbp_bench.runs import certify as running
 from dbp_bench.runs.certify import at_level, level_of, plan
+from dbp_bench.runs.estimate import ForwardCost
 from dbp_bench.runs.execute import Progress
 
 if TYPE_CHECKING:
@@ -190,6 +190,15 @@ def test_the_plan_says_what_published_settings_cost(command: "Command") -> None:
     assert "0.9529" in out
 
 
+def test_the_plan_names_the_weights_that_it_was_timed_without(
+    command: "Command", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost = ForwardCost(1, 0.1, ("cifar10-iddpm",))
+    monkeypatch.setattr("dbp_bench.runs.estimate.forward_cost", lambda *_: cost)
+    out = _certify(command, "--dry-run")[1]
+    assert "timed with random weights: cifar10-iddpm not in the cache" in out
+
+
 # ---------------------------------------------------------------------------- levels and noise
 
 
@@ -299,19 +308,6 @@ def test_the_committed_schema_is_that_of_the_record() -> None:
         "import certificate_schema; print(json.dumps(certificate_schema(), indent=1))' > "
         "results/certificate-schema.json"
     )
-
-
-def test_no_graph_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
-
-    def classify(images: torch.Tensor, tape: object) -> torch.Tensor:
-        asked.append(torch.is_grad_enabled())
-        return torch.zeros(len(images), dtype=torch.int64)
-
-    images = torch.zeros(2, 1, 2, 2)
-    smoothing = certification.Smoothing(0.1, 1, 2)
-    list(certification.count(classify, images, [0, 1], smoothing, classes=2, seed=0, max_batch=9))
-    assert asked == [False, False]
 
 
 # ------------------------------------------------------------------------------------- scripts

@@ -4,9 +4,10 @@ A file holds facts: how many votes each class got on each image. The certified c
 Cohen et al. (2019, "Certified Adversarial Robustness via Randomized Smoothing", algorithm 2) follow
 from them for any failure probability alpha. Radii are in l2 and in [0, 1] pixel units.
 
-The bound needs votes that are independent and alike: each has Gaussian noise of its own, which is
-not clipped, and, where the base classifier is random, draws of its own. It then holds for the
-smoothed classifier, which gives the class that most such votes name, and not for a single answer.
+The bound needs votes that are independent and identically distributed: each has Gaussian noise of
+its own, which is not clipped, and, where the defense is random, draws of its own. It then holds for
+the smoothed classifier, which gives the class that most such votes name, and not for a single
+answer.
 """
 
 import hashlib
@@ -255,10 +256,12 @@ class Certificate(Strict):
     @property
     def label(self) -> str:
         """The noise level, the number of votes and what was set, as paths and tables have them."""
-        return label_of(self.sigma, self.n, {k: self._set(k) for k in self.overrides})
+        return label_of(self.sigma, self.n, self.given)
 
-    def _set(self, name: str) -> Any:
-        return self.options.get(name, 1 if name == "votes" else None)
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that were set against the entry; a single vote is recorded in none."""
+        return {k: self.options.get(k, 1 if k == "votes" else None) for k in self.overrides}
 
     def path(self, folder: Path) -> Path:
         """The path of this file below a `folder` of results."""

@@ -124,7 +124,7 @@ def count(
     """Count the votes of a group of images; the counts are given after every pass.
 
     Args:
-        classify: The base classifier.
+        classify: The defense that votes.
         images: ``(b, c, h, w)`` in [0, 1].
         ids: The id of each image: it decides the noise, whatever the batch.
         smoothing: The noise, and the number of votes.

@@ -210,5 +210,8 @@ AsJson = Annotated[
     bool,
     typer.Option("--json", help="Print JSON for scripts, and nothing else.", callback=_json_alone),
 ]
+NoResume = Annotated[
+    bool, typer.Option("--no-resume", help="Replace what is there; otherwise it is continued.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]

@@ -15,6 +15,8 @@ from dbp_bench.cli.app import (
     Defenses,
     Device,
     Entries,
+    Examples,
+    NoResume,
     Out,
     Quiet,
     Seed,
@@ -29,6 +31,7 @@ from dbp_bench.cli.shared import (
     options_of,
     registry_of,
     show_json,
+    show_random_weights,
     split,
 )
 from dbp_bench.errors import AttackFailed, BadRequest, NotConforming
@@ -83,12 +86,7 @@ def certify(
             rich_help_panel=CHANGED,
         ),
     ] = None,
-    examples: Annotated[
-        int | None,
-        typer.Option(
-            "--examples", help="The first N images of the track.", rich_help_panel=CHANGED
-        ),
-    ] = None,
+    examples: Examples = None,
     max_batch: Annotated[
         int | None,
         typer.Option(
@@ -107,9 +105,7 @@ def certify(
             rich_help_panel=MACHINE,
         ),
     ] = False,
-    no_resume: Annotated[
-        bool, typer.Option("--no-resume", help="Replace what is there; otherwise it is continued.")
-    ] = False,
+    no_resume: NoResume = False,
     data: Data = None,
     entries: Entries = None,
     trust_code: Trust = False,
@@ -200,15 +196,12 @@ def _show(
     radii: Sequence[float] | None,
     as_json: bool,
 ) -> None:
-    from dbp_bench.reporting.certificates import certificates_frame, terminal_table
+    from dbp_bench.reporting.certificates import certificates_frame, terminal_table, to_table
 
-    frame = certificates_frame(held, radii, alpha=alpha)
     if as_json:
-        from dbp_bench.reporting.certificates import to_table
-
         show_json(to_table(held, radii, alpha=alpha))
         return
-    say.print("", terminal_table(frame), "", sep="\n")
+    say.print("", terminal_table(certificates_frame(held, radii, alpha=alpha)), "", sep="\n")
     say.print(
         f"Certified accuracy in percent within an l2 radius in [0, 1] pixel units, at alpha "
         f"{alpha:g}; blank: no radius that so many votes can reach. It is that of the vote, not of "
@@ -227,8 +220,10 @@ def _plan(
     from dbp_bench.runs.estimate import forward_cost
 
     rows: list[dict[str, Any]] = []
+    missing: list[str] = []
     for job in jobs:
         cost = forward_cost(job.subject, job.device)
+        missing += cost.random_weights
         noise = job.smoothing
         rows.append(
             {
@@ -267,6 +262,7 @@ def _plan(
         levels = [f"{name}={row['options'][name]:g}" for name in shown if name in row["options"]]
         if levels:
             say.print(f"{row['defense']} at sigma {row['sigma']:g}: {', '.join(levels)}")
+    show_random_weights(say, missing)
     say.print(f"total    {duration(sum(row['seconds'] for row in rows))} on this device")
     say.print(
         "Votes are those of one image. Radius: the largest in reach, where all votes agree, at "

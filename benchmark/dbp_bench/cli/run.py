@@ -26,6 +26,7 @@ from dbp_bench.cli.app import (
     Examples,
     Gradient,
     MaxBatch,
+    NoResume,
     Options,
     Out,
     Quiet,
@@ -42,6 +43,7 @@ from dbp_bench.cli.shared import (
     overrides_of,
     registry_of,
     show_json,
+    show_random_weights,
     split,
 )
 from dbp_bench.errors import AttackFailed, BadRequest, BadResult, NotConforming
@@ -84,9 +86,7 @@ def run(
     save_adversarial: Annotated[
         bool, typer.Option("--save-adversarial", help="Also write the adversarial images.")
     ] = False,
-    no_resume: Annotated[
-        bool, typer.Option("--no-resume", help="Replace what is there; otherwise it is continued.")
-    ] = False,
+    no_resume: NoResume = False,
     data: Data = None,
     entries: Entries = None,
     trust_code: Trust = False,
@@ -425,10 +425,4 @@ def _show_limits(say: "Console", costs: "Sequence[tuple[Job, Cost]]") -> None:
                 f"{job.device}. Try --max-batch {smaller}.",
                 soft_wrap=True,
             )
-    missing = list(dict.fromkeys(name for _, cost in costs for name in cost.random_weights))
-    if missing:
-        say.print(
-            f"timed with random weights: {', '.join(missing)} not in the cache. "
-            "`dbp-bench weights list` says where they are from.",
-            soft_wrap=True,
-        )
+    show_random_weights(say, (name for _, cost in costs for name in cost.random_weights))

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import TextIOWrapper
 from pathlib import Path
@@ -79,6 +79,17 @@ def json_alone() -> Iterator[None]:
 def show_json(table: Any) -> None:
     """Print `table` for scripts."""
     print(json.dumps(table, indent=1), file=_kept[-1], flush=True)
+
+
+def show_random_weights(say: "Console", names: Iterable[str]) -> None:
+    """Name the checkpoints, if any, in whose place a plan was timed with random weights."""
+    missing = ", ".join(dict.fromkeys(names))
+    if missing:
+        say.print(
+            f"timed with random weights: {missing} not in the cache. `dbp-bench weights list` says "
+            "where they are from.",
+            soft_wrap=True,
+        )
 
 
 def split(names: str) -> list[str]:

@@ -15,13 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pandas as pd
 
-from dbp_bench.certificate import (
-    ALPHA,
-    FOLDER,
-    Certificate,
-    Certified,
-    dataset_bound,
-)
+from dbp_bench.certificate import ALPHA, FOLDER, Certificate, Certified, dataset_bound
 from dbp_bench.errors import BadRequest, BadResult, NotComparable
 from dbp_bench.reporting.frames import cell, frame_of
 from dbp_bench.reporting.rendering import table_of
@@ -62,11 +56,8 @@ class Held:
     @property
     def what(self) -> str:
         """The defense, and what was set against its entry."""
-        set_ = [f"{name}={self._option(name)}" for name in self.certificate.overrides]
-        return " ".join([self.certificate.defense, *set_])
-
-    def _option(self, name: str) -> object:
-        return self.certificate.options.get(name, 1 if name == "votes" else None)
+        given = [f"{name}={value}" for name, value in self.certificate.given.items()]
+        return " ".join([self.certificate.defense, *given])
 
 
 def certificate_files(place: Path) -> list[Path]:
@@ -224,8 +215,7 @@ def certificates_frame(
 
     Where the defense was `attacked` at its own settings, a row follows with what that left.
     """
-    if radii is None:
-        radii = usual_radii(max((held.certificate.reach(alpha) for held in helds), default=0.0))
+    radii = _radii(helds, radii, alpha)
     rows: list[dict[str, object]] = []
     for group in groups(helds):
         for held in group.helds:
@@ -276,8 +266,21 @@ def _head(held: Held, sigma: str) -> dict[str, object]:
     return {"defense": held.what, "sigma": sigma, "n0": one.n0, "n": one.n, "seed": one.seed}
 
 
+def _radii(helds: Sequence[Held], radii: Sequence[float] | None, alpha: float) -> Sequence[float]:
+    """The `radii` that are asked for; if none are, the usual ones within reach."""
+    if radii is not None:
+        return radii
+    return usual_radii(max((held.certificate.reach(alpha) for held in helds), default=0.0))
+
+
 def _key(radius: float) -> str:
     return f"at_{radius:g}"
+
+
+def radii_of(frame: pd.DataFrame) -> dict[str, str]:
+    """The radii of a frame of certificates, as text, by the names of their columns."""
+    names = (str(name) for name in frame)
+    return {name: name.removeprefix("at_") for name in names if name.startswith("at_")}
 
 
 # --------------------------------------------------------------------------------- contradictions
@@ -368,10 +371,8 @@ def check_contradictions(helds: Sequence[Held], results: Iterable[tuple[Path, Re
 
 def terminal_table(frame: pd.DataFrame) -> "Table":
     """The table of a terminal: certified accuracy by radius, without intervals."""
-    radii = [name for name in frame if str(name).startswith("at_")]
-    table = table_of(
-        ["defense", "sigma"], ["n", *(str(name).removeprefix("at_") for name in radii), "abstained"]
-    )
+    radii = radii_of(frame)
+    table = table_of(["defense", "sigma"], ["n", *radii.values(), "abstained"])
     for row in frame.to_dict("records"):
         numbers = [
             "" if row[r].value != row[r].value else f"{100 * row[r].value:.1f}" for r in radii
@@ -392,8 +393,7 @@ def to_table(
     helds: Sequence[Held], radii: Sequence[float] | None = None, *, alpha: float = ALPHA
 ) -> list[dict[str, object]]:
     """The certificates as a table that JSON can hold, for scripts."""
-    if radii is None:
-        radii = usual_radii(max((held.certificate.reach(alpha) for held in helds), default=0.0))
+    radii = _radii(helds, radii, alpha)
     found = []
     for held in helds:
         one, certified = held.certificate, held.certificate.certified(alpha)

@@ -17,6 +17,7 @@ from dbp_bench.reporting.certificates import (
     certificates_frame,
     difference,
     groups,
+    radii_of,
 )
 from dbp_bench.reporting.frames import Marked, Signed, cell, frame_of, to_csv, to_latex, to_markdown
 from dbp_bench.reporting.plotting import COLOURS, INK, LINES, styled
@@ -34,9 +35,8 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
 
     The first column is empty, as that of ranks is in other tables.
     """
-    radii = [str(name) for name in frame if str(name).startswith("at_")]
     shown = {"": [""] * len(frame), "Defense": frame["defense"], "Sigma": frame["sigma"]}
-    shown |= {"n": frame["n"], **{name.removeprefix("at_"): frame[name] for name in radii}}
+    shown |= {"n": frame["n"], **{at: frame[name] for name, at in radii_of(frame).items()}}
     missing = frame["abstained"].isna()
     shown["Abstained, %"] = [
         "" if empty else f"{100 * share:.1f}"
@@ -80,12 +80,6 @@ def differences(helds: Sequence[Held], radii: Sequence[float]) -> pd.DataFrame:
     return frame_of(rows)
 
 
-def radii_of(frame: pd.DataFrame) -> list[float]:
-    """The radii of a frame of certificates."""
-    names = (str(name) for name in frame)
-    return [float(name.removeprefix("at_")) for name in names if name.startswith("at_")]
-
-
 def markdown(helds: Sequence[Held], attacked: Attacked) -> list[str]:
     """The lines of the section in Markdown; none without certificates."""
     if not helds:
@@ -94,7 +88,7 @@ def markdown(helds: Sequence[Held], attacked: Attacked) -> list[str]:
     track = helds[0].certificate.track
     text = [f"## {TITLE}", "", *to_markdown(_marked(table(frame)), stacked=True)]
     text += [caption(frame), ""]
-    paired = differences(helds, radii_of(frame))
+    paired = differences(helds, [float(at) for at in radii_of(frame).values()])
     if not paired.empty:
         text += [
             "Difference from the cheapest denoiser, each at its best sigma, paired by image:",

@@ -16,8 +16,14 @@ import torch
 from torch import Tensor
 
 from dbp_bench import __version__, data
-from dbp_bench.certificate import SCHEMA, Certificate, Votes, certificate_path, label_of
-from dbp_bench.certificate import votes_digest as digest_of_votes
+from dbp_bench.certificate import (
+    SCHEMA,
+    Certificate,
+    Votes,
+    certificate_path,
+    label_of,
+    votes_digest,
+)
 from dbp_bench.certification import (
     Counts,
     Smoothing,
@@ -50,6 +56,8 @@ LARGEST: Final = {"cpu": 4096, "cuda": 65536}
 """Votes in a pass, at most: more don't make it faster."""
 PROBED: Final = 2
 """Images on which it is tried whether the forward noise is the smoothing noise."""
+_RECORDED: Final = ("track", "defense", "sigma", "n0", "n", "seed", "sites", "options")
+"""The fields of a job's identity that a certificate has under the same names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,12 +383,11 @@ def is_complete(job: CertificateJob, out: Path) -> bool:
 
 def identity_of(held: Certificate) -> dict[str, Any]:
     """The identity of the job that wrote `held`."""
-    names = ("track", "defense", "sigma", "n0", "n", "seed", "sites", "options")
     code = held.provenance.code
     return {
         "dbp_bench": held.provenance.dbp_bench,
         "schema": held.schema_version,
-        **{name: getattr(held, name) for name in names},
+        **{name: getattr(held, name) for name in _RECORDED},
         "weights": held.provenance.weights,
         **({"code": code} if code else {}),
         "device": held.arithmetic.device,
@@ -415,7 +422,10 @@ def _count(
     """Count the votes that are missing, and store them; gives the NFE of one vote."""
     progress = progress or Progress()
     classes = job.subject.facts.classes
-    held = [_counts(state, len(ids), classes, job.smoothing) for state, ids in _groups(pieces)]
+    held = [
+        _counts(state, len(ids), classes, job.smoothing)
+        for state, ids in zip(pieces.states, pieces.groups, strict=True)
+    ]
     missing = [
         len(ids) * (job.votes - sum(counts.done.values()))
         for counts, ids in zip(held, pieces.groups, strict=True)
@@ -446,10 +456,6 @@ def _count(
             pieces.write(index)
             written = time.monotonic()
     return pieces.most("nfe")
-
-
-def _groups(pieces: Pieces) -> list[tuple[State, list[int]]]:
-    return list(zip(pieces.states, pieces.groups, strict=True))
 
 
 def _is_done(counts: Counts, smoothing: Smoothing) -> bool:
@@ -503,10 +509,9 @@ def _assemble(
     }
     votes = Votes(**tables)
     entries = {"track": job.subject.track.sha256, "defense": job.subject.entry.sha256}
-    names = ("track", "defense", "sigma", "n0", "n", "seed", "sites", "options")
     return Certificate(
         schema=SCHEMA,
-        **{name: identity[name] for name in names},
+        **{name: identity[name] for name in _RECORDED},
         noise="added" if size is None else "forward",
         size=job.smoothing.sigma if size is None else size,
         overrides=sorted(job.given),
@@ -524,5 +529,5 @@ def _assemble(
         provenance=provenance(
             {**identity, "attack": "", "effort": {}}, entries, images.digest(ids)
         ),
-        digest=digest_of_votes(ids, labels, votes),
+        digest=votes_digest(ids, labels, votes),
     )
