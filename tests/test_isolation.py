@@ -68,26 +68,41 @@ class Purifier:
         if self.way == "changes":
             images.mul_(1)
         return out
+
+@dataclass
+class Whole(Purifier):
+    net: Net
+
+    def __call__(self, images, noise):
+        return self.net(super().__call__(images, noise))
 """
 IMAGES = uniform(5, 1, 8, 8)
 
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    """A purifier, and another with a classifier of its own."""
+    """A purifier, another with a classifier of its own, and a defense that gives logits."""
     top = tmp_path_factory.mktemp("mine")
     (top / "elsewhere.py").write_text(MODULE)
     save_file({"weight": normal(10, 64)}, top / "net.safetensors")
     table: dict[str, Any] = toy_defense("elsewhere:Purifier", ["forward"], way="honest")
     file = {"file": "net.safetensors", "sha256": digest(top / "net.safetensors")}
-    setting = {**table["settings"][0], "classifier": {"network": "elsewhere:Net", **file}}
-    two = {"mine": table, "whole": {**table, "settings": [setting]}}
-    return Registry([folder(top, defenses=two)], trust_code=True)
+    net = {"network": "elsewhere:Net", **file}
+    three = {
+        "mine": table,
+        "own-classifier": {**table, "settings": [{**table["settings"][0], "classifier": net}]},
+        "whole": {
+            **table,
+            "factory": "elsewhere:Whole",
+            "settings": [{**table["settings"][0], "classifies": "net", "networks": {"net": net}}],
+        },
+    }
+    return Registry([folder(top, defenses=three)], trust_code=True)
 
 
-@pytest.fixture(scope="module")
-def apart(mine: Registry) -> Iterator[Subject]:
-    with isolated(mine.subject("whole", "digits-linf"), "cpu") as subject:
+@pytest.fixture(scope="module", params=["own-classifier"])
+def apart(mine: Registry, request: pytest.FixtureRequest) -> Iterator[Subject]:
+    with isolated(mine.subject(request.param, "digits-linf"), "cpu") as subject:
         yield subject
 
 
@@ -100,13 +115,14 @@ def computed(defense: Defense, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return logits.detach(), gradient
 
 
+@pytest.mark.parametrize("apart", ["own-classifier", "whole"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("votes", [1, 3])
 @pytest.mark.parametrize("way", ["honest", "other axes"])
 def test_it_computes_the_same_bits(
     way: str, votes: int, dtype: torch.dtype, mine: Registry, apart: Subject
 ) -> None:
-    here = mine.subject("whole", "digits-linf")
+    here = mine.subject(apart.name, "digits-linf")
     found, wanted = (
         computed(each.defense(dtype=dtype, votes=votes, options={"way": way}), dtype)
         for each in (apart, here)

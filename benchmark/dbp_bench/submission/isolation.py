@@ -68,9 +68,9 @@ def isolated(subject: Subject, device: str) -> Iterator[Subject]:
     process.start()
     there.close()
     try:
-        yield _Isolated(
-            subject.track, subject.entry, subject.setting, subject.builder, _Code(here, device)
-        )
+        logits = {"classifier"} if subject.setting.classifies is None else {"purifier", "single"}
+        code = _Code(here, device, frozenset(logits))
+        yield _Isolated(subject.track, subject.entry, subject.setting, subject.builder, code)
     finally:
         process.terminate()
         process.join()
@@ -87,6 +87,8 @@ class _Code:
 
     connection: "Connection[Any, Any]"
     device: str
+    logits: frozenset[str] = frozenset({"classifier"})
+    """The parts of the defense whose values are logits."""
 
     def ask(
         self, question: Mapping[str, Any], *tensors: Tensor, noise: Noise | None = None
@@ -110,8 +112,8 @@ class _Code:
             ) from None
         if "fault" in answer:
             raise NotConforming(answer["fault"])
-        # Purified images and gradients have the form of the images.
-        for each in found if question["part"] != "classifier" or len(tensors) > 1 else ():
+        # Purified images and gradients have the form of the images; whoever takes logits looks.
+        for each in found if question["part"] not in self.logits or len(tensors) > 1 else ():
             if (each.shape, each.dtype) != (tensors[0].shape, tensors[0].dtype):
                 raise NotConforming(
                     f"its code gives {tuple(each.shape)} in {each.dtype} for images "
@@ -200,7 +202,7 @@ class _Isolated(Subject):
         options: Mapping[str, Any] | None = None,
         votes: int | None = None,
     ) -> Defense:
-        """The defense; the track's classifier is this process's own."""
+        """The defense; the track's classifier is this process's own, and a whole defense has none."""
         dtype = dtype or torch.float32
         question = {"dtype": str(dtype).removeprefix("torch."), "options": dict(options or {})}
         self.process.ask({**question, "part": None})
@@ -208,8 +210,10 @@ class _Isolated(Subject):
         def ask(part: str) -> Callable[..., list[Tensor]]:
             return partial(self.process.ask, {**question, "part": part})
 
-        classifier: nn.Module = _Classifier(ask("classifier"))
-        if self.setting.classifier is None:
+        classifier: nn.Module = nn.Identity()
+        if self.setting.classifier is not None:
+            classifier = _Classifier(ask("classifier"))
+        elif self.setting.classifies is None:
             network = self.builder.network(self.track.entry.classifier, self.track.path)
             classifier = network.to(device, dtype)
         votes, classes = votes or self.setting.votes, self.facts.classes
