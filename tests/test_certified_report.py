@@ -114,6 +114,15 @@ def test_the_best_sigma_is_chosen_for_each_radius() -> None:
     assert (group.at(0.5), group.at(1.0), group.at(3.0)) == (low, high, None)
 
 
+def test_the_best_is_chosen_at_the_alpha_of_the_table() -> None:
+    """540 votes of 1,000 are a majority at alpha 0.01, and none at 0.001."""
+    low = held([540] * 4, sigma=0.25)
+    high = held([N, 0, 0, 0], sigma=1.0)
+    for alpha, best in ((0.01, 1.0), (0.001, 0.25)):
+        frame = certificates_frame([low, high], [0.0], alpha=alpha)
+        assert frame["at_0"].iloc[-1].value == best, alpha
+
+
 def test_certificates_of_other_votes_or_options_stand_apart() -> None:
     found = groups(
         [

@@ -159,12 +159,12 @@ class Best:
     what: str
     helds: Sequence[Held]
 
-    def at(self, radius: float) -> Held | None:
+    def at(self, radius: float, alpha: float = ALPHA) -> Held | None:
         """The best at a `radius`, of the lowest sigma where several are; None out of reach."""
         scores = [
             (-value.value, held.certificate.sigma, i)
             for i, held in enumerate(self.helds)
-            if (value := accuracy(held.certificate, radius, found=held.certified)) is not None
+            if (value := accuracy(held.certificate, radius, alpha)) is not None
         ]
         return self.helds[min(scores)[2]] if scores else None
 
@@ -241,7 +241,7 @@ def certificates_frame(
                 }
             )
         if len(group.helds) > 1:
-            chosen = {r: group.at(r) for r in radii}
+            chosen = {r: group.at(r, alpha) for r in radii}
             rows.append(
                 {
                     **_head(group.helds[0], "best"),

@@ -202,7 +202,7 @@ class _Isolated(Subject):
         options: Mapping[str, Any] | None = None,
         votes: int | None = None,
     ) -> Defense:
-        """The defense; the track's classifier is this process's own, and a whole defense has none."""
+        """The defense. The track's classifier is this process's own; a whole defense has none."""
         dtype = dtype or torch.float32
         question = {"dtype": str(dtype).removeprefix("torch."), "options": dict(options or {})}
         self.process.ask({**question, "part": None})
