@@ -13,6 +13,7 @@ import torch
 import dbp_bench
 from dbp_bench import certification
 from dbp_bench.certificate import Certificate, certificate_schema, label_of
+from dbp_bench.entries.build import Builder
 from dbp_bench.entries.registry import Registry
 from dbp_bench.errors import BadRequest, BadResult, NotConforming
 from dbp_bench.noise import FORWARD, Noise, Site
@@ -213,8 +214,42 @@ def test_a_purifier_follows_the_noise() -> None:
     assert (own.options["t_star"], own.votes, "votes" in own.options) == (100, 3, False)
     dense = at_level(of("densepure", "digits-l2"), 0.5, {"votes": 1}).setting
     assert dense.recorded == {**dense.options, "sigma": 0.5}  # one vote: nothing to decide
-    plain = of("none", "digits-l2")
-    assert at_level(plain, 0.5, {}).setting.options == plain.setting.options
+    wrapped = at_level(of("ssni", "digits-l2"), 0.5, {}).setting
+    assert wrapped.inner is not None
+    assert (wrapped.inner.options["t_star"], "t_star" in wrapped.options) == (260, False)
+    # Its option is in diffusion space, which is twice as wide.
+    noisy = at_level(of("scoreopt-n", "digits-l2"), 0.5, {}).setting
+    assert noisy.options["sigma"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["none", "flow", "flow-pgd", "lm", "scoreopt-o", "rdc"])
+def test_what_has_no_level_to_choose_is_left_as_it_is(name: str) -> None:
+    """A flow is trained for one sigma; the others' levels are those of a loss, or none."""
+    plain = Registry().subject(name, "digits-l2")
+    assert at_level(plain, 0.5, {}).setting == plain.setting
+
+
+def test_a_level_is_one_that_the_chain_has() -> None:
+    """A published grid starts one above a multiple of its steps; a shorter chain has fewer."""
+    of = Registry().subject
+    found = at_level(of("ddim", "cifar10-l2"), 0.25, {}).setting.options
+    assert (found["published_grid"], found["steps"], found["t_star"]) == (True, 10, 150)
+    exact = at_level(of("ddim", "cifar10-l2"), 0.25, {"steps": 29}).setting.options
+    assert (exact["steps"], exact["t_star"]) == (29, 145)
+    level = at_level(of("gdmp-imagenet", "imagenet-linf"), 0.25, {}).setting.options["t_star"]
+    chain = LINEAR.respaced(250)
+    assert chain[level - 1] < 146 <= chain[level]
+
+
+@pytest.mark.parametrize("track", ["digits-l2", "cifar10-l2", "cifar100-l2", "imagenet-l2"])
+def test_every_defense_can_be_built_at_every_level(
+    track: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Builder, "network", lambda *_: torch.nn.Identity())
+    registry = Registry()
+    for name in registry.defenses_of(track):
+        for sigma in (0.25, 0.5, 1.0):
+            at_level(registry.subject(name, track), sigma, {}).defense()
 
 
 @pytest.mark.parametrize(
