@@ -41,7 +41,7 @@ from dbp_bench.purifiers.schedule import LINEAR
 from dbp_bench.result import Arithmetic
 from dbp_bench.runs.estimate import forward_bytes
 from dbp_bench.runs.execute import Progress
-from dbp_bench.runs.job import refuse_other_request
+from dbp_bench.runs.job import names_of, refuse_other_request
 from dbp_bench.runs.pieces import Pieces, State, read_request, work_folder, write_request
 from dbp_bench.writing import locked
 
@@ -166,7 +166,7 @@ def plan(
     Args:
         registry: All entries.
         track: Name of the track.
-        defenses: Names of defenses.
+        defenses: Names of defenses; "all" stands for every one that has a setting for the track.
         sigmas: Sizes of the Gaussian noise, in pixel units.
         n0: Votes that choose an image's class.
         n: Fresh votes that bound its probability.
@@ -185,9 +185,17 @@ def plan(
             raise BadRequest(f"--{name} {value}: must be 1 or more.")
     if not 0 <= seed < 2**63:
         raise BadRequest(f"--seed {seed}: must be in 0 ... 2^63 - 1.")
-    given = dict(options or {})
-    jobs = []
-    for defense in defenses:
+    by_label: dict[str, float] = {}
+    for sigma in sigmas:
+        label = label_of(sigma, n, {})
+        if by_label.setdefault(label, sigma) != sigma:
+            raise BadRequest(
+                f"--sigma {by_label[label]},{sigma}: both would be {label}; paths have six digits."
+            )
+    registry.track(track)
+    names = names_of("--defense", defenses, registry.defenses)
+    given, jobs = dict(options or {}), []
+    for defense in registry.defenses_of(track) if names == ["all"] else names:
         own = registry.subject(defense, track)
         for sigma in sigmas:
             smoothing = Smoothing(sigma, n0, n)
