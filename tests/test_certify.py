@@ -150,6 +150,14 @@ def test_another_request_is_refused(command: "Command") -> None:
             ("--sigma", "100"),
             "--sigma: 100.0 is beyond the schedule linear-1000, which ends at 78.7",
         ),
+        (("--sigma", "nan"), "--sigma 'nan'"),
+        (("--sigma", ","), "--sigma names nothing"),
+        (("--sigma", "1e30"), "--sigma 1e+30"),
+        (("--sigma", "0.25,0.2500001"), "--sigma 0.25,0.2500001: both would be sigma-0.25-n-30"),
+        (("--n", "0"), "--n0 8 --n 0"),
+        (("--n", "99999999999999999999"), "--n 99999999999999999999: more votes than"),
+        (("--alpha", "nan"), "--alpha nan"),
+        (("--seed", "-1"), "--seed -1"),
         (("--radii", "3"), "--radii 3: out of reach"),
         (("--radii", "-1"), "--radii -1"),
         (("--max-batch", "0"), "--max-batch 0"),
@@ -166,6 +174,31 @@ def test_a_mistake_gets_one_line(command: "Command", more: tuple[str, ...], said
     assert said in err
     assert len(err.splitlines()) == 1
     assert not list(Path("out").rglob("seed-*.json"))
+
+
+@pytest.mark.parametrize(
+    ("defense", "said"),
+    [
+        ("oneshit", "no defense 'oneshit'. Did you mean 'oneshot'?"),
+        (",", "--defense: names nothing"),
+        ("all,oneshot", "--defense all,oneshot: either all or names"),
+        ("densepure,flow-nothing", "no defense 'flow-nothing'"),
+    ],
+)
+def test_a_defense_that_is_not_there_gets_one_line(
+    command: "Command", defense: str, said: str
+) -> None:
+    code, _, err = _certify(command, defense=defense)
+    assert code == 2
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not Path("out").exists()
+
+
+def test_a_defense_or_a_sigma_that_is_named_twice_runs_once(command: "Command") -> None:
+    twice = ("--sigma", "0.25,0.250", "--dry-run", "--json")
+    listed = json.loads(_certify(command, *twice, defense="oneshot,oneshot")[1])
+    assert len(listed["jobs"]) == 1
 
 
 def test_the_plan_says_votes_nfe_and_reach(command: "Command") -> None:
@@ -307,6 +340,8 @@ def _changed(change: "Callable[[dict[str, object]], None]") -> None:
         (lambda t: t["votes"]["estimation"][0].append(0), "votes.estimation"),
         (lambda t: t.update(n=20), "votes.estimation"),
         (lambda t: t.update(n0=40), "not below n"),
+        (lambda t: t.update(n=2**63), "n, sigma: 9223372036854775808, 0.25: more than"),
+        (lambda t: t.update(sigma=1e308, size=1e308), r"n, sigma: 30, 1e\+308: more than"),
         (lambda t: t.update(size=0.2), "below sigma"),
         (lambda t: t.update(schema=2), "schema is 2"),
         (lambda t: t.update(labels=[-1] * 6), "labels"),
@@ -320,6 +355,15 @@ def test_a_file_that_was_changed_is_refused(
     _changed(change)
     with pytest.raises(BadResult, match=said):
         Certificate.read(FILE)
+
+
+@pytest.mark.parametrize("verb", ["verify", "compare"])
+def test_a_certificate_is_told_from_a_result(command: "Command", verb: str) -> None:
+    """Not that it should be run again: that may be hours."""
+    _certify(command)
+    code, _, err = command(verb, FILE, *([FILE] if verb == "compare" else []))
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "It is a certificate: `dbp-bench report` reads the folder" in err
 
 
 def test_names_of_paths() -> None:
