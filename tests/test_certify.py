@@ -15,6 +15,7 @@ from dbp_bench import certification
 from dbp_bench.certificate import Certificate, certificate_schema, label_of
 from dbp_bench.entries.build import Builder
 from dbp_bench.entries.registry import Registry
+from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import BadRequest, BadResult, NotConforming
 from dbp_bench.noise import FORWARD, Noise, Site
 from dbp_bench.purifiers.denoised_smoothing import noise_of
@@ -324,6 +325,23 @@ def test_a_defense_with_shared_noise_is_refused(
     assert not FILE.exists()
 
 
+def test_the_first_images_of_a_sorted_list_are_refused(
+    command: "Command", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a vote; and a list that is of one class alone is warned of."""
+    subject = Registry().subject("oneshot", "digits-l2")
+    labels = subject.data().labels_of(subject.ids())
+    ordered = [i for _, i in sorted(zip(labels, subject.ids(), strict=True))]
+    monkeypatch.setattr(Subject, "ids", lambda _: ordered)
+    code, _, err = _certify(command, "--examples", "40")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "--examples 40: these images are of 2 of 10 classes" in err
+    assert not FILE.exists()
+    monkeypatch.setattr(Subject, "ids", lambda _: ordered[:20])
+    out = _certify(command, "--examples", "2")[1]
+    assert "warning: the 20 images of digits-l2 are of 1 of 10 classes" in out
+
+
 # ------------------------------------------------------------------------------------- the file
 
 
@@ -444,6 +462,13 @@ def test_a_script_certifies_any_function() -> None:
         assert found.radii.min() > least - 0.05
     with pytest.raises(NotConforming, match="more of an image"):
         dbp_bench.certify(Own(more=0.3), _Half(), images, labels, **given)
+
+    class Shared(Own):
+        def __call__(self, images: torch.Tensor, noise: Noise) -> torch.Tensor:
+            return images + 0.5 * noise.normal(FORWARD, 0, images)[:1]
+
+    with pytest.raises(NotConforming, match="its votes are not independent"):
+        dbp_bench.certify(Shared(), _Half(), images, labels, **given)
     for wrong, said in (
         ({"sigma": 0}, "sigma 0"),
         ({"n0": 5000}, "n0 5000 n 2000"),
