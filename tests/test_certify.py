@@ -381,7 +381,7 @@ def test_a_certificate_is_told_from_a_result(command: "Command", verb: str) -> N
     _certify(command)
     code, _, err = command(verb, FILE, *([FILE] if verb == "compare" else []))
     assert (code, len(err.splitlines())) == (2, 1)
-    assert "It is a certificate: `dbp-bench report` reads the folder" in err
+    assert "It is a certificate: `dbp-bench report` reads the folder that it is in" in err
 
 
 def test_names_of_paths() -> None:

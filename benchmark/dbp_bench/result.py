@@ -300,7 +300,7 @@ class Result(Strict):
             newer = isinstance(version, int) and version > SCHEMA
             hint = "Update dbp-bench to read it." if newer else "Run it again."
             if isinstance(version, str) and version.startswith("certificate-"):
-                hint = "It is a certificate: `dbp-bench report` reads the folder of results it is in."
+                hint = "It is a certificate: `dbp-bench report` reads the folder that it is in."
             raise BadResult(
                 f"{path}: schema {brief(version)}, this version reads 1 and {SCHEMA}. {hint}"
             )

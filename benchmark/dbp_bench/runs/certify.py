@@ -242,7 +242,7 @@ def at_level(subject: Subject, sigma: float, given: Mapping[str, Any]) -> Subjec
     if isinstance(votes, bool) or not isinstance(votes, int) or votes < 1:
         raise BadRequest(f"--set votes={votes}: a whole number from 1.")
     options |= {name: value for name, value in given.items() if name != "votes"}
-    changed = {"options": options, "inner": inner, "votes": votes}
+    changed: dict[str, Any] = {"options": options, "inner": inner, "votes": votes}
     if votes == 1:
         changed["decision"] = "majority"  # the same as any other
     return replace(subject, setting=setting.model_copy(update=changed))
