@@ -155,6 +155,8 @@ def test_alpha_is_a_probability(alpha: float) -> None:
         (0.0, 10, 100, "--sigma 0"),
         (-1.0, 10, 100, "--sigma -1"),
         (float("inf"), 10, 100, "--sigma inf"),
+        (float("nan"), 10, 100, "--sigma nan"),
+        (0.5, 10, 1 << 41, "--n 2199023255552: more votes"),
     ],
 )
 def test_numbers_that_certify_nothing(sigma: float, n0: int, n: int, said: str) -> None:
@@ -474,6 +476,10 @@ def test_forward_noise_that_smooths_is_seen_from_outside() -> None:
     assert _is_smoothing(_Forward(0.25), 0.25)
     assert _is_smoothing(_Forward(0.25, clipped=True), 0.25)  # clipped afterwards: no harm
     assert not _is_smoothing(_Forward(0.25), 0.26)
+    # In float64, as a run tries it, a size is told from one of another schedule.
+    exact = Defense(_Forward(0.25), nn.Flatten())
+    assert is_smoothing(exact, IMAGES.double(), 0.25)
+    assert not is_smoothing(exact, IMAGES.double(), 0.25 * 1.0003)
     assert not _is_smoothing(_Forward(0.25, more=0.05), 0.25)  # a guide sees the clean image
     assert not _is_smoothing(Resized(_Forward(0.25), 4), 0.25)
     assert not _is_smoothing(_Forward(0.25), 0.25, votes=2)  # each vote has noise of its own

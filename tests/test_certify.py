@@ -12,7 +12,9 @@ import torch
 
 import dbp_bench
 from dbp_bench.certificate import Certificate, certificate_schema, label_of
+from dbp_bench.entries.build import Builder
 from dbp_bench.entries.registry import Registry
+from dbp_bench.entries.subject import Subject
 from dbp_bench.errors import BadRequest, BadResult, NotConforming
 from dbp_bench.noise import FORWARD, Noise, Site
 from dbp_bench.purifiers.denoised_smoothing import noise_of
@@ -149,6 +151,14 @@ def test_another_request_is_refused(command: "Command") -> None:
             ("--sigma", "100"),
             "--sigma: 100.0 is beyond the schedule linear-1000, which ends at 78.7",
         ),
+        (("--sigma", "nan"), "--sigma 'nan'"),
+        (("--sigma", ","), "--sigma names nothing"),
+        (("--sigma", "1e30"), "--sigma 1e+30"),
+        (("--sigma", "0.25,0.2500001"), "--sigma 0.25,0.2500001: both would be sigma-0.25-n-30"),
+        (("--n", "0"), "--n0 8 --n 0"),
+        (("--n", "99999999999999999999"), "--n 99999999999999999999: more votes than"),
+        (("--alpha", "nan"), "--alpha nan"),
+        (("--seed", "-1"), "--seed -1"),
         (("--radii", "3"), "--radii 3: out of reach"),
         (("--radii", "-1"), "--radii -1"),
         (("--max-batch", "0"), "--max-batch 0"),
@@ -165,6 +175,31 @@ def test_a_mistake_gets_one_line(command: "Command", more: tuple[str, ...], said
     assert said in err
     assert len(err.splitlines()) == 1
     assert not list(Path("out").rglob("seed-*.json"))
+
+
+@pytest.mark.parametrize(
+    ("defense", "said"),
+    [
+        ("oneshit", "no defense 'oneshit'. Did you mean 'oneshot'?"),
+        (",", "--defense: names nothing"),
+        ("all,oneshot", "--defense all,oneshot: either all or names"),
+        ("densepure,flow-nothing", "no defense 'flow-nothing'"),
+    ],
+)
+def test_a_defense_that_is_not_there_gets_one_line(
+    command: "Command", defense: str, said: str
+) -> None:
+    code, _, err = _certify(command, defense=defense)
+    assert code == 2
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not Path("out").exists()
+
+
+def test_a_defense_or_a_sigma_that_is_named_twice_runs_once(command: "Command") -> None:
+    twice = ("--sigma", "0.25,0.250", "--dry-run", "--json")
+    listed = json.loads(_certify(command, *twice, defense="oneshot,oneshot")[1])
+    assert len(listed["jobs"]) == 1
 
 
 def test_the_plan_says_votes_nfe_and_reach(command: "Command") -> None:
@@ -222,8 +257,42 @@ def test_a_purifier_follows_the_noise() -> None:
     assert (own.options["t_star"], own.votes, "votes" in own.options) == (100, 3, False)
     dense = at_level(of("densepure", "digits-l2"), 0.5, {"votes": 1}).setting
     assert dense.recorded == {**dense.options, "sigma": 0.5}  # one vote: nothing to decide
-    plain = of("none", "digits-l2")
-    assert at_level(plain, 0.5, {}).setting.options == plain.setting.options
+    wrapped = at_level(of("ssni", "digits-l2"), 0.5, {}).setting
+    assert wrapped.inner is not None
+    assert (wrapped.inner.options["t_star"], "t_star" in wrapped.options) == (260, False)
+    # Its option is in diffusion space, which is twice as wide.
+    noisy = at_level(of("scoreopt-n", "digits-l2"), 0.5, {}).setting
+    assert noisy.options["sigma"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["none", "flow", "flow-pgd", "lm", "scoreopt-o", "rdc"])
+def test_what_has_no_level_to_choose_is_left_as_it_is(name: str) -> None:
+    """A flow is trained for one sigma; the others' levels are those of a loss, or none."""
+    plain = Registry().subject(name, "digits-l2")
+    assert at_level(plain, 0.5, {}).setting == plain.setting
+
+
+def test_a_level_is_one_that_the_chain_has() -> None:
+    """A published grid starts one above a multiple of its steps; a shorter chain has fewer."""
+    of = Registry().subject
+    found = at_level(of("ddim", "cifar10-l2"), 0.25, {}).setting.options
+    assert (found["published_grid"], found["steps"], found["t_star"]) == (True, 10, 150)
+    exact = at_level(of("ddim", "cifar10-l2"), 0.25, {"steps": 29}).setting.options
+    assert (exact["steps"], exact["t_star"]) == (29, 145)
+    level = at_level(of("gdmp-imagenet", "imagenet-linf"), 0.25, {}).setting.options["t_star"]
+    chain = LINEAR.respaced(250)
+    assert chain[level - 1] < 146 <= chain[level]
+
+
+@pytest.mark.parametrize("track", ["digits-l2", "cifar10-l2", "cifar100-l2", "imagenet-l2"])
+def test_every_defense_can_be_built_at_every_level(
+    track: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Builder, "network", lambda *_: torch.nn.Identity())
+    registry = Registry()
+    for name in registry.defenses_of(track):
+        for sigma in (0.25, 0.5, 1.0):
+            at_level(registry.subject(name, track), sigma, {}).defense()
 
 
 @pytest.mark.parametrize(
@@ -265,6 +334,23 @@ def test_a_defense_with_shared_noise_is_refused(
     assert not FILE.exists()
 
 
+def test_the_first_images_of_a_sorted_list_are_refused(
+    command: "Command", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a vote; and a list that is of one class alone is warned of."""
+    subject = Registry().subject("oneshot", "digits-l2")
+    labels = subject.data().labels_of(subject.ids())
+    ordered = [i for _, i in sorted(zip(labels, subject.ids(), strict=True))]
+    monkeypatch.setattr(Subject, "ids", lambda _: ordered)
+    code, _, err = _certify(command, "--examples", "40")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "--examples 40: these images are of 2 of 10 classes" in err
+    assert not FILE.exists()
+    monkeypatch.setattr(Subject, "ids", lambda _: ordered[:20])
+    out = _certify(command, "--examples", "2")[1]
+    assert "warning: the 20 images of digits-l2 are of 1 of 10 classes" in out
+
+
 # ------------------------------------------------------------------------------------- the file
 
 
@@ -281,6 +367,8 @@ def _changed(change: "Callable[[dict[str, object]], None]") -> None:
         (lambda t: t["votes"]["estimation"][0].append(0), "votes.estimation"),
         (lambda t: t.update(n=20), "votes.estimation"),
         (lambda t: t.update(n0=40), "not below n"),
+        (lambda t: t.update(n=2**63), "n, sigma: 9223372036854775808, 0.25: more than"),
+        (lambda t: t.update(sigma=1e308, size=1e308), r"n, sigma: 30, 1e\+308: more than"),
         (lambda t: t.update(size=0.2), "below sigma"),
         (lambda t: t.update(schema=2), "schema is 2"),
         (lambda t: t.update(labels=[-1] * 6), "labels"),
@@ -294,6 +382,15 @@ def test_a_file_that_was_changed_is_refused(
     _changed(change)
     with pytest.raises(BadResult, match=said):
         Certificate.read(FILE)
+
+
+@pytest.mark.parametrize("verb", ["verify", "compare"])
+def test_a_certificate_is_told_from_a_result(command: "Command", verb: str) -> None:
+    """Not that it should be run again: that may be hours."""
+    _certify(command)
+    code, _, err = command(verb, FILE, *([FILE] if verb == "compare" else []))
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "It is a certificate: `dbp-bench report` reads the folder that it is in" in err
 
 
 def test_names_of_paths() -> None:
@@ -361,6 +458,13 @@ def test_a_script_certifies_any_function() -> None:
         assert found.radii.min() > least - 0.05
     with pytest.raises(NotConforming, match="more of an image"):
         dbp_bench.certify(Own(more=0.3), _Half(), images, labels, **given)
+
+    class Shared(Own):
+        def __call__(self, images: torch.Tensor, noise: Noise) -> torch.Tensor:
+            return images + 0.5 * noise.normal(FORWARD, 0, images)[:1]
+
+    with pytest.raises(NotConforming, match="its votes are not independent"):
+        dbp_bench.certify(Shared(), _Half(), images, labels, **given)
     for wrong, said in (
         ({"sigma": 0}, "sigma 0"),
         ({"n0": 5000}, "n0 5000 n 2000"),

@@ -113,6 +113,13 @@ def test_run(tmp_path: Path) -> None:
     kill_and_go_on(tmp_path, 1, [*RUN, "--save-adversarial"], check=whole_files)
 
 
+def test_certify(tmp_path: Path) -> None:
+    """Between groups of ten images, and between noise levels."""
+    votes = ["--n0", "10", "--n", "1000", "--examples", "40", "--max-batch", "100"]
+    arguments = ["certify", "--defense", "dds", "--sigma", "0.25,0.5", *votes]
+    kill_and_go_on(tmp_path, 6, arguments, check=whole_files)
+
+
 def test_verify(tmp_path: Path) -> None:
     """It changes nothing of what it verifies, and its scratch files are elsewhere."""
 

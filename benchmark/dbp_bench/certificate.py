@@ -37,6 +37,9 @@ ABSTAIN: Final = -1
 """The class of an image for which the votes certify none."""
 ALPHA: Final = 0.001
 """The failure probability of one image's certificate, as in the literature."""
+MOST_VOTES: Final = 1 << 40
+MOST_NOISE: Final = 1e6
+"""The most votes of a phase and the largest sigma: far beyond use, and floats still tell radii."""
 
 Counts = npt.NDArray[np.int64]
 """Votes for each class: image x class."""
@@ -224,6 +227,10 @@ class Certificate(Strict):
             raise ValueError(f"size: {self.size} is below sigma, {self.sigma}")
         if self.n0 >= self.n:
             raise ValueError(f"n0: {self.n0} is not below n, {self.n}")
+        if self.n > MOST_VOTES or self.sigma > MOST_NOISE:
+            raise ValueError(
+                f"n, sigma: {self.n}, {self.sigma}: more than {MOST_VOTES}, {MOST_NOISE:g}"
+            )
         for name, most in (("selection", self.n0), ("estimation", self.n)):
             rows = getattr(self.votes, name)
             if [len(row) for row in rows] != [self.classes] * images:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dbp_bench.certificate import MOST_NOISE, MOST_VOTES
 from dbp_bench.defense import NO_MAJORITY, Defense
 from dbp_bench.errors import AttackFailed, BadRequest, NotConforming
 from dbp_bench.noise import FORWARD, Noise, Site, Tape
@@ -32,7 +33,7 @@ _SMOOTHING: Final = "smoothing"
 _VOTER: Final = "voter"
 """The owners of the Gaussian noise and of the defense's own draws. No attack and no evaluation
 draws from their tapes."""
-ESTIMATION: Final = 1 << 40
+ESTIMATION: Final = MOST_VOTES
 """The number of the first vote of the estimation; those of the selection start at 0."""
 
 Phase = Literal["selection", "estimation"]
@@ -54,8 +55,11 @@ class Smoothing:
 
     def __post_init__(self) -> None:
         """Refuse numbers that certify nothing."""
-        if not 0 < self.sigma < float("inf"):
-            raise BadRequest(f"--sigma {self.sigma:g}: noise has a size above 0, in pixel units.")
+        if not 0 < self.sigma <= MOST_NOISE:
+            raise BadRequest(
+                f"--sigma {self.sigma:g}: noise has a size above 0, in pixel units, and up to "
+                f"{MOST_NOISE:g}."
+            )
         if self.n0 < 1:
             raise BadRequest(f"--n0 {self.n0}: at least one vote chooses a class.")
         if self.n0 >= self.n:
@@ -63,6 +67,8 @@ class Smoothing:
                 f"--n0 {self.n0} --n {self.n}: fewer votes choose a class than bound its "
                 "probability; the usual numbers are 100 and 100000."
             )
+        if self.n > MOST_VOTES:
+            raise BadRequest(f"--n {self.n}: more votes than {MOST_VOTES} have no numbers.")
 
     def votes(self, phase: Phase) -> int:
         """Votes of an image in this phase."""
@@ -210,7 +216,8 @@ def is_smoothing(defense: Defense, images: Tensor, size: float) -> bool:
         there = defense.logits(images + size * away, tape)
         back = defense.logits(images + size * away, _Moved(tape, -away))
     moved = float((there - here).abs().max())
-    return moved > 0 and float((back - here).abs().max()) <= _GAP * moved
+    gap = _EXACT if images.dtype == torch.float64 else _GAP
+    return moved > 0 and float((back - here).abs().max()) <= gap * moved
 
 
 def check_votes(defense: Defense, image: Tensor) -> None:
@@ -245,6 +252,9 @@ def check_votes(defense: Defense, image: Tensor) -> None:
 _GAP: Final = 1e-3
 """Largest relative distance that rounding may bring in; noise that is shared, or of another size,
 makes one of 0.01 and more."""
+_EXACT: Final = 1e-5
+"""The same for the size of noise in float64. Two schedules can differ by 0.0003 at one level, and a
+size below sigma certifies nothing."""
 
 
 @dataclass(frozen=True, slots=True)

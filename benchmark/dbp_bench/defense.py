@@ -43,6 +43,14 @@ class Purifier(Protocol):
         ...
 
 
+NoiseOption = tuple[str, float]
+"""The name of the option that is a purifier's noise level, and its value for noise of 1 in pixels.
+
+A class says it as its attribute `noise_option`; a certificate sets the option by it. A level called
+`t_star`, of the linear schedule, needs no such word.
+"""
+
+
 @runtime_checkable
 class InTwoParts(Purifier, Protocol):
     """A purifier of which several votes share the first part: its output, draws and NFE.

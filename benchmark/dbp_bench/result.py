@@ -299,6 +299,8 @@ class Result(Strict):
         if version not in (1, SCHEMA) or isinstance(version, bool):
             newer = isinstance(version, int) and version > SCHEMA
             hint = "Update dbp-bench to read it." if newer else "Run it again."
+            if isinstance(version, str) and version.startswith("certificate-"):
+                hint = "It is a certificate: `dbp-bench report` reads the folder that it is in."
             raise BadResult(
                 f"{path}: schema {brief(version)}, this version reads 1 and {SCHEMA}. {hint}"
             )

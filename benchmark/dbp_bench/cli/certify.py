@@ -120,11 +120,10 @@ def certify(
     registry = registry_of(entries, trust_code, data)
     check_alpha(alpha)
     sigmas = _numbers("--sigma", sigma)
-    asked = split(defense)
     jobs = plan(
         registry,
         track,
-        registry.defenses_of(track) if asked == ["all"] else asked,
+        split(defense),
         sigmas,
         n0=n0,
         n=n,

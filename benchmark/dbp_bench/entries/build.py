@@ -110,7 +110,7 @@ class Builder:
         Raises:
             BadEntry: It cannot be imported or isn't trusted, or an argument is unknown or wrong.
         """
-        function = self._import(dotted, path, kind, entry or path)
+        function = self.find(dotted, path, kind, entry or path)
         given, faults = _typed(function, arguments)
         unfit = _unfit(inspect.signature(function), arguments)
         if unfit or faults:
@@ -124,7 +124,12 @@ class Builder:
             at = f" ({place})" if (place := place_of(error)) else ""
             raise BadEntry(f"{path}: {dotted}: {' '.join(words_of(error).split())}{at}") from None
 
-    def _import(self, dotted: str, path: Path, kind: Kind, entry: Path) -> Callable[..., Any]:
+    def find(self, dotted: str, path: Path, kind: Kind, entry: Path) -> Callable[..., Any]:
+        """The class or function that `dotted` names; see :meth:`call`.
+
+        Raises:
+            BadEntry: It cannot be imported or isn't trusted, or is no such thing.
+        """
         module, _, attribute = dotted.partition(":")
         if module.split(".")[0] == "dbp_bench":
             # Any other function of the package could be called with arguments that do harm.

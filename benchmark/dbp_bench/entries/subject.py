@@ -1,6 +1,6 @@
 """A defense on a track, resolved: everything that is needed to build it and to read its images."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -92,6 +92,15 @@ class Subject:
             return data.split_ids(self.facts, self.track.entry.split)
         except BadEntry as error:
             raise BadEntry(f"{self.track.path}: {error}") from None
+
+    def factory(self) -> Callable[..., Any]:
+        """What makes the purifier: a class, or a function of another package. Nothing is built.
+
+        Raises:
+            BadEntry: It cannot be imported, or isn't trusted.
+        """
+        path = self.entry.path
+        return self.builder.find(self.entry.entry.factory, path, "purifiers", path)
 
     def data(self, *, verified: bool = False) -> "DataSet":
         """The track's images and labels; `verified` checks that the split is there, in order."""

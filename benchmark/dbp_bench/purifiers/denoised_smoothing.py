@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from dbp_bench import memory
-from dbp_bench.defense import Denoiser
+from dbp_bench.defense import Denoiser, NoiseOption
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site
 from dbp_bench.purifiers.ddpm import Posterior, Variance
@@ -140,6 +140,7 @@ class Smoothing:
     sigma: float
 
     sites: ClassVar[frozenset[Site]] = frozenset({FORWARD})
+    noise_option: ClassVar[NoiseOption] = ("sigma", 1.0)
     clamp_output: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -168,6 +169,7 @@ class DDS:
     schedule: ScheduleName
 
     sites: ClassVar[frozenset[Site]] = frozenset({FORWARD})
+    noise_option: ClassVar[NoiseOption] = ("sigma", 1.0)
 
     def __post_init__(self) -> None:
         """Refuse a `sigma` that is out of range."""
@@ -216,6 +218,7 @@ class DiffSmooth:
     """Standard deviation of the local noise, in [0, 1] pixels."""
 
     sites: ClassVar[frozenset[Site]] = frozenset({FORWARD, LOCAL})
+    noise_option: ClassVar[NoiseOption] = ("sigma", 1.0)
     clamp_output: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -307,6 +310,7 @@ class DensePure:
     variance: Variance
 
     sites: ClassVar[frozenset[Site]] = frozenset({FORWARD, REVERSE})
+    noise_option: ClassVar[NoiseOption] = ("sigma", 1.0)
 
     def __post_init__(self) -> None:
         """Refuse options that are out of range."""

@@ -8,12 +8,13 @@ noise levels (equation 5), without new noise (algorithm 1) or with some at each 
 import itertools
 from dataclasses import dataclass
 from math import inf, sqrt
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dbp_bench import memory
+from dbp_bench.defense import NoiseOption
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site
 from dbp_bench.purifiers.schedule import to_diffusion, to_images
@@ -49,6 +50,8 @@ class EDM:
     """New noise is added only at noise levels in s_min ... s_max."""
     s_noise: float = 1.0
     """Standard deviation of the new noise."""
+
+    noise_option: ClassVar[NoiseOption] = ("sigma_max", 2.0)
 
     def __post_init__(self) -> None:
         """Refuse options that are out of range, or make no difference."""

@@ -13,9 +13,11 @@ chain serve beside EDM's (see :mod:`dbp_bench.purifiers.sigma`).
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import sqrt
+from typing import ClassVar
 
 from torch import Tensor
 
+from dbp_bench.defense import NoiseOption
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import Noise, Site
 from dbp_bench.purifiers.edm import EDM, Solver
@@ -41,6 +43,8 @@ class PurifyPlus:
     """The share of Langevin dynamics, from 0 (the ODE) to 1 (the most that algorithm 2 takes)."""
     clamp_output: bool
     _sampler: EDM = field(init=False, repr=False, compare=False)
+
+    noise_option: ClassVar[NoiseOption] = ("sigma_max", 2.0)
 
     def __post_init__(self) -> None:
         """Refuse options that are out of range."""

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dbp_bench.defense import NoiseOption
 from dbp_bench.noise import FORWARD, Noise, Site
 from dbp_bench.purifiers.edm import SigmaDenoiser
 from dbp_bench.purifiers.lm import minimised, refuse_search, squares
@@ -39,6 +40,7 @@ class ScoreOptN:
     clamp_output: bool
 
     sites: ClassVar[frozenset[Site]] = frozenset({FORWARD})
+    noise_option: ClassVar[NoiseOption] = ("sigma", 2.0)
 
     def __post_init__(self) -> None:
         """Refuse options that are out of range."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -46,7 +47,7 @@ from dbp_bench.purifiers.schedule import LINEAR
 from dbp_bench.result import Arithmetic
 from dbp_bench.runs.estimate import forward_bytes
 from dbp_bench.runs.execute import Progress
-from dbp_bench.runs.job import refuse_other_request
+from dbp_bench.runs.job import names_of, refuse_other_request
 from dbp_bench.runs.pieces import Pieces, State, read_request, work_folder, write_request
 from dbp_bench.writing import locked
 
@@ -173,7 +174,7 @@ def plan(
     Args:
         registry: All entries.
         track: Name of the track.
-        defenses: Names of defenses.
+        defenses: Names of defenses; "all" stands for every one that has a setting for the track.
         sigmas: Sizes of the Gaussian noise, in pixel units.
         n0: Votes that choose an image's class.
         n: Fresh votes that bound its probability.
@@ -192,9 +193,17 @@ def plan(
             raise BadRequest(f"--{name} {value}: must be 1 or more.")
     if not 0 <= seed < 2**63:
         raise BadRequest(f"--seed {seed}: must be in 0 ... 2^63 - 1.")
-    given = dict(options or {})
-    jobs = []
-    for defense in defenses:
+    by_label: dict[str, float] = {}
+    for sigma in sigmas:
+        label = label_of(sigma, n, {})
+        if by_label.setdefault(label, sigma) != sigma:
+            raise BadRequest(
+                f"--sigma {by_label[label]},{sigma}: both would be {label}; paths have six digits."
+            )
+    registry.track(track)
+    names = names_of("--defense", defenses, registry.defenses)
+    given, jobs = dict(options or {}), []
+    for defense in registry.defenses_of(track) if names == ["all"] else names:
         own = registry.subject(defense, track)
         for sigma in sigmas:
             smoothing = Smoothing(sigma, n0, n)
@@ -219,43 +228,55 @@ def plan(
 def at_level(subject: Subject, sigma: float, given: Mapping[str, Any]) -> Subject:
     """`subject` at the noise level of Gaussian noise of size `sigma`, with the options `given`.
 
-    An option `sigma` is set to it; of others, `t_star` to the first level that has at least as much
-    noise in pixel units, ``sqrt((1 - a) / a) / 2`` for a signal of a, and `sigma_max`, which is in
-    the twice as wide diffusion space, to ``2 * sigma``. A defense without any is left as it is.
+    The option that its purifier says is its noise level is set to it (:data:`NoiseOption`), in the
+    units of that option; `t_star`, of the purifier or of the one that it wraps, to the first level
+    that has as much noise (:func:`level_of`). A defense without either is left as it is.
 
     Raises:
         BadRequest: No level has as much, or the defense has no option of a name that is given.
     """
-    setting = subject.setting
-    options: dict[str, Any] = dict(setting.options)
-    if "sigma" in options:
-        options["sigma"] = sigma
-    elif "t_star" in options and "t_star" not in given:
-        options["t_star"] = level_of(sigma)
-    elif "sigma_max" in options and "sigma_max" not in given:
-        options["sigma_max"] = 2 * sigma
     if "sigma" in given:
         raise BadRequest("--set sigma: --sigma sets it.")
+    setting, inner = subject.setting, subject.setting.inner
+    name, scale = getattr(subject.factory(), "noise_option", ("t_star", None))
+    level: dict[str, Any] = {}
+    if name in setting.replaceable and name not in given:
+        options = {**setting.replaceable, **given}
+        level = {name: level_of(sigma, options) if scale is None else scale * sigma}
+    if inner is not None and name not in setting.options:
+        inner, level = inner.model_copy(update={"options": {**inner.options, **level}}), {}
+    options = {**setting.options, **level}
     votes = given.get("votes", setting.votes)
     if isinstance(votes, bool) or not isinstance(votes, int) or votes < 1:
         raise BadRequest(f"--set votes={votes}: a whole number from 1.")
     options |= {name: value for name, value in given.items() if name != "votes"}
-    changed = {"options": options, "votes": votes}
+    changed: dict[str, Any] = {"options": options, "inner": inner, "votes": votes}
     if votes == 1:
         changed["decision"] = "majority"  # the same as any other
     return replace(subject, setting=setting.model_copy(update=changed))
 
 
-def level_of(sigma: float) -> int:
-    """The first noise level of the linear schedule with noise of at least `sigma`, in pixels.
+def level_of(sigma: float, options: Mapping[str, Any] = MappingProxyType({})) -> int:
+    """The first `t_star` at which noise is at least `sigma`, in pixels.
+
+    At a level of the linear schedule it is ``sqrt((1 - a) / a) / 2`` for a signal of a. Of the
+    `options` of a purifier, a `published_grid` starts one level above `t_star`, a multiple of its
+    `steps`; a `respaced` chain has fewer levels.
 
     Raises:
         BadRequest: There is none.
     """
+    steps, respaced = options.get("steps"), options.get("respaced")
     try:
-        return least_step("linear-1000", sigma) + 1
+        level = least_step("linear-1000", sigma) + 1
+        chain = LINEAR.respaced(respaced) if isinstance(respaced, int) else None
     except BadEntry as error:
         raise BadRequest(f"--{error}") from None
+    if chain is not None:
+        return next(i for i, known in enumerate(chain) if known >= level)
+    if options.get("published_grid") is True and isinstance(steps, int) and steps > 0:
+        return -(-(level - 1) // steps) * steps
+    return level
 
 
 def forward_noise(defense: Defense, images: Tensor, sigma: float) -> float | None:

@@ -663,11 +663,11 @@ def plan(
     of the protocol. A job that cannot run is refused here, before any other has begun.
     """
     registry.track(track)
-    names = _names("--defense", defenses, registry.defenses)
+    names = names_of("--defense", defenses, registry.defenses)
     if "all" in names:
         registry.check_names("defenses")
         names = registry.defenses_of(track)
-    threat_names = _names("--threat", threats, registry.threats)
+    threat_names = names_of("--threat", threats, registry.threats)
     if "all" in threat_names:
         registry.check_names("attacks/threats")
         threat_names = registry.protocol
@@ -684,7 +684,7 @@ def plan(
     return planned
 
 
-def _names(option: str, asked: Sequence[str], known: Iterable[str]) -> list[str]:
+def names_of(option: str, asked: Sequence[str], known: Iterable[str]) -> list[str]:
     """The names `asked` for, each once.
 
     Raises:
