@@ -193,7 +193,9 @@ def test_without_noise_nothing_is_drawn() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"sigma": -0.1}, "sigma: -0.1 is negative"),
+        ({"sigma": -0.1}, "sigma: -0.1 is not 0 or more, and finite"),
+        ({"sigma": float("nan")}, "sigma: nan is not 0 or more, and finite"),
+        ({"sigma": float("inf")}, "sigma: inf is not 0 or more, and finite"),
         ({"t0": 1.0}, "t0: 1.0 is not from 0 and below 1"),
         ({"t0": -0.1}, "t0: -0.1 is not from 0"),
         ({"steps": 0}, "steps: 0 is not positive"),
