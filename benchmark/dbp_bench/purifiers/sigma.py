@@ -55,7 +55,8 @@ def refuse_levels(low: float, high: float, predicts: Predicts) -> None:
     """Refuse levels from `low` to `high` that no network knows.
 
     Raises:
-        BadEntry: They aren't above 0 and finite, or not in order; or the linear schedule has no such level.
+        BadEntry: They aren't above 0, finite and in order; or the linear schedule has no such
+            level.
     """
     if not 0 < low <= high:
         raise BadEntry(f"sigma_min: {low} is not above 0 and at most sigma_max = {high}.")
