@@ -228,8 +228,9 @@ def test_evaluations_are_counted_for_each_image(method: Any, known: int, hidden:
     here = search(defense, method, mixed, Linf(1e-4))
     assert here.forward.tolist() == [known] * 4 + [1] * 2
     assert method.evaluations(Setup(hidden=False)).forward == known
-    there = search(defense, method, mixed, Linf(1e-4), NOTHING)
-    assert there.forward.tolist() == [hidden] * 6
+    for knows in (NOTHING, frozenset({FORWARD})):
+        there = search(defense, method, mixed, Linf(1e-4), knows)
+        assert there.forward.tolist() == [hidden] * 6
     assert method.evaluations(Setup(hidden=True)).forward == hidden
     assert torch.equal(here.images[4:], group.images[4:])
 

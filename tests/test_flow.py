@@ -180,7 +180,9 @@ def test_without_noise_nothing_is_drawn() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"sigma": -0.1}, "sigma: -0.1 is negative"),
+        ({"sigma": -0.1}, "sigma: -0.1 is not 0 or more, and finite"),
+        ({"sigma": float("nan")}, "sigma: nan is not 0 or more, and finite"),
+        ({"sigma": float("inf")}, "sigma: inf is not 0 or more, and finite"),
         ({"t0": 1.0}, "t0: 1.0 is not from 0 and below 1"),
         ({"t0": -0.1}, "t0: -0.1 is not from 0"),
         ({"steps": 0}, "steps: 0 is not positive"),
@@ -199,6 +201,22 @@ def test_it_conforms(title: str, sigma: float) -> None:
     purifier = FlowPure(net, sigma, 0.5 if sigma else 0.0, steps=4, clamp_output=False)
     defense = Defense(purifier, Small().double(), [net])
     assert fault(CHECKS[title], defense, 0.5 + 0.3 * (images() - 0.5)) is None
+
+
+@pytest.mark.parametrize("track", ["digits-linf", "digits-l2"])
+@pytest.mark.parametrize("name", ["flow", "flow-pgd"])
+def test_what_was_attacked_in_its_place_is_declared(name: str, track: str) -> None:
+    """The released attack differentiates a flow over 5 points, where the defense takes 10."""
+    subject = Registry().subject(name, track)
+    evaluated = subject.defense()
+    searched = subject.searched(evaluated, "declared-surrogate")
+    calls = []
+    for each in (evaluated, searched):
+        before = each.counter.images
+        with torch.no_grad():
+            each.logits(uniform(1, 1, 8, 8), Tape.make(0, "test", [0]))
+        calls.append(each.counter.images - before)
+    assert calls == [10 - 1, 5 - 1]
 
 
 def test_the_dw_box_is_the_white_box_without_a_draw(tmp_path: Path) -> None:

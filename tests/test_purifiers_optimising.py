@@ -383,7 +383,7 @@ def test_by_steps_no_graph_of_a_step_is_kept(by_step: bool, kept: int) -> None:
     ("make", "message"),
     [
         (lambda n: lm(n, steps=0), r"^steps: 0 is not positive\.$"),
-        (lambda n: lm(n, rate=0.0), r"^rate: 0\.0 is not positive\.$"),
+        (lambda n: lm(n, rate=0.0), r"^rate: 0\.0 is not positive and finite\.$"),
         (lambda n: lm(n, sigma_min=0.6), r"^sigma_min: 0\.6 is sigma_max: no level is drawn\.$"),
         (lambda n: lm(n, sigma_min=0.7), r"^sigma_min: 0\.7 is not above 0 and at most sigma_max"),
         (
@@ -398,6 +398,17 @@ def test_by_steps_no_graph_of_a_step_is_kept(by_step: bool, kept: int) -> None:
         (lambda n: rdc(n, lm=PUBLISHED), r"go together; missing: lm_gradient, denoiser\.$"),
         (lambda n: rdc(n, n, lm={**PUBLISHED, "steps": 0}), r"^lm: steps: 0 is not positive\.$"),
         (lambda n: rdc(n, n, lm={**PUBLISHED, "stepz": 3}), r"^lm: .*unexpected keyword .*'stepz'"),
+        (lambda n: rdc(n, n, lm={**PUBLISHED, "steps": 2.5}), r"^lm: steps: 2\.5 is no integer\.$"),
+        (lambda n: rdc(n, n, lm={**PUBLISHED, "steps": True}), r"^lm: steps: True is no integer"),
+        (lambda n: rdc(n, n, lm={**PUBLISHED, "rate": "x"}), r"^lm: rate: 'x' is no number\.$"),
+        (
+            lambda n: rdc(n, n, lm={**PUBLISHED, "clamp_output": "no"}),
+            r"^lm: clamp_output: 'no' is neither true nor false\.$",
+        ),
+        (lambda n: lm(n, rate=float("inf")), r"^rate: inf is not positive and finite\.$"),
+        (lambda n: lm(n, rate=float("nan")), r"^rate: nan is not positive and finite\.$"),
+        (lambda n: lm(n, sigma_max=float("nan")), r"^sigma_min: 0\.4 is not above 0 and at most"),
+        (lambda n: scoreopt(n, sigma=float("inf")), r"^sigma_max: inf is not finite\.$"),
     ],
 )
 def test_bad_options_are_refused(make: Callable[[nn.Module], Purifier], message: str) -> None:

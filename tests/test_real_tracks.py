@@ -89,6 +89,8 @@ CALLS = {
     # As many of its guide as of its denoiser.
     "coup": {"cifar10-linf": 200, "cifar10-l2": 150},
     "purify-plus": 9,
+    # Two calls tell the level of each image.
+    "ssni": 2 + 50,
     "edm": 99,
     "edm-ode": 99,
     "addt-edm": 99,
@@ -213,6 +215,14 @@ def test_noise_levels_of_the_entries(t: int, signal: float, sigma: float) -> Non
     found = Schedule().signal()[t]
     assert found == pytest.approx(signal, abs=5e-6)
     assert ((1 - found) / found) ** 0.5 == pytest.approx(sigma, abs=5e-5)
+
+
+def test_levels_for_each_image_are_around_that_of_the_wrapped_defense() -> None:
+    """Where all have as many steps, DiffPure's at its own level are half as many."""
+    inner = setting_of(SHIPPED, "ssni", "cifar10-linf").inner
+    assert inner is not None
+    plain = setting_of(SHIPPED, "diffpure", "cifar10-linf").options
+    assert inner.options == {**plain, "steps": 50}
 
 
 def test_the_levels_of_the_entries_are_among_them() -> None:

@@ -9,6 +9,7 @@ images it begins at 0 without any noise, and is deterministic: knowing the draws
 
 import itertools
 from dataclasses import dataclass
+from math import isfinite
 from typing import Protocol
 
 import torch
@@ -45,8 +46,8 @@ class FlowPure:
 
     def __post_init__(self) -> None:
         """Refuse options that are out of range."""
-        if self.sigma < 0:
-            raise BadEntry(f"sigma: {self.sigma} is negative.")
+        if not (isfinite(self.sigma) and self.sigma >= 0):
+            raise BadEntry(f"sigma: {self.sigma} is not 0 or more, and finite.")
         if not 0 <= self.t0 < 1:
             raise BadEntry(f"t0: {self.t0} is not from 0 and below 1.")
         if self.steps < 1:

@@ -18,6 +18,7 @@ the gradient where a single step is taken.
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from typing import ClassVar
 
 import torch
@@ -90,12 +91,12 @@ def refuse_search(steps: int, rate: float) -> None:
     """Refuse a number of steps, or a learning rate, that can't be right.
 
     Raises:
-        BadEntry: One isn't positive.
+        BadEntry: One isn't positive, or the rate is infinite.
     """
     if steps < 1:
         raise BadEntry(f"steps: {steps} is not positive.")
-    if not rate > 0:
-        raise BadEntry(f"rate: {rate} is not positive.")
+    if not (isfinite(rate) and rate > 0):
+        raise BadEntry(f"rate: {rate} is not positive and finite.")
 
 
 def minimised(loss: Loss, z: Tensor, steps: int, rate: float) -> Tensor:

@@ -9,8 +9,8 @@ difference of two logits. A robust diffusion classifier maximises the likelihood
 This is a whole defense: it gives logits, and no classifier follows it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from math import exp, log, pi, sqrt
 from typing import Any, Literal
 
@@ -86,6 +86,7 @@ class RDC:
         if self.lm is None or self.denoiser is None:
             return None
         try:
+            _refuse_types(self.lm)
             lm = LM(denoiser=self.denoiser, predicts=self.predicts, **self.lm)
         except (BadEntry, TypeError) as error:
             raise BadEntry(f"lm: {words_of(error)}") from None
@@ -122,3 +123,23 @@ class RDC:
         away = away / _P_STD**2 if self.weighting == "training" else away * _P_STD**2
         density = exp(-away) / (sigma * _P_STD * sqrt(2 * pi))
         return density * (sigma**2 + _SIGMA_DATA**2) / (sigma * _SIGMA_DATA) ** 2
+
+
+def _refuse_types(options: Mapping[str, Any]) -> None:
+    """Refuse values of LM's `options` that aren't of the type of their field.
+
+    They stand in a table, whose values an entry doesn't check.
+    """
+    kinds = {field.name: field.type for field in fields(LM)}
+    for name, value in options.items():
+        kind = kinds.get(name)
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if kind in _TYPES and not fits:
+            raise BadEntry(f"{name}: {value!r} is {_TYPES[kind]}.")
+
+
+_TYPES: dict[Any, str] = {
+    int: "no integer",
+    float: "no number",
+    bool: "neither true nor false",
+}

@@ -8,7 +8,7 @@ the linear schedule, see the same image scaled to unit variance of image and noi
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from math import log
+from math import isfinite, log
 from typing import Literal
 
 import torch
@@ -55,10 +55,13 @@ def refuse_levels(low: float, high: float, predicts: Predicts) -> None:
     """Refuse levels from `low` to `high` that no network knows.
 
     Raises:
-        BadEntry: They aren't above 0, or not in order; or the linear schedule has no such level.
+        BadEntry: They aren't above 0, finite and in order; or the linear schedule has no such
+            level.
     """
     if not 0 < low <= high:
         raise BadEntry(f"sigma_min: {low} is not above 0 and at most sigma_max = {high}.")
+    if not isfinite(high):
+        raise BadEntry(f"sigma_max: {high} is not finite.")
     first, last = (float(_logs()[i].exp()) for i in (0, -1))
     if predicts == "noise" and not (first <= low and high <= last):
         raise BadEntry(

@@ -211,10 +211,16 @@ def _conformance(pools: Sequence[Pool]) -> Check:
 
 
 def _gradient(pools: Sequence[Pool]) -> Check:
-    """Read the quick gradient check that each run of an attack with gradients stores."""
+    """Read the quick gradient check that each run of an attack with gradients stores.
+
+    An attack along another gradient than the defense's own is named, whatever its check says.
+    """
     tested: list[str] = []
     wrong: dict[tuple[str, str], list[str]] = {}
+    instead: dict[str, list[str]] = {}
     for pool in pools:
+        if pool.any.gradient not in ("exact", None):
+            instead.setdefault(pool.any.gradient, []).append(pool.setting)
         records = [record.result.conformance for record in pool.records]
         found = [record.gradient for record in records if record and record.gradient]
         if not found:
@@ -232,7 +238,11 @@ def _gradient(pools: Sequence[Pool]) -> Check:
         if None in errors or None in cosines:
             wrong.setdefault(("flag_no_gradient", ""), []).append(at)
     flags = [note(name, mode=mode, found=", ".join(each)) for (name, mode), each in wrong.items()]
-    return Check("gradient", tested, flags, "gradient check failed" if flags else "")
+    said = ["gradient check failed"] if flags else []
+    for mode, settings in instead.items():
+        flags.append(note("flag_instead", mode=mode, at=_few(settings)))
+        said.append(f"attacked along {mode}, not its own gradient")
+    return Check("gradient", tested, flags, "; ".join(said))
 
 
 def _stronger(columns: Mapping[str, Pool], pools: Sequence[Pool]) -> list[Check]:
