@@ -21,7 +21,7 @@ from dbp_bench.runs.job import Overrides, resolve
 from dbp_bench.training import recipes
 from dbp_bench.training.batches import Batch
 from dbp_bench.training.flow import attacked, matching, noisy
-from toys import LoggedNoise, Small, SmallDenoiser, batch, images, normal, tape
+from toys import LoggedNoise, Small, SmallDenoiser, batch, images, normal, tape, uniform
 
 MEAN, VARIANCE = 0.2, 0.09
 
