@@ -74,7 +74,7 @@ def is_right(defense: Defense, images: Tensor, of: Group, draw: int = 0) -> Tens
 
 
 def view_of(of: Defense, n: int, knows: frozenset[Site] = BOTH) -> AttackerView:
-    """What an attacker of `n` images sees, at victim draw 0 of seed 0."""
+    """The view that an attacker of `n` images has, at victim draw 0 of seed 0."""
     ids = range(n)
     return AttackerView(of, knows, Tape.make(0, VICTIM, ids), Tape.make(0, ATTACKER, ids), 4096)
 
@@ -82,7 +82,7 @@ def view_of(of: Defense, n: int, knows: frozenset[Site] = BOTH) -> AttackerView:
 def search(
     of: Defense, method: Method, group: Group, ball: Budget, knows: frozenset[Site] = BOTH
 ) -> Attacked:
-    """What `method` finds in the `ball`, at victim draw 0 of seed 0."""
+    """The images that `method` finds in the `ball`, at victim draw 0 of seed 0."""
     return attack(of, method, group, ball, knows, seed=0, victim_draw=0, max_batch=4096)
 
 

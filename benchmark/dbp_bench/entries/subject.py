@@ -94,7 +94,7 @@ class Subject:
             raise BadEntry(f"{self.track.path}: {error}") from None
 
     def factory(self) -> Callable[..., Any]:
-        """What makes the purifier: a class, or a function of another package. Nothing is built.
+        """The class, or function of another package, that makes the purifier. Nothing is built.
 
         Raises:
             BadEntry: It cannot be imported, or isn't trusted.
