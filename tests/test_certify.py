@@ -20,7 +20,7 @@ from dbp_bench.noise import FORWARD, Noise, Site
 from dbp_bench.purifiers.denoised_smoothing import noise_of
 from dbp_bench.purifiers.schedule import LINEAR
 from dbp_bench.runs import certify as running
-from dbp_bench.runs.certify import at_level, level_of, plan
+from dbp_bench.runs.certify import at_level, levels, plan
 from dbp_bench.runs.estimate import ForwardCost
 from dbp_bench.runs.execute import Progress
 
@@ -68,17 +68,19 @@ def test_the_same_command_again_has_nothing_to_do(command: "Command") -> None:
     assert FILE.read_bytes() == before
 
 
+@pytest.mark.parametrize("defense", ["oneshot", "ssni"])
 def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(
-    command: "Command", monkeypatch: pytest.MonkeyPatch
+    defense: str, command: "Command", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after any pass, also in the middle of an image's votes; then more images."""
+    """Stopped after any pass, also in the middle of an image's votes; SSNI's NFE vary by vote."""
     monkeypatch.setattr(running, "SECONDS", 0.0)
-    _certify(command)
-    whole = FILE.read_bytes()
+    _certify(command, defense=defense)
+    (file,) = Path("out").glob(f"digits-l2/{defense}/*/*/seed-0.json")
+    whole = file.read_bytes()
     (job,) = plan(
         Registry(),
         "digits-l2",
-        ["oneshot"],
+        [defense],
         [0.25],
         n0=8,
         n=30,
@@ -240,12 +242,12 @@ def test_the_plan_names_the_weights_that_it_was_timed_without(
 @pytest.mark.parametrize(("sigma", "step"), [(0.25, 145), (0.5, 259), (0.75, 339), (1.0, 396)])
 def test_levels_are_those_of_diffusion_denoised_smoothing(sigma: float, step: int) -> None:
     """The 0-based steps of Carlini et al.'s table for the linear schedule of 1,000 levels."""
-    assert level_of(sigma) == step + 1
+    assert levels(sigma) == {"t_star": step + 1}
 
 
 def test_no_level_has_so_much_noise() -> None:
     with pytest.raises(BadRequest, match=r"beyond the schedule linear-1000, which ends at 78\.7"):
-        level_of(79)
+        levels(79)
 
 
 def test_a_purifier_follows_the_noise() -> None:
@@ -276,7 +278,14 @@ def test_a_level_is_one_that_the_chain_has() -> None:
     """A published grid starts one above a multiple of its steps; a shorter chain has fewer."""
     of = Registry().subject
     found = at_level(of("ddim", "cifar10-l2"), 0.25, {}).setting.options
-    assert (found["published_grid"], found["steps"], found["t_star"]) == (True, 10, 150)
+    assert (found["published_grid"], found["steps"], found["t_star"]) == (True, 15, 150)
+    every = at_level(of("ddpm", "cifar10-l2"), 0.25, {}).setting.options
+    assert (every["published_grid"], every["steps"], every["t_star"]) == (True, 145, 145)
+    # No grid has more steps than levels, and no step is added to one that has few.
+    full = at_level(of("diffpure", "imagenet-linf"), 0.25, {}).setting.options
+    assert (full["steps"], full["t_star"]) == (146, 146)
+    one = at_level(of("consistency", "digits-l2"), 0.5, {}).setting.options
+    assert (one["steps"], one["t_star"]) == (1, 260)
     exact = at_level(of("ddim", "cifar10-l2"), 0.25, {"steps": 29}).setting.options
     assert (exact["steps"], exact["t_star"]) == (29, 145)
     level = at_level(of("gdmp-imagenet", "imagenet-linf"), 0.25, {}).setting.options["t_star"]
@@ -284,7 +293,9 @@ def test_a_level_is_one_that_the_chain_has() -> None:
     assert chain[level - 1] < 146 <= chain[level]
 
 
-@pytest.mark.parametrize("track", ["digits-l2", "cifar10-l2", "cifar100-l2", "imagenet-l2"])
+@pytest.mark.parametrize(
+    "track", ["digits-l2", "cifar10-l2", "cifar100-l2", "imagenet-l2", "imagenet-linf"]
+)
 def test_every_defense_can_be_built_at_every_level(
     track: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -185,7 +185,8 @@ def test_without_noise_nothing_is_drawn() -> None:
         ({"sigma": float("inf")}, "sigma: inf is not 0 or more, and finite"),
         ({"t0": 1.0}, "t0: 1.0 is not from 0 and below 1"),
         ({"t0": -0.1}, "t0: -0.1 is not from 0"),
-        ({"steps": 0}, "steps: 0 is not positive"),
+        ({"steps": 0}, "steps: 0 is not in 1 ... 10,000"),
+        ({"steps": 10**9}, "steps: 1000000000 is not in 1 ... 10,000"),
     ],
 )
 def test_options_that_cannot_be_right(changes: dict[str, Any], says: str) -> None:

@@ -534,7 +534,7 @@ def test_levels_that_cannot_be_are_refused(t_star: int) -> None:
         ({"distance": "ssim", "window": -1}, "window: -1 is not odd and positive"),
         ({"distance": "ssim"}, "window: goes with distance: ssim"),
         ({"window": 7}, "window: goes with distance: ssim, and is left out elsewhere"),
-        ({"iterations": 0}, "iterations: 0 is not positive"),
+        ({"iterations": 0}, "iterations: 0 is not in 1 ... 10,000"),
     ],
 )
 def test_guidance_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:

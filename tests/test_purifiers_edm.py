@@ -137,7 +137,8 @@ def test_it_conforms(title: str, churned: bool) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps: 0 is not positive"),
+        ({"steps": 0}, "steps: 0 is not in 1 ... 10,000"),
+        ({"steps": 10**9}, "steps: 1000000000 is not in 1 ... 10,000"),
         ({"rho": 0.0}, "rho: 0.0 is not positive"),
         ({"sigma_min": 0.0}, "sigma_min: 0.0 is not above 0"),
         ({"sigma_min": 0.6}, "sigma_min: 0.6 is not above 0 and below sigma_max = 0.5"),

@@ -144,7 +144,7 @@ def test_it_conforms(title: str, eta: float) -> None:
     [
         ([], 1.0, "stages: there is none"),
         (stages((30, 4, 1)), 1.0, "number 1: steps: 4 does not divide t_star = 30"),
-        (stages((30, 30, 1), (50, 50, 0)), 1.0, "number 2: times: 0 is not positive"),
+        (stages((30, 30, 1), (50, 50, 0)), 1.0, "number 2: times: 0 is not in 1 ... 10,000"),
         (stages((1500, 1, 1)), 1.0, r"t_star: 1500 is not in 1 ... 1000"),
         (stages((30, 31, 1)), 1.0, "steps: 31 is not in 1"),
         ([{"t_star": 30, "steps": 30}], 1.0, "number 1 is .* it takes t_star, steps, times"),

@@ -410,7 +410,7 @@ def test_purify_plus_conforms(title: str) -> None:
     [
         ({"langevin": 1.1}, "langevin: 1.1 is not in 0 ... 1"),
         ({"langevin": -0.1}, "langevin: -0.1 is not in 0 ... 1"),
-        ({"steps": 0}, "steps: 0 is not positive"),
+        ({"steps": 0}, "steps: 0 is not in 1 ... 10,000"),
         ({"sigma_min": 0.4}, "sigma_min: 0.4 is not above 0 and below sigma_max"),
         ({"sigma_max": 140.0}, r"sigma_max: 0.02 ... 168\.\d+ is not in 0.01 ... 157.4"),
     ],

@@ -17,7 +17,7 @@ from dbp_bench import memory
 from dbp_bench.defense import NoiseOption
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site
-from dbp_bench.purifiers.schedule import to_diffusion, to_images
+from dbp_bench.purifiers.schedule import refuse_count, to_diffusion, to_images
 
 Solver = Literal["heun", "euler"]
 """`heun` is of second order: each step but the last adds 2 to the NFE. `euler` is of first order:
@@ -57,8 +57,7 @@ class EDM:
         """Refuse options that are out of range, or make no difference."""
         if self.s_noise <= 0:
             raise BadEntry(f"s_noise: {self.s_noise} is not positive.")
-        if self.steps < 1:
-            raise BadEntry(f"steps: {self.steps} is not positive.")
+        refuse_count("steps", self.steps)
         if self.rho <= 0:
             raise BadEntry(f"rho: {self.rho} is not positive.")
         if not 0 < self.sigma_min < self.sigma_max:

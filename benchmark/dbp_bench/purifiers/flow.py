@@ -18,7 +18,7 @@ from torch import Tensor
 from dbp_bench import memory
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, Noise, Site
-from dbp_bench.purifiers.schedule import to_diffusion, to_images
+from dbp_bench.purifiers.schedule import refuse_count, to_diffusion, to_images
 
 TIMES = 1000
 """A network is told this many times the flow's time, so that networks of diffusions serve."""
@@ -50,8 +50,7 @@ class FlowPure:
             raise BadEntry(f"sigma: {self.sigma} is not 0 or more, and finite.")
         if not 0 <= self.t0 < 1:
             raise BadEntry(f"t0: {self.t0} is not from 0 and below 1.")
-        if self.steps < 1:
-            raise BadEntry(f"steps: {self.steps} is not positive.")
+        refuse_count("steps", self.steps)
 
     @property
     def sites(self) -> frozenset[Site]:

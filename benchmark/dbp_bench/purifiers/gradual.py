@@ -14,7 +14,14 @@ from dbp_bench import memory
 from dbp_bench.defense import Denoiser
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, REVERSE, Noise, Site
-from dbp_bench.purifiers.schedule import LINEAR, Diffusion, denoise, to_diffusion, to_images
+from dbp_bench.purifiers.schedule import (
+    LINEAR,
+    Diffusion,
+    denoise,
+    refuse_count,
+    to_diffusion,
+    to_images,
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,7 @@ class Gradual:
                 raise BadEntry(
                     f"stages: number {number}: steps: {steps} does not divide t_star = {t_star}."
                 )
-            if times < 1:
-                raise BadEntry(f"stages: number {number}: times: {times} is not positive.")
+            refuse_count(f"stages: number {number}: times", times)
 
     @property
     def sites(self) -> frozenset[Site]:

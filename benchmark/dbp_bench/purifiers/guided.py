@@ -34,6 +34,7 @@ from dbp_bench.purifiers.schedule import (
     Diffusion,
     Schedule,
     denoise,
+    refuse_count,
     to_diffusion,
     to_images,
 )
@@ -136,8 +137,7 @@ class GDMP:
             raise BadEntry("window: goes with distance: ssim, and is left out elsewhere.")
         if self.window is not None and (self.window < 1 or self.window % 2 == 0):
             raise BadEntry(f"window: {self.window} is not odd and positive.")
-        if self.iterations < 1:
-            raise BadEntry(f"iterations: {self.iterations} is not positive.")
+        refuse_count("iterations", self.iterations)
 
     @property
     def sites(self) -> frozenset[Site]:

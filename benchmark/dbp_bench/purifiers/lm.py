@@ -28,7 +28,7 @@ from dbp_bench import memory
 from dbp_bench.errors import BadEntry
 from dbp_bench.noise import FORWARD, Noise, Site
 from dbp_bench.purifiers.edm import SigmaDenoiser
-from dbp_bench.purifiers.schedule import to_diffusion, to_images
+from dbp_bench.purifiers.schedule import refuse_count, to_diffusion, to_images
 from dbp_bench.purifiers.sigma import AtSigma, Predicts, per_image, refuse_levels
 from dbp_bench.taped.operations import uniform
 
@@ -91,10 +91,9 @@ def refuse_search(steps: int, rate: float) -> None:
     """Refuse a number of steps, or a learning rate, that can't be right.
 
     Raises:
-        BadEntry: One isn't positive, or the rate is infinite.
+        BadEntry: One isn't positive, or the rate is infinite, or there are too many steps.
     """
-    if steps < 1:
-        raise BadEntry(f"steps: {steps} is not positive.")
+    refuse_count("steps", steps)
     if not (isfinite(rate) and rate > 0):
         raise BadEntry(f"rate: {rate} is not positive and finite.")
 

@@ -23,7 +23,7 @@ from dbp_bench.errors import BadEntry, words_of
 from dbp_bench.noise import Noise, Site
 from dbp_bench.purifiers.edm import SigmaDenoiser
 from dbp_bench.purifiers.lm import LM, squares
-from dbp_bench.purifiers.schedule import to_diffusion
+from dbp_bench.purifiers.schedule import refuse_count, to_diffusion
 from dbp_bench.purifiers.sigma import AtSigma, Predicts, refuse_levels
 
 LOSSES = Site("losses")
@@ -69,8 +69,7 @@ class RDC:
         refuse_levels(self.sigma_min, self.sigma_max, self.predicts)
         if self.sigma_min == self.sigma_max:
             raise BadEntry(f"sigma_min: {self.sigma_min} is sigma_max: there is no level below.")
-        if self.levels < 1:
-            raise BadEntry(f"levels: {self.levels} is not positive.")
+        refuse_count("levels", self.levels)
         if self.classes < 2:
             raise BadEntry(f"classes: {self.classes} is not two or more.")
         given = {"lm": self.lm, "lm_gradient": self.lm_gradient, "denoiser": self.denoiser}

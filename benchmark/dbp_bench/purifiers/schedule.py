@@ -18,6 +18,9 @@ from torch import Tensor
 from dbp_bench.defense import Denoiser
 from dbp_bench.errors import BadEntry
 
+MOST = 10_000
+"""More steps, or runs in a row, than any sampler takes: their number is a slip."""
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -185,6 +188,16 @@ def denoise(denoiser: Denoiser, z: Tensor, t: int, *, clip: bool) -> tuple[Tenso
     said = predict(denoiser, z, times(t, z))
     x0: Tensor = (z - (1 - a_t) ** 0.5 * said.noise) / a_t**0.5
     return x0.clamp(-1, 1) if clip else x0, said
+
+
+def refuse_count(name: str, count: int) -> None:
+    """Refuse an option `name` that counts steps, if no sampler takes so many.
+
+    Raises:
+        BadEntry: It is not in 1 ... 10,000.
+    """
+    if not 1 <= count <= MOST:
+        raise BadEntry(f"{name}: {count} is not in 1 ... {MOST:,}.")
 
 
 def to_diffusion(images: Tensor) -> Tensor:

@@ -230,7 +230,8 @@ def at_level(subject: Subject, sigma: float, given: Mapping[str, Any]) -> Subjec
 
     The option that its purifier says is its noise level is set to it (:data:`NoiseOption`), in the
     units of that option; `t_star`, of the purifier or of the one that it wraps, to the first level
-    that has as much noise (:func:`level_of`). A defense without either is left as it is.
+    that has as much noise, and `steps` with it (:func:`levels`). A defense without either is left
+    as it is.
 
     Raises:
         BadRequest: No level has as much, or the defense has no option of a name that is given.
@@ -242,7 +243,7 @@ def at_level(subject: Subject, sigma: float, given: Mapping[str, Any]) -> Subjec
     level: dict[str, Any] = {}
     if name in setting.replaceable and name not in given:
         options = {**setting.replaceable, **given}
-        level = {name: level_of(sigma, options) if scale is None else scale * sigma}
+        level = levels(sigma, options, given) if scale is None else {name: scale * sigma}
     if inner is not None and name not in setting.options:
         inner, level = inner.model_copy(update={"options": {**inner.options, **level}}), {}
     options = {**setting.options, **level}
@@ -256,27 +257,38 @@ def at_level(subject: Subject, sigma: float, given: Mapping[str, Any]) -> Subjec
     return replace(subject, setting=setting.model_copy(update=changed))
 
 
-def level_of(sigma: float, options: Mapping[str, Any] = MappingProxyType({})) -> int:
-    """The first `t_star` at which noise is at least `sigma`, in pixels.
+def levels(
+    sigma: float,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    given: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, int]:
+    """The first `t_star` at which noise is at least `sigma`, in pixels, and `steps` that fit it.
 
     At a level of the linear schedule it is ``sqrt((1 - a) / a) / 2`` for a signal of a. Of the
-    `options` of a purifier, a `published_grid` starts one level above `t_star`, a multiple of its
-    `steps`; a `respaced` chain has fewer levels.
+    `options` of a purifier, a `respaced` chain has fewer levels. A `published_grid` starts one
+    level above `t_star`, a multiple of its `steps`: as many as keep their length, or those that are
+    `given`. Other grids keep the number of their steps, where there are as many levels.
 
     Raises:
         BadRequest: There is none.
     """
-    steps, respaced = options.get("steps"), options.get("respaced")
+    own, steps, respaced = (options.get(name) for name in ("t_star", "steps", "respaced"))
     try:
         level = least_step("linear-1000", sigma) + 1
         chain = LINEAR.respaced(respaced) if isinstance(respaced, int) else None
     except BadEntry as error:
         raise BadRequest(f"--{error}") from None
     if chain is not None:
-        return next(i for i, known in enumerate(chain) if known >= level)
-    if options.get("published_grid") is True and isinstance(steps, int) and steps > 0:
-        return -(-(level - 1) // steps) * steps
-    return level
+        level = next(i for i, known in enumerate(chain) if known >= level)
+    if not isinstance(steps, int) or steps < 1:
+        return {"t_star": level}  # none, or refused where the purifier is built
+    if chain is None and options.get("published_grid") is True:
+        if "steps" in given:
+            return {"t_star": -(-(level - 1) // steps) * steps}
+        length = max(1, own // steps) if isinstance(own, int) else 1
+        steps = -(-(level - 1) // length)
+        return {"t_star": steps * length, "steps": steps}
+    return {"t_star": level} if "steps" in given else {"t_star": level, "steps": min(steps, level)}
 
 
 def forward_noise(defense: Defense, images: Tensor, sigma: float) -> float | None:
@@ -456,7 +468,9 @@ def _count(
         if not missing[index]:
             continue
         group, _ = images.select(ids)
-        before, left, written = defense.counter.images, missing[index], time.monotonic()
+        # The evaluations of the denoiser for all votes of the group, those of earlier runs included.
+        earlier = int(pieces.states[index]["nfe_in_all"]) if any(counts.done.values()) else 0
+        before, written = defense.counter.images, time.monotonic()
         for counted in count(
             defense.classes,
             group.to(job.device),
@@ -471,12 +485,13 @@ def _count(
         ):
             if time.monotonic() - written < SECONDS and not _is_done(counted, job.smoothing):
                 continue
-            now = len(ids) * (job.votes - sum(counted.done.values()))
-            nfe = (defense.counter.images - before) // max(1, left - now)
-            pieces.states[index] = _state(counted, nfe)
+            pieces.states[index] = _state(counted, earlier + defense.counter.images - before)
             pieces.write(index)
             written = time.monotonic()
-    return pieces.most("nfe")
+    return max(
+        int(state["nfe_in_all"]) // (len(ids) * job.votes)
+        for state, ids in zip(pieces.states, pieces.groups, strict=True)
+    )
 
 
 def _is_done(counts: Counts, smoothing: Smoothing) -> bool:
@@ -489,7 +504,7 @@ def _state(counts: Counts, nfe: int) -> State:
         "selection": counts.selection.clone(),
         "estimation": counts.estimation.clone(),
         "done": torch.tensor([counts.done["selection"], counts.done["estimation"]]),
-        "nfe": torch.tensor(nfe),
+        "nfe_in_all": torch.tensor(nfe),
     }
 
 
@@ -499,7 +514,7 @@ def _counts(state: State, images: int, classes: int, smoothing: Smoothing) -> Co
     try:
         tables = (state["selection"], state["estimation"])
         done = [int(number) for number in state["done"]]
-        nfe = int(state["nfe"])
+        nfe = int(state["nfe_in_all"])
     except (KeyError, TypeError, ValueError, RuntimeError):
         return none
     most = (smoothing.n0, smoothing.n)
