@@ -208,7 +208,7 @@ class Certificate(Strict):
     labels: list[int]
     votes: Votes
     nfe: int = Field(ge=0)
-    """Calls of the denoising networks for one vote."""
+    """Calls of the denoising networks for one vote, rounded where they differ."""
     arithmetic: Arithmetic
     provenance: Provenance
     digest: str

@@ -468,7 +468,7 @@ def _count(
         if not missing[index]:
             continue
         group, _ = images.select(ids)
-        # The evaluations of the denoiser for all votes of the group, those of earlier runs included.
+        # The evaluations of the denoiser for all votes, those of earlier runs included.
         earlier = int(pieces.states[index]["nfe_in_all"]) if any(counts.done.values()) else 0
         before, written = defense.counter.images, time.monotonic()
         for counted in count(
@@ -488,10 +488,8 @@ def _count(
             pieces.states[index] = _state(counted, earlier + defense.counter.images - before)
             pieces.write(index)
             written = time.monotonic()
-    return max(
-        int(state["nfe_in_all"]) // (len(ids) * job.votes)
-        for state, ids in zip(pieces.states, pieces.groups, strict=True)
-    )
+    in_all = sum(int(state["nfe_in_all"]) for state in pieces.states)
+    return round(in_all / (job.votes * sum(map(len, pieces.groups))))
 
 
 def _is_done(counts: Counts, smoothing: Smoothing) -> bool:
