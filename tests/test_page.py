@@ -152,6 +152,8 @@ def test_it_reads_without_its_script(text: str) -> None:
     hidden = [tag for tag, attributes in page.elements if "hidden" in attributes]
     assert set(hidden) == {"form", "button"}
     assert sum(tag == "details" for tag, _ in page.elements) > 3
+    assert "the one of <code>dbp-bench compare</code>" in text
+    assert "`" not in text.split("<script>")[0]
 
 
 # --- Numbers --------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The contents of a track's page, computed from its leaderboard; the template lays them out."""
 
+import re
 import shlex
 from base64 import b64encode
 from collections.abc import Iterable, Mapping
@@ -76,13 +77,13 @@ def to_html(
         style=Markup(style),  # our own file
         script=Markup(script),
         protocol=protocol(board),
-        ranking=ranking(board),
+        ranking=_coded(ranking(board)),
         draws=draws_table(board),
         convergence=convergence_table(board) if any(r.convergence for r in board.rows) else None,
-        convergence_note=convergence_note(),
+        convergence_note=_coded(convergence_note()),
         certified=certified.table(certificates) if board.certificates else None,
         certified_caption=certified.caption(certificates) if board.certificates else "",
-        checked=checked(),
+        checked=_coded(checked()),
         unmeasured=None if board.reference else unmeasured(board),
         note=note,
         charts=charts(board),
@@ -259,6 +260,11 @@ class _Page:
 def _indexed(name: str) -> Markup:
     """A name with the indices of its symbols as subscripts."""
     return Markup(symbols(str(escape(name)), r"\1<sub>\2</sub>"))
+
+
+def _coded(text: str) -> Markup:
+    """The escaped `text`, what stands between backticks set as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _text(name: str) -> str:
