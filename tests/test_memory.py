@@ -186,6 +186,16 @@ def test_with_checkpointing_memory_grows_by_the_stored_states_alone(
     assert [kept(k) for k in (1, 5, 20)] == [count * state for count in held]
 
 
+def test_what_was_measured_is_freed() -> None:
+    """A plan of every defense holds no network once it is measured."""
+    linear = nn.Linear(10, 100)
+    memory.activation_bytes(lambda: linear(torch.ones(10, 10)).exp())
+    weight = ref(linear.weight)
+    del linear
+    gc.collect()
+    assert weight() is None
+
+
 def test_activation_bytes_of_a_known_graph() -> None:
     x = uniform(1, 1000).requires_grad_()
     linear = nn.Linear(1000, 1000).requires_grad_(False)

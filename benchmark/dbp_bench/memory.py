@@ -278,7 +278,8 @@ def activation_bytes(function: Callable[[], Tensor], limit: int | None = None) -
             seen[storage.data_ptr()] = storage.nbytes()
         if limit is not None and total > limit:
             raise _LimitReached
-        return tensor
+        # A tensor that its own node saves would hold that node, and nothing would free the graph.
+        return tensor.detach()
 
     unrecorded = _states.set(None)
     out = None
