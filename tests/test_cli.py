@@ -246,6 +246,21 @@ def test_plan(command: "Command", tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
+def test_a_plan_of_what_has_no_room(command: "Command", monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line for each defense, which says what would do."""
+    monkeypatch.setattr("dbp_bench.memory.free_bytes", lambda _: 2**16)
+    monkeypatch.setattr("dbp_bench.runs.estimate._PROBES", {})
+    said = command(*PLAN, "--defense", "ddpm", "--threat", "eot,dw-fwd,dw-rev", *SMALL)
+    (line,) = [line for line in said.out.splitlines() if "does not fit" in line]
+    fits = re.fullmatch(
+        r"ddpm \(eot, dw-fwd, dw-rev\) does not fit: "
+        r"0 MiB are free on cpu\. Try --max-batch (\d+)\.",
+        line,
+    )
+    assert fits is not None
+    assert 1 <= int(fits[1]) < 8  # 4 images, 2 samples each
+
+
 def test_a_plan_of_what_is_there(command: "Command") -> None:
     names = ["--defense", "none", "--threat", "dwbox", *SMALL]
     assert "all there" not in command(*PLAN, *names).out

@@ -188,10 +188,13 @@ def test_with_checkpointing_memory_grows_by_the_stored_states_alone(
 
 def test_what_was_measured_is_freed() -> None:
     """A plan of every defense holds no network once it is measured."""
-    linear = nn.Linear(10, 100)
-    memory.activation_bytes(lambda: linear(torch.ones(10, 10)).exp())
-    weight = ref(linear.weight)
-    del linear
+
+    def measured() -> "ref[Tensor]":
+        linear = nn.Linear(10, 100)
+        memory.activation_bytes(lambda: linear(torch.ones(10, 10)).exp())
+        return ref(linear.weight)
+
+    weight = measured()
     gc.collect()
     assert weight() is None
 

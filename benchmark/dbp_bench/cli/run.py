@@ -417,12 +417,14 @@ def _as_set(value: object) -> str:
 
 def _show_limits(say: "Console", costs: "Sequence[tuple[Job, Cost]]") -> None:
     """Say what stands between the plan and the run."""
+    large: dict[tuple[str, str], list[str]] = {}
     for job, cost in costs:
         if not cost.fits:
-            smaller = max(1, job.max_batch * cost.free_bytes // max(1, cost.bytes))
-            say.print(
-                f"{job.label}: does not fit: {cost.free_bytes / 2**20:,.0f} MiB are free on "
-                f"{job.device}. Try --max-batch {smaller}.",
-                soft_wrap=True,
-            )
+            passes = min(job.max_batch, job.batch_size * job.samples)
+            smaller = max(1, passes * cost.free_bytes // cost.bytes)
+            free = f"{cost.free_bytes / 2**20:,.0f} MiB are free on {job.device}"
+            why = f"does not fit: {free}. Try --max-batch {smaller}."
+            large.setdefault((job.subject.name, why), []).append(job.threat.name)
+    for (name, why), threats in large.items():
+        say.print(f"{name} ({', '.join(threats)}) {why}", soft_wrap=True)
     show_random_weights(say, (name for _, cost in costs for name in cost.random_weights))
