@@ -62,8 +62,10 @@ matrix: $(VENV)/.core  ## The defenses under every threat model again, on two co
 	$(BIN)/dbp-bench report --results $(SCRATCH)/matrix/results --out $(SCRATCH)/matrix/leaderboards
 
 matrix-digits-linf matrix-digits-l2: matrix-%:
-	@echo '$*: every threat model, then with twice the budget'
+	@echo '$*: every threat model, a transfer attack, then twice the budget'
 	$(BIN)/dbp-bench run --defense $(DEFENSES) --threat all --track $* --quiet --out $(SCRATCH)/matrix/results
+	$(BIN)/dbp-bench run --defense $(DEFENSES) --threat eot --attack transfer --track $* --quiet \
+		--out $(SCRATCH)/matrix/results
 	$(BIN)/dbp-bench sweep $(DEFENSES) --threat all --track $* --over $(TWICE) --black-box none --quiet \
 		--out $(SCRATCH)/matrix/results
 
