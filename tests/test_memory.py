@@ -208,6 +208,11 @@ def test_activation_bytes_of_a_known_graph() -> None:
     assert memory.activation_bytes(lambda: x * linear.bias) == 0, "a weight is no activation"
     assert memory.activation_bytes(lambda: linear(x).exp()) == 4000, "nor is a weight, transposed"
 
+    def guidance() -> Tensor:
+        return torch.autograd.grad(linear(x).exp().sum(), x, create_graph=True)[0]
+
+    assert memory.activation_bytes(guidance) == 4004, "nor in a gradient's graph; a sum's is a 1"
+
 
 def test_measuring_leaves_the_count_and_the_measure() -> None:
     defense, network = build("ddpm", "auto")

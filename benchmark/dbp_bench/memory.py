@@ -268,9 +268,10 @@ def activation_bytes(function: Callable[[], Tensor], limit: int | None = None) -
     gets there, because all steps of a large network fit in no memory.
     """
     seen: dict[int, int] = {}
+    saved: list[list[Tensor]] = []
     total = 0
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> list[Tensor]:
         nonlocal total
         storage = tensor.untyped_storage()
         if not isinstance(tensor if tensor._base is None else tensor._base, torch.nn.Parameter):
@@ -278,18 +279,22 @@ def activation_bytes(function: Callable[[], Tensor], limit: int | None = None) -
             seen[storage.data_ptr()] = storage.nbytes()
         if limit is not None and total > limit:
             raise _LimitReached
-        # A tensor that its own node saves would hold that node, and nothing would free the graph.
-        return tensor.detach()
+        held = [tensor]
+        saved.append(held)
+        return held
 
     unrecorded = _states.set(None)
     out = None
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda held: held[0]):
             out = function()
     except _LimitReached:
         pass
     finally:
         _states.reset(unrecorded)
+        # What its own node saves holds that node: the graph would never be freed.
+        for held in saved:
+            held.clear()
     del out
     return total
 
