@@ -288,7 +288,7 @@ def levels(
         length = max(1, own // steps) if isinstance(own, int) else 1
         steps = -(-(level - 1) // length)
         return {"t_star": steps * length, "steps": steps}
-    return {"t_star": level} if "steps" in given else {"t_star": level, "steps": min(steps, level)}
+    return {"t_star": level} | ({} if "steps" in given else {"steps": min(steps, level)})
 
 
 def forward_noise(defense: Defense, images: Tensor, sigma: float) -> float | None:
