@@ -65,7 +65,7 @@ def test_the_optimum_of_a_linear_classifier_in_l2() -> None:
 
 
 def test_the_optimum_among_a_hundred_classes() -> None:
-    """A linear classifier: each wrong class has an optimum of its own, and nine are aimed at."""
+    """A linear classifier: each wrong class has an optimum of its own, and few are aimed at."""
     weights = normal(100, 64, seed=7) / 8
 
     class Hundred(nn.Module):
@@ -113,6 +113,31 @@ def test_known_draws_take_the_budget_and_no_more(budget: int, classes: int) -> N
     assert found.gradient.tolist() == [budget, budget]
     assert (found.forward <= planned.forward).all()
     assert planned.gradient == budget
+
+
+def test_the_last_leg_begins_at_the_best_image_so_far() -> None:
+    """Six legs of 10 steps begin at the clean image; the one of 40 goes on from what they found."""
+    weights = normal(10, 16, seed=3)
+    seen: list[Tensor] = []
+    ahead: list[Tensor] = []
+
+    class Waves(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            rest = torch.sin(3 * images.flatten(1) @ weights.T)
+            logits = rest + 100 * torch.eye(10)[0]
+            if len(images) == 5:  # there is a first pass of one image
+                seen.append(images.detach().clone())
+                ahead.append(logits[:, 1:].amax(1).detach() - logits[:, 0].detach())
+            return logits
+
+    images = uniform(5, 1, 4, 4)
+    group = Group(images, torch.zeros(5, dtype=torch.int64), range(5))
+    searched(Defense(Identity(), Waves()), group, Linf(0.2), 100)
+    starts = [1 + 11 * leg for leg in range(7)]
+    assert all(torch.equal(seen[start], images) for start in starts[:-1])
+    best = torch.stack(ahead[: starts[-1]]).argmax(0)
+    assert torch.equal(seen[starts[-1]], torch.stack([seen[i][n] for n, i in enumerate(best)]))
+    assert (best > 0).all()
 
 
 def test_hidden_draws_take_two_samples_a_step() -> None:

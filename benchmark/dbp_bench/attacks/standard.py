@@ -22,8 +22,10 @@ from dbp_bench.attacks.common.options import Count, checked
 from dbp_bench.attacks.square import Square
 from dbp_bench.threat import L2, AttackerView, Budget, Evaluations, Linf, Objective, Setup
 
-TARGETS = 9
+TARGETS = 5
 """Wrong classes to aim at, at most, where every draw is known."""
+LAST_LEG = 0.4
+"""The share of the budget that the last leg takes there, which begins at the best image so far."""
 SAMPLES = 2
 """EoT samples of each step where a draw is hidden."""
 LONGEST, LONGEST_PARTLY = 2.0, 10.0
@@ -31,8 +33,9 @@ LONGEST, LONGEST_PARTLY = 2.0, 10.0
 where every draw is hidden, and where a part is known."""
 MOMENTUM = 0.8
 """The share of the running mean gradient that a step keeps where a draw is hidden."""
-FIRST, LAST_KNOWN, LAST_HIDDEN = 2.0, 0.02, 0.01
-"""Lengths of the first and the last step of a search, relative to eps."""
+FIRST, FIRST_AGAIN, LAST_KNOWN, LAST_HIDDEN = 2.0, 0.5, 0.02, 0.01
+"""Lengths of the first and the last step of a search, relative to eps; `FIRST_AGAIN` is that of the
+first step from the best image so far."""
 RANGE = 20.0
 """The range that the logits of a clean image are scaled to, where a draw is hidden: log-odds, and
 what they rank, must not depend on the scale that a classifier happens to have."""
@@ -49,8 +52,10 @@ class Standard:
 
     Where every draw is known, the defense is deterministic: the first leg maximises the
     cross-entropy, and each further leg the margin of one likely wrong class over the label
-    (MultiTargeted, Gowal et al. 2019, arXiv 1910.09338). An image that is misclassified for certain
-    is finished; of the others, the iterate of largest margin counts.
+    (MultiTargeted, Gowal et al. 2019, arXiv 1910.09338). The last leg begins at the iterate of
+    largest margin so far, and maximises the margin of whichever wrong class is ahead, with shorter
+    steps. An image that is misclassified for certain is finished; of the others, the iterate of
+    largest margin counts.
 
     Where a draw is hidden, each step follows a running mean of gradients (momentum, Dong et al.
     2018) over two fresh EoT samples, and maximises a smooth error rate: the mean over the samples
@@ -153,18 +158,15 @@ class Standard:
         logits = view.logits(images, [0])[:, 0]
         targets = ordered_targets(logits, labels)
         found, best = images.clone(), _value(view, logits, labels)
-        for number, steps in enumerate(_legs(self.budget, targets.shape[1])):
+        for leg in _legs(self.budget, targets.shape[1]):
             rows = (best < torch.inf).nonzero()[:, 0]
-            x = images[rows]
-            for step in range(steps + 1):
+            x = (found if leg.goes_on else images)[rows]
+            for step in range(leg.steps + 1):
                 if not len(rows):
                     return found
                 part, own = view[rows], labels[rows]
-                if step < steps:
-                    loss: Objective = cross_entropy
-                    if number > 0:
-                        loss = objective_of("margin-targeted", targets[rows, number - 1])
-                    seen = part.gradient(x, own, loss, [0])
+                if step < leg.steps:
+                    seen = part.gradient(x, own, leg.objective(targets[rows]), [0])
                     logits = seen.logits[:, 0]
                 else:
                     logits = part.logits(x, [0])[:, 0]
@@ -173,18 +175,45 @@ class Standard:
                 better = value > best[rows]
                 found[rows[better]], best[rows[better]] = x[better], value[better]
                 left = value < torch.inf
-                if step < steps:
-                    size = _falling(FIRST, LAST_KNOWN, step, steps) * budget.eps
+                if step < leg.steps:
+                    first = FIRST_AGAIN if leg.goes_on else FIRST
+                    size = _falling(first, LAST_KNOWN, step, leg.steps) * budget.eps
                     x = budget.project(x + size * budget.ascent(seen.mean), images[rows])
                 rows, x = rows[left], x[left]
         return found
 
 
-def _legs(budget: int, wrong_classes: int) -> list[int]:
-    """Steps of each leg: untargeted, then one for each target; no leg is shorter than 10 steps."""
-    targets = max(0, min(TARGETS, wrong_classes, budget // SHORTEST - 1))
-    steps = budget // (targets + 1)
-    return [budget - targets * steps, *[steps] * targets]
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """A part of the search where every draw is known: so many steps with one objective.
+
+    Args:
+        steps: Gradient evaluations.
+        target: The place of the wrong class that it aims at, 0 for the most likely one; None to
+            aim at none.
+        goes_on: Whether it begins at the best image so far, in place of the clean one.
+    """
+
+    steps: int
+    target: int | None = None
+    goes_on: bool = False
+
+    def objective(self, targets: Tensor) -> Objective:
+        """What it maximises, for wrong classes ``(b, k)``, the most likely first."""
+        if self.target is not None:
+            return objective_of("margin-targeted", targets[:, self.target])
+        return margin if self.goes_on else cross_entropy
+
+
+def _legs(budget: int, wrong_classes: int) -> list[Leg]:
+    """Untargeted, one for each target, and one that goes on; none is shorter than 10 steps."""
+    last = int(LAST_LEG * budget)
+    if last < SHORTEST or budget - last < SHORTEST:
+        last = 0
+    targets = max(0, min(TARGETS, wrong_classes, (budget - last) // SHORTEST - 1))
+    steps = (budget - last) // (targets + 1)
+    legs = [Leg(budget - last - targets * steps), *(Leg(steps, place) for place in range(targets))]
+    return [*legs, Leg(last, goes_on=True)] if last else legs
 
 
 def _plan(budget: int) -> list[int]:
