@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 import yaml
 from torch import Tensor, nn
 
@@ -363,3 +364,12 @@ def test_a_plan_says_where_its_count_is_a_bound(command: "Command", tmp_path: Pa
     searched = Standard().evaluations(Setup(hidden=True))
     assert f"at most {2 * (searched.gradient + searched.forward + 2 * 9):,}" in standard
     assert "a search without gradients is only for those whose gradient is zero" in standard
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_group_is_laid_out_as_the_attack_lays_out_its_images(channels: int) -> None:
+    """Else convolutions round in another way, and a defense seems to be another program."""
+    last = uniform(5, 8, 8, channels).permute(0, 3, 1, 2)
+    group = Group(last, torch.zeros(5, dtype=torch.int64), range(5))
+    assert torch.equal(group.images, last)
+    assert last.stride() != group.images.stride() == torch.empty(last.shape).stride()

@@ -23,11 +23,19 @@ class Group:
     """A fixed group of images, evaluated together: their number shapes the arithmetic."""
 
     images: Tensor
-    """``(b, c, h, w)`` in [0, 1]."""
+    """``(b, c, h, w)`` in [0, 1]; held row by row in memory, as the attack's own images are."""
     labels: Tensor
     """``(b,)``, int64."""
     ids: Sequence[int]
     """Index of each image in its data set."""
+
+    def __post_init__(self) -> None:
+        """Lay out the images anew: convolutions of another layout round in another way.
+
+        An image of one channel counts as contiguous in either, so it is always copied.
+        """
+        plain = self.images.clone(memory_format=torch.contiguous_format)
+        object.__setattr__(self, "images", plain)
 
 
 @dataclass(frozen=True, slots=True)
