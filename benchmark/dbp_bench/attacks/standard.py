@@ -199,7 +199,7 @@ class Leg:
     goes_on: bool = False
 
     def objective(self, targets: Tensor) -> Objective:
-        """What it maximises, for wrong classes ``(b, k)``, the most likely first."""
+        """Return what it maximises, for wrong classes ``(b, k)``, the most likely first."""
         if self.target is not None:
             return objective_of("margin-targeted", targets[:, self.target])
         return margin if self.goes_on else cross_entropy
