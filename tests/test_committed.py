@@ -74,6 +74,23 @@ def test_the_whole_matrix_is_there_and_belongs_to_the_entries(
     assert missing == []
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_further_seeds_belong_to_the_entries(records: list[Record], seed: int) -> None:
+    """They are of some defenses alone; each of these has every threat model that it needs."""
+    held = [r.result for r in records if r.result.track == TRACK and r.result.seed == seed]
+    shown = {(r.defense, r.threat): r for r in held if shipped().holds(r)}
+    defenses = sorted({defense for defense, _ in shown})
+    assert defenses
+    jobs = plan(
+        Registry(), TRACK, defenses, ["all"], seed=seed, device="cpu", overrides=Overrides()
+    )
+    for job in (item.job for item in jobs if item.instead is None):
+        result = shown[job.subject.name, job.threat.name]
+        assert identity_of(result) == job.identity(), job.label
+        assert result.ids == job.track_ids
+        assert not result.provenance.dirty
+
+
 def test_addt_gains_under_the_dw_box(matrix: dict[tuple[str, str], Result]) -> None:
     """The paired difference to ddpm, on the same images and draws, is above zero."""
     ddpm, addt = matrix["ddpm", "dwbox"], matrix["addt", "dwbox"]

@@ -206,9 +206,9 @@ class Leg:
 
 
 def _legs(budget: int, wrong_classes: int) -> list[Leg]:
-    """Untargeted, one for each target, and one that goes on; none is shorter than 10 steps."""
+    """Return an untargeted leg, one for each target, and one that goes on, of 10 steps or more."""
     last = int(LAST_LEG * budget)
-    if last < SHORTEST or budget - last < SHORTEST:
+    if last < SHORTEST:
         last = 0
     targets = max(0, min(TARGETS, wrong_classes, (budget - last) // SHORTEST - 1))
     steps = (budget - last) // (targets + 1)
