@@ -79,10 +79,10 @@ def test_the_interval_of_the_fall_counts(tmp_path: Path) -> None:
     robust = outcomes(0.65, 4)
     less = [[*row] for row in robust]
     less[0][0] = False
-    save(tmp_path, make("both", "eot", robust))
+    save(tmp_path, make("both", "eot", robust), make("both", "dwbox", 0.25))
     doubled(tmp_path, make("both", "eot", less))
     row = both(tmp_path)
-    assert cells(row) == {"hidden": "not converged"}
+    assert cells(row) == {"hidden": "not converged", "all_known": "not tested"}
     assert row.checked.startswith("not converged: white-box (-0.6, interval to -1.9)")
 
 
@@ -90,6 +90,36 @@ def test_a_rise_is_no_fall(tmp_path: Path) -> None:
     save(tmp_path, make("both", "eot", 0.65))
     doubled(tmp_path, make("both", "eot", 0.9))
     assert cells(both(tmp_path)) == {"hidden": "converged"}
+
+
+def test_a_row_is_raised_until_it_has_converged(tmp_path: Path) -> None:
+    """The white-box cell falls at 400 and not at 800; the DW-box cell, which stays, goes along."""
+    known = make("both", "dwbox", 0.25, **PASSED)
+    save(tmp_path, make("both", "eot", 0.65, **PASSED), known, make("both", "null", 1.0))
+    doubled(tmp_path, make("both", "eot", 0.5, **PASSED), known)
+    assert both(tmp_path).checked == "budget 400: convergence not tested"
+    doubled(tmp_path, make("both", "eot", 0.5, **PASSED), known, budget=800)
+    board = board_of(tmp_path)
+    (row,) = board.rows
+    assert (row.budget, row.checked) == (400, "budget 400: all passed")
+    hidden, stochasticity = row.estimates["hidden"], row.estimates["stochasticity"]
+    assert hidden is not None and stochasticity is not None
+    assert (hidden.value, stochasticity.value) == (0.5, 0.25)
+    assert [(each.own.any.effort["budget"], each.verdict) for each in row.convergence] == [
+        (200, "not converged"),
+        (200, "converged"),
+        (400, "converged"),
+        (400, "converged"),
+    ]
+    # The results that it began with count as a sweep's.
+    files = [record.name for pool, _ in board.pools for record in pool.records]
+    assert [name.partition("/")[0] for name in files] == ["sweeps", "sweeps", TRACK]
+    assert sorted(pool.any.effort["budget"] for pool in board.swept) == [200, 200, 800, 800]
+    write_leaderboards(tmp_path, tmp_path / "out")
+    shown = table(tmp_path / "out" / f"{TRACK}.csv", "defense").loc["both"]
+    assert (shown["hidden"], shown["effort"]) == (0.5, '{"budget": 400}')
+    text = (tmp_path / "out" / f"{TRACK}.md").read_text()
+    assert "| budget 400: all passed |" in text
 
 
 def test_all_passed(tmp_path: Path) -> None:
@@ -126,10 +156,12 @@ def test_a_sweep_on_fewer_images_is_paired_on_those(tmp_path: Path) -> None:
     """The first 20 images are right at the budget, 19 of them at twice the budget."""
     save(tmp_path, make("both", "eot", 0.65))
     doubled(tmp_path, make("both", "eot", outcomes(0.95, 2, 20), draws=2, ids=list(range(20))))
-    (found,) = both(tmp_path).convergence
+    row = both(tmp_path)
+    (found,) = row.convergence
     assert found.images == 20
     assert found.difference is not None
     assert round(found.difference.value, 9) == -0.05
+    assert row.budget is None
 
 
 def test_a_sweep_of_other_weights_is_refused(tmp_path: Path) -> None:

@@ -73,6 +73,15 @@ class Convergence:
         return None if self.accuracies is None else len(self.accuracies[0].score.right)
 
     @property
+    def whole(self) -> bool:
+        """True if the result with twice the budget has all seeds, images and draws of the other."""
+
+        def measured(pool: Pool) -> list[object]:
+            return [(each.seed, each.ids, each.draws) for each in (r.result for r in pool.records)]
+
+        return self.twice is not None and measured(self.own) == measured(self.twice)
+
+    @property
     def verdict(self) -> Verdict:
         """Converged: it falls by at most :data:`FALL`, in its interval by :data:`FALL_END`."""
         found = self.difference
@@ -122,6 +131,46 @@ def convergence(
         )
         found.append(Convergence(key, pool, *next(fitting, (None, None))))
     return found
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The results that serve a row, at the smallest budget at which all of its cells converge."""
+
+    columns: Mapping[str, Pool]
+    convergence: Sequence[Convergence]
+    """One check for each of these results."""
+    before: Sequence[Convergence] = ()
+    """Those at smaller budgets, where a cell had not converged."""
+
+    @property
+    def budget(self) -> int | None:
+        """The budget that the row was raised to; None where it was not."""
+        budget = self.convergence[0].own.any.effort[BUDGET] if self.before else None
+        return budget if isinstance(budget, int) else None
+
+
+def settled(
+    columns: Mapping[str, Pool], threats: Mapping[str, str], swept: Sequence[Pool]
+) -> Settled:
+    """Double the budget of a row until each of its cells has converged.
+
+    All cells of a row have one budget, for their differences are at equal effort. So it is doubled
+    only where every cell has a result at twice the budget, on the same images and draws.
+
+    Args:
+        columns: The results that serve the columns, by key.
+        threats: The threat model of each column, by key.
+        swept: The results of sweeps on that defense.
+    """
+    before: list[Convergence] = []
+    while True:
+        found = convergence(columns, threats, swept)
+        twice = {each.own: each.twice for each in found if each.twice and each.whole}
+        if len(twice) < len(found) or all(each.verdict == "converged" for each in found):
+            return Settled(columns, found, before)
+        before += found
+        columns = {key: twice.get(pool, pool) for key, pool in columns.items()}
 
 
 def _search(pool: Pool) -> tuple[object, ...]:

@@ -17,7 +17,7 @@ from dbp_bench.errors import NotComparable
 from dbp_bench.reporting.badge import Badge, badge_of
 from dbp_bench.reporting.certificates import Attacked, Held, check_contradictions
 from dbp_bench.reporting.columns import NULL, Column, columns_of, derived
-from dbp_bench.reporting.effort import Convergence, convergence
+from dbp_bench.reporting.effort import Convergence, Settled, settled
 from dbp_bench.reporting.findings import Findings
 from dbp_bench.reporting.pool import Pool, pooled
 from dbp_bench.reporting.protocol import Protocol, shipped
@@ -61,14 +61,18 @@ class Row:
     checks: Sequence[Check]
     """The checks for weak attacks and masked gradients, with what each tested and found."""
     convergence: Sequence[Convergence]
-    """The results that serve columns of robust accuracy, beside those with twice the budget."""
+    """The results that serve columns of robust accuracy, beside those with twice the budget, and
+    before them those at smaller budgets, where the row had not converged."""
+    budget: int | None
+    """The budget that the row was raised to, where it had not converged at the leaderboard's."""
     badge: Badge
     """The degree to which somebody else verified its results."""
 
     @property
     def checked(self) -> str:
         """The column of checks: "all passed", or what was found and what was not tested."""
-        return summary(self.checks) if self.convergence else "not measured"
+        said = summary(self.checks) if self.convergence else "not measured"
+        return f"budget {self.budget}: {said}" if self.budget else said
 
     @property
     def sites(self) -> Sequence[str]:
@@ -197,10 +201,26 @@ def leaderboard(
     columns = columns_of(each.key for each in protocol.extra)
     others = [pool for folder in _folders(swept) for pool in pooled(folder)]
     more = [pool for pool in others if pool.within(first.norm, eps)]
-    serving = {
+    own = {
         name: _serving([pool for pool in main if pool.any.defense == name], protocol, like)
         for name in names
     }
+    threats = {column.key: column.threat for column in protocol.columns}
+    found = {
+        name: settled(own[name], threats, [pool for pool in more if pool.any.defense == name])
+        for name in names
+    }
+    serving = {name: found[name].columns for name in names}
+    # Results with more budget change places with a row's own, where these have not converged.
+    raised = {
+        pool: serving[name][key]
+        for name in names
+        for key, pool in own[name].items()
+        if serving[name][key] is not pool
+    }
+    pools = [raised.get(pool, pool) for pool in pools]
+    at_eps = [raised.get(pool, pool) for pool in at_eps]
+    more = [*(pool for pool in more if pool not in raised.values()), *raised]
     zeros = {
         protected(serving[name]["hidden"].any): serving[name]["hidden"]
         for name in sorted(names, key=lambda name: name == BASE)  # it has the last word
@@ -209,13 +229,12 @@ def leaderboard(
     rows = [
         _row(
             columns,
-            serving[name],
+            found[name],
             [pool for pool in pools if pool.any.defense == name],
             [pool for pool in at_eps if pool.any.defense == name],
             kinds[name],
             protocol,
             [each for each in findings if each.defense == name],
-            [pool for pool in more if pool.any.defense == name],
             zeros.get(protected(next(p.any for p in pools if p.any.defense == name))),
         )
         for name in names
@@ -236,9 +255,7 @@ def leaderboard(
         swept=more,
         certificates=certificates,
         attacked={
-            name: _attacked(serving[name]["hidden"], others)
-            for name in names
-            if "hidden" in serving[name]
+            name: _attacked(own[name]["hidden"], others) for name in names if "hidden" in own[name]
         },
     )
 
@@ -300,16 +317,16 @@ def _serving(
 
 def _row(
     columns: Sequence[Column],
-    serving: Mapping[str, Pool],
+    served: Settled,
     pools: Sequence[Pool],
     at_eps: Sequence[Pool],
     kind: Kind,
     protocol: Protocol,
     findings: Sequence[Findings],
-    swept: Sequence[Pool],
     zero: Pool | None,
 ) -> Row:
     """The row of a defense from all its `pools`; `zero` is the pool of its classifier alone."""
+    serving = served.columns
     own = [pool for pool in pools if protocol.holds(pool.any)] or list(pools)
     # Clean accuracy is the same in every setting; the one with most draws estimates it best.
     clean = max(own, key=lambda pool: pool.draws)
@@ -333,9 +350,7 @@ def _row(
     for key in ("hidden", NULL):
         if key in serving:
             tallies[key] = (serving[key], serving[key].tally("adversarial"))
-    threats = {column.key: column.threat for column in protocol.columns}
-    converged = convergence(serving, threats, swept)
-    made = checks(serving, at_eps, findings, converged, estimates["stochasticity"])
+    made = checks(serving, at_eps, findings, served.convergence, estimates["stochasticity"])
     flags = [flag for check in made for flag in check.flags] + _below_zero(estimates)
     return Row(
         rank=None,
@@ -353,7 +368,8 @@ def _row(
         pools=own,
         flags=flags,
         checks=made,
-        convergence=converged,
+        convergence=[*served.before, *served.convergence],
+        budget=served.budget,
         badge=badge_of(clean.records[0].defense_folder),
     )
 

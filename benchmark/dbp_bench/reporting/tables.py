@@ -81,7 +81,9 @@ def rows_frame(board: Leaderboard) -> pd.DataFrame:
             },
             "checks": row.checked,
             "attack": search.label if search else None,
-            "effort": json.dumps(search.effort) if search else None,
+            "effort": json.dumps(search.effort | ({BUDGET: row.budget} if row.budget else {}))
+            if search
+            else None,
             "gradient": search.gradient if search else None,
             "hidden_draws": row.hidden_draws,
             "known_draws": row.known_draws,
