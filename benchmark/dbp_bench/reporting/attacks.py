@@ -305,6 +305,8 @@ def _which(board: Leaderboard, frame: pd.DataFrame) -> list[str]:
         where = [f"{row.attack} on {row.defense}" for row in lower.itertuples()]
         said = f"in {len(where)}" + (f" ({', '.join(where)})" if where else "")
         effort = f"budget of {budget}" if budget else "evaluations"
+        if raised := sorted({row.budget for row in board.rows if row.budget}):
+            effort += f" ({' or '.join(map(str, raised))} in rows that are raised)"
         total = (
             f"Of {compared.sum()} comparisons with {md(own)}, another attack at up to {WITHIN} "
             f"times its {effort} leaves less by more than the paired interval {md(said)}."

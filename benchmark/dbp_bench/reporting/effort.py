@@ -149,6 +149,16 @@ class Settled:
         budget = self.convergence[0].own.any.effort[BUDGET] if self.before else None
         return budget if isinstance(budget, int) else None
 
+    @property
+    def raised(self) -> str:
+        """Why the row was raised, in a few words; empty where it was not."""
+        if not self.budget:
+            return ""
+        half = self.budget // 2
+        last = [each for each in self.before if each.own.any.effort[BUDGET] == half]
+        falls = ", ".join(each.said for each in last if each.verdict == "not converged")
+        return f"budget {self.budget}, as {half} was too small: {falls}"
+
 
 def settled(
     columns: Mapping[str, Pool], threats: Mapping[str, str], swept: Sequence[Pool]

@@ -65,6 +65,8 @@ class Row:
     before them those at smaller budgets, where the row had not converged."""
     budget: int | None
     """The budget that the row was raised to, where it had not converged at the leaderboard's."""
+    raised: str
+    """Why it was raised, in a few words; empty where it was not."""
     badge: Badge
     """The degree to which somebody else verified its results."""
 
@@ -72,7 +74,7 @@ class Row:
     def checked(self) -> str:
         """The column of checks: "all passed", or what was found and what was not tested."""
         said = summary(self.checks) if self.convergence else "not measured"
-        return f"budget {self.budget}: {said}" if self.budget else said
+        return f"{self.raised}; {said}" if self.raised else said
 
     @property
     def sites(self) -> Sequence[str]:
@@ -370,6 +372,7 @@ def _row(
         checks=made,
         convergence=[*served.before, *served.convergence],
         budget=served.budget,
+        raised=served.raised,
         badge=badge_of(clean.records[0].defense_folder),
     )
 
