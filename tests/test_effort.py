@@ -98,13 +98,13 @@ def test_a_row_is_raised_until_it_has_converged(tmp_path: Path) -> None:
     save(tmp_path, make("both", "eot", 0.65, **PASSED), known, make("both", "null", 1.0))
     doubled(tmp_path, make("both", "eot", 0.5, **PASSED), known)
     assert both(tmp_path).checked == (
-        "budget 400, as 200 was too small: white-box (-15.0); convergence not tested"
+        "budget 400 (200 left up to 15.0 more); convergence not tested"
     )
     doubled(tmp_path, make("both", "eot", 0.5, **PASSED), known, budget=800)
     board = board_of(tmp_path)
     (row,) = board.rows
     assert row.budget == 400
-    assert row.checked == "budget 400, as 200 was too small: white-box (-15.0); all passed"
+    assert row.checked == "budget 400 (200 left up to 15.0 more); all passed"
     hidden, stochasticity = row.estimates["hidden"], row.estimates["stochasticity"]
     assert hidden is not None
     assert stochasticity is not None
@@ -123,7 +123,7 @@ def test_a_row_is_raised_until_it_has_converged(tmp_path: Path) -> None:
     shown = table(tmp_path / "out" / f"{TRACK}.csv", "defense").loc["both"]
     assert (shown["hidden"], shown["effort"]) == (0.5, '{"budget": 400}')
     text = (tmp_path / "out" / f"{TRACK}.md").read_text()
-    assert "| budget 400, as 200 was too small: white-box (-15.0); all passed |" in text
+    assert "| budget 400 (200 left up to 15.0 more); all passed |" in text
 
 
 def test_all_passed(tmp_path: Path) -> None:

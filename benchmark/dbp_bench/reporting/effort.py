@@ -156,8 +156,8 @@ class Settled:
             return ""
         half = self.budget // 2
         last = [each for each in self.before if each.own.any.effort[BUDGET] == half]
-        falls = ", ".join(each.said for each in last if each.verdict == "not converged")
-        return f"budget {self.budget}, as {half} was too small: {falls}"
+        fall = max(-each.difference.value for each in last if each.difference)
+        return f"budget {self.budget} ({half} left up to {100 * fall:.1f} more)"
 
 
 def settled(
