@@ -595,7 +595,10 @@ def test_the_recorded_output_is_that_of_the_package() -> None:
     for case in CASES:
         _, losses, right = theirs(case)
         want = torch.tensor(runs[case]["losses"])
-        # Steps by the sign amplify rounding, so on another kind of machine one path may part.
-        same = torch.isclose(losses, want, atol=1e-4, rtol=1e-3)
-        assert same.sum() >= len(same) - 1, (losses, want)
+        if case.startswith("L2-dlr"):
+            # Denominators are near 0: on another kind of processor one path parts by rounding.
+            same = torch.isclose(losses, want, atol=1e-4, rtol=1e-3)
+            assert same.sum() >= len(same) - 1
+        else:
+            torch.testing.assert_close(losses, want, atol=1e-4, rtol=1e-3)
         assert right.tolist() == runs[case]["right"]
