@@ -179,6 +179,13 @@ def test_a_mistake_gets_one_line(command: "Command", more: tuple[str, ...], said
     assert not list(Path("out").rglob("seed-*.json"))
 
 
+def test_an_option_called_sigma_that_is_no_noise_level_is_set(command: "Command") -> None:
+    asked = ("--defense", "flow", "--sigma", "0.25", "--set", "sigma=0.2", "--dry-run", "--json")
+    said = command("certify", *asked)
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["jobs"][0]["options"]["sigma"] == 0.2
+
+
 @pytest.mark.parametrize(
     ("defense", "said"),
     [

@@ -391,6 +391,10 @@ def test_by_steps_no_graph_of_a_step_is_kept(by_step: bool, kept: int) -> None:
             r"^sigma_min, sigma_max: 0\.0001 \.\.\. 0\.6 is not in 0\.01 \.\.\. 157\.4, the levels",
         ),
         (lambda n: scoreopt(n, sigma=0.0), r"^sigma_min: 0\.0 is not above 0"),
+        (
+            lambda n: scoreopt(n, sigma=158.0, predicts="noise"),
+            r"^sigma: 158 is not in 0\.01 \.\.\. 157\.4, the levels of a network .* in \[-1, 1\]\.$",
+        ),
         (lambda n: scoreopt(n, steps=-1), r"^steps: -1 is not in 1 ... 10,000\.$"),
         (lambda n: rdc(n, levels=0), r"^levels: 0 is not in 1 ... 10,000\.$"),
         (lambda n: rdc(n, classes=1), r"^classes: 1 is not two or more\.$"),

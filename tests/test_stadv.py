@@ -1,5 +1,6 @@
 """StAdv moves pixels as worked out by hand, within a bound of its own that no column mixes up."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -245,6 +246,17 @@ def test_a_limit_that_is_none_is_refused(
 def test_the_null_attack_takes_another() -> None:
     with pytest.raises(BadRequest, match="eps: 0 in linf is no limit of stadv"):
         job(threat="null")
+
+
+def test_the_protocol_leaves_it_out(command: "Command") -> None:
+    asked = ("run", "--defense", "oneshot", "--attack", "stadv", "--dry-run", "--json", "--threat")
+    said = command(*asked, "all")
+    assert said.code == 0, said.err
+    threats = {job["threat"] for job in json.loads(said.out)["jobs"]}
+    assert "eot" in threats
+    assert "null" not in threats
+    said = command(*asked, "all", "--eps", "0.1")
+    assert (said.code, len(said.err.splitlines())) == (2, 1)
 
 
 @pytest.mark.parametrize("name", ["stadv", "lpips"])

@@ -64,9 +64,10 @@ def refuse_levels(low: float, high: float, predicts: Predicts) -> None:
         raise BadEntry(f"sigma_max: {high} is not finite.")
     first, last = (float(_logs()[i].exp()) for i in (0, -1))
     if predicts == "noise" and not (first <= low and high <= last):
+        found = f"sigma: {high:g}" if low == high else f"sigma_min, sigma_max: {low:g} ... {high:g}"
         raise BadEntry(
-            f"sigma_min, sigma_max: {low} ... {high} is not in {first:.4g} ... {last:.4g}, the "
-            "levels of a network that predicts the noise."
+            f"{found} is not in {first:.4g} ... {last:.4g}, the levels of a network that predicts "
+            "the noise, in units of images in [-1, 1]."
         )
 
 

@@ -26,8 +26,6 @@ from dbp_bench.reporting.rendering import md, note, tex
 TITLE: Final = "Certified accuracy"
 _WIDTH, _PANEL, _WIDE = 3.35, 1.9, 2
 """The width of a paper's column and the height of a panel, in inches; panels side by side."""
-_MOST: Final = 8
-"""The most panels of the figure."""
 
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -152,16 +150,15 @@ def figure(found: Sequence[Best]) -> Figure:
 
     It must be drawn under a style of :mod:`dbp_bench.reporting.plotting`.
     """
-    shown = list(found)[:_MOST]
-    rows = -(-len(shown) // _WIDE)
-    wide = min(_WIDE, len(shown))
+    rows = -(-len(found) // _WIDE)
+    wide = min(_WIDE, len(found))
     size = (_WIDTH * wide, 0.3 + _PANEL * rows)
     drawn = Figure(figsize=size, layout="constrained")
     panels = list(drawn.subplots(rows, wide, squeeze=False, sharex=True, sharey=True).flat)
-    sigmas = sorted({held.certificate.sigma for group in shown for held in group.helds})
-    for axes, group in zip(panels, shown, strict=False):
+    sigmas = sorted({held.certificate.sigma for group in found for held in group.helds})
+    for axes, group in zip(panels, found, strict=False):
         _panel(axes, group, sigmas)
-    for axes in panels[len(shown) :]:
+    for axes in panels[len(found) :]:
         axes.set_visible(False)
     return drawn
 

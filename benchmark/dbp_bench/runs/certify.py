@@ -236,10 +236,10 @@ def at_level(subject: Subject, sigma: float, given: Mapping[str, Any]) -> Subjec
     Raises:
         BadRequest: No level has as much, or the defense has no option of a name that is given.
     """
-    if "sigma" in given:
-        raise BadRequest("--set sigma: --sigma sets it.")
     setting, inner = subject.setting, subject.setting.inner
     name, scale = getattr(subject.factory(), "noise_option", ("t_star", None))
+    if "sigma" in given and (name == "sigma" or "sigma" not in setting.replaceable):
+        raise BadRequest("--set sigma: --sigma sets it.")
     level: dict[str, Any] = {}
     if name in setting.replaceable and name not in given:
         options = {**setting.replaceable, **given}

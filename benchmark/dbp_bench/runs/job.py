@@ -560,6 +560,10 @@ def _measure(attack: "Attack") -> tuple[str, ...]:
     return (network,) if network else ()
 
 
+class _OwnBound(BadRequest):
+    """An attack keeps a bound of its own, and another size is asked for."""
+
+
 def _limits(search: Search, track: Track, eps: float) -> tuple[str, float]:
     """The norm and size of the budget, or those of the attack's own bound.
 
@@ -569,7 +573,7 @@ def _limits(search: Search, track: Track, eps: float) -> tuple[str, float]:
         eps: The size of the budget that is asked for.
 
     Raises:
-        BadRequest: The attack has its own bound, and another size than the track's is asked for.
+        _OwnBound: The attack has its own bound, and another size than the track's is asked for.
     """
     from dbp_bench.threat import own_bound
 
@@ -577,7 +581,7 @@ def _limits(search: Search, track: Track, eps: float) -> tuple[str, float]:
     if own is None:
         return track.norm, eps
     if eps not in (track.eps, own.eps):
-        raise BadRequest(
+        raise _OwnBound(
             f"eps: {eps:g} in {track.norm} is no limit of {search.name}, which keeps a bound of "
             f"its own, {own.norm} {own.eps:g}, among its options."
         )
@@ -660,7 +664,8 @@ def plan(
     """All jobs of the product, those that measure one setting only once.
 
     A name "all" stands for every defense that has a setting for the track, or for every threat
-    of the protocol. A job that cannot run is refused here, before any other has begun.
+    of the protocol, but for the null attack where an attack has its own bound. A job that cannot
+    run is refused here, before any other has begun.
     """
     registry.track(track)
     names = names_of("--defense", defenses, registry.defenses)
@@ -668,14 +673,20 @@ def plan(
         registry.check_names("defenses")
         names = registry.defenses_of(track)
     threat_names = names_of("--threat", threats, registry.threats)
-    if "all" in threat_names:
+    protocol = "all" in threat_names
+    if protocol:
         registry.check_names("attacks/threats")
         threat_names = registry.protocol
     one = partial(resolve, attack=attack, seed=seed, device=device, overrides=overrides)
     planned: list[Planned] = []
     for defense in names:
-        jobs = [one(registry, track, defense, threat) for threat in threat_names]
-        done: list[Job] = []
+        jobs, done = list[Job](), list[Job]()
+        for threat in threat_names:
+            try:
+                jobs.append(one(registry, track, defense, threat))
+            except _OwnBound:
+                if not (protocol and registry.threat(threat).entry.eps == 0):
+                    raise
         for job in sorted(jobs, key=_by_generality):
             twin = next((other for other in done if job.same_setting(other)), None)
             planned.append(Planned(job, twin))
