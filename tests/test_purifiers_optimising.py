@@ -393,7 +393,7 @@ def test_by_steps_no_graph_of_a_step_is_kept(by_step: bool, kept: int) -> None:
         (lambda n: scoreopt(n, sigma=0.0), r"^sigma_min: 0\.0 is not above 0"),
         (
             lambda n: scoreopt(n, sigma=158.0, predicts="noise"),
-            r"^sigma: 158 is not in 0\.01 \.\.\. 157\.4, the levels of a network .* in \[-1, 1\]\.$",
+            r"^sigma: 158 is not in 0\.01 \.\.\. 157\.4, the levels of .* in \[-1, 1\]\.$",
         ),
         (lambda n: scoreopt(n, steps=-1), r"^steps: -1 is not in 1 ... 10,000\.$"),
         (lambda n: rdc(n, levels=0), r"^levels: 0 is not in 1 ... 10,000\.$"),

@@ -1,6 +1,7 @@
 """Nothing mixes tensors of two devices, and a second device gives the outcomes of the CPU."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import dbp_bench
 from dbp_bench import attacks, evaluation, noise
 from dbp_bench.analyses.analyse import analyse
 from dbp_bench.analyses.record import Record
+from dbp_bench.certificate import Certificate
 from dbp_bench.checks import conformance, gradients
 from dbp_bench.data import load_data
 from dbp_bench.entries.registry import Registry
 from dbp_bench.evaluation import Attacked, Group
 from dbp_bench.noise import FORWARD, Tape
 from dbp_bench.result import Arithmetic, Result
+from dbp_bench.runs import certify as certificates
 from dbp_bench.runs import execute as runner
 from dbp_bench.runs import job as jobs
 from dbp_bench.runs.pictures import write_pictures
@@ -189,6 +192,7 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     identity_of = jobs.identity_of
     monkeypatch.setattr(runner, "Arithmetic", arithmetic)
+    monkeypatch.setattr(certificates, "Arithmetic", arithmetic)
     monkeypatch.setattr(runner, "identity_of", of_result)
 
 
@@ -278,6 +282,32 @@ def test_a_script_evaluates_a_module_that_draws_by_itself(
     assert [one.predicted for one in found] == [one.predicted for one in wanted]
     assert found[0].conformance is not None
     assert set(found[0].conformance.checks.values()) == {"pass"}
+
+
+@pytest.mark.usefixtures("_recorded")
+@pytest.mark.parametrize("defense", ["oneshot", "densepure"])
+def test_a_certificate(defense: str, tmp_path: Path) -> None:
+    """The votes for every class, of added noise and of the defense's own."""
+
+    def votes(device: torch.device) -> Any:
+        (job,) = certificates.plan(
+            REGISTRY,
+            "digits-l2",
+            [defense],
+            [1.0],
+            n0=4,
+            n=12,
+            seed=0,
+            device=device.type,
+            max_batch=8,
+        )
+        path = certificates.certify(replace(job, examples=2), tmp_path / device.type)
+        return Certificate.read(path).votes
+
+    wanted = votes(torch.device("cpu"))
+    with SecondDevice():
+        found = votes(DEVICE)
+    assert found == wanted
 
 
 @pytest.mark.slow

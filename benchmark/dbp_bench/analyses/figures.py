@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dbp_bench.analyses.efficacy import DIRECTIONS
 from dbp_bench.analyses.eot_curve import SCALES, similarity
+from dbp_bench.analyses.immobilise import NOTHING
 from dbp_bench.analyses.record import FIGURES, Record, Row
 from dbp_bench.reporting.plotting import COLOURS, GREY, LINES, MARKERS, PAPER, styled
 from dbp_bench.result import write_atomically
@@ -86,7 +87,7 @@ def _layout(
     images = "1 image" if len(record.images) == 1 else f"{len(record.images)} images"
     caption += (
         f" {record.track}, {request['norm']} {request['eps']:g}, {images}, seed {request['seed']}; "
-        "bands and bars: 95 % intervals over images."
+        "95 % intervals over images."
     )
     width = WIDTH * max(1.0, len(record.defenses) / 2)
     # About 15 letters of 8 pt fit an inch.
@@ -181,10 +182,11 @@ def _immobilise(record: Record, figure: Figure) -> None:
     )
     axes = part.subplots()
     slots = 2 * len(record.defenses)
-    kinds = (("accuracy", COLOURS), ("accuracy-fresh", [PAPER] * 6))
     for number, name in enumerate(record.defenses):
-        for half, (kind, face) in enumerate(kinds):
+        for half, kind in enumerate(("accuracy", "accuracy-fresh")):
             for place, known in enumerate(series):
+                if half and known == NOTHING:
+                    continue  # its accuracy is that on fresh draws
                 (found,) = record.select(name, kind, known)
                 value, low, high = 100 * np.array(found[-3:], dtype=float)
                 axes.errorbar(
@@ -193,14 +195,14 @@ def _immobilise(record: Record, figure: Figure) -> None:
                     xerr=[[value - low], [high - value]],
                     color=COLOURS[number % 6],
                     marker=MARKERS[number % 6],
-                    markerfacecolor=face[number % 6],
+                    markerfacecolor=PAPER if half or known == NOTHING else COLOURS[number % 6],
                     capsize=2,
                 )
     axes.set_yticks(range(len(series)), [known.replace("+", "\n+ ") for known in series])
     axes.invert_yaxis()
     axes.set_xlim(0, 102)
     axes.set_xlabel("accuracy under attack (%)")
-    _legend(part, _key(record, "own draw", "fresh draws"), 2)
+    _legend(part, _key(record, "known draw", "fresh draws"), 2)
 
 
 def _eot_curve(record: Record, figure: Figure) -> None:

@@ -28,13 +28,15 @@ from dbp_bench.reporting.pool import Pool, strongest
 from dbp_bench.reporting.protocol import FORWARD
 from dbp_bench.reporting.rendering import md, note, shown_eps
 from dbp_bench.reporting.statistics import Score, proportion
-from dbp_bench.reporting.tables import how, of_track, setting_of
+from dbp_bench.reporting.tables import how, of_track, raised, setting_of
 from dbp_bench.reporting.votes import worst_hidden, worst_known
 
 _ORDER: Final = ("none", FORWARD, f"all but {FORWARD}", "all")
 """The attackers' knowledge, in the order of tables."""
 _KNOWS: Final = {"none": "no draw", "all": "all draws"}
 """The knowledge in the words of titles, where they differ."""
+_FEW: Final = 3
+"""Points of a curve below which its area is printed as a lower bound."""
 _UNEQUAL: Final = 0.02
 """The relative difference in evaluations above which an attack's effort is marked as unequal."""
 
@@ -136,9 +138,10 @@ def _ordered(group: tuple[tuple[str, str], object]) -> tuple[int, str, str]:
 def _optimality_frame(board: Leaderboard) -> pd.DataFrame:
     """A row for each attack with its best accuracy, by knowledge and defense, the best one first.
 
-    `optimality` is 1 for an attack that leaves least at every effort; `difference` is the best
-    accuracy at up to ten times the budget of the leaderboard's own attack minus that attack's,
-    paired by image, and `lower` is True where its whole interval is below 0.
+    `optimality`, a lower bound where there are few `points`, is 1 for an attack that leaves least
+    at every effort; `difference` is the best accuracy at up to ten times the budget of the
+    leaderboard's own attack minus that attack's, paired by image, and `lower` is True where its
+    whole interval is below 0.
     """
     kinds = {row.defense: row.kind for row in board.rows}
     return frame_of(
@@ -304,9 +307,7 @@ def _which(board: Leaderboard, frame: pd.DataFrame) -> list[str]:
         lower = frame[frame["lower"].eq(True)]
         where = [f"{row.attack} on {row.defense}" for row in lower.itertuples()]
         said = f"in {len(where)}" + (f" ({', '.join(where)})" if where else "")
-        effort = f"budget of {budget}" if budget else "evaluations"
-        if raised := sorted({row.budget for row in board.rows if row.budget}):
-            effort += f" ({' or '.join(map(str, raised))} in rows that are raised)"
+        effort = (f"budget of {budget}" if budget else "evaluations") + raised(board)
         total = (
             f"Of {compared.sum()} comparisons with {md(own)}, another attack at up to {WITHIN} "
             f"times its {effort} leaves less by more than the paired interval {md(said)}."
@@ -320,14 +321,17 @@ def _which(board: Leaderboard, frame: pd.DataFrame) -> list[str]:
         Attack=pd.Series(names, dtype=object),
         Best=[f"{100 * best:.1f}" for best in frame["best"]],
         Evaluations=[f"{count:.0f}" for count in frame["evaluations"]],
-        Optimality=["" if x is None else f"{x:.2f}" for x in frame["optimality"]],
+        Optimality=[
+            "" if x is None else f"{x:.2f}" if n >= _FEW else f"≥ {x:.2f}"
+            for x, n in zip(frame["optimality"], frame["points"], strict=True)
+        ],
         Lower=frame["lower"].map({True: Marked("**yes**"), False: "no"}).astype(object),
     )
     columns = ["Defense", "Attack", "Points", "Best", "Evaluations", "Optimality"]
     for knows, group in shown.groupby("Knows", sort=False):
         table = group[[*columns, "Difference", "Lower"]]
         text += [f"### Knows {_KNOWS.get(str(knows), knows)}", "", *to_markdown(table)]
-    return [*text, note("optimality", within=WITHIN), ""]
+    return [*text, note("optimality", within=WITHIN, few=_FEW), ""]
 
 
 def _side_by_side(board: Leaderboard, attacks: pd.DataFrame) -> list[str]:

@@ -51,7 +51,7 @@ def figure_of(groups: Sequence[Sequence[Curve]]) -> Figure | None:
 
 
 def _named(group: Sequence[Curve]) -> list[Curve]:
-    """The attacks that have a name: the leaderboard's own, and those nearest to the envelope."""
+    """The attacks that have a name: the leaderboard's own, and those that leave least."""
     own = [curve for curve in group if curve.own]
     return [*own, *[curve for curve in group if not curve.own][:_MOST]]
 

@@ -213,7 +213,10 @@ class Curve:
     points: Sequence[Point]
     """Sorted by evaluations."""
     optimality: float | None
-    """The area above the curve over that above the envelope; None where no attack finds any."""
+    """The area above the curve over that above the envelope; None where no attack finds any.
+
+    With few points it is a lower bound: between them the curve can only be lower than it is taken.
+    """
     difference: Estimate | None
     """The attack's best accuracy at up to :data:`WITHIN` times the budget minus that of the
     leaderboard's own attack, paired by image; None for that one, or where there is none."""
@@ -221,7 +224,7 @@ class Curve:
     @property
     def best(self) -> Point:
         """The point of lowest accuracy; of a tie, that of fewest evaluations."""
-        return min(self.points, key=lambda point: (round(point.accuracy, 9), point.evaluations))
+        return min(self.points, key=_rank)
 
     @property
     def lower(self) -> bool | None:
@@ -232,7 +235,7 @@ class Curve:
 def curves(
     pools: Sequence[Pool], swept: Sequence[Pool], own: Pool | None, clean: float
 ) -> list[Curve]:
-    """The curves of all attacks on one defense at one knowledge, the best ones first.
+    """The curves of all attacks on one defense at one knowledge, those that leave least first.
 
     A curve is a step function: before the attack's first point it is the clean accuracy, and from
     each point on it is the least accuracy so far. Its area is that between the clean accuracy and
@@ -277,7 +280,12 @@ def curves(
         )
         for name, mine in points.items()
     ]
-    return sorted(found, key=lambda curve: (-(curve.optimality or 0), curve.attack))
+    return sorted(found, key=lambda curve: (*_rank(curve.best), curve.attack))
+
+
+def _rank(point: Point) -> tuple[float, float]:
+    """The lowest accuracy first; of a tie, that of fewest evaluations."""
+    return round(point.accuracy, 9), point.evaluations
 
 
 def _name(pool: Pool) -> str:

@@ -417,10 +417,18 @@ def ranking(board: Leaderboard) -> str:
 def protocol(board: Leaderboard) -> str:
     """The attack at equal effort, the budget and the images, in a few words."""
     search = [search_in_words(board.reference)] if board.reference else []
+    if search:
+        search[0] += raised(board)
     budget = f"{board.norm}, eps = {shown_eps(board.eps)}"
     if board.entry and (board.entry.norm, board.entry.eps) != (board.norm, board.eps):
         budget += f" (not the track's own {board.entry.norm}, {shown_eps(board.entry.eps)})"
     return "; ".join([*search, budget, f"{board.images} images"])
+
+
+def raised(board: Leaderboard) -> str:
+    """The budgets of rows that are raised, in brackets; empty where none is."""
+    budgets = sorted({row.budget for row in board.rows if row.budget})
+    return f" ({' or '.join(map(str, budgets))} in rows that are raised)" if budgets else ""
 
 
 def unmeasured(board: Leaderboard) -> str:
