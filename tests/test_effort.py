@@ -263,7 +263,7 @@ def test_whether_another_attack_is_below_ours(tmp_path: Path) -> None:
         "less by more than the paired interval in 1 (low on both)."
     ) in text
     assert f"![Accuracy against effort]({TRACK}-attacks.svg)" in text
-    assert "| both | **standard** | 1 | 50.0 | 20 | ≥ 0.98 |" in text
+    assert "| both | **standard** | 1 | 50.0 | 20 | 0.98+ |" in text
     rows = table(tmp_path / "out" / f"{TRACK}-optimality.csv", "attack")
     assert rows["points"].to_dict() == {"standard": 1, "low": 1, "near": 1}
     assert rows["lower"].to_dict()["low"] in (True, "True")

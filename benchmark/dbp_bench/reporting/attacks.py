@@ -322,7 +322,7 @@ def _which(board: Leaderboard, frame: pd.DataFrame) -> list[str]:
         Best=[f"{100 * best:.1f}" for best in frame["best"]],
         Evaluations=[f"{count:.0f}" for count in frame["evaluations"]],
         Optimality=[
-            "" if x is None else f"{x:.2f}" if n >= _FEW else f"≥ {x:.2f}"
+            "" if x is None else f"{x:.2f}" if n >= _FEW else f"{x:.2f}+"
             for x, n in zip(frame["optimality"], frame["points"], strict=True)
         ],
         Lower=frame["lower"].map({True: Marked("**yes**"), False: "no"}).astype(object),

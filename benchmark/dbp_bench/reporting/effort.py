@@ -289,8 +289,8 @@ def _rank(point: Point) -> tuple[float, float]:
 
 
 def _name(pool: Pool) -> str:
-    gradient = pool.any.gradient
-    return pool.any.label if gradient in (None, "exact") else f"{pool.any.label} ({gradient})"
+    label, gradient = pool.any.label, pool.any.gradient
+    return label if gradient in (None, "exact", label) else f"{label} ({gradient})"
 
 
 def steps(points: Iterable[Point]) -> list[tuple[float, float]]:

@@ -427,8 +427,8 @@ def protocol(board: Leaderboard) -> str:
 
 def raised(board: Leaderboard) -> str:
     """The budgets of rows that are raised, in brackets; empty where none is."""
-    budgets = sorted({row.budget for row in board.rows if row.budget})
-    return f" ({' or '.join(map(str, budgets))} in rows that are raised)" if budgets else ""
+    budgets = listed(row.budget for row in board.rows)
+    return f" (in rows that are raised, a budget of {budgets})" if budgets else ""
 
 
 def unmeasured(board: Leaderboard) -> str:
