@@ -49,6 +49,8 @@ SHORTENED = {
     "dbp-bench run --defense ddpm --threat all --dry-run": "--max-batch 20",
     "dbp-bench run --defense ddpm --threat eot --budget 400": SHORT,
     f"{DDPM} --threat eot --gradient surrogate:5 --out surrogate-5": f"{SMALL} --budget 2",
+    "dbp-bench run --defense lm,coup,scoreopt-o,scoreopt-n --threat eot --attack bpda": SHORT,
+    "dbp-bench run --defense rdc-lm,flow --threat eot --attack declared-surrogate": SHORT,
     "dbp-bench run --defense ddpm --threat pgd20-eot": f"{SMALL} --set steps=1 --out out",
     "dbp-bench run --defense ddpm --threat dwbox --attack apgd": f"{SMALL} --set steps=2 --out out",
     "dbp-bench run --defense ddpm --threat dwbox --attack apgd --set steps=50": (
