@@ -186,5 +186,5 @@ def _panel(axes: Axes, group: Best, sigmas: Sequence[float]) -> None:
     axes.set(xlim=(0, None), ylim=(0, 100))
     axes.set_xlabel("l2 radius, pixel units", size=8)
     axes.set_ylabel("certified accuracy, %", size=8)
-    axes.tick_params(labelsize=7)
+    axes.tick_params(labelsize=7, labelbottom=True)
     axes.legend(labelcolor=INK, fontsize=7)
