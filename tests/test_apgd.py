@@ -626,8 +626,8 @@ def test_the_recorded_output_is_that_of_the_package() -> None:
     runs = json.loads(REFERENCE.read_text())["runs"]
     for case, run in runs.items():
         _, losses, right = theirs(case)
-        if case not in ROUGH:
-            torch.testing.assert_close(losses, torch.tensor(run["losses"]), atol=1e-4, rtol=1e-3)
+        same = torch.isclose(losses, torch.tensor(run["losses"]), atol=1e-4, rtol=1e-3)
+        assert same.sum() >= len(same) - (case in ROUGH)
         assert right.tolist() == run["right"]
 
 
