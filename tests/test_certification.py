@@ -409,6 +409,30 @@ class _OneRow:
 
 
 @dataclass(frozen=True)
+class _FourRows:
+    """A purifier that draws a row for each image, and uses the first four for all."""
+
+    sites: ClassVar[frozenset[Site]] = frozenset({REVERSE})
+
+    def __call__(self, images: Tensor, noise: Noise) -> Tensor:
+        drawn = noise.normal(REVERSE, 0, images)
+        return images + 0.1 * drawn[torch.arange(len(images)) % 4]
+
+
+@dataclass(frozen=True)
+class _LaterRows:
+    """A purifier that draws a row for each image, and lets a pair in the batch share one."""
+
+    sites: ClassVar[frozenset[Site]] = frozenset({REVERSE})
+
+    def __call__(self, images: Tensor, noise: Noise) -> Tensor:
+        drawn = noise.normal(REVERSE, 0, images)
+        if len(drawn) > 20:
+            drawn[20] = drawn[10]
+        return images + 0.1 * drawn
+
+
+@dataclass(frozen=True)
 class _ByRow:
     """A purifier whose noise is the same in every call, another for each row."""
 
@@ -440,15 +464,18 @@ class _Own:
         return images + 0.1 * noise.normal(REVERSE, 0, images)
 
 
-@pytest.mark.parametrize("purifier", [_Shared(), _OneRow(), _ByRow(), _OfTheBatch()])
+@pytest.mark.parametrize(
+    "purifier", [_Shared(), _OneRow(), _FourRows(), _LaterRows(), _ByRow(), _OfTheBatch()]
+)
 def test_votes_that_share_noise_are_refused(purifier: Purifier) -> None:
     with pytest.raises(NotConforming, match=r"\AI?its votes are not independent|share noise"):
-        check_votes(Defense(purifier, nn.Flatten()), IMAGES[1:2])
+        check_votes(Defense(purifier, nn.Flatten()), IMAGES[1:2], 64)
 
 
 def test_votes_with_noise_of_their_own_are_not() -> None:
-    check_votes(Defense(_Own(), nn.Flatten()), IMAGES[1:2])
-    check_votes(Defense(Identity(), nn.Flatten()), IMAGES[1:2])
+    for copies in (2, 3, 64):
+        check_votes(Defense(_Own(), nn.Flatten()), IMAGES[1:2], copies)
+        check_votes(Defense(Identity(), nn.Flatten()), IMAGES[1:2], copies)
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,12 @@ def passes(smoothing: Smoothing, images: int, max_batch: int) -> Iterator[Pass]:
             yield Pass(phase, range(first, min(first + step, last)))
 
 
+def largest_pass(smoothing: Smoothing, images: int, max_batch: int) -> int:
+    """Votes in one pass, at most, where `images` are certified in groups."""
+    group = min(images, group_size(smoothing, max_batch))
+    return group * max(len(each.votes) for each in passes(smoothing, group, max_batch))
+
+
 def count(
     classify: Classify,
     images: Tensor,
@@ -220,7 +226,7 @@ def is_smoothing(defense: Defense, images: Tensor, size: float) -> bool:
     return moved > 0 and float((back - here).abs().max()) <= gap * moved
 
 
-def check_votes(defense: Defense, image: Tensor) -> None:
+def check_votes(defense: Defense, image: Tensor, copies: int) -> None:
     """Refuse a defense whose votes share noise, or see each other.
 
     Then they are neither independent nor votes of one classifier, and the bound says nothing.
@@ -228,19 +234,26 @@ def check_votes(defense: Defense, image: Tensor) -> None:
     Args:
         defense: The defense.
         image: ``(1, c, h, w)`` in [0, 1].
+        copies: How many copies of the image are compared, 2 or more; as many as a pass of the run
+            holds, for noise may be shared by rows that lie far apart.
 
     Raises:
-        NotConforming: Three copies of an image, each with draws of its own, have other logits than
-            each has alone.
+        NotConforming: Copies of the image, each with draws of its own, have other logits in another
+            order, or each has others alone.
     """
-    votes = 3
-    tape = Tape.make(0, _VOTER, [0]).copies(range(votes))
-    three = image.repeat_interleave(votes, 0)
+    tape = Tape.make(0, _VOTER, [0]).copies(range(copies))
+
+    def logits(rows: Tensor) -> Tensor:
+        batch = image.expand(len(rows), *image.shape[1:]).clone()
+        return defense.logits(batch, _Rows(tape[rows], len(rows)))
+
+    order = torch.arange(copies)
+    few = sorted({0, 1, copies // 2, copies - 1})
     with torch.no_grad():
-        together = defense.logits(three, _Rows(tape, votes))
-        rows = [torch.tensor([i]) for i in range(votes)]
-        alone = torch.cat([defense.logits(three[i], _Rows(tape[i], 1)) for i in rows])
-    if not bool(((together - alone).abs() <= _GAP * alone.abs().max().clamp(min=1)).all()):
+        together, reverse = logits(order), logits(order.flip(0)).flip(0)
+        alone = torch.cat([logits(order[i : i + 1]) for i in few])
+    gap = _GAP * alone.abs().max().clamp(min=1)
+    if bool(((together - reverse).abs() > gap).any() | ((together[few] - alone).abs() > gap).any()):
         raise NotConforming(
             "its votes are not independent: an image beside other draws of itself has other logits "
             "than alone. Noise that is shared in a batch, statistics over the batch or draws from "

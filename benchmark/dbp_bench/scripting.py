@@ -342,7 +342,8 @@ def certify(
     if not isinstance(subject.purifier, Taped):
         check_sites(defense, few)
     full_float32()
-    certification.check_votes(defense, few[:1])
+    pass_size = certification.largest_pass(smoothing, len(base.ids()), max_batch)
+    certification.check_votes(defense, few[:1], pass_size)
     added = forward_noise(defense, few, smoothing.sigma) is None
     ids, console = base.ids(), Console(stderr=True, quiet=quiet, markup=False)
     size = certification.group_size(smoothing, max_batch)

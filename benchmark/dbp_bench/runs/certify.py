@@ -33,6 +33,7 @@ from dbp_bench.certification import (
     count,
     group_size,
     is_smoothing,
+    largest_pass,
 )
 from dbp_bench.data import DataSet
 from dbp_bench.defense import Defense
@@ -385,20 +386,22 @@ def certify(
         write_request(folder, identity)
         full_float32()
         defense = job.defense()
-        size_of_own = _probe(job, images.select(job.track_ids[:PROBED])[0])
+        size_of_own = _probe(job, images.select(job.track_ids[:PROBED])[0], max_batch)
         nfe = _count(pieces, job, defense, images, max_batch, size_of_own is None, progress)
         _assemble(job, identity, pieces, images, labels, size_of_own, nfe).write(path)
     return path
 
 
-def _probe(job: CertificateJob, images: Tensor) -> float | None:
+def _probe(job: CertificateJob, images: Tensor, max_batch: int) -> float | None:
     """The size of the forward noise where it smooths; refuses votes that aren't independent.
 
-    In float64, in which rounding can't be taken for a difference.
+    In float64, in which rounding can't be taken for a difference, and on half as many votes as a
+    pass of the run has, which take as much memory.
     """
     exact = job.subject.defense(device=job.device, dtype=torch.float64)
     few = images.to(job.device, torch.float64)
-    check_votes(exact, few[:1])
+    pass_size = largest_pass(job.smoothing, job.examples, max_batch)
+    check_votes(exact, few[:1], max(2, pass_size // 2))
     return forward_noise(exact, few, job.smoothing.sigma)
 
 
