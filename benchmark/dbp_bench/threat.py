@@ -331,6 +331,7 @@ class AttackerView:
             each image is never split).
         tick: Called after each pass with a gradient, with its number of evaluations.
         sources: Other defenses that the attacker has, by name; see :meth:`toward`.
+        supposed: The guess that stands for all others; see :meth:`supposing`.
     """
 
     def __init__(
@@ -342,6 +343,7 @@ class AttackerView:
         max_batch: int,
         tick: Tick = ignore,
         sources: Mapping[str, Defense] | None = None,
+        supposed: int | None = None,
     ) -> None:
         self._defense = defense
         self._knows = knows & defense.sites
@@ -350,6 +352,7 @@ class AttackerView:
         self._max_batch = max_batch
         self._tick = tick
         self._sources = sources or {}
+        self._supposed = supposed
         self.log = AttackLog(len(victim.ids))
 
     @property
@@ -360,7 +363,7 @@ class AttackerView:
     @property
     def deterministic(self) -> bool:
         """True where nothing is left to guess: every draw gives the same logits."""
-        return self._knows == self._defense.sites
+        return self._supposed is not None or self._knows == self._defense.sites
 
     @property
     def blind(self) -> bool:
@@ -372,9 +375,24 @@ class AttackerView:
         """True where logits tell right from wrong.
 
         Logits of a defense that votes do not: an image that they call wrong may still have the
-        majority, so no image is finished by them.
+        majority, so no image is finished by them. Nor is one by the logits at a single guess.
         """
-        return self._defense.decided_by_logits
+        return self._supposed is None and self._defense.decided_by_logits
+
+    def supposing(self, guess: int) -> "AttackerView":
+        """The view of an attacker who takes the hidden draws to be those of one `guess`."""
+        view = AttackerView(
+            self._defense,
+            self._knows,
+            self._victim,
+            self._guess,
+            self._max_batch,
+            self._tick,
+            self._sources,
+            guess,
+        )
+        view.log = self.log
+        return view
 
     def __getitem__(self, rows: Tensor) -> "AttackerView":
         """The view of some of the images (an index or a mask)."""
@@ -387,6 +405,7 @@ class AttackerView:
             self._max_batch,
             self._tick,
             self._sources,
+            self._supposed,
         )
         view.log = AttackLog(len(rows), self.log, rows)
         return view
@@ -523,7 +542,7 @@ class AttackerView:
 
     def _parts(self, images: int, draws: Sequence[int]) -> list[Sequence[int]]:
         if self.deterministic:
-            draws = draws[:1]
+            draws = draws[:1] if self._supposed is None else [self._supposed]
         n = max(1, self._max_batch // images)
         return [draws[i : i + n] for i in range(0, len(draws), n)]
 

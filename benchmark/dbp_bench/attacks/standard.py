@@ -4,6 +4,7 @@ What AutoAttack (Croce and Hein 2020) is for deterministic classifiers: no optio
 Its constants were chosen on images that no table is made of; see docs/protocol.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dbp_bench.attacks.common.objectives import (
+    SELECTION,
     cross_entropy,
     log_odds,
     margin,
@@ -44,6 +46,8 @@ WINDOW, EASE = 20, 5.0
 log-odds of being wrong that have a mean of more than 5 standard deviations."""
 SHORTEST = 10
 """Steps of a leg, at least."""
+LONG = 800
+"""The budget from which on half of it goes to one guess, where a part of the draws is known."""
 
 
 @checked
@@ -66,6 +70,12 @@ class Standard:
     part of the draws is known) counts as if it were no longer, so that gradients that explode in
     some draws don't outweigh all others. The last iterate counts.
 
+    Where a part of the draws is known and the budget is 800 or more, this search takes a quarter of
+    it. Half of it is a search as if every draw were known, with the hidden draws those of one
+    guess, for where these hardly matter a search without noise climbs further. The last quarter is
+    the search over fresh samples again, from that of both images which 20 further guesses
+    misclassify more, with steps that fall from eps / 2.
+
     Where a defense masks its gradient, steps lead nowhere: images whose gradient was zero at every
     step are searched by Square (Andriushchenko et al. 2020), which sees logits alone, with as many
     queries. The record says which images these are.
@@ -82,10 +92,13 @@ class Standard:
     def evaluations(self, setup: Setup) -> Evaluations:
         """The budget at most, and forward evaluations: known draws finish images."""
         masked = self._square.evaluations(setup) if setup.norm != "l1" else Evaluations(0, 0, True)
-        if setup.hidden:
+        legs = 1 + len(_legs(self.budget, setup.classes - 1))
+        if not setup.hidden:
+            own = Evaluations(self.budget, legs, False)
+        elif self.budget < LONG:
             own = Evaluations(sum(_plan(self.budget)), 1, exact=False)
         else:
-            own = Evaluations(self.budget, 1 + len(_legs(self.budget, setup.classes - 1)), False)
+            own = Evaluations(self.budget, legs + 3 + 2 * WINDOW, exact=False)
         return own + masked
 
     @property
@@ -113,74 +126,142 @@ class Standard:
     # ------------------------------------------------------------------- a draw is hidden
 
     def _hidden(self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
-        found, rows = images.clone(), torch.arange(len(images), device=images.device)
-        x, mean = images, torch.zeros_like(images)
-        odds = lengths = images.new_empty(len(images), 0)
-        wrong = torch.empty_like(odds, dtype=torch.bool)
-        factor = _factor(view.logits(images, [0])[:, 0])
-        error: SmoothError | None = None
-        plan = _plan(self.budget)
-        for step, samples in enumerate(plan):
-            part, own = view[rows], labels[rows]
-            gradient = torch.zeros_like(x)
-            for _ in range(samples):
-                seen = part.gradient(x, own, Scaled(error or log_odds, factor), [odds.shape[1]])
-                logits = factor[:, None] * seen.logits[:, 0]
-                met = log_odds(logits, own)
-                odds = torch.cat([odds, met[:, None]], 1)
-                wrong = torch.cat([wrong, (margin(logits, own) > 0)[:, None]], 1)
-                # How long the gradient of the log-odds themselves is.
-                length = torch.linalg.vector_norm(seen.mean, dim=(1, 2, 3))
-                length = length / error.slope(met) if error else length
-                lengths = torch.cat([lengths, length[:, None]], 1)
-                counts = _shorter(lengths, LONGEST if view.blind else LONGEST_PARTLY)
-                gradient += seen.mean * counts[:, None, None, None] / samples
-            # A step along the running mean of the gradients, projected. The first gradient is that
-            # of the log-odds themselves, unscaled, so that it weighs on the steps that follow.
-            mean = MOMENTUM * mean + (1 - MOMENTUM) * gradient if step else gradient
-            size = _falling(FIRST, LAST_HIDDEN, step, len(plan)) * budget.eps
-            ahead = budget.project(x + size * budget.ascent(mean), images[rows])
-            # An image that its last draws misclassified with ease is finished, where it stands.
-            finished = _lost(odds, wrong) & view.decided_by_logits
-            found[rows] = torch.where(finished[:, None, None, None], x, ahead)
-            left = ~finished
-            state = (rows, ahead, mean, odds, lengths, wrong, factor)
-            rows, x, mean, odds, lengths, wrong, factor = (each[left] for each in state)
-            if not len(rows):
-                break
-            # The temperature is the scale of all log-odds met so far.
-            error = SmoothError(_scale(odds))
+        if view.blind or self.budget < LONG:
+            plan = _plan(self.budget)
+            return _follow(view, images, images, labels, budget, plan)[0]
+        before, at_guess, after = _parts(self.budget)
+        found, finished = _follow(view, images, images, labels, budget, _plan(before))
+        left = ~finished
+        if not bool(left.any()):
+            return found
+        part, clean, own, x = view[left], images[left], labels[left], found[left]
+        other = _search(part.supposing(before), clean, own, budget, at_guess)
+        better = _errs_more(part, other, x, own)
+        x = torch.where(better[:, None, None, None], other, x)
+        plan = [SAMPLES] * (after // SAMPLES)
+        found[left] = _follow(part, x, clean, own, budget, plan, FIRST_AGAIN, before + 1)[0]
         return found
 
     # ------------------------------------------------------------------- every draw is known
 
     def _known(self, view: AttackerView, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
-        logits = view.logits(images, [0])[:, 0]
-        targets = ordered_targets(logits, labels)
-        found, best = images.clone(), _value(view, logits, labels)
-        for leg in _legs(self.budget, targets.shape[1]):
-            rows = (best < torch.inf).nonzero()[:, 0]
-            x = (found if leg.goes_on else images)[rows]
-            for step in range(leg.steps + 1):
-                if not len(rows):
-                    return found
-                part, own = view[rows], labels[rows]
-                if step < leg.steps:
-                    seen = part.gradient(x, own, leg.objective(targets[rows]), [0])
-                    logits = seen.logits[:, 0]
-                else:
-                    logits = part.logits(x, [0])[:, 0]
-                # The iterate of largest margin is kept; a misclassified one finishes the image.
-                value = _value(view, logits, own)
-                better = value > best[rows]
-                found[rows[better]], best[rows[better]] = x[better], value[better]
-                left = value < torch.inf
-                if step < leg.steps:
-                    first = FIRST_AGAIN if leg.goes_on else FIRST
-                    size = _falling(first, LAST_KNOWN, step, leg.steps) * budget.eps
-                    x = budget.project(x + size * budget.ascent(seen.mean), images[rows])
-                rows, x = rows[left], x[left]
-        return found
+        return _search(view, images, labels, budget, self.budget)
+
+
+def _follow(
+    view: AttackerView,
+    start: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    budget: Budget,
+    plan: Sequence[int],
+    first: float = FIRST,
+    guess: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Follow the running mean of gradients at fresh guesses, from `start`.
+
+    Args:
+        view: The view of a defense with draws that are hidden.
+        start: Where the search sets out, ``(b, c, h, w)``.
+        images: The clean images ``(b, c, h, w)``.
+        labels: ``(b,)``.
+        budget: The ball around the clean images.
+        plan: EoT samples of each step.
+        first: The length of the first step, relative to eps.
+        guess: The number of the first guess.
+
+    Returns:
+        The last iterates ``(b, c, h, w)``, and True ``(b,)`` where an image was finished.
+    """
+    found, rows = start.clone(), torch.arange(len(images), device=images.device)
+    done = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    x, mean = start, torch.zeros_like(images)
+    odds = lengths = images.new_empty(len(images), 0)
+    wrong = torch.empty_like(odds, dtype=torch.bool)
+    factor = _factor(view.logits(images, [0])[:, 0])
+    error: SmoothError | None = None
+    for step, samples in enumerate(plan):
+        part, own = view[rows], labels[rows]
+        gradient = torch.zeros_like(x)
+        for _ in range(samples):
+            draw = guess + odds.shape[1]
+            seen = part.gradient(x, own, Scaled(error or log_odds, factor), [draw])
+            logits = factor[:, None] * seen.logits[:, 0]
+            met = log_odds(logits, own)
+            odds = torch.cat([odds, met[:, None]], 1)
+            wrong = torch.cat([wrong, (margin(logits, own) > 0)[:, None]], 1)
+            # How long the gradient of the log-odds themselves is.
+            length = torch.linalg.vector_norm(seen.mean, dim=(1, 2, 3))
+            length = length / error.slope(met) if error else length
+            lengths = torch.cat([lengths, length[:, None]], 1)
+            counts = _shorter(lengths, LONGEST if view.blind else LONGEST_PARTLY)
+            gradient += seen.mean * counts[:, None, None, None] / samples
+        # A step along the running mean of the gradients, projected. The first gradient is that of
+        # the log-odds themselves, unscaled, so that it weighs on the steps that follow.
+        mean = MOMENTUM * mean + (1 - MOMENTUM) * gradient if step else gradient
+        size = _falling(first, LAST_HIDDEN, step, len(plan)) * budget.eps
+        ahead = budget.project(x + size * budget.ascent(mean), images[rows])
+        # An image that its last draws misclassified with ease is finished, where it stands.
+        finished = _lost(odds, wrong) & view.decided_by_logits
+        found[rows] = torch.where(finished[:, None, None, None], x, ahead)
+        done[rows] = finished
+        left = ~finished
+        state = (rows, ahead, mean, odds, lengths, wrong, factor)
+        rows, x, mean, odds, lengths, wrong, factor = (each[left] for each in state)
+        if not len(rows):
+            break
+        # The temperature is the scale of all log-odds met so far.
+        error = SmoothError(_scale(odds))
+    return found, done
+
+
+def _search(
+    view: AttackerView, images: Tensor, labels: Tensor, budget: Budget, evaluations: int
+) -> Tensor:
+    """The images ``(b, c, h, w)`` of largest margin in all legs, where every draw is known."""
+    logits = view.logits(images, [0])[:, 0]
+    targets = ordered_targets(logits, labels)
+    found, best = images.clone(), _value(view, logits, labels)
+    for leg in _legs(evaluations, targets.shape[1]):
+        rows = (best < torch.inf).nonzero()[:, 0]
+        x = (found if leg.goes_on else images)[rows]
+        for step in range(leg.steps + 1):
+            if not len(rows):
+                return found
+            part, own = view[rows], labels[rows]
+            if step < leg.steps:
+                seen = part.gradient(x, own, leg.objective(targets[rows]), [0])
+                logits = seen.logits[:, 0]
+            else:
+                logits = part.logits(x, [0])[:, 0]
+            # The iterate of largest margin is kept; a misclassified one finishes the image.
+            value = _value(view, logits, own)
+            better = value > best[rows]
+            found[rows[better]], best[rows[better]] = x[better], value[better]
+            left = value < torch.inf
+            if step < leg.steps:
+                first = FIRST_AGAIN if leg.goes_on else FIRST
+                size = _falling(first, LAST_KNOWN, step, leg.steps) * budget.eps
+                x = budget.project(x + size * budget.ascent(seen.mean), images[rows])
+            rows, x = rows[left], x[left]
+    return found
+
+
+def _errs_more(view: AttackerView, some: Tensor, others: Tensor, labels: Tensor) -> Tensor:
+    """True ``(b,)`` where `some` ``(b, c, h, w)`` have a larger smooth error rate than `others`.
+
+    Over guesses that both share, and that no gradient was taken on.
+    """
+    factor = _factor(view.logits(others, [0])[:, 0])
+    drawn = range(SELECTION, SELECTION + WINDOW)
+    again = labels.repeat_interleave(WINDOW)
+    odds = [
+        log_odds((factor[:, None, None] * view.logits(each, drawn)).flatten(0, 1), again)
+        for each in (some, others)
+    ]
+    own, theirs = (each.view(-1, WINDOW) for each in odds)
+    scale = _scale(torch.cat([own, theirs], 1))[:, None]
+    return torch.sigmoid(own / scale).mean(1) > torch.sigmoid(theirs / scale).mean(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +301,12 @@ def _plan(budget: int) -> list[int]:
     """EoT samples of each step: a tenth of the budget for the first one, which picks a side."""
     first = max(SAMPLES, budget // 10)
     return [first] + [SAMPLES] * ((budget - first) // SAMPLES)
+
+
+def _parts(budget: int) -> tuple[int, int, int]:
+    """Evaluations before, at and after the search at one guess: a quarter, a half, the rest."""
+    quarter = budget // 4
+    return quarter, 2 * quarter, budget - 3 * quarter
 
 
 def _scale(odds: Tensor) -> Tensor:
