@@ -148,6 +148,47 @@ def test_hidden_draws_take_two_samples_a_step() -> None:
     assert Standard(1).unfit(Setup(hidden=False)) is None
 
 
+@pytest.mark.parametrize("budget", [799, 800, 803])
+def test_a_long_search_takes_the_budget_and_no_more(budget: int) -> None:
+    """Nothing fools a classifier whose label's logit is far above; a part of the draws is known."""
+
+    class Sure(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.flatten(1)[:, :4] * torch.linspace(0, 1, 4) + 100 * torch.eye(4)[0]
+
+    group = Group(uniform(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64), range(2))
+    defense = Defense(Noisy(0.1, 0.1), Sure())
+    found = searched(defense, group, Linf(0.1), budget, frozenset({FORWARD}))
+    planned = Standard(budget).evaluations(Setup(hidden=True, classes=4))
+    assert (budget - 2 < found.gradient).all()
+    assert (found.gradient <= planned.gradient).all()
+    assert planned.gradient <= budget
+    assert (found.forward <= planned.forward).all()
+
+
+def test_a_long_search_aims_where_a_hidden_draw_hardly_matters() -> None:
+    """The nearest wrong class rises first, and stops short; another one is in reach behind it."""
+
+    class Two(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            s = 40 * (images - 0.5).flatten(1).mean(1)
+            return torch.stack([torch.zeros_like(s), torch.tanh(s) - 1.05, -s - 2], 1)
+
+    images = 0.5 + 0.02 * (uniform(20, 1, 4, 4) - 0.5)
+    group = Group(images, torch.zeros(20, dtype=torch.int64), range(20))
+    defense = Defense(Noisy(0.001, 0.001), Two())
+
+    def left(budget: int, knows: frozenset[Site]) -> float:
+        found = searched(defense, group, Linf(0.1), budget, knows).images
+        draws = range(1 << 32, (1 << 32) + 8)
+        return float(
+            torch.stack([is_right(defense, found, group, d) for d in draws]).float().mean()
+        )
+
+    assert left(800, frozenset({FORWARD})) == 0
+    assert left(799, frozenset({FORWARD})) == left(800, frozenset()) == 1
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 @pytest.mark.parametrize("knows", [frozenset(), frozenset({FORWARD})])
 def test_the_scale_of_the_logits_changes_nothing(scale: float, knows: frozenset[Site]) -> None:

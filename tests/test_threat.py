@@ -157,6 +157,25 @@ def test_where_something_is_hidden_every_guess_differs(knows: frozenset[Site]) -
     assert distinct(logits[0]) == 5
 
 
+@pytest.mark.parametrize("knows", SUBSETS[:-1])
+def test_a_guess_may_stand_for_the_hidden_draws(knows: frozenset[Site]) -> None:
+    sight = view(defense(), knows)
+    supposed = sight.supposing(7)
+    assert supposed.deterministic
+    assert sight.decided_by_logits
+    assert not supposed.decided_by_logits
+    want = sight.logits(GROUP.images, [7])
+    assert torch.equal(supposed.logits(GROUP.images, range(3)), want.expand(-1, 3, -1))
+    part = supposed[torch.tensor([2, 0])]
+    assert part.deterministic
+    few = GROUP.images[[2, 0]]
+    assert torch.allclose(part.logits(few, [0]), want[[2, 0]], atol=1e-6)
+    part.gradient(few, GROUP.labels[[2, 0]], cross_entropy, [0, 1])
+    # It is the same attacker's search, whose evaluations are counted once: copies are one pass.
+    assert sight.log.forward[:3].tolist() == [3, 2, 3]
+    assert sight.log.gradient[:3].tolist() == [1, 0, 1]
+
+
 def test_sites_that_a_defense_lacks_are_known_in_vain() -> None:
     """DDIM draws forward noise only: dw-fwd and dwbox are one setting, to the last bit."""
     denoiser = SmallDenoiser()
