@@ -13,6 +13,7 @@ import dbp_bench
 from dbp_bench import attacks, evaluation, noise
 from dbp_bench.analyses.analyse import analyse
 from dbp_bench.analyses.record import Record
+from dbp_bench.attacks import standard
 from dbp_bench.certificate import Certificate
 from dbp_bench.checks import conformance, gradients
 from dbp_bench.data import load_data
@@ -72,7 +73,7 @@ def test_draws(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def attacked(defense: str, attack: str, knows: str, device: torch.device) -> list[torch.Tensor]:
     subject = REGISTRY.subject(defense, "digits-linf")
     built = subject.defense(device=device)
-    sites = built.sites if knows == "all" else frozenset()
+    sites = {"all": built.sites, "forward": frozenset({FORWARD}), "none": frozenset()}[knows]
     images, labels = subject.data().select(range(3))
     group = Group(images.to(device), labels.to(device), range(3))
     found: Attacked = evaluation.attack(
@@ -128,6 +129,11 @@ SMALL: dict[str, dict[str, Any]] = {
 )
 def test_attacks_and_evaluations(defense: str, attack: str, knows: str) -> None:
     assert_same(defense, attack, knows)
+
+
+def test_the_long_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standard, "LONG", 24)
+    assert_same("ddpm", "standard", "forward")
 
 
 @pytest.mark.extras
