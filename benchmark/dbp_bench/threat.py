@@ -536,13 +536,15 @@ class AttackerView:
 
     def _pass(self, images: Tensor, draws: Sequence[int]) -> Tensor:
         n = len(draws)
+        if self._supposed is not None:
+            draws = [self._supposed] * n
         noise = Revealed(self._victim.repeat(n), self._guess.copies(draws), self._knows)
         logits = self._defense.logits(images.repeat_interleave(n, 0), noise)
         return logits.view(len(images), n, -1)
 
     def _parts(self, images: int, draws: Sequence[int]) -> list[Sequence[int]]:
         if self.deterministic:
-            draws = draws[:1] if self._supposed is None else [self._supposed]
+            draws = draws[:1]
         n = max(1, self._max_batch // images)
         return [draws[i : i + n] for i in range(0, len(draws), n)]
 
