@@ -234,13 +234,14 @@ def check_votes(defense: Defense, image: Tensor, copies: int) -> None:
     Args:
         defense: The defense.
         image: ``(1, c, h, w)`` in [0, 1].
-        copies: How many copies of the image are compared, 2 or more; as many as a pass of the run
+        copies: How many copies of the image are compared, 2 at least; as many as a pass of the run
             holds, for noise may be shared by rows that lie far apart.
 
     Raises:
         NotConforming: Copies of the image, each with draws of its own, have other logits in another
             order, or each has others alone.
     """
+    copies = max(2, copies)
     tape = Tape.make(0, _VOTER, [0]).copies(range(copies))
 
     def logits(rows: Tensor) -> Tensor:
