@@ -126,6 +126,23 @@ def test_a_row_is_raised_until_it_has_converged(tmp_path: Path) -> None:
     assert "| budget 400 (200 left up to 15.0 more); all passed |" in text
 
 
+def test_a_raised_row_may_have_more_seeds(tmp_path: Path) -> None:
+    """It takes the seeds that all of its cells have at the larger budget, not those of a few."""
+    known = make("both", "dwbox", 0.25)
+    save(tmp_path, make("both", "eot", 0.65), known)
+    again: dict[str, Any] = {"seed": 1}
+    doubled(tmp_path, make("both", "eot", 0.5), make("both", "eot", 0.4, **again), known)
+    assert both(tmp_path).budget is None
+    doubled(tmp_path, make("both", "dwbox", 0.25, **again))
+    row = both(tmp_path)
+    assert row.budget == 400
+    hidden, stochasticity = row.estimates["hidden"], row.estimates["stochasticity"]
+    assert hidden is not None
+    assert stochasticity is not None
+    assert round(hidden.value, 9) == 0.45
+    assert round(stochasticity.value, 9) == 0.2
+
+
 def test_all_passed(tmp_path: Path) -> None:
     results = [
         make("both", "eot", 0.65, **PASSED),

@@ -76,10 +76,11 @@ class Convergence:
     def whole(self) -> bool:
         """True if the result with twice the budget has all seeds, images and draws of the other."""
 
-        def measured(pool: Pool) -> list[object]:
-            return [(each.seed, each.ids, each.draws) for each in (r.result for r in pool.records)]
+        def measured(pool: Pool) -> set[object]:
+            results = (record.result for record in pool.records)
+            return {(each.seed, tuple(each.ids), tuple(each.draws)) for each in results}
 
-        return self.twice is not None and measured(self.own) == measured(self.twice)
+        return self.twice is not None and measured(self.own) <= measured(self.twice)
 
     @property
     def verdict(self) -> Verdict:
@@ -166,7 +167,8 @@ def settled(
     """Double the budget of a row until each of its cells has converged.
 
     All cells of a row have one budget, for their differences are at equal effort. So it is doubled
-    only where every cell has a result at twice the budget, on the same images and draws.
+    only where every cell has a result at twice the budget, on the same images and draws; of further
+    seeds there, if any, all must have each.
 
     Args:
         columns: The results that serve the columns, by key.
@@ -177,7 +179,9 @@ def settled(
     while True:
         found = convergence(columns, threats, swept)
         twice = {each.own: each.twice for each in found if each.twice and each.whole}
-        if len(twice) < len(found) or all(each.verdict == "converged" for each in found):
+        seeds = {tuple(pool.seeds) for pool in twice.values()}
+        complete = len(twice) == len(found) and len(seeds) == 1
+        if not complete or all(each.verdict == "converged" for each in found):
             return Settled(columns, found, before)
         before += found
         columns = {key: twice.get(pool, pool) for key, pool in columns.items()}
