@@ -19,6 +19,12 @@ from dbp_bench.weights import catalog
 from toys import normal, uniform
 
 
+def of_version_20(archive: bytes) -> bytes:
+    """A zip file whose last file needs a version of the format that zipfile doesn't know."""
+    head, mark, listed = archive.rpartition(b"PK\x01\x02")
+    return head + mark + listed[:2] + (200).to_bytes(2, "little") + listed[4:]
+
+
 class Malicious:
     """Makes the folder `trace` when it is unpickled."""
 

@@ -35,6 +35,7 @@ from dbp_bench.submission.again import chosen_groups
 from dbp_bench.submission.archive import Manifest, Refused
 from dbp_bench.submission.submit import submit
 from dbp_bench.weights.files import digest
+from layouts import of_version_20
 
 if TYPE_CHECKING:
     from conftest import Command
@@ -1000,6 +1001,8 @@ def test_a_damaged_bundle(made: Made, tmp_path: Path) -> None:
     assert "not a sound zip archive" in verdict(tmp_path / "damaged.zip")
     (tmp_path / "cut.zip").write_bytes(made.bundle.read_bytes()[:-1000])
     assert "not a sound zip archive" in verdict(tmp_path / "cut.zip")
+    (tmp_path / "version.zip").write_bytes(of_version_20(made.bundle.read_bytes()))
+    assert "not a sound zip archive" in verdict(tmp_path / "version.zip")
 
 
 # -------------------------------------------------------------------------------------- the badge

@@ -33,6 +33,7 @@ from layouts import (
     hollow,
     narrow_networks,
     narrow_shapes,
+    of_version_20,
     on_meta,
     own_catalog,
     published,
@@ -611,6 +612,14 @@ def test_a_changed_byte_is_one_line_or_harmless(tmp_path: Path, form: str) -> No
 @pytest.mark.parametrize("form", FORMS)
 def test_any_changed_byte_is_one_line_or_harmless(tmp_path: Path, form: str) -> None:
     changed(form, tmp_path / "weights", every=1, masks=[0x01, 0x55, 0x80])
+
+
+def test_a_zip_file_of_another_version(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    _write(small(), "zip", path)
+    path.write_bytes(of_version_20(path.read_bytes()))
+    with pytest.raises(BadWeights, match=r"damaged, or half a file \(zip file version 20"):
+        formats.read(path)
 
 
 @pytest.mark.parametrize(

@@ -349,7 +349,7 @@ def _set(scheduler: Scheduler, grid: list[int]) -> Iterator[Scheduler]:
             made = type(scheduler).from_config(scheduler.config, **fit)
             made.set_timesteps(scheduler.config.num_train_timesteps // stride)
             yield made
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError) as error:
         name, said = type(scheduler).__name__, " ".join(str(error).split())
         raise BadEntry(f"scheduler: {name} doesn't take timesteps from {grid[0]}: {said}") from None
 

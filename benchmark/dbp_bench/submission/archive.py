@@ -33,7 +33,7 @@ _EPOCH: Final = (1980, 1, 1, 0, 0, 0)
 
 
 _UNSOUND: Final = (
-    *(zipfile.BadZipFile, EOFError, LookupError, NotImplementedError),
+    *(zipfile.BadZipFile, EOFError, LookupError),
     *(OverflowError, RuntimeError, StructError, ValueError),
 )
 """The errors that zipfile raises for an archive that is damaged."""

@@ -18,7 +18,7 @@ from dbp_bench.weights.catalog import DIFFUSERS
 
 _SLACK = 1 << 20
 
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError)
 """The errors that zipfile raises for a file that is damaged."""
 
 
